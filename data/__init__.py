@@ -1,0 +1,22 @@
+"""Text for byte-level language models: sources, protocols, and a deterministic loader."""
+
+from data.documents import BOS, AbstractSource, DataError, Shard
+from data.loader import Batch, Batches, Split, load, open_batches
+from data.rows import MemoryRows, Protocol, Row
+from data.sources import open_source
+
+__all__ = [
+    "BOS",
+    "AbstractSource",
+    "Batch",
+    "Batches",
+    "DataError",
+    "MemoryRows",
+    "Protocol",
+    "Row",
+    "Shard",
+    "Split",
+    "load",
+    "open_batches",
+    "open_source",
+]

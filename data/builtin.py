@@ -1,0 +1,77 @@
+"""Text that every Python installation carries: its documentation and its source code."""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data.documents import AbstractSource, DataError, Shard, checked_utf8
+
+_NOT_LIBRARY = frozenset({"site-packages", "__pycache__", "test", "tests", "idle_test"})
+
+
+def library_files() -> list[Path]:
+    """The standard library's Python files without its tests, sorted. Raises `DataError` where none are installed."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(path for path in root.rglob("*.py") if not _NOT_LIBRARY.intersection(path.relative_to(root).parts))
+    if not files:
+        raise DataError(f"no Python source of the standard library lies under {root}; name another data set")
+    return files
+
+
+class StandardLibraryCode(AbstractSource):
+    """The source code of the standard library, one document a file (about 12 MB)."""
+
+    @property
+    def name(self) -> str:
+        return "stdlib"
+
+    @property
+    def streamed(self) -> bool:
+        return False
+
+    def shards(self) -> Sequence[Shard]:
+        return [Shard("stdlib", sum(path.stat().st_size for path in library_files()))]
+
+    def documents(self, shard: Shard) -> Iterator[bytes]:
+        for path in library_files():
+            content = path.read_bytes()
+            if content:
+                yield checked_utf8(content, str(path))
+
+
+class StandardLibraryDocs(AbstractSource):
+    """English prose: the docstrings of the standard library, one document a module, and pydoc's topics (about 2.3 MB)."""
+
+    @property
+    def name(self) -> str:
+        return "docs"
+
+    @property
+    def streamed(self) -> bool:
+        return False
+
+    def shards(self) -> Sequence[Shard]:
+        return [Shard("docs", 0)]
+
+    def documents(self, shard: Shard) -> Iterator[bytes]:
+        for path in library_files():
+            text = "\n\n".join(_docstrings(path))
+            if text:
+                yield text.encode()
+        # Imported here: half a megabyte of text that nothing else needs.
+        from pydoc_data.topics import topics
+
+        for _, text in sorted(topics.items()):
+            yield text.encode()
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, documented):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield docstring

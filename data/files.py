@@ -1,0 +1,155 @@
+"""Documents in local files: plain text, JSON lines and Parquet, compressed or not."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from data.documents import AbstractSource, DataError, Shard, checked_utf8
+
+PLAIN_DOCUMENT = 64 * 1024
+"""A plain text file longer than this is cut at line ends into documents of about this many bytes."""
+
+
+class Files(AbstractSource):
+    """Files named by a path, a folder (everything below it but hidden files) or a glob.
+
+    `.jsonl`, `.json` and `.ndjson` hold one JSON object a line and `.parquet` one row a document, the text in `text_field`;
+    `.gz` and `.zst` may follow. Every other file is plain text: one document, or several where it is long. More than
+    `memory_limit` bytes of files are streamed.
+    """
+
+    def __init__(self, pattern: str, text_field: str, memory_limit: int = 512 * 2**20):
+        """Raises `DataError` where nothing matches."""
+        self._pattern = pattern
+        self._text_field = text_field
+        self._shards = [Shard(str(path), path.stat().st_size) for path in _matches(pattern)]
+        self._memory_limit = memory_limit
+
+    @property
+    def name(self) -> str:
+        return self._pattern
+
+    @property
+    def streamed(self) -> bool:
+        return sum(shard.size for shard in self._shards) > self._memory_limit
+
+    def shards(self) -> Sequence[Shard]:
+        return self._shards
+
+    def documents(self, shard: Shard) -> Iterator[bytes]:
+        return read_documents(Path(shard.name), self._text_field)
+
+
+def read_documents(path: Path, text_field: str) -> Iterator[bytes]:
+    """The documents of one file, in order; empty ones are left out. Raises `DataError` naming the file and the place."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in (".gz", ".zst") else (suffixes or [""])[-1]
+    try:
+        if kind == ".parquet":
+            yield from _parquet_documents(path, text_field)
+        elif kind in (".jsonl", ".json", ".ndjson"):
+            yield from _json_documents(path, text_field)
+        else:
+            yield from _plain_documents(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _matches(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+        problem = f"the folder {pattern} holds no files"
+    elif path.exists():
+        return [path]
+    else:
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        problem = f"there is no data set, file or folder called {pattern!r}"
+    if not found:
+        raise DataError(
+            f"{problem}; use docs, stdlib, codeparrot, codeparrot-clean, fineweb, fineweb-edu, hub:owner/name, "
+            "or the path of a file, a folder or a glob"
+        )
+    return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.open(path))
+    if path.suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(f"{path} needs the package zstandard: pip install 'caesura-lm[zstd]'") from None
+        return io.BufferedReader(zstandard.open(path, "rb"))
+    return path.open("rb")
+
+
+def _plain_documents(path: Path) -> Iterator[bytes]:
+    with _open(path) as stream:
+        lines: list[bytes] = []
+        size = offset = 0
+        for line in stream:
+            lines.append(checked_utf8(line, f"{path} (the line that starts at byte {offset})"))
+            size += len(line)
+            offset += len(line)
+            if size >= PLAIN_DOCUMENT:
+                yield b"".join(lines)
+                lines, size = [], 0
+        if lines:
+            yield b"".join(lines)
+
+
+def _json_documents(path: Path, text_field: str) -> Iterator[bytes]:
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}, is not JSON ({error})") from None
+            yield from _text_of(record, text_field, f"{path}, line {number},")
+
+
+def _text_of(record: object, text_field: str, where: str) -> Iterator[bytes]:
+    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+        fields = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else f"a {type(record).__name__}"
+        raise DataError(f"{where} has no text field {text_field!r}: it has {fields}; name one with --text-field")
+    try:
+        text = record[text_field].encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where} holds half of a surrogate pair, which UTF-8 cannot encode") from None
+    if text:
+        yield text
+
+
+def _parquet_documents(path: Path, text_field: str) -> Iterator[bytes]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path} needs the package pyarrow: pip install 'caesura-lm[parquet]'") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            if text_field not in table.schema_arrow.names:
+                fields = ", ".join(table.schema_arrow.names)
+                raise DataError(f"{path} has no text field {text_field!r}: it has {fields}; name one with --text-field")
+            row = 0
+            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+                for value in batch.column(0).to_pylist():
+                    yield from _text_of({text_field: value}, text_field, f"{path}, row {row},")
+                    row += 1
+    except pyarrow.ArrowException as error:
+        raise DataError(f"cannot read {path}: {error}") from error

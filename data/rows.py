@@ -1,0 +1,119 @@
+"""Documents to rows of N bytes: the three protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+
+from data.documents import BOS
+
+Protocol = Literal["crop", "cut", "pack"]
+"""crop: N bytes from a random place of a document; cut: the first N bytes of documents of at least N; pack: documents one
+after another, cut where a row is full, each kept from seeing its neighbours."""
+
+
+class Row(TypedDict):
+    """N bytes, the number of the document each belongs to, and whether it is a real byte."""
+
+    bytes: UInt8[np.ndarray, " length"]
+    segments: Int32[np.ndarray, " length"]
+    mask: Bool[np.ndarray, " length"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes `start` to `stop` of a document, or as many bytes from a place drawn at random where `start` is None."""
+
+    start: int | None
+    stop: int
+
+
+def with_bos(document: bytes) -> UInt8[np.ndarray, " size"]:
+    """The document's bytes behind a BOS."""
+    return np.frombuffer(bytes([BOS]) + document, np.uint8)
+
+
+def pieces(size: int, length: int, protocol: Protocol, random: bool) -> list[Piece]:
+    """How one document of `size` bytes, BOS included, is cut for rows of `length`.
+
+    Random crops come in the number that covers the document once on average. Without `random` the crops lie side by side.
+    """
+    if protocol == "cut":
+        return [Piece(0, length)] if size >= length else []
+    if protocol == "crop" and random:
+        return [Piece(None, min(size, length))] * max(1, round(size / length))
+    return [Piece(start, min(start + length, size)) for start in range(0, size, length)]
+
+
+def cut_piece(
+    document: UInt8[np.ndarray, " size"], piece: Piece, rng: np.random.Generator | None
+) -> UInt8[np.ndarray, " part"]:
+    """The bytes of a piece; `rng` places it where its start is left open."""
+    if piece.start is not None:
+        return document[piece.start : piece.stop]
+    if rng is None:
+        raise ValueError("a piece without a start needs a random generator to place it")
+    start = int(rng.integers(0, len(document) - piece.stop + 1))
+    return document[start : start + piece.stop]
+
+
+def make_row(parts: Sequence[UInt8[np.ndarray, " _"]], length: int) -> Row:
+    """Parts of different documents side by side, the rest of the row padding."""
+    values = np.zeros(length, np.uint8)
+    segments = np.full(length, len(parts), np.int32)
+    end = 0
+    for number, part in enumerate(parts):
+        values[end : end + len(part)] = part
+        segments[end : end + len(part)] = number
+        end += len(part)
+    return Row(bytes=values, segments=segments, mask=np.arange(length) < end)
+
+
+class MemoryRows:
+    """All rows of documents that fit in memory, by number; a random-access source for grain."""
+
+    def __init__(
+        self, documents: Sequence[bytes], length: int, protocol: Protocol, *, random: bool, order_seed: int = 0
+    ):
+        """`random` crops lie at random places and need a generator in `row`. Packing takes the documents in an order drawn
+        with `order_seed`; `dropped` counts the documents that a protocol leaves out."""
+        self.length = length
+        self.protocol: Protocol = protocol
+        self.dropped = 0
+        if protocol == "pack":
+            order = np.random.default_rng(order_seed).permutation(len(documents))
+            documents = [documents[number] for number in order]
+        self._documents = [with_bos(document) for document in documents]
+        self._starts = np.cumsum([0] + [len(document) for document in self._documents])
+        self._rows: list[tuple[int, Piece]] = []
+        if protocol != "pack":
+            for number, document in enumerate(self._documents):
+                cut = pieces(len(document), length, protocol, random)
+                self.dropped += not cut
+                self._rows += [(number, piece) for piece in cut]
+
+    def __len__(self) -> int:
+        return -(-int(self._starts[-1]) // self.length) if self.protocol == "pack" else len(self._rows)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def row(self, index: int, rng: np.random.Generator | None) -> Row:
+        """Row number `index`; `rng` places random crops."""
+        if self.protocol == "pack":
+            return make_row(list(self._packed(index)), self.length)
+        number, piece = self._rows[index]
+        return make_row([cut_piece(self._documents[number], piece, rng)], self.length)
+
+    def _packed(self, index: int) -> Iterator[UInt8[np.ndarray, " _"]]:
+        begin, end = index * self.length, min((index + 1) * self.length, int(self._starts[-1]))
+        number = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        while begin < end:
+            stop = min(end, int(self._starts[number + 1]))
+            offset = int(self._starts[number])
+            yield self._documents[number][begin - offset : stop - offset]
+            begin, number = stop, number + 1

@@ -1,0 +1,36 @@
+"""Names of data sets to sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.builtin import StandardLibraryCode, StandardLibraryDocs
+from data.documents import AbstractSource, DataError
+from data.files import Files
+from data.hub import HUB_DATASETS, HubDataset, HubSource
+
+
+def open_source(
+    name: str, *, text_field: str | None = None, cache: Path | None = None, cache_bytes: int = 8 * 2**30
+) -> AbstractSource:
+    """The source called `name`.
+
+    `docs` and `stdlib` come with Python; `codeparrot`, `codeparrot-clean`, `fineweb`, `fineweb-edu` and `hub:owner/name`
+    are data sets of the Hugging Face hub, kept in `cache` up to `cache_bytes`; everything else is the path of a file, a
+    folder or a glob. `text_field` names the field of structured files that holds the text (default: `text`, or what the
+    named data set uses). Raises `DataError` where there is no such source.
+    """
+    if name == "docs":
+        return StandardLibraryDocs()
+    if name == "stdlib":
+        return StandardLibraryCode()
+    if name in HUB_DATASETS:
+        dataset = HUB_DATASETS[name]
+    elif name.startswith("hub:"):
+        repository = name.removeprefix("hub:")
+        if repository.count("/") != 1 or not all(repository.split("/")):
+            raise DataError(f"a hub data set is written hub:owner/name; got {name!r}")
+        dataset = HubDataset(name, repository, ("*",), "text")
+    else:
+        return Files(name, text_field or "text")
+    return HubSource(dataset, text_field=text_field or dataset.text_field, cache=cache, cache_bytes=cache_bytes)

@@ -1,0 +1,77 @@
+"""Ways of deciding where tokens end, and of training the decision."""
+
+from estimators import equations
+from estimators.base import (
+    BOS,
+    EOS,
+    VOCAB,
+    AbstractChunker,
+    AbstractEstimator,
+    AbstractObjective,
+    AbstractRouter,
+    Boundaries,
+    BoundaryScan,
+    Estimator,
+    Layout,
+    ObjectiveOutput,
+    Sampler,
+    Signal,
+    TokenRows,
+)
+from estimators.fixed import (
+    EveryNth,
+    Isotropic,
+    RuleRouter,
+    Spacelike,
+    Stride,
+    Uniform,
+    UniformRouter,
+    Whitespace,
+)
+from estimators.objectives import (
+    AbstractReduction,
+    BatchCentre,
+    Credit,
+    Discount,
+    EarlyExit,
+    NoObjective,
+    ScoreFunctionObjective,
+)
+from estimators.routers import WindowedPolicy
+from estimators.score_function import ScoreFunction
+
+__all__ = [
+    "BOS",
+    "EOS",
+    "VOCAB",
+    "AbstractChunker",
+    "AbstractEstimator",
+    "AbstractObjective",
+    "AbstractReduction",
+    "AbstractRouter",
+    "BatchCentre",
+    "Boundaries",
+    "BoundaryScan",
+    "Credit",
+    "Discount",
+    "EarlyExit",
+    "Estimator",
+    "EveryNth",
+    "Isotropic",
+    "Layout",
+    "NoObjective",
+    "ObjectiveOutput",
+    "RuleRouter",
+    "Sampler",
+    "ScoreFunction",
+    "ScoreFunctionObjective",
+    "Signal",
+    "Spacelike",
+    "Stride",
+    "TokenRows",
+    "Uniform",
+    "UniformRouter",
+    "Whitespace",
+    "WindowedPolicy",
+    "equations",
+]

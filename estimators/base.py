@@ -1,0 +1,206 @@
+"""The three kinds of thing an estimator is made of, and the named values that pass between them.
+
+A **router** says where a boundary may be drawn, a **chunker** turns byte rows into token rows and back, an **objective**
+trains the router beside the language-model loss. An **estimator** is a named composition of the three.
+
+Axis glossary, used by every annotation of the library:
+
+========  =====================================================================
+batch     sequences
+length    rows of the level a stage runs at: bytes, or the tokens of the level above
+tokens    token rows, a static capacity; rows past a sequence's own count are padding
+dim       width of a hidden state
+heads     attention heads
+vocab     256 byte values (254 is BOS, 255 is EOS: neither occurs in UTF-8)
+taps      1 + the number of past boundaries that a policy sees
+========  =====================================================================
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Protocol
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+VOCAB = 256
+BOS = 254
+EOS = 255
+"""Bytes 254 and 255 occur in no valid UTF-8, so they mark the begin and the end of a document."""
+
+
+class Layout(eqx.Module):
+    """What each row of an array stands for.
+
+    `bytes`: the byte a row was read from (for a token: the byte that closed it). `positions`: its place in the sequence,
+    in bytes. `segments`: the number of its document; rows of different documents never see each other. `mask`: False
+    where the row is padding.
+    """
+
+    bytes: Int[Array, "batch length"]
+    positions: Int[Array, "batch length"]
+    segments: Int[Array, "batch length"]
+    mask: Bool[Array, "batch length"]
+
+    @property
+    def starts(self) -> Bool[Array, "batch length"]:
+        """True at the first row of each document, where a boundary is forced."""
+        previous = jnp.pad(self.segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+        return (self.segments != previous) & self.mask
+
+
+class Boundaries(eqx.Module):
+    """Where tokens end, and how likely each ending was.
+
+    `actions_i` is True where a token closes at row i. `logits` are the log-odds of `actions_i = 1` given the rows up to i
+    and the actions before i, `probs` their sigmoid; gradients reach the router through these two. `decided` is True where
+    the policy itself chose: forced, padded and suppressed rows are in no policy term.
+    """
+
+    actions: Bool[Array, "batch length"]
+    logits: Float[Array, "batch length"]
+    probs: Float[Array, "batch length"]
+    decided: Bool[Array, "batch length"]
+
+    def limited(self, capacity: int) -> Boundaries:
+        """The same boundaries with those past the first `capacity` of a sequence suppressed and no longer `decided`.
+
+        A row is dropped from the policy terms whenever no token row was left for it, whether or not it drew a boundary:
+        keeping only the zeros there would bias the policy towards fewer boundaries.
+        """
+        before = jnp.cumsum(self.actions, axis=1) - self.actions
+        room = before < capacity
+        return Boundaries(self.actions & room, self.logits, self.probs, self.decided & room)
+
+
+class TokenRows(eqx.Module):
+    """Token rows made of byte rows.
+
+    `values`: the rows, zero where padded. `positions`: the row of the level below at which each token closed (0 where
+    padded). `lengths`: tokens kept in each sequence. `overflow`: boundaries for which no row was left.
+    """
+
+    values: Float[Array, "batch tokens dim"]
+    positions: Int[Array, "batch tokens"]
+    lengths: Int[Array, " batch"]
+    overflow: Int[Array, " batch"]
+
+    @property
+    def mask(self) -> Bool[Array, "batch tokens"]:
+        """True where a row holds a token."""
+        return jnp.arange(self.values.shape[1])[None, :] < self.lengths[:, None]
+
+
+class BoundaryScan(eqx.Module):
+    """What sampling a policy with memory returns: the hard `actions` and the `logits` they were drawn from."""
+
+    actions: Bool[Array, "batch length"]
+    logits: Float[Array, "batch length"]
+
+
+class Sampler(Protocol):
+    """Draws boundaries one after another: the op `unet.ops.boundary_scan`, which a model hands to its router."""
+
+    def __call__(
+        self,
+        projections: Float[Array, "batch length taps"],
+        uniforms: Float[Array, "batch length"],
+        starts: Bool[Array, "batch length"],
+        cap: float | None,
+    ) -> BoundaryScan: ...
+
+
+class AbstractRouter(eqx.Module):
+    """Decides where a boundary may be drawn: hidden states and bytes to logits and hard actions."""
+
+    @property
+    @abstractmethod
+    def rate(self) -> float | None:
+        """The share of bytes at which it aims to draw a boundary, or None where the text alone decides."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        hidden: Float[Array, "batch length dim"],
+        layout: Layout,
+        *,
+        sampler: Sampler,
+        key: PRNGKeyArray | None,
+        actions: Bool[Array, "batch length"] | None = None,
+        training: bool = False,
+    ) -> Boundaries:
+        """Draw boundaries with `key`, or the likelier action of each row (`probs > 0.5`) where `key` is None.
+
+        Row i may use rows up to i and actions before i, nothing later. Given `actions`, those are scored instead of drawn.
+        """
+
+
+class AbstractChunker(eqx.Module):
+    """Turns byte rows into token rows and back; which gradient flows to the router on the way is its affair."""
+
+    @abstractmethod
+    def down(self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, *, capacity: int) -> TokenRows:
+        """Byte rows to at most `capacity` token rows a sequence."""
+
+    @abstractmethod
+    def up(
+        self,
+        outputs: Float[Array, "batch tokens dim"],
+        rows: TokenRows,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+    ) -> Float[Array, "batch length dim"]:
+        """What the token level made of `rows`, brought back to the byte rows `hidden` it came from."""
+
+
+class Signal(eqx.Module):
+    """What an objective learns from, all `batch length`.
+
+    `log_lik_i` and `early_log_lik_i` are log p(x_{i+1} | x_<=i) in nats with and without the token level (the second only
+    where the objective asks for it); `mask` is True where that prediction exists; `continues_i` is True where row i + 1
+    belongs to the same document.
+    """
+
+    boundaries: Boundaries
+    log_lik: Float[Array, "batch length"]
+    early_log_lik: Float[Array, "batch length"] | None
+    mask: Bool[Array, "batch length"]
+    continues: Bool[Array, "batch length"]
+
+
+class ObjectiveOutput(eqx.Module):
+    """A scalar `loss` to add to the language-model loss, and scalars worth watching."""
+
+    loss: Float[Array, ""]
+    metrics: dict[str, Float[Array, ""]]
+
+
+class AbstractObjective(eqx.Module):
+    """Trains the router beside the language-model loss."""
+
+    @property
+    @abstractmethod
+    def needs_early_exit(self) -> bool:
+        """Whether `Signal.early_log_lik` must be there, which means a second head on the encoder."""
+
+    @abstractmethod
+    def __call__(self, signal: Signal) -> ObjectiveOutput:
+        """The loss of one batch."""
+
+
+class AbstractEstimator(eqx.Module):
+    """A named composition of a router, a chunker and an objective."""
+
+    router: eqx.AbstractVar[AbstractRouter]
+    chunker: eqx.AbstractVar[AbstractChunker]
+    objective: eqx.AbstractVar[AbstractObjective]
+
+
+class Estimator(AbstractEstimator):
+    """Any router with any chunker and any objective."""
+
+    router: AbstractRouter
+    chunker: AbstractChunker
+    objective: AbstractObjective

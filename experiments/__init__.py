@@ -1,0 +1,1 @@
+"""Training, evaluation and reports: everything a user runs."""

@@ -1,0 +1,83 @@
+"""What the terminal shows while a run trains, and the sample at its end."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from experiments.config import RunConfig
+from experiments.evaluate import Validation
+from experiments.shading import Character, colour_of
+
+
+class Display:
+    """A progress bar, one line per validation, and notes, all on standard error."""
+
+    def __init__(self, quiet: bool = False):
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False)
+
+    def start(self, config: RunConfig, parameters: int, capacity: int, done: int) -> None:
+        """Say what is about to be trained, and show the bar."""
+        self.note(
+            f"{config.estimator} on {config.dataset}: {parameters:,} parameters, {config.total_steps:,} steps of "
+            f"{config.batch} x {config.length} bytes, up to {capacity} tokens a sequence; files in {config.folder}"
+        )
+        if not done:
+            self.note("compiling, up to a minute")
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        total = config.total_steps * config.bytes_per_step
+        self._task = self._progress.add_task("training", total=total, completed=done * config.bytes_per_step, state="")
+        self._progress.start()
+
+    def progress(self, step: int, record: dict[str, float | int | None], bytes_per_second: float) -> None:
+        """Move the bar."""
+        if self._progress is None or self._task is None:
+            return
+        speed = "" if math.isnan(bytes_per_second) else f"  {bytes_per_second / 1e3:.1f} kB/s"
+        state = f"{_megabytes(record['bytes'])} MB{speed}  bpb {record['bpb']:.3f}  rate {record['rate']:.3f}"
+        self._progress.update(self._task, completed=record["bytes"] or 0, state=state)
+
+    def validation(self, step: int, validation: Validation) -> None:
+        """One line of results."""
+        agreement = validation.whitespace
+        early = "" if math.isnan(validation.early_bpb) else f" (early exit {validation.early_bpb:.4f})"
+        self.note(
+            f"step {step}: held-out bpb {validation.bpb:.4f}{early}, rate {validation.rate:.3f}, agreement with white "
+            f"space: AUC {agreement.auc:.3f}, F1 {agreement.f1:.3f} greedy, {agreement.sampled_f1:.3f} sampled"
+        )
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def sample(self, characters: list[Character]) -> None:
+        """Held-out text, each character on the colour of its boundary probability."""
+        text = Text()
+        for character in characters:
+            red, green, blue = colour_of(character.prob)
+            shown = "⏎\n" if character.text == "\n" else character.text
+            text.append(shown, style=f"black on #{red:02x}{green:02x}{blue:02x}")
+        self.console.print("held-out text, boundary probability from blue (0) to red (1):")
+        self.console.print(text)
+
+
+def _megabytes(num_bytes: float | int | None) -> str:
+    return f"{np.nan if num_bytes is None else num_bytes / 1e6:.2f}"

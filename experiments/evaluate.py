@@ -1,0 +1,177 @@
+"""Validation: how well the model predicts held-out bytes, and where it draws boundaries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from data import Row
+from estimators import Layout, equations
+from estimators.fixed import is_spacelike, is_whitespace
+from unet.model import UNet, continues, next_byte_log_lik, plain_layout
+from unet.stage import Drawing, Hierarchy
+
+
+class Evaluated(eqx.Module):
+    """What evaluation keeps of a batch, all `batch length`; without a token level there are no boundaries and the
+    probabilities are 0."""
+
+    log_lik: Float[Array, "batch length"]
+    early_log_lik: Float[Array, "batch length"]
+    scored: Bool[Array, "batch length"]
+    probs: Float[Array, "batch length"]
+    entropy: Float[Array, "batch length"]
+    sampled: Bool[Array, "batch length"]
+    greedy: Bool[Array, "batch length"]
+    valid: Bool[Array, "batch length"]
+    free: Bool[Array, "batch length"]
+    overflow: Int[Array, " batch"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How boundaries agree with a class of bytes: the area under the ROC curve of p, and precision, recall and F1 of the
+    greedy (p > 0.5) and of the sampled boundaries. NaN where undefined; forced boundaries do not count."""
+
+    auc: float
+    precision: float
+    recall: float
+    f1: float
+    sampled_precision: float
+    sampled_recall: float
+    sampled_f1: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Results on held-out text. `bpb`: bits per byte; `early_bpb`: of the early head, NaN without one; `rate`: share of
+    bytes with a boundary; `entropy`: of the policy, nats per decision; `overflow`: share of bytes whose boundary was
+    dropped, 0 by construction; `bytes`: how many were predicted."""
+
+    bpb: float
+    early_bpb: float
+    rate: float
+    entropy: float
+    overflow: float
+    bytes: int
+    whitespace: Agreement
+    spacelike: Agreement
+
+
+@eqx.filter_jit
+def evaluate_batch(model: UNet, layout: Layout, key: PRNGKeyArray, capacity: int | None) -> Evaluated:
+    """One forward pass with sampled boundaries, and the greedy boundaries beside it. `capacity` None: never drops any."""
+    capacities = () if capacity is None else (capacity,)
+    mask = layout.mask
+    prediction = model(layout.bytes, key=key, segments=layout.segments, mask=mask, capacities=capacities)
+    log_lik = next_byte_log_lik(prediction.logits, layout.bytes)
+    early = jnp.full_like(log_lik, jnp.nan)
+    if prediction.early_logits is not None:
+        early = next_byte_log_lik(prediction.early_logits, layout.bytes)
+    scored, nothing = continues(layout), jnp.zeros_like(mask)
+    if not prediction.levels or not isinstance(model.stage, Hierarchy):
+        zeros, none = jnp.zeros_like(log_lik), jnp.zeros(mask.shape[0], jnp.int32)
+        return Evaluated(log_lik, early, scored, zeros, zeros, nothing, nothing, mask, nothing, none)
+    level = prediction.levels[0]
+    greedy = model.stage.route(level.hidden, layout, Drawing()).actions
+    drawn = level.boundaries
+    return Evaluated(
+        log_lik,
+        early,
+        scored,
+        drawn.probs,
+        jnp.where(drawn.decided, equations.bernoulli_entropy(drawn.logits), jnp.nan),
+        drawn.actions,
+        greedy,
+        mask,
+        mask & ~layout.starts,
+        level.overflow,
+    )
+
+
+def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
+    """The layout of exactly `batch` rows, the missing ones padding from end to end."""
+    missing = batch - len(rows)
+
+    def stack(name: Literal["bytes", "segments", "mask"]) -> Array:
+        return jnp.asarray(np.pad(np.stack([row[name] for row in rows]), ((0, missing), (0, 0))))
+
+    return plain_layout(stack("bytes"), stack("segments"), stack("mask"))
+
+
+def evaluate(model: UNet, rows: Sequence[Row], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
+    """Evaluate on all `rows`, `batch` at a time, dropping no boundary.
+
+    A batch first runs with `capacity` token rows per sequence; where that is too few it runs again with as many as it has
+    bytes, so that the usual case costs what training costs.
+    """
+    kept: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        layout = stack_rows(part, batch)
+        key_batch = jax.random.fold_in(key, start)
+        result = evaluate_batch(model, layout, key_batch, capacity)
+        if np.any(np.asarray(result.overflow)):
+            result = evaluate_batch(model, layout, key_batch, None)
+        for name, array in {**vars(result), "bytes": layout.bytes}.items():
+            kept.setdefault(name, []).append(np.asarray(array)[: len(part)])
+    return summarise({name: np.concatenate(parts) for name, parts in kept.items()})
+
+
+def summarise(kept: dict[str, np.ndarray]) -> Validation:
+    """Results over all evaluated bytes; `kept` holds the fields of `Evaluated` and the `bytes`."""
+    scored, valid = kept["scored"], kept["valid"]
+    predicted = int(scored.sum())
+
+    def bits(log_lik: np.ndarray) -> float:
+        return float(equations.bits_per_byte(-float(log_lik[scored].sum(dtype=np.float64)), predicted))
+
+    entropies = kept["entropy"][~np.isnan(kept["entropy"]) & valid]
+    values = jnp.asarray(kept["bytes"])
+    return Validation(
+        bpb=bits(kept["log_lik"]),
+        early_bpb=bits(kept["early_log_lik"]),
+        rate=float(kept["sampled"].sum() / valid.sum()),
+        entropy=float(entropies.mean()) if entropies.size else math.nan,
+        overflow=float(kept["overflow"].sum() / valid.sum()),
+        bytes=predicted,
+        whitespace=agreement(kept, np.asarray(is_whitespace(values))),
+        spacelike=agreement(kept, np.asarray(is_spacelike(values))),
+    )
+
+
+def agreement(kept: dict[str, np.ndarray], target: np.ndarray) -> Agreement:
+    """How boundaries agree with the bytes for which `target` is True, over the rows where none is forced."""
+    free = kept["free"]
+    wanted = target[free]
+    greedy = _precision_recall_f1(kept["greedy"][free], wanted)
+    sampled = _precision_recall_f1(kept["sampled"][free], wanted)
+    return Agreement(area_under_roc(kept["probs"][free], wanted), *greedy, *sampled)
+
+
+def area_under_roc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a positive scores higher than a negative, ties counted half; NaN without both kinds."""
+    positives = int(positive.sum())
+    negatives = positive.size - positives
+    if not positives or not negatives:
+        return math.nan
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    mean_rank = np.cumsum(counts) - (counts - 1) / 2
+    rank_sum = float(mean_rank[inverse][positive].sum())
+    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def _precision_recall_f1(chosen: np.ndarray, wanted: np.ndarray) -> tuple[float, float, float]:
+    hits = float((chosen & wanted).sum())
+    precision = hits / chosen.sum() if chosen.any() else math.nan
+    recall = hits / wanted.sum() if wanted.any() else math.nan
+    total = float(chosen.sum() + wanted.sum())
+    return precision, recall, 2 * hits / total if total else math.nan

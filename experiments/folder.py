@@ -1,0 +1,102 @@
+"""The files of a run: written whole or not at all, never over another run's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from experiments.config import ConfigError, RunConfig, from_json, to_json
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+OWN_FILES = (CONFIG, METRICS, SUMMARY, CHECKPOINTS, "report.html", "boundaries.png")
+
+Record = Mapping[str, float | int | str | None]
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a crash leaves either the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def prepare_new(config: RunConfig) -> Path:
+    """Make the folder of a new run and put its configuration there.
+
+    Raises `ConfigError` where the folder has anything in it, unless the run may overwrite it; even then only what a run
+    leaves is deleted, and a folder with anything else in it is refused.
+    """
+    folder = config.folder
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; name a folder")
+    present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if present and not config.overwrite:
+        raise ConfigError(
+            f"{folder} is not empty: go on with its run (--resume), delete it first (--overwrite), or name another --out"
+        )
+    foreign = [name for name in present if name not in OWN_FILES and not _is_temporary(name)]
+    if foreign:
+        raise ConfigError(f"{folder} holds files that no run wrote ({', '.join(foreign[:3])}); it is left as it is")
+    for name in present:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / CONFIG, to_json(config))
+    return folder
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of the run in `folder`. Raises `ConfigError` where there is none."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no run to resume: there is no {CONFIG} in it")
+    return from_json(path.read_text(), str(path))
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, float | int | str | None]]:
+    """The records of a run in order; a last line that was cut off by a crash is left out."""
+    path = folder / METRICS
+    if not path.exists():
+        return
+    with path.open() as stream:
+        for line in stream:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one JSON object a line, in order of `step`."""
+
+    def __init__(self, folder: Path, keep_steps: int):
+        """Opens the log, dropping records of steps after `keep_steps`, which a resumed run writes again."""
+        kept = [record for record in read_metrics(folder) if _step(record) <= keep_steps]
+        write_atomically(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+        self._stream = (folder / METRICS).open("a")
+
+    def write(self, record: Record) -> None:
+        """Append one record and hand it to the operating system."""
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _step(record: Record) -> int:
+    step = record["step"]
+    if not isinstance(step, int):
+        raise ConfigError(f"{METRICS} has a record whose step is {step!r}, not a whole number")
+    return step
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")

@@ -1,0 +1,216 @@
+"""What a run leaves for a person: `report.html`, one self-contained page, and `boundaries.png`."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from experiments.config import RunConfig
+from experiments.folder import read_metrics, write_atomically
+from experiments.shading import Character, colour_of
+from experiments.summary import Summary
+
+PICTURE_COLUMNS = 96
+PICTURE_LINES = 26
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --quiet: #777; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p.quiet, figcaption { color: var(--quiet); margin-top: .2rem; }
+table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line); }
+td + td { font-variant-numeric: tabular-nums; }
+img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+pre.text { background: white; color: black; padding: .8rem; border: 1px solid var(--line); border-radius: 4px;
+  white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, monospace; }
+pre.text span { padding: .15em 0; } pre.text .b { box-shadow: inset -2px 0 #0009; }
+.scale { display: inline-block; width: 12rem; height: .8rem; vertical-align: middle; border-radius: 2px; }
+"""
+
+
+def write_report(folder: Path, config: RunConfig, summary: Summary, shaded: Sequence[Sequence[Character]]) -> None:
+    """Write both files into a run's folder, from its metrics and its held-out text."""
+    write_atomically(folder / "boundaries.png", boundaries_picture(shaded))
+    write_atomically(folder / "report.html", report_page(folder, config, summary, shaded))
+
+
+def report_page(folder: Path, config: RunConfig, summary: Summary, shaded: Sequence[Sequence[Character]]) -> str:
+    """The page: figures, curves, and held-out text on the colours of its boundary probabilities."""
+    title = f"{config.estimator} on {config.dataset}"
+    curves = base64.b64encode(curves_picture(folder, config)).decode()
+    texts = "\n".join(f'<pre class="text">{shaded_html(characters)}</pre>' for characters in shaded)
+    stops = ", ".join(f"rgb{colour_of(prob / 10)}" for prob in range(11))
+    settings = html.escape((folder / "config.json").read_text())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<p class="quiet">{_subtitle(config, summary)}</p>
+<table>{"".join(_figures(config, summary))}</table>
+<h2>Held-out text</h2>
+<p>Boundary probability at each character (of several bytes: at the last), low
+<span class="scale" style="background: linear-gradient(90deg, {stops})"></span> high.
+A line at the right of a character is a boundary that was drawn. ▪ is the begin of a document.</p>
+{texts}
+<h2>Curves</h2>
+<img alt="Bits per byte, boundary rate and agreement with white space over training bytes" src="data:image/png;base64,{curves}">
+<h2>Settings</h2>
+<details><summary>config.json</summary><pre>{settings}</pre></details>
+</body></html>
+"""
+
+
+def shaded_html(characters: Iterable[Character]) -> str:
+    """Characters as spans; the exact probability shows when the pointer rests on one."""
+    parts = []
+    for character in characters:
+        red, green, blue = colour_of(character.prob)
+        shown = "⏎\n" if character.text == "\n" else html.escape(character.text)
+        mark = ' class="b"' if character.boundary else ""
+        parts.append(
+            f'<span{mark} style="background:#{red:02x}{green:02x}{blue:02x}" title="{character.prob:.3f}">{shown}</span>'
+        )
+    return "".join(parts)
+
+
+def boundaries_picture(shaded: Sequence[Sequence[Character]]) -> bytes:
+    """Held-out text as a PNG, one row of cells a line, each character on the colour of its probability."""
+    lines = _wrapped(shaded)[:PICTURE_LINES]
+    figure = Figure(figsize=(0.105 * PICTURE_COLUMNS + 0.3, 0.24 * len(lines) + 0.75), dpi=140)
+    axes = figure.add_axes((0.01, 0.02, 0.98, 0.86))
+    axes.set_xlim(0, PICTURE_COLUMNS)
+    axes.set_ylim(len(lines), 0)
+    axes.axis("off")
+    figure.suptitle(
+        "Held-out text: probability of a boundary at each character, blue 0, red 1; bars are boundaries drawn",
+        fontsize=9,
+        y=0.985,
+    )
+    for y, line in enumerate(lines):
+        for x, character in enumerate(line):
+            colour = tuple(channel / 255 for channel in colour_of(character.prob))
+            axes.add_patch(Rectangle((x, y + 0.06), 1, 0.88, facecolor=colour, linewidth=0))
+            if character.boundary:
+                axes.add_patch(Rectangle((x + 0.86, y + 0.06), 0.14, 0.88, facecolor="#333333", linewidth=0))
+            axes.text(x + 0.45, y + 0.53, _printable(character.text), ha="center", va="center", fontsize=8, family="monospace")
+    return _png(figure)
+
+
+def curves_picture(folder: Path, config: RunConfig) -> bytes:
+    """Bits per byte, rate and agreement with white space over training bytes, as a PNG."""
+    records = list(read_metrics(folder))
+    figure = Figure(figsize=(10, 3.1), dpi=130, layout="constrained")
+    loss, rate, agreement = figure.subplots(1, 3)
+    _curve(loss, records, "bpb", "#bbbbbb", "training", smooth=25)
+    _curve(loss, records, "val_bpb", "#c0392b", "held out", marker="o")
+    _curve(loss, records, "val_early_bpb", "#2980b9", "held out, early exit", marker="o")
+    drawn = [record["val_bpb"] for record in records if isinstance(record.get("val_bpb"), float)]
+    if drawn:
+        loss.set_ylim(min(drawn) - 0.2, max(drawn[0] + 0.2, min(drawn) + 1.5))
+    loss.set_title("bits per byte")
+    _curve(rate, records, "rate", "#bbbbbb", "training", smooth=25)
+    _curve(rate, records, "val_rate", "#c0392b", "held out", marker="o")
+    rate.axhline(config.rate, color="#333333", linewidth=0.8, linestyle="--", label="target")
+    rate.set_ylim(0, None)
+    rate.set_title("share of bytes with a boundary")
+    _curve(agreement, records, "val_whitespace_auc", "#333333", "AUC of p", marker="o")
+    _curve(agreement, records, "val_whitespace_f1", "#c0392b", "F1, p > 0.5", marker="o")
+    _curve(agreement, records, "val_whitespace_sampled_f1", "#2980b9", "F1, sampled", marker="o")
+    agreement.set_ylim(-0.02, 1.02)
+    agreement.set_title("agreement with white space")
+    for axes in (loss, rate, agreement):
+        axes.set_xlabel("training bytes / 10⁶")
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def _curve(
+    axes: Axes,
+    records: Sequence[dict[str, float | int | str | None]],
+    name: str,
+    colour: str,
+    label: str,
+    *,
+    marker: str | None = None,
+    smooth: int = 1,
+) -> None:
+    points = [
+        (megabytes / 1e6, value)
+        for record in records
+        if isinstance(value := record.get(name), int | float) and isinstance(megabytes := record["bytes"], int | float)
+    ]
+    if not points:
+        return
+    x, y = np.array(points).T
+    window = min(smooth, len(y))
+    y = np.convolve(y, np.ones(window) / window, mode="valid")
+    axes.plot(x[window - 1 :], y, color=colour, label=label, marker=marker, markersize=3, linewidth=1.2)
+
+
+def _wrapped(shaded: Sequence[Sequence[Character]]) -> list[list[Character]]:
+    lines: list[list[Character]] = []
+    for characters in shaded:
+        line: list[Character] = []
+        for character in characters:
+            line.append(character)
+            if character.text == "\n" or len(line) == PICTURE_COLUMNS:
+                lines.append(line)
+                line = []
+        lines.append(line)
+    return [line for line in lines if line]
+
+
+def _printable(text: str) -> str:
+    if text == "\n":
+        return "↵"
+    # Matplotlib would read a dollar sign as the start of mathematics.
+    return "\\$" if text == "$" else text if text.isprintable() else "·"
+
+
+def _subtitle(config: RunConfig, summary: Summary) -> str:
+    return html.escape(
+        f"{config.model}, {summary['parameters']:,} parameters, {config.length} bytes x {config.batch} sequences a step, "
+        f"{_number(summary['bytes'], 1e6, 2)} MB of training text, seed {config.seed}"
+    )
+
+
+def _figures(config: RunConfig, summary: Summary) -> Iterable[str]:
+    rows = [
+        ("Held-out bits per byte", _number(summary["val_bpb"])),
+        ("… of the early exit", _number(summary["early_val_bpb"])),
+        ("Boundary rate, target", f"{_number(summary['rate'], digits=3)}, {config.rate:g}"),
+        ("White space: AUC of p", _number(summary["boundary_auc_whitespace"])),
+        (
+            "White space: F1 of boundaries with p > 0.5, of sampled ones",
+            f"{_number(summary['boundary_f1_whitespace'], digits=3)}, {_number(summary['sampled_f1_whitespace'], digits=3)}",
+        ),
+        (
+            "Spacelike: F1 of boundaries with p > 0.5, of sampled ones",
+            f"{_number(summary['boundary_f1_spacelike'], digits=3)}, {_number(summary['sampled_f1_spacelike'], digits=3)}",
+        ),
+        ("Policy entropy, nats a decision", _number(summary["policy_entropy"])),
+        ("Boundaries dropped in training, share of bytes", _number(summary["overflow_fraction"], digits=5)),
+        ("Training speed, kB/s", _number(summary["bytes_per_second"], 1e3, 1)),
+        ("Time in training, s", _number(summary["seconds"], digits=0)),
+    ]
+    return (f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows)
+
+
+def _number(value: float | int | str | None, unit: float = 1.0, digits: int = 4) -> str:
+    return f"{value / unit:.{digits}f}" if isinstance(value, int | float) else "–"
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

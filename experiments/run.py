@@ -1,0 +1,105 @@
+"""Train a model: `python -m experiments.run --estimator sfe --dataset codeparrot`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import tyro
+
+from data import DataError
+from experiments.config import ConfigError, RunConfig, check
+from experiments.display import Display
+from experiments.folder import SUMMARY, prepare_new, read_config, write_atomically
+from experiments.presets import PRESETS
+from experiments.report import write_report
+from experiments.shading import shade
+from experiments.summary import summary_of
+from experiments.train import Interrupted, NonFiniteError, Outcome, train
+
+MAY_CHANGE = ("out", "resume", "overwrite", "log_every")
+"""Settings that a resumed run may be given anew: none of them moves its curve."""
+
+SAMPLE_ROWS = 6
+
+
+def parse(arguments: Sequence[str]) -> RunConfig:
+    """The configuration that a command line asks for; the preset named by --model gives its defaults.
+
+    Prints help or a usage error and raises `SystemExit` (2 for an error), raises `ConfigError` for inconsistent values.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--model", default="tiny")
+    early.add_argument("--out", default=None)
+    early.add_argument("--resume", action="store_true")
+    known, _ = early.parse_known_args(arguments)
+    if known.model not in PRESETS:
+        raise ConfigError(f"--model {known.model!r} is none of {', '.join(PRESETS)}")
+    default = PRESETS[known.model]
+    if known.resume and known.out is not None:
+        default = dataclasses.replace(read_config(Path(known.out)), resume=False, overwrite=False)
+    config = tyro.cli(RunConfig, prog="python -m experiments.run", args=list(arguments), default=default)
+    if config.resume:
+        saved = read_config(config.folder)
+        changed = [
+            field.name
+            for field in dataclasses.fields(RunConfig)
+            if field.name not in MAY_CHANGE and getattr(config, field.name) != getattr(saved, field.name)
+        ]
+        if changed:
+            raise ConfigError(
+                f"the run in {config.folder} has other settings for {', '.join(changed)}: resume it without changing them, "
+                "or start a new run in another --out"
+            )
+    check(config)
+    return config
+
+
+def run(config: RunConfig, display: Display) -> Outcome:
+    """Train, evaluate, and leave everything in the run's folder."""
+    folder = config.folder if config.resume else prepare_new(config)
+    outcome = train(config, folder, display)
+    rows = outcome.split.held_out_rows(SAMPLE_ROWS * max(config.length, 1))[:SAMPLE_ROWS]
+    shaded = shade(outcome.model, rows, seed=config.seed)
+    summary = summary_of(config, outcome)
+    write_report(folder, config, summary, shaded)
+    # Last, so that a folder with a summary is a finished run.
+    write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    if outcome.validation.rate > 0:
+        display.sample([character for row in shaded[:3] for character in row][:600])
+    display.note(
+        f"held-out bpb {outcome.validation.bpb:.4f} at rate {outcome.validation.rate:.3f} after "
+        f"{config.total_steps * config.bytes_per_step / 1e6:.2f} MB and {outcome.seconds:.0f} s; see {folder / 'report.html'}"
+    )
+    return outcome
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, 1 for a run that failed, 2 for a user's error, 128 + n after signal n."""
+    display = Display()
+    # A CPU counts as two devices: at these sizes two halves of a batch side by side beat one product on two cores.
+    jax.config.update("jax_num_cpu_devices", min(2, os.cpu_count() or 1))
+    try:
+        run(parse(sys.argv[1:] if arguments is None else arguments), display)
+    except (ConfigError, DataError) as error:
+        return _fail(display, str(error), 2)
+    except NonFiniteError as error:
+        return _fail(display, str(error), 1)
+    except Interrupted as error:
+        return _fail(display, f"{error}; go on with --resume", 128 + error.signal_number)
+    return 0
+
+
+def _fail(display: Display, message: str, code: int) -> int:
+    display.note(f"error: {message}" if code <= 2 else message)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

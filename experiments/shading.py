@@ -1,0 +1,68 @@
+"""Held-out text with a boundary probability for every character."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import matplotlib
+import numpy as np
+
+from data import BOS, Row
+from experiments.evaluate import evaluate_batch, stack_rows
+from unet import UNet
+
+
+@dataclass(frozen=True)
+class Character:
+    """A character, the boundary probability at its last byte, and whether a boundary was drawn there."""
+
+    text: str
+    prob: float
+    boundary: bool
+
+
+def shade(model: UNet, rows: Sequence[Row], *, seed: int) -> list[list[Character]]:
+    """The characters of each row with their probabilities; bytes that make no character show as U+FFFD."""
+    result = evaluate_batch(model, stack_rows(rows, len(rows)), jax.random.key(seed), None)
+    probs, sampled = np.asarray(result.probs), np.asarray(result.sampled)
+    shaded = []
+    for number, row in enumerate(rows):
+        valid = int(row["mask"].sum())
+        shaded.append(characters(row["bytes"][:valid], probs[number, :valid], sampled[number, :valid]))
+    return shaded
+
+
+def characters(values: np.ndarray, probs: np.ndarray, boundaries: np.ndarray) -> list[Character]:
+    """Bytes to characters, each with the probability at its last byte; BOS shows as a small square."""
+    result = []
+    start = 0
+    while start < len(values):
+        size = min(_character_size(int(values[start])), len(values) - start)
+        if values[start] == BOS:
+            text = "▪"
+        else:
+            text = bytes(values[start : start + size]).decode("utf-8", errors="replace")
+            if len(text) > 1:
+                # A crop may begin or end inside a character.
+                text, size = "\ufffd", 1
+        last = start + size - 1
+        result.append(Character(text, float(probs[last]), bool(boundaries[start : last + 1].any())))
+        start += size
+    return result
+
+
+def colour_of(prob: float) -> tuple[int, int, int]:
+    """Blue for 0, white in the middle, red for 1; pale enough to read black text on."""
+    red, green, blue, _ = matplotlib.colormaps["coolwarm"](float(prob))
+    # Half way to white keeps the ends apart and the text legible.
+    red, green, blue = (round(255 * (0.35 + 0.65 * channel)) for channel in (red, green, blue))
+    return red, green, blue
+
+
+def _character_size(first: int) -> int:
+    """How many bytes a UTF-8 character with this first byte has; 1 for a byte that starts none."""
+    if first >= 0xF0:
+        return 4 if first < 0xF8 else 1
+    return 3 if first >= 0xE0 else 2 if first >= 0xC0 else 1

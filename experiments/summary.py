@@ -1,0 +1,45 @@
+"""`summary.json`: a run in one flat object."""
+
+from __future__ import annotations
+
+import math
+
+from experiments.config import RunConfig
+from experiments.train import Outcome
+
+Summary = dict[str, float | int | str | None]
+
+
+def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
+    """The figures of a finished run; what does not apply is null. Likelihoods are in bits per byte."""
+    validation = outcome.validation
+    summary: Summary = {
+        "estimator": config.estimator,
+        "dataset": config.dataset,
+        "model": config.model,
+        "seed": config.seed,
+        "parameters": outcome.parameters,
+        "steps": outcome.steps,
+        "bytes": outcome.steps * config.bytes_per_step,
+        "seconds": outcome.seconds,
+        "bytes_per_second": outcome.bytes_per_second,
+        "capacity": outcome.capacity,
+        "overflow_fraction": outcome.overflow,
+        "target_rate": config.rate,
+        "val_bpb": validation.bpb,
+        "early_val_bpb": validation.early_bpb,
+        "val_bytes": validation.bytes,
+        "rate": validation.rate,
+        "policy_entropy": validation.entropy,
+    }
+    for name, agreement in (("whitespace", validation.whitespace), ("spacelike", validation.spacelike)):
+        summary |= {
+            f"boundary_auc_{name}": agreement.auc,
+            f"boundary_precision_{name}": agreement.precision,
+            f"boundary_recall_{name}": agreement.recall,
+            f"boundary_f1_{name}": agreement.f1,
+            f"sampled_precision_{name}": agreement.sampled_precision,
+            f"sampled_recall_{name}": agreement.sampled_recall,
+            f"sampled_f1_{name}": agreement.sampled_f1,
+        }
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in summary.items()}

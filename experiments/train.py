@@ -1,0 +1,382 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from data import Batch, Split, load, open_batches, open_source
+from estimators import AbstractRouter
+from experiments.checkpoint import Checkpoints, Progress
+from experiments.config import ConfigError, OptimizerConfig, RunConfig
+from experiments.display import Display
+from experiments.evaluate import Validation, evaluate, stack_rows
+from experiments.folder import CHECKPOINTS, METRICS, MetricsLog, read_metrics
+from experiments.registry import build_estimator
+from unet import UNet
+from unet.model import LossOutput
+from unet.ops import boundary_scan
+
+
+class NonFiniteError(Exception):
+    """A loss or a gradient was not a finite number; the last checkpoint from before it stands."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved a checkpoint; `signal` is what asked."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class TrainState(eqx.Module):
+    """The arrays that training changes: the parameters (a model without its static parts) and the optimizer's moments."""
+
+    params: PyTree[Float[Array, ...]]
+    optimizer: PyTree[Array]
+
+
+class StepMetrics(eqx.Module):
+    """What a step reports: `LossOutput` without its loss, and the norm of the gradient before clipping."""
+
+    output: LossOutput
+    gradient_norm: Float[Array, ""]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: its model, its last validation, the held-out rows, and what it cost. `seconds` is time spent in the
+    training loop, over all sessions; `bytes_per_second` leaves compilation and validation out."""
+
+    model: UNet
+    validation: Validation
+    split: Split
+    capacity: int
+    steps: int
+    seconds: float
+    bytes_per_second: float
+    overflow: float
+    parameters: int
+
+
+def make_optimizer(config: OptimizerConfig, warmup_steps: int, total_steps: int) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global norm; linear warm-up from 0, then a cosine to `final_fraction` of the peak."""
+    peak = config.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, peak, warmup_steps, max(total_steps, warmup_steps + 1), peak * config.final_fraction
+    )
+    adamw = optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+
+
+def training_capacity(config: RunConfig, router: AbstractRouter | None, split: Split) -> int:
+    """Token rows per sequence in training.
+
+    `capacity_slack` times the expected count. A rule that aims at no rate is measured on held-out text instead, and gets a
+    quarter more than the fullest row needed there.
+    """
+    length = config.length
+    if router is None:
+        return length
+    if router.rate is not None:
+        slack = 1.0 if router.rate == 1.0 else config.capacity_slack
+        expected = slack * router.rate * length
+    else:
+        rows = split.held_out_rows(config.evaluation.bytes)
+        layout = stack_rows(rows, len(rows))
+        nothing = jnp.zeros((*layout.bytes.shape, 1))
+        drawn = router(nothing, layout, sampler=boundary_scan, key=None).actions
+        expected = 1.25 * int(jnp.max(jnp.sum(drawn, axis=1)))
+    return min(length, 8 * math.ceil(expected / 8))
+
+
+def make_step(static: UNet, optimizer: optax.GradientTransformation, *, capacity: int, accumulate: int):
+    """The jitted training step: `(state, batch, key) -> (state, metrics)`; the given state's buffers are reused."""
+
+    def loss(params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray) -> tuple[Float[Array, ""], LossOutput]:
+        model: UNet = eqx.combine(params, static)
+        output = model.loss(
+            batch["bytes"], key=key, segments=batch["segments"], mask=batch["mask"], capacities=(capacity,)
+        )
+        return output.loss, output
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def accumulated(
+        params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray
+    ) -> tuple[PyTree[Array], LossOutput]:
+        """The mean over the parts of a batch."""
+        if accumulate == 1:
+            return gradient(params, batch, key)
+        parts = jax.tree.map(lambda rows: rows.reshape(accumulate, -1, *rows.shape[1:]), batch)
+        keys = jax.random.split(key, accumulate)
+
+        def add(total: PyTree[Array], part: tuple[dict[str, Array], PRNGKeyArray]) -> tuple[PyTree[Array], None]:
+            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+        first = gradient(params, jax.tree.map(lambda rows: rows[0], parts), keys[0])
+        rest = jax.tree.map(lambda rows: rows[1:], parts), keys[1:]
+        total, _ = jax.lax.scan(add, first, rest)
+        return jax.tree.map(lambda value: value / accumulate, total)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: dict[str, Array], key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
+        gradients, output = accumulated(state.params, batch, key)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, moments), StepMetrics(output, optax.global_norm(gradients))
+
+    return step
+
+
+def train(config: RunConfig, folder: Path, display: Display) -> Outcome:
+    """Train to the end, from the last checkpoint in `folder` if there is one.
+
+    Raises `Interrupted` after SIGINT or SIGTERM, `NonFiniteError`, `DataError`, and `ConfigError` for a checkpoint that
+    does not fit or data that has changed.
+    """
+    split = _load_split(config)
+    for note in split.notes:
+        display.note(note)
+    place_batch, replicate = _placement(config)
+    keys = jax.random.split(jax.random.key(config.seed), 4)
+    key_estimator, key_model, key_steps, key_evaluate = keys
+    estimator = build_estimator(config, key_estimator)
+    model = UNet(config.unet, estimator, key=key_model)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
+    capacity = training_capacity(config, None if estimator is None else estimator.router, split)
+    step_function = make_step(static, optimizer, capacity=capacity, accumulate=config.optimizer.accumulate)
+    # Fresh trees share equal buffers between leaves, which donation forbids.
+    state = replicate(jax.tree.map(jnp.copy, TrainState(params, optimizer.init(params))))
+    rows = split.held_out_rows(config.evaluation.bytes)
+
+    def validate(state: TrainState) -> Validation:
+        model: UNet = eqx.combine(jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state.params), static)
+        return evaluate(model, rows, batch=config.batch, capacity=capacity, key=key_evaluate)
+
+    checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep)
+    progress = Progress(0, 0.0, {"step": 0, "stream": None}, split.fingerprint)
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        if restored.progress.fingerprint != split.fingerprint:
+            raise ConfigError(f"{config.dataset} is not the data that {folder} was trained on: it has changed since")
+        state, progress = restored.arrays, restored.progress
+        display.note(f"resumed at step {progress.step} of {config.total_steps}")
+    resumed_data = None if restored is None else progress.data
+    batches = open_batches(split, batch=config.batch, seed=config.seed, workers=config.data.workers, state=resumed_data)
+    log = MetricsLog(folder, progress.step)
+    total, done = config.total_steps, progress.step
+    started, seconds_before = time.perf_counter(), progress.seconds
+    speed = Speedometer(config.bytes_per_step)
+    validation: Validation | None = None
+
+    def seconds() -> float:
+        return seconds_before + time.perf_counter() - started
+
+    def save() -> None:
+        checkpoints.save(state, Progress(done, seconds(), batches.state(), split.fingerprint))
+
+    display.start(config, parameters, capacity, done)
+    try:
+        with _stop_requests() as requested:
+            while done < total:
+                key = jax.random.fold_in(key_steps, done)
+                state, metrics = step_function(state, place_batch(next(batches)), key)
+                done += 1
+                record = _record(done, done * config.bytes_per_step, metrics)
+                speed.tick()
+                _refuse_non_finite(record, folder)
+                if done % config.log_every == 0 or done == total:
+                    log.write({**record, "seconds": round(seconds(), 3)})
+                display.progress(done, record, speed.bytes_per_second)
+                if _is_due(done, total, config.evaluation.times):
+                    validation = validate(state)
+                    log.write(_validation_record(done, record["bytes"], validation))
+                    display.validation(done, validation)
+                    speed.pause()
+                if _is_due(done, total, config.checkpoint.times):
+                    save()
+                    speed.pause()
+                if requested:
+                    save()
+                    name = signal.Signals(requested[0]).name
+                    raise Interrupted(f"{name}: stopped at step {done} of {total} and saved {folder}", requested[0])
+    finally:
+        display.stop()
+        log.close()
+        batches.close()
+        checkpoints.close()
+    if validation is None:
+        validation = validate(state)
+    trained: UNet = eqx.combine(jax.device_get(state.params), static)
+    return Outcome(
+        model=jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, trained),
+        validation=validation,
+        split=split,
+        capacity=capacity,
+        steps=done,
+        seconds=seconds(),
+        bytes_per_second=speed.bytes_per_second,
+        overflow=_mean_overflow(folder),
+        parameters=parameters,
+    )
+
+
+class Speedometer:
+    """Bytes per second over the steps since the first, which compiles, leaving out what `pause` says was something else."""
+
+    def __init__(self, bytes_per_step: int):
+        self._bytes_per_step = bytes_per_step
+        self._last: float | None = None
+        self._seconds = 0.0
+        self._steps = 0
+
+    def tick(self) -> None:
+        """A step has ended."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds += now - self._last
+            self._steps += 1
+        self._last = now
+
+    def pause(self) -> None:
+        """Time since the last tick was not training."""
+        self._last = time.perf_counter()
+
+    @property
+    def bytes_per_second(self) -> float:
+        """NaN before the second step."""
+        return self._steps * self._bytes_per_step / self._seconds if self._steps else math.nan
+
+
+def _load_split(config: RunConfig) -> Split:
+    data = config.data
+    source = open_source(
+        config.dataset, text_field=data.text_field, cache=data.cache, cache_bytes=round(data.cache_gib * 2**30)
+    )
+    return load(
+        source,
+        length=config.length,
+        protocol=data.protocol,
+        held_out_share=data.held_out,
+        held_out_bytes=config.evaluation.bytes,
+    )
+
+
+def _placement(config: RunConfig):
+    """Functions that put a batch on the devices, row by row, and a tree on each of them."""
+    part = config.batch // config.optimizer.accumulate
+    available = jax.devices()
+    count = config.devices
+    if count is None:
+        count = max(n for n in range(1, len(available) + 1) if part % n == 0)
+    if count > len(available) or part % count:
+        raise ConfigError(
+            f"--devices {count} cannot share a batch of {part}: it must divide it, and there are {len(available)} device(s)"
+        )
+    mesh = jax.make_mesh((count,), ("batch",), axis_types=(AxisType.Auto,), devices=available[:count])
+    by_row, everywhere = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+
+    def place_batch(batch: Batch) -> dict[str, Array]:
+        return jax.device_put({"bytes": batch["bytes"], "segments": batch["segments"], "mask": batch["mask"]}, by_row)
+
+    return place_batch, functools.partial(jax.device_put, device=everywhere)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that the number of a SIGINT or SIGTERM is put on, instead of ending the process at once.
+
+    A second one ends it as usual.
+    """
+    requested: list[int] = []
+    watched = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in watched}
+
+    def remember(number: int, frame: object) -> None:
+        requested.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in watched:
+        signal.signal(number, remember)
+    try:
+        yield requested
+    finally:
+        for number in watched:
+            signal.signal(number, before[number])
+
+
+def _record(step: int, num_bytes: int, metrics: StepMetrics) -> dict[str, float | int | None]:
+    """One line of `metrics.jsonl` for a training step."""
+    output = metrics.output
+    record: dict[str, float | int | None] = {
+        "step": step,
+        "bytes": num_bytes,
+        "loss": float(output.loss),
+        "bpb": -float(output.log_lik) / math.log(2),
+        "early_bpb": _number(-float(output.early_log_lik) / math.log(2)),
+        "rate": float(output.rate),
+        "overflow": float(output.overflow),
+        "gradient_norm": float(metrics.gradient_norm),
+    }
+    for level, values in enumerate(output.metrics):
+        prefix = "" if level == 0 else f"level{level}_"
+        record.update({prefix + name: float(value) for name, value in values.items()})
+    return record
+
+
+def _validation_record(
+    step: int, num_bytes: float | int | None, validation: Validation
+) -> dict[str, float | int | None]:
+    record: dict[str, float | int | None] = {"step": step, "bytes": num_bytes}
+    for name, value in dataclasses.asdict(validation).items():
+        if isinstance(value, dict):
+            record.update({f"val_{name}_{key}": _number(inner) for key, inner in value.items()})
+        else:
+            record[f"val_{name}"] = _number(value)
+    return record
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN: what is not there is null."""
+    return None if math.isnan(value) else value
+
+
+def _refuse_non_finite(record: dict[str, float | int | None], folder: Path) -> None:
+    for name in ("loss", "gradient_norm"):
+        value = record[name]
+        if value is None or not math.isfinite(value):
+            raise NonFiniteError(
+                f"{name} became {value} at step {record['step']} ({record['bytes']} bytes); the last checkpoint in "
+                f"{folder / CHECKPOINTS} and {folder / METRICS} are from before it: resume with a lower "
+                "--optimizer.learning-rate in a new --out, or look there for what went wrong"
+            )
+
+
+def _is_due(step: int, total: int, times: int) -> bool:
+    """Whether `step` of 1 to `total` is one of `times` evenly spread ones, the last of which is `total`."""
+    return step * times // total > (step - 1) * times // total
+
+
+def _mean_overflow(folder: Path) -> float:
+    """Share of training bytes whose boundary was dropped, over the whole run."""
+    values = [value for record in read_metrics(folder) if isinstance(value := record.get("overflow"), float)]
+    return sum(values) / len(values) if values else 0.0

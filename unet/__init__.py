@@ -1,0 +1,21 @@
+"""The byte-level autoregressive U-Net and the operations it is made of."""
+
+from unet import ops
+from unet.chunkers import SelectDeviate, SelectDistribute
+from unet.model import LossOutput, Prediction, UNet, UNetConfig, next_byte_log_lik
+from unet.stage import AbstractStage, Flat, Hierarchy, Level
+
+__all__ = [
+    "AbstractStage",
+    "Flat",
+    "Hierarchy",
+    "Level",
+    "LossOutput",
+    "Prediction",
+    "SelectDeviate",
+    "SelectDistribute",
+    "UNet",
+    "UNetConfig",
+    "next_byte_log_lik",
+    "ops",
+]

@@ -1,0 +1,73 @@
+"""The small layers every block is made of. Parameters are float32; inputs may be of any floating dtype."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+class Linear(eqx.Module):
+    r"""$y = xW^\top$, no bias; the weight is cast to the input's dtype, products are accumulated in float32 or better."""
+
+    weight: Float[Array, "outputs inputs"]
+
+    def __init__(self, inputs: int, outputs: int, *, key: PRNGKeyArray):
+        """Weights are drawn from a normal of standard deviation `inputs**-0.5`."""
+        self.weight = jax.random.normal(key, (outputs, inputs)) * inputs**-0.5
+
+    def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
+        return x @ self.weight.astype(x.dtype).T
+
+
+class RMSNorm(eqx.Module):
+    r"""$y = (1 + g)\,x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$, computed in float32 and returned in the input's dtype."""
+
+    weight: Float[Array, " dim"]
+    epsilon: float = eqx.field(static=True)
+
+    def __init__(self, dim: int, epsilon: float = 1e-6):
+        self.weight = jnp.zeros((dim,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return (wide * scale * (1.0 + self.weight)).astype(x.dtype)
+
+
+class Rotary(eqx.Module):
+    """Rotary position embedding, non-interleaved halves: cosines and sines of a batch of positions, in float32."""
+
+    cos: Float[Array, "batch length half"]
+    sin: Float[Array, "batch length half"]
+
+    def __init__(self, positions: Int[Array, "batch length"], dim: int, base: float = 10_000.0):
+        r"""Angles $p\,\mathrm{base}^{-2k/\mathrm{dim}}$ for k < dim/2. Raises `ValueError` for an odd `dim`."""
+        if dim % 2:
+            raise ValueError(f"rotary embeddings turn pairs of dimensions; a head of {dim} has an odd number of them")
+        frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+        angles = positions[..., None].astype(jnp.float32) * frequencies
+        self.cos, self.sin = jnp.cos(angles), jnp.sin(angles)
+
+    def __call__(self, x: Float[Array, "batch length heads head_dim"]) -> Float[Array, "batch length heads head_dim"]:
+        cos, sin = self.cos[:, :, None, :].astype(x.dtype), self.sin[:, :, None, :].astype(x.dtype)
+        left, right = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+class GeGLU(eqx.Module):
+    r"""$W_{down}\big(\mathrm{gelu}_{tanh}(W_{gate}x) \odot W_{up}x\big)$, gate and up in one matrix (gate first)."""
+
+    gate_up: Linear
+    down: Linear
+
+    def __init__(self, dim: int, hidden: int, *, key: PRNGKeyArray):
+        key_in, key_out = jax.random.split(key)
+        self.gate_up = Linear(dim, 2 * hidden, key=key_in)
+        self.down = Linear(hidden, dim, key=key_out)
+
+    def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(jax.nn.gelu(gate, approximate=True) * up)

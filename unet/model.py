@@ -1,0 +1,228 @@
+"""The byte-level language model: embedding, a stage, two heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from estimators.base import VOCAB, AbstractEstimator, Layout, Signal
+from unet.blocks import Stack
+from unet.layers import Linear, RMSNorm
+from unet.stage import AbstractStage, Drawing, Flat, Hierarchy, Level
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of an autoregressive U-Net.
+
+    Raises `ValueError` where the numbers cannot make a model.
+    """
+
+    dim: int
+    """Width of every hidden state."""
+    heads: int
+    """Attention heads; divides `dim`."""
+    encoder_layers: int
+    """Byte-level blocks before the boundaries."""
+    main_layers: int
+    """Token-level blocks."""
+    decoder_layers: int
+    """Byte-level blocks after the tokens are brought back."""
+    window: int = 64
+    """Bytes that byte-level attention sees, the current one included."""
+    token_positions: Literal["byte", "chunk"] = "byte"
+    """Rotary positions of a token: the byte position of its boundary, or its own number."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of matrix products; parameters, norms, softmax and losses stay float32."""
+    remat: bool = False
+    """Recompute each block in the backward pass, to save memory."""
+
+    def __post_init__(self):
+        for name in ("dim", "heads", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("encoder_layers", "main_layers", "decoder_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} cannot be negative; got {getattr(self, name)}")
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(
+                f"heads must divide dim into heads of even width; got dim {self.dim} and heads {self.heads}"
+            )
+
+
+class Prediction(eqx.Module):
+    """Logits of the next byte at each row, the early head's where it was asked for, and the levels of the hierarchy."""
+
+    logits: Float[Array, "batch length vocab"]
+    early_logits: Float[Array, "batch length vocab"] | None
+    levels: tuple[Level, ...]
+
+
+class LossOutput(eqx.Module):
+    """`loss` to descend: the mean negative log-likelihood in nats per byte plus the objectives' losses; and what to watch.
+
+    `log_lik` is the mean log-likelihood per predicted byte, `early_log_lik` that of the early head (NaN without one),
+    `rate` the share of valid bytes with a boundary, `overflow` the share of valid bytes whose boundary was dropped; `metrics`
+    holds what each level's objective reports.
+    """
+
+    loss: Float[Array, ""]
+    log_lik: Float[Array, ""]
+    early_log_lik: Float[Array, ""]
+    rate: Float[Array, ""]
+    overflow: Float[Array, ""]
+    metrics: tuple[dict[str, Float[Array, ""]], ...]
+
+
+def plain_layout(
+    bytes: Int[Array, "batch length"],
+    segments: Int[Array, "batch length"] | None = None,
+    mask: Bool[Array, "batch length"] | None = None,
+) -> Layout:
+    """The layout of byte rows: one document a row unless `segments` number several, nothing padded unless `mask` says so."""
+    positions = jnp.broadcast_to(jnp.arange(bytes.shape[1], dtype=jnp.int32), bytes.shape)
+    segments = jnp.zeros(bytes.shape, jnp.int32) if segments is None else segments.astype(jnp.int32)
+    mask = jnp.ones(bytes.shape, bool) if mask is None else mask
+    return Layout(bytes.astype(jnp.int32), positions, segments, mask)
+
+
+def next_byte_log_lik(
+    logits: Float[Array, "batch length vocab"], bytes: Int[Array, "batch length"]
+) -> Float[Array, "batch length"]:
+    r"""$\log p(x_{i+1} \mid x_{\le i})$ in nats and float32; 0 at the last row, which predicts nothing that is there."""
+    log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
+    picked = jnp.take_along_axis(log_probs, bytes[:, 1:, None].astype(jnp.int32), axis=-1, mode="clip")[..., 0]
+    return jnp.pad(picked, ((0, 0), (0, 1)))
+
+
+def continues(layout: Layout) -> Bool[Array, "batch length"]:
+    """True where the next row holds a byte of the same document, which is where a prediction can be scored."""
+    same = layout.segments[:, 1:] == layout.segments[:, :-1]
+    return jnp.pad(same & layout.mask[:, 1:] & layout.mask[:, :-1], ((0, 0), (0, 1)))
+
+
+class UNet(eqx.Module):
+    """A byte-level autoregressive U-Net whose token boundaries an estimator draws (SFE section 2.2).
+
+    `model(bytes, key=key)` predicts; `model.loss(bytes, key=key)` is what to descend.
+    """
+
+    embedding: Float[Array, "vocab dim"]
+    stage: AbstractStage
+    norm: RMSNorm
+    head: Linear
+    early_norm: RMSNorm | None
+    early_head: Linear | None
+    compute: Literal["float32", "bfloat16"] = eqx.field(static=True)
+
+    def __init__(self, config: UNetConfig, estimator: AbstractEstimator | None, *, key: PRNGKeyArray):
+        """`estimator` None leaves the token level out: encoder and decoder blocks alone, a purely byte-level model.
+
+        The early head starts as a copy of the output head (SFE section 2.4) and exists only where the objective asks for it.
+        """
+        key_embed, key_encode, key_main, key_decode, key_head = jax.random.split(key, 5)
+        dim, heads = config.dim, config.heads
+
+        def byte_level(layers: int, key: PRNGKeyArray) -> Stack:
+            return Stack(layers, dim, heads, dim, window=config.window, remat=config.remat, key=key)
+
+        self.embedding = jax.random.normal(key_embed, (VOCAB, dim))
+        if estimator is None:
+            self.stage = Flat(byte_level(config.encoder_layers + config.decoder_layers, key_encode))
+        else:
+            main = Stack(config.main_layers, dim, heads, 4 * dim, window=None, remat=config.remat, key=key_main)
+            self.stage = Hierarchy(
+                byte_level(config.encoder_layers, key_encode),
+                estimator,
+                Flat(main),
+                byte_level(config.decoder_layers, key_decode),
+                chunk_positions=config.token_positions == "chunk",
+            )
+        self.norm = RMSNorm(dim)
+        self.head = Linear(dim, VOCAB, key=key_head)
+        early = estimator is not None and estimator.objective.needs_early_exit
+        self.early_norm = RMSNorm(dim) if early else None
+        self.early_head = Linear(dim, VOCAB, key=key_head) if early else None
+        self.compute = config.compute
+
+    def __call__(
+        self,
+        bytes: Int[Array, "batch length"],
+        *,
+        key: PRNGKeyArray | None = None,
+        actions: Sequence[Bool[Array, "batch _"]] = (),
+        segments: Int[Array, "batch length"] | None = None,
+        mask: Bool[Array, "batch length"] | None = None,
+        capacities: Sequence[int] = (),
+        training: bool = False,
+    ) -> Prediction:
+        """Predict the next byte at every row.
+
+        `key` draws the boundaries (None: the likelier action of each byte), `actions` prescribes them level by level.
+        `segments` numbers the documents of a row, `mask` is False on padding. `capacities` bound the tokens of each level;
+        without them no boundary is ever dropped.
+        """
+        layout = plain_layout(bytes, segments, mask)
+        output = self.stage(self.embed(layout), layout, Drawing(key, tuple(actions), tuple(capacities), training))
+        early_logits = None
+        if self.early_head is not None and self.early_norm is not None:
+            early_logits = self.early_head(self.early_norm(output.levels[0].hidden))
+        return Prediction(self.head(self.norm(output.hidden)), early_logits, output.levels)
+
+    def embed(self, layout: Layout) -> Float[Array, "batch length dim"]:
+        """One vector a byte, in the compute dtype."""
+        return self.embedding[layout.bytes].astype(self.compute)
+
+    def loss(
+        self,
+        bytes: Int[Array, "batch length"],
+        *,
+        key: PRNGKeyArray | None,
+        segments: Int[Array, "batch length"] | None = None,
+        mask: Bool[Array, "batch length"] | None = None,
+        capacities: Sequence[int] = (),
+        training: bool = True,
+    ) -> LossOutput:
+        """The language-model loss plus the losses of the objectives of all levels (SFE eq. 22)."""
+        layout = plain_layout(bytes, segments, mask)
+        prediction = self(bytes, key=key, segments=segments, mask=mask, capacities=capacities, training=training)
+        return self.losses(prediction, layout)
+
+    def losses(self, prediction: Prediction, layout: Layout) -> LossOutput:
+        """The losses of a prediction that has been made. Raises `ValueError` for more than one learned level."""
+        scored = continues(layout)
+        count = jnp.maximum(jnp.sum(scored), 1)
+        log_lik = next_byte_log_lik(prediction.logits, layout.bytes)
+        early = None
+        if prediction.early_logits is not None:
+            early = next_byte_log_lik(prediction.early_logits, layout.bytes)
+
+        def mean(values: Float[Array, "batch length"]) -> Float[Array, ""]:
+            return jnp.sum(jnp.where(scored, values, 0.0)) / count
+
+        loss = -mean(log_lik)
+        metrics = []
+        for estimator, level in zip(self.stage.estimators, prediction.levels, strict=True):
+            signal = Signal(level.boundaries, log_lik, early, scored, scored)
+            output = estimator.objective(signal)
+            loss = loss + output.loss
+            metrics.append(output.metrics)
+        valid = jnp.maximum(jnp.sum(layout.mask), 1)
+        tokens, dropped = jnp.sum(layout.mask), jnp.zeros((), jnp.int32)
+        if prediction.levels:
+            tokens = jnp.sum(prediction.levels[0].lengths)
+            dropped = jnp.sum(prediction.levels[0].overflow)
+        return LossOutput(
+            loss=loss,
+            log_lik=mean(log_lik),
+            early_log_lik=jnp.full((), jnp.nan) if early is None else mean(early),
+            rate=tokens / valid,
+            overflow=dropped / valid,
+            metrics=tuple(metrics),
+        )

@@ -1,0 +1,7 @@
+"""Ragged operations under static shapes: one op a file, its XLA form the definition."""
+
+from unet.ops.boundary_scan import boundary_scan
+from unet.ops.downsample import downsample
+from unet.ops.upsample import token_of, upsample
+
+__all__ = ["boundary_scan", "downsample", "token_of", "upsample"]

@@ -1,0 +1,123 @@
+"""Stages: what runs at one level of the hierarchy. A stage may hold another stage, to any depth."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from estimators.base import AbstractEstimator, Boundaries, Layout, TokenRows
+from unet.blocks import Stack
+from unet.ops import boundary_scan
+
+
+class Level(eqx.Module):
+    """What one level of a hierarchy did: the encoder's `hidden` states, the `boundaries` drawn from them, the tokens per
+    sequence, and the boundaries for which no token row was left."""
+
+    hidden: Float[Array, "batch length dim"]
+    layout: Layout
+    boundaries: Boundaries
+    lengths: Int[Array, " batch"]
+    overflow: Int[Array, " batch"]
+
+
+class StageOutput(eqx.Module):
+    """The stage's hidden states and its levels, the outermost first."""
+
+    hidden: Float[Array, "batch length dim"]
+    levels: tuple[Level, ...]
+
+
+class Drawing(eqx.Module):
+    """How boundaries are drawn in one forward pass, level by level, the outermost first.
+
+    `key` draws them (None: the likelier action of each row); `actions`, where given, are taken as they are; `capacities`
+    bound the tokens of each level (empty: as many as there are rows, so none is ever dropped).
+    """
+
+    key: PRNGKeyArray | None = None
+    actions: tuple[Bool[Array, "batch _"], ...] = ()
+    capacities: tuple[int, ...] = eqx.field(static=True, default=())
+    training: bool = eqx.field(static=True, default=False)
+
+    def inner(self) -> Drawing:
+        """The same for the level inside this one."""
+        key = None if self.key is None else jax.random.fold_in(self.key, 1)
+        return Drawing(key, self.actions[1:], self.capacities[1:], self.training)
+
+
+class AbstractStage(eqx.Module):
+    """A causal map of hidden states to hidden states."""
+
+    @property
+    @abstractmethod
+    def estimators(self) -> tuple[AbstractEstimator, ...]:
+        """The estimators of the levels inside, the outermost first."""
+
+    @abstractmethod
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> StageOutput:
+        """Row i of the output depends on the rows up to i of its own document only."""
+
+
+class Flat(AbstractStage):
+    """A stack of blocks and nothing inside."""
+
+    stack: Stack
+
+    @property
+    def estimators(self) -> tuple[AbstractEstimator, ...]:
+        return ()
+
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> StageOutput:
+        return StageOutput(self.stack(hidden, layout), ())
+
+
+class Hierarchy(AbstractStage):
+    r"""encode, draw boundaries, downsample, run the inner stage on the tokens, upsample, decode (SFE eq. 1-6).
+
+    Token rows take the byte and the document of the row that closed them. `positions` decides what rotary embeddings see
+    at the token level: `byte`, the byte position of that row, or `chunk`, the token's own number.
+    """
+
+    encoder: Stack
+    estimator: AbstractEstimator
+    inner: AbstractStage
+    decoder: Stack
+    chunk_positions: bool = eqx.field(static=True, default=False)
+
+    @property
+    def estimators(self) -> tuple[AbstractEstimator, ...]:
+        return (self.estimator, *self.inner.estimators)
+
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> StageOutput:
+        encoded = self.encoder(hidden, layout)
+        capacity = drawing.capacities[0] if drawing.capacities else hidden.shape[1]
+        boundaries = self.route(encoded, layout, drawing)
+        chunker = self.estimator.chunker
+        rows = chunker.down(encoded, boundaries, capacity=capacity)
+        boundaries = boundaries.limited(capacity)
+        inner = self.inner(rows.values, self.token_layout(rows, layout), drawing.inner())
+        joined = chunker.up(inner.hidden, rows, encoded, boundaries)
+        level = Level(encoded, layout, boundaries, rows.lengths, rows.overflow)
+        return StageOutput(self.decoder(joined, layout), (level, *inner.levels))
+
+    def route(self, encoded: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Boundaries:
+        """The boundaries of this level, drawn from the encoder's states."""
+        actions = drawing.actions[0] if drawing.actions else None
+        return self.estimator.router(
+            encoded, layout, sampler=boundary_scan, key=drawing.key, actions=actions, training=drawing.training
+        )
+
+    def token_layout(self, rows: TokenRows, layout: Layout) -> Layout:
+        """What each token row stands for."""
+
+        def at(values: Int[Array, "batch length"]) -> Int[Array, "batch tokens"]:
+            return jnp.take_along_axis(values, rows.positions, axis=1, mode="clip")
+
+        number = jnp.broadcast_to(jnp.arange(rows.positions.shape[1], dtype=jnp.int32), rows.positions.shape)
+        positions = number if self.chunk_positions else at(layout.positions)
+        return Layout(at(layout.bytes), positions, at(layout.segments), rows.mask)
