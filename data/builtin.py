@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from data.documents import AbstractSource, DataError, Shard, checked_utf8
 
 _NOT_LIBRARY = frozenset({"site-packages", "__pycache__", "test", "tests", "idle_test"})
+_BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 def library_files() -> list[Path]:
@@ -43,7 +45,11 @@ class StandardLibraryCode(AbstractSource):
 
 
 class StandardLibraryDocs(AbstractSource):
-    """English prose: the docstrings of the standard library, one document a module, and pydoc's topics (about 2.3 MB)."""
+    """English prose: the docstrings of the standard library, one document a module, and pydoc's topics (about 2 MB).
+
+    Prose only: line breaks within a paragraph and indentation, which are typesetting, become single spaces, and each
+    paragraph a line.
+    """
 
     @property
     def name(self) -> str:
@@ -58,14 +64,20 @@ class StandardLibraryDocs(AbstractSource):
 
     def documents(self, shard: Shard) -> Iterator[bytes]:
         for path in library_files():
-            text = "\n\n".join(_docstrings(path))
+            text = as_prose("\n\n".join(_docstrings(path)))
             if text:
                 yield text.encode()
         # Imported here: half a megabyte of text that nothing else needs.
         from pydoc_data.topics import topics
 
         for _, text in sorted(topics.items()):
-            yield text.encode()
+            yield as_prose(text).encode()
+
+
+def as_prose(text: str) -> str:
+    """`text` with every paragraph on one line and single spaces between words."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in _BLANK_LINES.split(text))
+    return "\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
 def _docstrings(path: Path) -> Iterator[str]:

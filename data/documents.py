@@ -35,6 +35,11 @@ class AbstractSource(ABC):
     def streamed(self) -> bool:
         """Whether it is too large, or too far away, to be read as a whole before training starts."""
 
+    @property
+    def held_out_source(self) -> AbstractSource | None:
+        """A data set of its own that holds the held-out documents; None where they are a share of these."""
+        return None
+
     @abstractmethod
     def shards(self) -> Sequence[Shard]:
         """All parts, in a fixed order. Raises `DataError` where they cannot be listed."""

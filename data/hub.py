@@ -1,17 +1,331 @@
-"""placeholder"""
+"""Data sets on the Hugging Face hub: listed once, then streamed shard by shard through a cache of bounded size."""
 
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import httpx2
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+
+from data.documents import AbstractSource, DataError, Shard
+from data.files import read_documents
+
+TRIES = 4
+"""Times a shard is asked for before giving up."""
+
+FORMATS = (
+    ("*.parquet",),
+    ("*.jsonl.zst", "*.jsonl.gz", "*.json.gz", "*.jsonl", "*.ndjson"),
+    ("*.json",),
+    ("*.txt", "*.txt.gz"),
+)
+"""Files that hold documents, the kinds in order of preference: a repository's shards are all of the first kind it has."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class HubDataset:
+    """Where a data set lies on the hub: its repository, a folder in it ("" for all), file patterns (empty: the first of
+    `FORMATS` that is there), the field of the text, and the repository of its own held-out split, if it has one."""
+
     name: str
     repository: str
-    patterns: tuple
-    text_field: str
+    folder: str = ""
+    patterns: tuple[str, ...] = ()
+    text_field: str = "text"
+    held_out_repository: str | None = None
 
 
-HUB_DATASETS = {}
+HUB_DATASETS: dict[str, HubDataset] = {
+    dataset.name: dataset
+    for dataset in (
+        HubDataset("codeparrot", "transformersbook/codeparrot", patterns=("*.json.gz",), text_field="content"),
+        HubDataset(
+            "codeparrot-clean",
+            "codeparrot/codeparrot-clean-train",
+            patterns=("*.json.gz",),
+            text_field="content",
+            held_out_repository="codeparrot/codeparrot-clean-valid",
+        ),
+        HubDataset("fineweb", "HuggingFaceFW/fineweb", folder="sample/10BT", patterns=("*.parquet",)),
+        HubDataset("fineweb-edu", "HuggingFaceFW/fineweb-edu", folder="sample/10BT", patterns=("*.parquet",)),
+    )
+}
 
 
-class HubSource: ...
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository: its path, its size in bytes, and its SHA-256 where the hub knows it."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The shards of a data set at one commit. Kept beside the cached shards, so that a later run sees the same data."""
+
+    repository: str
+    commit: str
+    files: tuple[RemoteFile, ...]
+
+
+class HubSource(AbstractSource):
+    """A data set on the hub.
+
+    Its files are listed at one commit, and that list is kept: later runs use it without asking again. A shard is looked for
+    in the user's own Hugging Face cache, then in ours, then downloaded; ours is kept below `cache_bytes` by deleting the
+    shards that were used longest ago. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
+    """
+
+    def __init__(
+        self,
+        dataset: HubDataset,
+        *,
+        text_field: str,
+        cache: Path | None = None,
+        cache_bytes: int = 8 * 2**30,
+        endpoint: str | None = None,
+        wait: Callable[[float], None] = time.sleep,
+    ):
+        """`cache`: a folder of our own, by default `caesura` in the user's cache folder. `wait` sleeps between tries."""
+        root = _default_cache() if cache is None else cache
+        self._dataset = dataset
+        self._text_field = text_field
+        self._folder = (
+            root / "hub" / dataset.repository.replace("/", "--") / (dataset.folder.replace("/", "--") or "all")
+        )
+        self._cache = cache
+        self._cache_bytes = cache_bytes
+        self._endpoint = endpoint
+        self._wait = wait
+        self._manifest: Manifest | None = None
+
+    @property
+    def name(self) -> str:
+        return self._dataset.name
+
+    @property
+    def streamed(self) -> bool:
+        return True
+
+    @property
+    def held_out_source(self) -> AbstractSource | None:
+        repository = self._dataset.held_out_repository
+        if repository is None:
+            return None
+        dataset = HubDataset(f"{self.name} (held-out split)", repository, "", self._dataset.patterns, self._text_field)
+        return HubSource(
+            dataset,
+            text_field=self._text_field,
+            cache=self._cache,
+            cache_bytes=self._cache_bytes,
+            endpoint=self._endpoint,
+            wait=self._wait,
+        )
+
+    def shards(self) -> Sequence[Shard]:
+        return [Shard(file.path, file.size) for file in self._listed().files]
+
+    def documents(self, shard: Shard) -> Iterator[bytes]:
+        file = next(file for file in self._listed().files if file.path == shard.name)
+        return read_documents(self._local(file), self._text_field)
+
+    def _listed(self) -> Manifest:
+        if self._manifest is None:
+            kept = self._folder / "manifest.json"
+            if kept.exists():
+                self._manifest = _read_manifest(kept)
+            else:
+                self._manifest = self._cached_manifest() if constants.HF_HUB_OFFLINE else self._remote_manifest()
+                self._folder.mkdir(parents=True, exist_ok=True)
+                _write_manifest(kept, self._manifest)
+        return self._manifest
+
+    def _remote_manifest(self) -> Manifest:
+        api = HfApi(endpoint=self._endpoint)
+        repository, folder = self._dataset.repository, self._dataset.folder
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+        def look() -> Manifest:
+            commit = api.dataset_info(repository, timeout=10).sha
+            if commit is None:
+                raise DataError(f"the hub names no commit of {repository}, so its files cannot be pinned")
+            tree = api.list_repo_tree(repository, folder or None, recursive=True, revision=commit, repo_type="dataset")
+            files = tuple(
+                RemoteFile(entry.path, entry.size, None if entry.lfs is None else entry.lfs.sha256)
+                for entry in tree
+                if isinstance(entry, RepoFile)
+            )
+            return Manifest(repository, commit, files)
+
+        manifest = self._trying("list its files", look)
+        return self._with_shards_only(manifest)
+
+    def _cached_manifest(self) -> Manifest:
+        """Offline and never listed before: whatever shards the user's own Hugging Face cache holds."""
+        root = Path(constants.HF_HUB_CACHE) / f"datasets--{self._dataset.repository.replace('/', '--')}" / "snapshots"
+        snapshots = sorted(root.iterdir(), key=lambda path: path.stat().st_mtime) if root.is_dir() else []
+        if not snapshots:
+            raise self._unreachable("list its files", "offline mode is on (HF_HUB_OFFLINE) and no file of it is cached")
+        newest = snapshots[-1]
+        found = sorted(path for path in newest.rglob("*") if path.is_file())
+        files = tuple(RemoteFile(path.relative_to(newest).as_posix(), path.stat().st_size, None) for path in found)
+        inside = tuple(file for file in files if file.path.startswith(self._dataset.folder))
+        return self._with_shards_only(Manifest(self._dataset.repository, newest.name, inside))
+
+    def _with_shards_only(self, manifest: Manifest) -> Manifest:
+        for patterns in (self._dataset.patterns,) if self._dataset.patterns else FORMATS:
+            files = [
+                file for file in manifest.files if any(fnmatch.fnmatch(file.path, pattern) for pattern in patterns)
+            ]
+            if files:
+                shards = tuple(sorted(files, key=lambda file: file.path))
+                return Manifest(manifest.repository, manifest.commit, shards)
+        wanted = ", ".join(self._dataset.patterns or [pattern for patterns in FORMATS for pattern in patterns])
+        raise DataError(f"{manifest.repository} on the hub has no files like {wanted}")
+
+    def _local(self, file: RemoteFile) -> Path:
+        """The path of a shard on this machine, downloaded if it must be."""
+        manifest = self._listed()
+        theirs = try_to_load_from_cache(manifest.repository, file.path, repo_type="dataset", revision=manifest.commit)
+        if isinstance(theirs, str) and os.path.getsize(theirs) == file.size:
+            return Path(theirs)
+        ours = self._folder / file.path
+        if ours.exists() and ours.stat().st_size == file.size:
+            os.utime(ours)
+            return ours
+        if constants.HF_HUB_OFFLINE:
+            raise self._unreachable(
+                f"read {file.path}", "offline mode is on (HF_HUB_OFFLINE) and this shard is not cached"
+            )
+        ours.unlink(missing_ok=True)
+        self._make_room(file)
+
+        def download() -> Path:
+            try:
+                path = Path(
+                    hf_hub_download(
+                        manifest.repository,
+                        file.path,
+                        repo_type="dataset",
+                        revision=manifest.commit,
+                        local_dir=self._folder,
+                        endpoint=self._endpoint,
+                    )
+                )
+                _check_download(path, file)
+            except BaseException:
+                ours.unlink(missing_ok=True)
+                raise
+            return path
+
+        return self._trying(f"download {file.path}", download)
+
+    def _make_room(self, file: RemoteFile) -> None:
+        if file.size > self._cache_bytes:
+            raise DataError(
+                f"{file.path} of {self.name} has {file.size / 2**30:.2f} GiB, more than the cache may hold: raise "
+                f"--data.cache-gib above {self._cache_bytes / 2**30:.2f}"
+            )
+        hidden = self._folder / ".cache"
+        shards = sorted(
+            (path for path in self._folder.rglob("*") if path.is_file() and hidden not in path.parents),
+            key=lambda path: path.stat().st_mtime,
+        )
+        shards = [path for path in shards if path.name != "manifest.json"]
+        size = sum(path.stat().st_size for path in shards)
+        for path in shards:
+            if size + file.size <= self._cache_bytes:
+                return
+            size -= path.stat().st_size
+            path.unlink()
+
+    def _trying(self, what: str, action: Callable[[], Result]) -> Result:
+        """The result of `action`, tried again with growing pauses after failures that may pass."""
+        for attempt in range(TRIES):
+            try:
+                return action()
+            except (OSError, httpx2.HTTPError, ValueError) as error:
+                reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+                if attempt + 1 == TRIES or not _may_pass(reason):
+                    raise self._unreachable(what, _explain(reason)) from error
+                self._wait(2.0**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _unreachable(self, what: str, why: str) -> DataError:
+        endpoint = self._endpoint or constants.ENDPOINT
+        return DataError(
+            f"cannot {what} for the data set {self.name} ({self._dataset.repository} at {endpoint}): {why}. Nothing else is "
+            "used in its place; data sets that need no network are docs, stdlib, or the path of your own files"
+        )
+
+
+def _check_download(path: Path, file: RemoteFile) -> None:
+    size = path.stat().st_size
+    if size != file.size:
+        raise OSError(f"it arrived with {size} bytes instead of {file.size}")
+    if file.sha256 is not None:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != file.sha256:
+            raise OSError("it arrived with other contents than the hub's checksum says")
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether trying again makes sense: not after a refusal, not when the disk is full or forbidden."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
+    if isinstance(error, OfflineModeIsEnabled | ValueError):
+        return False
+    # The client raises plain OSErrors for downloads of the wrong size; those of the operating system have a number.
+    return isinstance(error, httpx2.TransportError) or (isinstance(error, OSError) and error.errno is None)
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, GatedRepoError):
+        return "access is granted only to users who asked for it: accept its terms on the hub and set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private and HF_TOKEN is not set"
+    if isinstance(error, HfHubHTTPError):
+        return f"the hub answered {error.response.status_code}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caesura"
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        values = json.loads(path.read_text())
+        files = tuple(RemoteFile(**file) for file in values["files"])
+        return Manifest(values["repository"], values["commit"], files)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} is damaged ({error}); delete it and the shards are listed anew") from None
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    values = {**vars(manifest), "files": [vars(file) for file in manifest.files]}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1))
+    temporary.replace(path)

@@ -58,10 +58,15 @@ def load(
     """Split a source by document into training and held-out text.
 
     What is held out depends on each document's content alone: those of the lowest rank, `held_out_share` of them; of a
-    streamed source, as many as give `held_out_bytes`. Raises `DataError` where the source cannot be read or has too little.
+    streamed source, as many as give `held_out_bytes`; of a data set with a held-out split, that split. Raises `DataError`
+    where the source cannot be read or has too little.
     """
     training: list[bytes] | None = None
-    if source.streamed:
+    separate = source.held_out_source
+    if separate is not None:
+        held_out = _stream_held_out(separate, 1.0, held_out_bytes)
+        held_out_share = 0.0
+    elif source.streamed:
         held_out = _stream_held_out(source, held_out_share, held_out_bytes)
     else:
         documents = [document for shard in source.shards() for document in source.documents(shard)]

@@ -30,7 +30,7 @@ def open_source(
         repository = name.removeprefix("hub:")
         if repository.count("/") != 1 or not all(repository.split("/")):
             raise DataError(f"a hub data set is written hub:owner/name; got {name!r}")
-        dataset = HubDataset(name, repository, ("*",), "text")
+        dataset = HubDataset(name, repository)
     else:
         return Files(name, text_field or "text")
     return HubSource(dataset, text_field=text_field or dataset.text_field, cache=cache, cache_bytes=cache_bytes)

@@ -19,7 +19,7 @@ taps      1 + the number of past boundaries that a policy sees
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -70,7 +70,8 @@ class Boundaries(eqx.Module):
         A row is dropped from the policy terms whenever no token row was left for it, whether or not it drew a boundary:
         keeping only the zeros there would bias the policy towards fewer boundaries.
         """
-        before = jnp.cumsum(self.actions, axis=1) - self.actions
+        count = self.actions.astype(jnp.int32)
+        before = jnp.cumsum(count, axis=1) - count
         room = before < capacity
         return Boundaries(self.actions & room, self.logits, self.probs, self.decided & room)
 
@@ -100,6 +101,7 @@ class BoundaryScan(eqx.Module):
     logits: Float[Array, "batch length"]
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Draws boundaries one after another: the op `unet.ops.boundary_scan`, which a model hands to its router."""
 

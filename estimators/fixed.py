@@ -113,7 +113,8 @@ class UniformRouter(AbstractRouter):
         last = mask & (jnp.cumsum(mask, axis=1) == jnp.sum(mask, axis=1, keepdims=True))
         priority = jnp.where(layout.starts | last, 2.0, jax.random.uniform(key, mask.shape))
         order = jnp.argsort(jnp.where(mask, priority, -1.0), axis=1, descending=True)
-        budget = jnp.round(jnp.sum(mask, axis=1, keepdims=True) * self.target_rate)
+        count = jnp.sum(mask, axis=1, keepdims=True).astype(jnp.float32)
+        budget = jnp.round(count * self.target_rate).astype(jnp.int32)
         return jnp.argsort(order, axis=1) < budget
 
 

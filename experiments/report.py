@@ -26,7 +26,8 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 p.quiet, figcaption { color: var(--quiet); margin-top: .2rem; }
-table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; }
+td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); }
 td + td { font-variant-numeric: tabular-nums; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 pre.text { background: white; color: black; padding: .8rem; border: 1px solid var(--line); border-radius: 4px;
@@ -100,7 +101,9 @@ def boundaries_picture(shaded: Sequence[Sequence[Character]]) -> bytes:
             axes.add_patch(Rectangle((x, y + 0.06), 1, 0.88, facecolor=colour, linewidth=0))
             if character.boundary:
                 axes.add_patch(Rectangle((x + 0.86, y + 0.06), 0.14, 0.88, facecolor="#333333", linewidth=0))
-            axes.text(x + 0.45, y + 0.53, _printable(character.text), ha="center", va="center", fontsize=8, family="monospace")
+            axes.text(
+                x + 0.45, y + 0.53, _printable(character.text), ha="center", va="center", fontsize=8, family="monospace"
+            )
     return _png(figure)
 
 

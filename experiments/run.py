@@ -17,6 +17,7 @@ from data import DataError
 from experiments.config import ConfigError, RunConfig, check
 from experiments.display import Display
 from experiments.folder import SUMMARY, prepare_new, read_config, write_atomically
+from experiments.launch import with_large_pages
 from experiments.presets import PRESETS
 from experiments.report import write_report
 from experiments.shading import shade
@@ -102,4 +103,5 @@ def _fail(display: Display, message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    with_large_pages("experiments.run")
     sys.exit(main())

@@ -1,0 +1,56 @@
+"""Shared by all tests: strict dtypes, two CPU devices, and small models."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+# Before anything touches a backend.
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# The models are small and compiled once each: compiling fast beats running fast.
+jax.config.update("jax_disable_most_optimizations", True)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import Array, Int  # noqa: E402
+
+from estimators import AbstractEstimator, AbstractReduction, EarlyExit, ScoreFunction  # noqa: E402
+from unet import SelectDistribute, UNet, UNetConfig  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Loads a golden file by name."""
+    return lambda name: np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+
+
+def text_bytes(batch: int, length: int, seed: int = 0) -> Int[Array, "batch length"]:
+    """Bytes that look a little like text: BOS, letters, and a space about every fifth."""
+    rng = np.random.default_rng(seed)
+    values = rng.integers(97, 123, (batch, length))
+    values[rng.random((batch, length)) < 0.2] = 32
+    values[:, 0] = 254
+    return jnp.asarray(values, jnp.int32)
+
+
+def small_model(
+    estimator: AbstractEstimator | None = None, *, dim: int = 16, window: int = 4, seed: int = 0, **shape
+) -> UNet:
+    """A model of a few thousand parameters with one block a stack."""
+    layers = {"encoder_layers": 1, "main_layers": 1, "decoder_layers": 1} | shape
+    config = UNetConfig(dim=dim, heads=2, window=window, **layers)
+    return UNet(config, estimator, key=jax.random.key(seed))
+
+
+def small_score_function(
+    reductions: Sequence[AbstractReduction] = (EarlyExit(),), *, dim: int = 16, window: int = 2, **settings
+) -> ScoreFunction:
+    """A score-function estimator to go with `small_model`, its policy lively enough to draw varied boundaries."""
+    settings = {"target_rate": 0.3, "scale": 2.0} | settings
+    return ScoreFunction(
+        dim, chunker=SelectDistribute(), key=jax.random.key(7), reductions=tuple(reductions), window=window, **settings
+    )

@@ -1,0 +1,112 @@
+"""A hub on this machine: enough of its HTTP interface for the real client, with faults on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves `files` of one data set repository. `faults` maps a kind of request (`info`, `tree`, `GET`, `HEAD`) to a list of
+    faults, one of which each such request uses up: `500`, `gated`, `missing`, `truncated`, `wrong size`, `wrong content`."""
+
+    daemon_threads = True
+
+    def __init__(self, repository: str, files: Mapping[str, bytes], token: str | None):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repository, self.files, self.token = repository, dict(files), token
+        self.faults: dict[str, list[str]] = {}
+        self.requests: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@contextmanager
+def hub(repository: str, files: Mapping[str, bytes], token: str | None = None) -> Iterator[Hub]:
+    """A running hub, shut down at the end."""
+    server = Hub(repository, files, token)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        hub, path = self.server, unquote(urlsplit(self.path).path)
+        prefix = f"/api/datasets/{hub.repository}"
+        kind = "tree" if "/tree/" in path else "info" if path.startswith("/api/") else self.command
+        hub.requests.append(f"{kind} {path}")
+        fault = hub.faults[kind].pop(0) if hub.faults.get(kind) else None
+        if fault == "500":
+            return self._send(500, b"{}")
+        if fault == "gated":
+            return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        if hub.token is not None and self.headers.get("authorization") != f"Bearer {hub.token}":
+            return self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if fault == "missing" or hub.repository not in path:
+            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if kind == "info":
+            return self._send(200, json.dumps({"id": hub.repository, "sha": COMMIT}).encode())
+        if kind == "tree":
+            folder = path.removeprefix(f"{prefix}/tree/{COMMIT}").strip("/")
+            return self._send(
+                200, json.dumps([_entry(*file) for file in hub.files.items() if file[0].startswith(folder)]).encode()
+            )
+        name = path.split(f"/resolve/{COMMIT}/", 1)[-1]
+        return self._send_file(hub.files[name], fault)
+
+    def _send_file(self, content: bytes, fault: str | None) -> None:
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        if fault == "wrong size":
+            content = content[:-3]
+        if fault == "wrong content":
+            content = bytes(len(content))
+        if fault == "truncated":
+            self.send_response(200)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+            return
+        self._send(200, content, headers)
+
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _entry(path: str, content: bytes) -> dict[str, object]:
+    digest = hashlib.sha256(content).hexdigest()
+    lfs = {"oid": digest, "size": len(content), "pointerSize": 100}
+    return {"type": "file", "path": path, "size": len(content), "oid": digest[:40], "lfs": lfs}

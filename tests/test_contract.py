@@ -1,0 +1,160 @@
+"""One contract that every registered estimator keeps."""
+
+import dataclasses
+from typing import get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.config import EstimatorName
+from experiments.presets import PRESETS
+from experiments.registry import REGISTRY, build_estimator
+from tests.conftest import text_bytes
+from unet import UNet, UNetConfig
+from unet.model import plain_layout
+from unet.stage import Drawing
+
+LENGTH = 24
+SHAPE = UNetConfig(dim=16, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=4)
+BOUNDED = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module", params=sorted(REGISTRY))
+def model(request):
+    config = dataclasses.replace(PRESETS["tiny"], unet=SHAPE, estimator=request.param, rate=0.3)
+    config = dataclasses.replace(config, sfe=dataclasses.replace(config.sfe, window=2))
+    return UNet(SHAPE, build_estimator(config, jax.random.key(1)), key=jax.random.key(2))
+
+
+def layout_inputs():
+    """Three rows: one document, two documents, one document and padding."""
+    segments = jnp.zeros((3, LENGTH), jnp.int32).at[1, 11:].set(1)
+    mask = jnp.ones((3, LENGTH), bool).at[2, 15:].set(False)
+    bytes = text_bytes(3, LENGTH).at[1, 11].set(254)
+    return bytes, segments, mask
+
+
+@eqx.filter_jit
+def forward(model, bytes, segments, mask, key, actions, capacities):
+    return model(bytes, key=key, segments=segments, mask=mask, actions=actions, capacities=capacities)
+
+
+def run(model, bytes, segments, mask, actions=(), capacities=(), greedy=False):
+    key = None if greedy else jax.random.key(3)
+    return forward(model, bytes, segments, mask, key, actions, capacities)
+
+
+def test_every_name_of_the_command_line_is_registered():
+    assert set(get_args(EstimatorName)) == set(REGISTRY)
+
+
+def test_shapes_dtypes_and_finite_logits(model):
+    prediction = run(model, *layout_inputs())
+    assert prediction.logits.shape == (3, LENGTH, 256)
+    assert prediction.logits.dtype == jnp.float32
+    assert jnp.all(jnp.isfinite(prediction.logits))
+    boundaries = prediction.levels[0].boundaries
+    assert boundaries.actions.dtype == bool
+    assert jnp.all((boundaries.probs >= 0) & (boundaries.probs <= 1))
+
+
+def test_boundaries_stand_at_document_starts_and_never_on_padding(model):
+    bytes, segments, mask = layout_inputs()
+    boundaries = run(model, bytes, segments, mask).levels[0].boundaries
+    assert jnp.all(boundaries.actions[:, 0])
+    assert boundaries.actions[1, 11]
+    assert not jnp.any(boundaries.actions & ~mask)
+    assert not jnp.any(boundaries.decided & ~mask)
+    assert not boundaries.decided[1, 11]
+    assert not jnp.any(boundaries.decided[:, 0])
+
+
+def test_greedy_boundaries_need_no_key_and_are_the_likelier_actions(model):
+    bytes, segments, mask = layout_inputs()
+    boundaries = run(model, bytes, segments, mask, greedy=True).levels[0].boundaries
+    free = mask.at[:, 0].set(False).at[1, 11].set(False)
+    np.testing.assert_array_equal(boundaries.actions[free], (boundaries.probs > 0.5)[free])
+
+
+def test_given_actions_are_taken_as_they_are(model):
+    bytes, segments, mask = layout_inputs()
+    actions = jnp.zeros((3, LENGTH), bool).at[:, ::4].set(True)
+    boundaries = run(model, bytes, segments, mask, actions=(actions,)).levels[0].boundaries
+    np.testing.assert_array_equal(boundaries.actions, (actions.at[:, 0].set(True).at[1, 11].set(True)) & mask)
+
+
+@pytest.mark.parametrize("place", [5, 11, 17])
+def test_changing_a_byte_moves_nothing_before_it(model, place):
+    bytes, segments, mask = layout_inputs()
+    changed = bytes.at[:, place].set(33)
+    before, after = run(model, bytes, segments, mask), run(model, changed, segments, mask)
+    np.testing.assert_allclose(before.logits[:, :place], after.logits[:, :place], **BOUNDED)
+    old, new = before.levels[0].boundaries, after.levels[0].boundaries
+    np.testing.assert_array_equal(old.actions[:, :place], new.actions[:, :place])
+    np.testing.assert_allclose(old.probs[:, :place], new.probs[:, :place], **BOUNDED)
+    assert not np.allclose(before.logits[0, place], after.logits[0, place], **BOUNDED)
+
+
+def test_no_gradient_reaches_an_embedding_from_an_earlier_prediction(model):
+    bytes, segments, mask = layout_inputs()
+    actions = run(model, bytes, segments, mask).levels[0].boundaries.actions
+    layout = plain_layout(bytes, segments, mask)
+
+    def energy(offset, place):
+        output = model.stage(model.embed(layout) + offset, layout, Drawing(None, (actions,)))
+        return jnp.sum(model.head(model.norm(output.hidden))[0, place] ** 2)
+
+    gradient = jax.jit(jax.grad(energy), static_argnums=1)(jnp.zeros((3, LENGTH, SHAPE.dim)), 9)
+    assert not jnp.any(gradient[0, 10:])
+    assert not jnp.any(gradient[1:])
+    assert jnp.any(gradient[0, 9])
+
+
+def test_a_row_of_a_batch_equals_that_row_alone(model):
+    bytes, segments, mask = layout_inputs()
+    actions = run(model, bytes, segments, mask).levels[0].boundaries.actions
+    together = run(model, bytes, segments, mask, actions=(actions,))
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = run(model, bytes[one], segments[one], mask[one], actions=(actions[one],))
+        np.testing.assert_allclose(together.logits[b], alone.logits[0], **BOUNDED)
+        np.testing.assert_allclose(
+            together.levels[0].boundaries.logits[b], alone.levels[0].boundaries.logits[0], **BOUNDED
+        )
+
+
+def test_documents_in_one_row_do_not_see_each_other(model):
+    bytes, segments, mask = layout_inputs()
+    actions = run(model, bytes, segments, mask).levels[0].boundaries.actions
+    together = run(model, bytes, segments, mask, actions=(actions,))
+    part = slice(11, None)
+    alone = run(model, bytes[1:2, part], segments[1:2, part], mask[1:2, part], actions=(actions[1:2, part],))
+    np.testing.assert_allclose(together.logits[1, part], alone.logits[0], **BOUNDED)
+
+
+def test_losses_and_gradients_are_finite_and_reach_what_they_should(model):
+    bytes, segments, mask = layout_inputs()
+
+    @eqx.filter_jit
+    def gradient(model):
+        return eqx.filter_grad(
+            lambda m: m.loss(bytes, key=jax.random.key(0), segments=segments, mask=mask, capacities=(12,)).loss
+        )(model)
+
+    gradients = gradient(model)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(eqx.filter(gradients, eqx.is_array)):
+        assert jnp.all(jnp.isfinite(leaf)), jax.tree_util.keystr(path)
+        assert jnp.any(leaf), f"no gradient at {jax.tree_util.keystr(path)}"
+
+
+def test_too_little_capacity_is_counted_and_bounds_the_tokens(model):
+    bytes, segments, mask = layout_inputs()
+    free = run(model, bytes, segments, mask).levels[0]
+    tight = run(model, bytes, segments, mask, capacities=(4,)).levels[0]
+    assert jnp.all(tight.lengths <= 4)
+    np.testing.assert_array_equal(tight.lengths + tight.overflow, free.lengths)
+    np.testing.assert_array_equal(jnp.sum(tight.boundaries.actions, axis=1), tight.lengths)
+    assert not jnp.any(free.overflow)

@@ -1,0 +1,199 @@
+"""Data sets of the hub, through the real client, against a hub on this machine."""
+
+import gzip
+import json
+
+import pytest
+from huggingface_hub import constants
+
+from data import DataError, load, open_batches
+from data.hub import HUB_DATASETS, HubDataset, HubSource
+from tests.hub_server import hub
+
+REPOSITORY = "someone/text"
+
+
+def shard(number, documents=40):
+    lines = [json.dumps({"content": f"shard {number} document {i} " * 9}) for i in range(documents)]
+    return gzip.compress("\n".join(lines).encode(), mtime=0)
+
+
+FILES = {f"data/part-{number}.json.gz": shard(number) for number in range(3)} | {"README.md": b"# text\n"}
+
+
+@pytest.fixture(autouse=True)
+def no_outside_settings(monkeypatch, tmp_path):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "theirs"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+
+
+@pytest.fixture
+def server():
+    with hub(REPOSITORY, FILES) as running:
+        yield running
+
+
+def source_at(server, tmp_path, waits=None, **settings):
+    dataset = HubDataset("mine", REPOSITORY, patterns=("*.json.gz",), text_field="content")
+    endpoint = server if isinstance(server, str) else server.url
+    wait = (lambda seconds: None) if waits is None else waits.append
+    return HubSource(dataset, text_field="content", cache=tmp_path / "ours", endpoint=endpoint, wait=wait, **settings)
+
+
+def read_all(source):
+    return [document for part in source.shards() for document in source.documents(part)]
+
+
+def downloads(server):
+    return [request for request in server.requests if request.startswith("GET")]
+
+
+def test_shards_are_listed_once_and_downloaded_when_needed(server, tmp_path):
+    source = source_at(server, tmp_path)
+    assert [part.name for part in source.shards()] == sorted(name for name in FILES if name.endswith(".gz"))
+    assert [part.size for part in source.shards()] == [len(FILES[part.name]) for part in source.shards()]
+    assert not downloads(server)
+    assert next(source.documents(source.shards()[1])).startswith(b"shard 1 document 0")
+    assert len(downloads(server)) == 1
+    assert sum(request.startswith("tree") for request in server.requests) == 1
+
+
+def test_a_second_run_asks_the_hub_for_nothing(server, tmp_path):
+    first = read_all(source_at(server, tmp_path))
+    server.requests.clear()
+    assert read_all(source_at(server, tmp_path)) == first
+    assert server.requests == []
+
+
+def test_the_cache_stays_within_its_bound_by_dropping_the_oldest(server, tmp_path):
+    size = max(map(len, FILES.values()))
+    source = source_at(server, tmp_path, cache_bytes=2 * size)
+    assert len(read_all(source)) == 120
+    kept = sorted(path.name for path in (tmp_path / "ours").rglob("*.json.gz"))
+    assert kept == ["part-1.json.gz", "part-2.json.gz"]
+    assert len(read_all(source)) == 120
+
+
+def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):
+    with pytest.raises(DataError, match=r"more than the cache may hold: raise --data\.cache-gib"):
+        read_all(source_at(server, tmp_path, cache_bytes=10))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"), [("info", "500"), ("GET", "500"), ("GET", "wrong content"), ("GET", "wrong size")]
+)
+def test_a_passing_fault_is_tried_again_with_growing_pauses(server, tmp_path, kind, fault):
+    server.faults[kind] = [fault, fault]
+    waits = []
+    assert len(read_all(source_at(server, tmp_path, waits))) == 120
+    assert waits == [1.0, 2.0]
+
+
+def test_a_truncated_download_is_never_used(server, tmp_path):
+    server.faults["GET"] = ["truncated"]
+    assert len(read_all(source_at(server, tmp_path))) == 120
+    assert len(downloads(server)) == 4
+
+
+@pytest.mark.parametrize("fault", ["500", "wrong content", "wrong size"])
+def test_a_lasting_fault_ends_in_one_clear_sentence_and_leaves_no_shard(server, tmp_path, fault):
+    server.faults["GET"] = [fault] * 50
+    with pytest.raises(
+        DataError, match=r"cannot download data/part-0.json.gz for the data set mine .*docs, stdlib, or the path"
+    ):
+        read_all(source_at(server, tmp_path))
+    assert not list((tmp_path / "ours").rglob("*.json.gz"))
+
+
+def test_an_unreachable_hub_is_named_with_the_alternatives(server, tmp_path):
+    with hub(REPOSITORY, FILES) as gone:
+        address = gone.url
+    with pytest.raises(DataError, match=rf"cannot list its files for the data set mine \(someone/text at {address}\)"):
+        read_all(source_at(address, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("gated", "accept its terms on the hub and set HF_TOKEN"), ("missing", "no such repository")]
+)
+def test_a_refusal_is_not_tried_again(server, tmp_path, fault, message):
+    server.faults["info"] = [fault]
+    waits = []
+    with pytest.raises(DataError, match=message):
+        read_all(source_at(server, tmp_path, waits))
+    assert waits == []
+
+
+def test_the_token_is_sent(tmp_path, monkeypatch):
+    with hub(REPOSITORY, FILES, token="hf_secret") as server:
+        with pytest.raises(DataError, match="HF_TOKEN is not set"):
+            read_all(source_at(server, tmp_path))
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        assert len(read_all(source_at(server, tmp_path))) == 120
+
+
+def test_offline_uses_what_is_cached_and_says_what_is_not(server, tmp_path, monkeypatch):
+    source = source_at(server, tmp_path)
+    first = list(source.documents(source.shards()[0]))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    server.requests.clear()
+    again = source_at(server, tmp_path)
+    assert list(again.documents(again.shards()[0])) == first
+    with pytest.raises(DataError, match=r"cannot read data/part-1.json.gz .*this shard is not cached"):
+        list(again.documents(again.shards()[1]))
+    assert server.requests == []
+
+
+def test_offline_reads_the_users_own_hugging_face_cache(tmp_path, monkeypatch):
+    snapshot = tmp_path / "theirs" / "datasets--someone--text" / "snapshots" / ("a" * 40)
+    for name, content in FILES.items():
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).write_bytes(content)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert len(read_all(source_at("http://127.0.0.1:9", tmp_path))) == 120
+
+
+def test_offline_without_any_cache_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="no file of it is cached"):
+        source_at("http://127.0.0.1:9", tmp_path).shards()
+
+
+def test_a_repository_without_text_files_is_refused(tmp_path):
+    with (
+        hub(REPOSITORY, {"README.md": b"#"}) as server,
+        pytest.raises(DataError, match=r"has no files like \*\.json\.gz"),
+    ):
+        source_at(server, tmp_path).shards()
+
+
+def test_unnamed_data_sets_use_the_best_format_there_is(tmp_path):
+    files = {"a.jsonl": b"{}", "b.parquet": b"PAR1", "c.txt": b"text"}
+    with hub(REPOSITORY, files) as server:
+        dataset = HubDataset("any", REPOSITORY)
+        source = HubSource(dataset, text_field="text", cache=tmp_path, endpoint=server.url)
+        assert [part.name for part in source.shards()] == ["b.parquet"]
+
+
+def test_streamed_batches_hold_out_documents_and_go_on_from_any_state(server, tmp_path):
+    def split():
+        return load(source_at(server, tmp_path), length=64, protocol="crop", held_out_share=0.2, held_out_bytes=500)
+
+    batches = open_batches(split(), batch=4, seed=1)
+    expected = [next(batches) for _ in range(3)]
+    state = json.loads(json.dumps(batches.state()))
+    expected += [next(batches) for _ in range(3)]
+    batches.close()
+    resumed = open_batches(split(), batch=4, seed=1, state=state)
+    for batch in expected[3:]:
+        assert (next(resumed)["bytes"] == batch["bytes"]).all()
+    resumed.close()
+
+
+def test_the_named_data_sets_lie_where_they_should():
+    assert HUB_DATASETS["codeparrot"].repository == "transformersbook/codeparrot"
+    assert HUB_DATASETS["codeparrot"].text_field == "content"
+    assert HUB_DATASETS["codeparrot-clean"].held_out_repository == "codeparrot/codeparrot-clean-valid"
+    assert HUB_DATASETS["fineweb"].folder == "sample/10BT"
