@@ -57,8 +57,16 @@ def read_documents(path: Path, text_field: str) -> Iterator[bytes]:
             yield from _json_documents(path, text_field)
         else:
             yield from _plain_documents(path)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, *_zstd_errors()) as error:
         raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _zstd_errors() -> tuple[type[Exception], ...]:
+    try:
+        import zstandard
+    except ImportError:
+        return ()
+    return (zstandard.ZstdError,)
 
 
 def _matches(pattern: str) -> list[Path]:

@@ -15,6 +15,9 @@ class WindowedPolicy(AbstractRouter):
     $l_i = \mathrm{softcap}\big((W_0 X_i + \sum_{j=1}^{w} a_{i-j} W_j X_i)/D + \mathrm{logit}(\pi_{target})\big)$, capped in
     training only, and $a_i \sim \mathrm{Bernoulli}(\sigma(l_i))$. `window = 0` is a policy without memory. Actions are drawn
     in sequence; given them all logits are computed at once, and only that computation carries gradients.
+
+    The weights start at zero, so every byte starts at the target rate: a policy that starts with preferences of its own may
+    settle on them before it has seen what boundaries are good for.
     """
 
     weight: Float[Array, "taps dim"]
@@ -30,7 +33,6 @@ class WindowedPolicy(AbstractRouter):
         target_rate: float = 0.2,
         scale: float = 16.0,
         cap: float = 6.0,
-        key: PRNGKeyArray,
     ):
         """`scale` is D; `cap` bounds the training logits. Raises `ValueError` for a window below 0, a rate outside (0, 1),
         or a scale or cap that is not positive."""
@@ -40,7 +42,7 @@ class WindowedPolicy(AbstractRouter):
             raise ValueError(f"scale and cap must be positive; got scale {scale} and cap {cap}")
         if abs(logit(target_rate)) >= cap:
             raise ValueError(f"a target rate of {target_rate} lies beyond logits capped at {cap}")
-        self.weight = jax.random.normal(key, (1 + window, dim)) * dim**-0.5
+        self.weight = jnp.zeros((1 + window, dim))
         self.target_rate = target_rate
         self.scale = scale
         self.cap = cap

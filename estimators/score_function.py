@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from jaxtyping import PRNGKeyArray
-
 from estimators.base import AbstractChunker, AbstractEstimator, AbstractObjective, AbstractRouter
 from estimators.objectives import AbstractReduction, BatchCentre, Discount, EarlyExit, ScoreFunctionObjective
 from estimators.routers import WindowedPolicy
@@ -25,7 +23,6 @@ class ScoreFunction(AbstractEstimator):
         dim: int,
         *,
         chunker: AbstractChunker,
-        key: PRNGKeyArray,
         target_rate: float = 0.2,
         reductions: tuple[AbstractReduction, ...] = (EarlyExit(), Discount(), BatchCentre()),
         window: int = 7,
@@ -35,6 +32,6 @@ class ScoreFunction(AbstractEstimator):
         rate_weight: float = 1e-2,
     ):
         """`dim` is the width of the encoder's states; see `WindowedPolicy` and `ScoreFunctionObjective` for the rest."""
-        self.router = WindowedPolicy(dim, window=window, target_rate=target_rate, scale=scale, cap=cap, key=key)
+        self.router = WindowedPolicy(dim, window=window, target_rate=target_rate, scale=scale, cap=cap)
         self.chunker = chunker
         self.objective = ScoreFunctionObjective(reductions, target_rate, policy_weight, rate_weight)

@@ -270,12 +270,9 @@ def from_json(text: str, where: str) -> RunConfig:
         values: dict[str, object] = json.loads(text)
         for name, section in _SECTIONS.items():
             values[name] = _build(section, values[name])
-        config = _build(RunConfig, values)
+        return _build(RunConfig, values)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ConfigError(f"{where} is not the configuration of a run ({error})") from None
-    cache, out = config.data.cache, config.out
-    data = dataclasses.replace(config.data, cache=None if cache is None else Path(cache))
-    return dataclasses.replace(config, data=data, out=None if out is None else Path(out))
 
 
 Built = TypeVar("Built")
@@ -284,4 +281,5 @@ Built = TypeVar("Built")
 def _build(kind: type[Built], values: object) -> Built:
     if not isinstance(values, dict):
         raise TypeError(f"{kind.__name__} is written as an object, not {values!r}")
-    return kind(**values)
+    paths = {name: Path(values[name]) for name in ("out", "cache") if isinstance(values.get(name), str)}
+    return kind(**values | paths)

@@ -170,8 +170,7 @@ def area_under_roc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def _precision_recall_f1(chosen: np.ndarray, wanted: np.ndarray) -> tuple[float, float, float]:
-    hits = float((chosen & wanted).sum())
-    precision = hits / chosen.sum() if chosen.any() else math.nan
-    recall = hits / wanted.sum() if wanted.any() else math.nan
-    total = float(chosen.sum() + wanted.sum())
-    return precision, recall, 2 * hits / total if total else math.nan
+    hits, drawn, there = (int(part.sum()) for part in (chosen & wanted, chosen, wanted))
+    precision = hits / drawn if drawn else math.nan
+    recall = hits / there if there else math.nan
+    return precision, recall, 2 * hits / (drawn + there) if drawn + there else math.nan

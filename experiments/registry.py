@@ -45,7 +45,6 @@ def _score_function(config: RunConfig, chunker: AbstractChunker, key: PRNGKeyArr
         cap=sfe.cap,
         policy_weight=sfe.policy_weight,
         rate_weight=sfe.rate_weight,
-        key=key,
     )
 
 

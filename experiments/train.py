@@ -140,7 +140,7 @@ def make_step(static: UNet, optimizer: optax.GradientTransformation, *, capacity
         gradients, output = accumulated(state.params, batch, key)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, moments), StepMetrics(output, optax.global_norm(gradients))
+        return TrainState(params, moments), StepMetrics(output, optax.tree.norm(gradients))
 
     return step
 
@@ -355,7 +355,7 @@ def _validation_record(
     return record
 
 
-def _number(value: float) -> float | None:
+def _number(value: float | int) -> float | int | None:
     """JSON has no NaN: what is not there is null."""
     return None if math.isnan(value) else value
 

@@ -1,5 +1,6 @@
 """Shared by all tests: strict dtypes, two CPU devices, and small models."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The models are small and compiled once each: compiling fast beats running fast.
 jax.config.update("jax_disable_most_optimizations", True)
 
+# What one test has compiled no other compiles again, nor do the processes that tests start.
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+import equinox as eqx  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -51,6 +60,6 @@ def small_score_function(
 ) -> ScoreFunction:
     """A score-function estimator to go with `small_model`, its policy lively enough to draw varied boundaries."""
     settings = {"target_rate": 0.3, "scale": 2.0} | settings
-    return ScoreFunction(
-        dim, chunker=SelectDistribute(), key=jax.random.key(7), reductions=tuple(reductions), window=window, **settings
-    )
+    estimator = ScoreFunction(dim, chunker=SelectDistribute(), reductions=tuple(reductions), window=window, **settings)
+    weight = jax.random.normal(jax.random.key(7), (1 + window, dim)) * dim**-0.5
+    return eqx.tree_at(lambda e: e.router.weight, estimator, weight)

@@ -20,6 +20,10 @@ class Linear(eqx.Module):
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         return x @ self.weight.astype(x.dtype).T
 
+    def wide(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
+        """The same product, returned in the float32 it was accumulated in: for logits that a loss is taken of."""
+        return jnp.matmul(x, self.weight.astype(x.dtype).T, preferred_element_type=jnp.float32)
+
 
 class RMSNorm(eqx.Module):
     r"""$y = (1 + g)\,x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$, computed in float32 and returned in the input's dtype."""

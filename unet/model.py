@@ -9,7 +9,7 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from estimators.base import VOCAB, AbstractEstimator, Layout, Signal
 from unet.blocks import Stack
@@ -81,7 +81,7 @@ class LossOutput(eqx.Module):
 
 
 def plain_layout(
-    bytes: Int[Array, "batch length"],
+    bytes: Integer[Array, "batch length"],
     segments: Int[Array, "batch length"] | None = None,
     mask: Bool[Array, "batch length"] | None = None,
 ) -> Layout:
@@ -93,7 +93,7 @@ def plain_layout(
 
 
 def next_byte_log_lik(
-    logits: Float[Array, "batch length vocab"], bytes: Int[Array, "batch length"]
+    logits: Float[Array, "batch length vocab"], bytes: Integer[Array, "batch length"]
 ) -> Float[Array, "batch length"]:
     r"""$\log p(x_{i+1} \mid x_{\le i})$ in nats and float32; 0 at the last row, which predicts nothing that is there."""
     logits = logits.astype(jnp.float32)
@@ -157,7 +157,7 @@ class UNet(eqx.Module):
 
     def __call__(
         self,
-        bytes: Int[Array, "batch length"],
+        bytes: Integer[Array, "batch length"],
         *,
         key: PRNGKeyArray | None = None,
         actions: Sequence[Bool[Array, "batch _"]] = (),
@@ -176,8 +176,8 @@ class UNet(eqx.Module):
         output = self.stage(self.embed(layout), layout, Drawing(key, tuple(actions), tuple(capacities), training))
         early_logits = None
         if self.early_head is not None and self.early_norm is not None:
-            early_logits = self.early_head(self.early_norm(output.levels[0].hidden))
-        return Prediction(self.head(self.norm(output.hidden)), early_logits, output.levels)
+            early_logits = self.early_head.wide(self.early_norm(output.levels[0].hidden))
+        return Prediction(self.head.wide(self.norm(output.hidden)), early_logits, output.levels)
 
     def embed(self, layout: Layout) -> Float[Array, "batch length dim"]:
         """One vector a byte, in the compute dtype."""
@@ -185,7 +185,7 @@ class UNet(eqx.Module):
 
     def loss(
         self,
-        bytes: Int[Array, "batch length"],
+        bytes: Integer[Array, "batch length"],
         *,
         key: PRNGKeyArray | None,
         segments: Int[Array, "batch length"] | None = None,

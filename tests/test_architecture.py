@@ -1,0 +1,41 @@
+"""Who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("estimators", "unet", "data", "experiments")
+
+
+def imports_of(package):
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((path, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield path, node.module or ""
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("estimators", ("unet", "data", "experiments")),
+        ("unet", ("data", "experiments")),
+        ("data", ("estimators", "unet", "experiments")),
+    ],
+)
+def test_packages_import_only_what_lies_below_them(package, forbidden):
+    found = [(path.name, name) for path, name in imports_of(package) if name.split(".")[0] in forbidden]
+    assert found == []
+
+
+def test_unet_knows_only_the_abstract_kinds_of_estimators():
+    names = {name for _, name in imports_of("unet") if name.split(".")[0] == "estimators"}
+    assert names == {"estimators.base"}
+
+
+def test_every_package_was_looked_at():
+    for package in PACKAGES:
+        assert list(imports_of(package)), package

@@ -1,0 +1,99 @@
+"""Validation figures against brute force, and that no boundary is ever dropped."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.rows import make_row
+from estimators import Isotropic
+from experiments.evaluate import agreement, area_under_roc, evaluate, summarise
+from experiments.shading import characters, colour_of
+from tests.conftest import small_model, small_score_function, text_bytes
+from unet import SelectDistribute, next_byte_log_lik
+
+
+def test_the_area_under_the_curve_counts_ordered_pairs():
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 5, 60) / 5, rng.random(60) < 0.3
+    pairs = [(p > n) + 0.5 * (p == n) for p in scores[positive] for n in scores[~positive]]
+    assert area_under_roc(scores, positive) == pytest.approx(np.mean(pairs))
+    assert math.isnan(area_under_roc(scores, np.zeros(60, bool)))
+
+
+def test_agreement_is_precision_recall_and_f1_over_free_rows():
+    target = np.array([[1, 1, 0, 0, 1, 0]], bool)
+    kept = {
+        "free": np.array([[0, 1, 1, 1, 1, 1]], bool),
+        "probs": np.array([[0.9, 0.8, 0.7, 0.1, 0.6, 0.2]]),
+        "greedy": np.array([[1, 1, 1, 0, 1, 0]], bool),
+        "sampled": np.array([[1, 0, 0, 0, 1, 0]], bool),
+    }
+    got = agreement(kept, target)
+    assert (got.precision, got.recall) == (2 / 3, 1.0)
+    assert got.f1 == pytest.approx(0.8)
+    assert (got.sampled_precision, got.sampled_recall) == (1.0, 0.5)
+    assert got.auc == pytest.approx(5 / 6)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    values = np.asarray(text_bytes(5, 20), np.uint8)
+    return [make_row([values[i, : 20 - 3 * i]], 20) for i in range(5)]
+
+
+def test_too_small_a_capacity_changes_nothing_but_the_time(rows):
+    model = small_model(small_score_function())
+    tight, wide = (evaluate(model, rows, batch=2, capacity=c, key=jax.random.key(0)) for c in (2, 20))
+    assert tight == wide
+    assert wide.overflow == 0.0
+    assert wide.bytes == sum(int(row["mask"].sum()) - 1 for row in rows)
+
+
+def test_bits_per_byte_are_those_of_the_model(rows):
+    model = small_model(Isotropic(chunker=SelectDistribute()))
+    got = evaluate(model, rows, batch=3, capacity=20, key=jax.random.key(0))
+    total = 0.0
+    for row in rows:
+        size = int(row["mask"].sum())
+        bytes = jnp.asarray(row["bytes"][None, :size], jnp.int32)
+        total -= float(next_byte_log_lik(model(bytes).logits, bytes).sum())
+    assert got.bpb == pytest.approx(total / math.log(2) / got.bytes, rel=1e-5)
+    assert got.rate == 1.0
+    assert math.isnan(got.early_bpb)
+
+
+def test_without_a_token_level_there_is_no_rate(rows):
+    got = evaluate(small_model(None), rows, batch=5, capacity=20, key=jax.random.key(0))
+    assert got.rate == 0.0
+    assert math.isfinite(got.bpb)
+    assert math.isnan(got.entropy)
+
+
+def test_summaries_need_only_the_kept_arrays():
+    shape = (2, 3)
+    kept = {name: np.zeros(shape, bool) for name in ("sampled", "greedy")}
+    kept |= {name: np.ones(shape, bool) for name in ("scored", "valid", "free")}
+    kept |= {"log_lik": np.full(shape, -math.log(2)), "early_log_lik": np.full(shape, np.nan)}
+    kept |= {
+        "probs": np.zeros(shape),
+        "entropy": np.full(shape, np.nan),
+        "overflow": np.zeros(2),
+        "bytes": np.full(shape, 97),
+    }
+    assert summarise(kept).bpb == pytest.approx(1.0)
+
+
+def test_characters_carry_the_probability_of_their_last_byte():
+    values = np.frombuffer("\xfe".encode("latin-1") + "aé€😀".encode() + b"\xa9", np.uint8)
+    got = characters(values, np.arange(len(values)) / 100, np.arange(len(values)) % 2 == 1)
+    assert [c.text for c in got] == ["▪", "a", "é", "€", "😀", "\ufffd"]
+    assert [round(100 * c.prob) for c in got] == [0, 1, 3, 6, 10, 11]
+
+
+def test_probabilities_shade_from_blue_to_red():
+    low, high = colour_of(0.0), colour_of(1.0)
+    assert low[2] > low[0]
+    assert high[0] > high[2]

@@ -1,0 +1,280 @@
+"""Runs as a user starts them: what they leave, how they resume, how they fail."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import run as run_module
+from experiments.folder import read_metrics
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    *("--unet.dim", "8", "--unet.heads", "2", "--unet.main-layers", "1", "--unet.window", "4"),
+    *("--length", "16", "--batch", "4", "--steps", "8", "--devices", "1"),
+    *("--evaluation.bytes", "64", "--evaluation.times", "2", "--checkpoint.times", "4"),
+)
+TIMES = ("seconds", "bytes_per_second")
+CHANGES: dict[str, int] = {}
+"""How many changes of its files an undisturbed run makes, once counted."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def usual_promotion():
+    """Optax relies on JAX's usual dtype promotion; the losses themselves are tested under the strict one."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    words = ["".join(chr(97 + c) for c in rng.integers(0, 26, rng.integers(2, 7))) for _ in range(50)]
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    lines = [json.dumps({"text": " ".join(rng.choice(words, 40))}) for _ in range(40)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def start(*arguments):
+    """Run in this process; returns the exit code."""
+    return run_module.main([str(argument) for argument in arguments])
+
+
+def curve(folder):
+    """Everything in the log but the times."""
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(folder)]
+
+
+def summary(folder):
+    values = json.loads((folder / "summary.json").read_text())
+    return {key: value for key, value in values.items() if key not in TIMES}
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """A whole run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert start("--dataset", corpus, "--out", folder, *SMALL) == 0
+    return folder
+
+
+def test_a_run_leaves_everything_it_should(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "summary.json", "checkpoints", "report.html", "boundaries.png"}
+    values = json.loads((finished / "summary.json").read_text())
+    for name in (
+        *("val_bpb", "early_val_bpb", "rate", "boundary_f1_whitespace", "bytes", "seconds", "bytes_per_second"),
+        *("parameters", "overflow_fraction"),
+    ):
+        assert values[name] is not None, name
+    assert values["bytes"] == 8 * 4 * 16
+    assert [record["step"] for record in read_metrics(finished) if "loss" in record] == list(range(1, 9))
+    assert [record["step"] for record in read_metrics(finished) if "val_bpb" in record] == [4, 8]
+    assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [6, 8]
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(finished):
+    page = (finished / "report.html").read_text()
+    assert 'src="data:image/png;base64,' in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert page.count("<span") > 50
+    assert (finished / "boundaries.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_gives_the_same_run(finished, corpus, tmp_path):
+    assert start("--dataset", corpus, "--out", tmp_path / "again", *SMALL) == 0
+    assert curve(tmp_path / "again") == curve(finished)
+    assert summary(tmp_path / "again") == summary(finished)
+
+
+def interrupt_at(monkeypatch, step):
+    """Have the run receive a SIGTERM when it has logged `step`."""
+    from experiments.folder import MetricsLog
+
+    write = MetricsLog.write
+
+    def write_and_interrupt(self, record):
+        write(self, record)
+        if record["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", write_and_interrupt)
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_an_interrupted_run_saves_and_resumes_bit_for_bit(finished, corpus, tmp_path, monkeypatch, step):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        assert start("--dataset", corpus, "--out", out, *SMALL) == 128 + signal.SIGTERM
+    assert (out / "checkpoints" / str(step)).is_dir()
+    assert start("--resume", "--out", out) == 0
+    assert curve(out) == curve(finished)
+    assert summary(out) == summary(finished)
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.55, 0.85])
+def test_a_killed_run_resumes_bit_for_bit(finished, corpus, tmp_path, share):
+    """SIGKILL at changes of the run's files spread over its whole life."""
+    out = tmp_path / "run"
+    arguments = ["--dataset", str(corpus), "--out", str(out), *SMALL]
+
+    def child(limit):
+        command = [sys.executable, "-m", "tests.killed_run", str(limit), *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+    total = CHANGES.get("total")
+    if total is None:
+        whole = child(0)
+        assert whole.returncode == 0, whole.stderr
+        total = CHANGES["total"] = int(whole.stdout.split()[-1])
+        shutil.rmtree(out)
+    killed = child(max(2, round(share * total)))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    if not (out / "config.json").exists():
+        assert start("--resume", "--out", out) == 2
+        return
+    assert start("--resume", "--out", out) == 0
+    assert curve(out) == curve(finished)
+    assert summary(out) == summary(finished)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    assert start("--resume", "--out", copy) == 0
+    assert curve(copy) == curve(finished)
+    assert summary(copy)["val_bpb"] == summary(finished)["val_bpb"]
+
+
+def message(capsys):
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_there_is_not_overwritten_unless_told(finished, corpus, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in copy.rglob("*"))
+    assert start("--dataset", corpus, "--out", copy, *SMALL) == 2
+    assert (
+        "is not empty: go on with its run (--resume), delete it first (--overwrite), or name another --out"
+        in message(capsys)
+    )
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in copy.rglob("*")) == before
+    (copy / "thesis.tex").write_text("mine")
+    assert start("--dataset", corpus, "--out", copy, "--overwrite", *SMALL) == 2
+    assert "holds files that no run wrote (thesis.tex)" in message(capsys)
+    assert (copy / "thesis.tex").read_text() == "mine"
+    assert (copy / "summary.json").exists()
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, capsys):
+    assert start("--resume", "--out", tmp_path) == 2
+    assert f"{tmp_path} holds no run to resume" in message(capsys)
+
+
+def test_a_run_is_resumed_with_its_own_settings(finished, capsys):
+    assert start("--resume", "--out", finished, "--seed", "5") == 2
+    assert "has other settings for seed" in message(capsys)
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    for path in (copy / "checkpoints" / "8" / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:-40])
+    assert start("--resume", "--out", copy) == 2
+    assert f"checkpoint {copy / 'checkpoints' / '8'} is damaged" in message(capsys)
+
+
+def test_changed_data_is_noticed(corpus, tmp_path, capsys, monkeypatch):
+    text, out = tmp_path / "text.jsonl", tmp_path / "run"
+    text.write_text(corpus.read_text())
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        assert start("--dataset", text, "--out", out, *SMALL) == 128 + signal.SIGTERM
+    text.write_text(corpus.read_text().replace("a", "b"))
+    assert start("--resume", "--out", out) == 2
+    assert "is not the data that" in message(capsys)
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert start("--dataset", corpus, "--out", out, *SMALL, "--optimizer.learning-rate", "1e30") == 1
+    text = message(capsys)
+    assert "error: loss became nan at step" in text or "error: gradient_norm became" in text
+    assert not (out / "summary.json").exists()
+
+
+WRONG = [
+    (("--model", "huge"), "--model 'huge' is none of tiny, 18M"),
+    (("--dataset", "no/such/file"), "there is no data set, file or folder called 'no/such/file'"),
+    (("--rate", "1.5"), "--rate is a share of bytes strictly between 0 and 1; got 1.5"),
+    (("--length", "1"), "--length must be at least 2"),
+    (("--bytes", "10"), "--bytes 10 is less than one step of 16 x 256 bytes"),
+    (("--sfe.window", "-1"), "--sfe.window counts past boundaries"),
+    (("--sfe.discount", "1.1"), "--sfe.discount lies between 0 and 1"),
+    (("--batch", "1"), "centred returns of a batch of 1 are all zero"),
+    (("--optimizer.accumulate", "3"), "--optimizer.accumulate 3 does not divide --batch 16"),
+    (("--estimator", "stride", "--stride.stride", "0"), "--stride.stride must be at least 1"),
+    (("--resume", "--overwrite"), "holds no run to resume"),
+    (("--devices", "99"), "--devices 99 cannot share a batch"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), WRONG)
+def test_mistakes_get_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    assert start("--out", "run", *arguments) == 2
+    text = message(capsys)
+    assert expected in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--estimatr", "sfe"), ("--estimator", "magic"), ("--batch", "many"), ("--unet.heads", "5")]
+)
+def test_unknown_flags_and_values_are_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        start(*arguments)
+    assert stopped.value.code == 2
+
+
+def test_help_says_what_every_setting_does(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        start("--help")
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for phrase in ("Discount of rewards per byte", "Peak learning rate", "Share of documents held out", "--sfe.window"):
+        assert phrase in text
+
+
+@pytest.mark.parametrize("estimator", ["uniform", "stride", "whitespace", "spacelike", "isotropic"])
+def test_every_rule_runs_to_the_end(corpus, tmp_path, estimator):
+    assert (
+        start(
+            "--dataset", corpus, "--out", tmp_path / "run", "--estimator", estimator, *SMALL, "--data.protocol", "pack"
+        )
+        == 0
+    )
+    values = summary(tmp_path / "run")
+    assert values["early_val_bpb"] is None
+    assert values["rate"] > 0.1
+
+
+def test_accumulation_two_devices_and_no_token_level_run_too(corpus, tmp_path):
+    extra = ("--optimizer.accumulate", "2", "--devices", "2", "--unet.compute", "bfloat16", "--chunker", "deviate")
+    assert start("--dataset", corpus, "--out", tmp_path / "a", *SMALL, *extra) == 0
+    flat = ("--estimator", "isotropic", "--isotropic.no-token-level")
+    assert start("--dataset", corpus, "--out", tmp_path / "b", *SMALL, *flat) == 0
+    assert summary(tmp_path / "b")["rate"] == 0.0
