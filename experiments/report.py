@@ -85,15 +85,16 @@ def shaded_html(characters: Iterable[Character]) -> str:
 def boundaries_picture(shaded: Sequence[Sequence[Character]]) -> bytes:
     """Held-out text as a PNG, one row of cells a line, each character on the colour of its probability."""
     lines = _wrapped(shaded)[:PICTURE_LINES]
-    figure = Figure(figsize=(0.105 * PICTURE_COLUMNS + 0.3, 0.24 * len(lines) + 0.75), dpi=140)
-    axes = figure.add_axes((0.01, 0.02, 0.98, 0.86))
+    height = 0.24 * len(lines) + 0.45
+    figure = Figure(figsize=(0.105 * PICTURE_COLUMNS + 0.3, height), dpi=140)
+    axes = figure.add_axes((0.01, 0.08 / height, 0.98, 1 - 0.45 / height))
     axes.set_xlim(0, PICTURE_COLUMNS)
     axes.set_ylim(len(lines), 0)
     axes.axis("off")
     figure.suptitle(
         "Held-out text: probability of a boundary at each character, blue 0, red 1; bars are boundaries drawn",
         fontsize=9,
-        y=0.985,
+        y=1 - 0.1 / height,
     )
     for y, line in enumerate(lines):
         for x, character in enumerate(line):

@@ -11,6 +11,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The models are small and compiled once each: compiling fast beats running fast.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 # What one test has compiled no other compiles again, nor do the processes that tests start.
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
