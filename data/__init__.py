@@ -1,7 +1,7 @@
 """Text for byte-level language models: sources, protocols, and a deterministic loader."""
 
 from data.documents import BOS, AbstractSource, DataError, Shard
-from data.loader import Batch, Batches, Split, load, open_batches
+from data.loader import Batch, Batches, Split, check_workers, load, open_batches
 from data.rows import MemoryRows, Protocol, Row
 from data.sources import open_source
 
@@ -16,6 +16,7 @@ __all__ = [
     "Row",
     "Shard",
     "Split",
+    "check_workers",
     "load",
     "open_batches",
     "open_source",

@@ -133,7 +133,7 @@ def _json_documents(path: Path, text_field: str) -> Iterator[bytes]:
 def _text_of(record: object, text_field: str, where: str) -> Iterator[bytes]:
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         fields = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise DataError(f"{where} has no text field {text_field!r}: it has {fields}; name one with --text-field")
+        raise DataError(f"{where} has no text field {text_field!r}: it has {fields}; name one with --data.text-field")
     try:
         text = record[text_field].encode()
     except UnicodeEncodeError:
@@ -152,7 +152,9 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[bytes]:
         with pyarrow.parquet.ParquetFile(path) as table:
             if text_field not in table.schema_arrow.names:
                 fields = ", ".join(table.schema_arrow.names)
-                raise DataError(f"{path} has no text field {text_field!r}: it has {fields}; name one with --text-field")
+                raise DataError(
+                    f"{path} has no text field {text_field!r}: it has {fields}; name one with --data.text-field"
+                )
             row = 0
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
                 for value in batch.column(0).to_pylist():

@@ -27,7 +27,7 @@ from huggingface_hub.hf_api import RepoFile
 from data.documents import AbstractSource, DataError, Shard
 from data.files import read_documents
 
-TRIES = 4
+TRIES = 6
 """Times a shard is asked for before giving up."""
 
 FORMATS = (
@@ -157,8 +157,9 @@ class HubSource(AbstractSource):
                 self._manifest = _read_manifest(kept)
             else:
                 self._manifest = self._cached_manifest() if constants.HF_HUB_OFFLINE else self._remote_manifest()
-                self._folder.mkdir(parents=True, exist_ok=True)
-                _write_manifest(kept, self._manifest)
+                if not constants.HF_HUB_OFFLINE:  # what happens to be cached is no list to keep
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    _write_manifest(kept, self._manifest)
         return self._manifest
 
     def _remote_manifest(self) -> Manifest:
@@ -258,14 +259,14 @@ class HubSource(AbstractSource):
             if size + file.size <= self._cache_bytes:
                 return
             size -= path.stat().st_size
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def _trying(self, what: str, action: Callable[[], Result]) -> Result:
         """The result of `action`, tried again with growing pauses after failures that may pass."""
         for attempt in range(TRIES):
             try:
                 return action()
-            except (OSError, httpx2.HTTPError, ValueError) as error:
+            except (OSError, httpx2.HTTPError, ValueError, RuntimeError) as error:
                 reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
                 if attempt + 1 == TRIES or not _may_pass(reason):
                     raise self._unreachable(what, _explain(reason)) from error
@@ -298,7 +299,8 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, OfflineModeIsEnabled | ValueError):
         return False
     # The client raises plain OSErrors for downloads of the wrong size; those of the operating system have a number.
-    return isinstance(error, httpx2.TransportError) or (isinstance(error, OSError) and error.errno is None)
+    passing = httpx2.TransportError | ConnectionError | TimeoutError | RuntimeError
+    return isinstance(error, passing) or (isinstance(error, OSError) and error.errno is None)
 
 
 def _explain(error: BaseException) -> str:

@@ -64,10 +64,10 @@ def load(
     training: list[bytes] | None = None
     separate = source.held_out_source
     if separate is not None:
-        held_out = _stream_held_out(separate, 1.0, held_out_bytes)
+        held_out = _stream_held_out(separate, 1.0, held_out_bytes, length, protocol)
         held_out_share = 0.0
     elif source.streamed:
-        held_out = _stream_held_out(source, held_out_share, held_out_bytes)
+        held_out = _stream_held_out(source, held_out_share, held_out_bytes, length, protocol)
     else:
         documents = [document for shard in source.shards() for document in source.documents(shard)]
         training, held_out = split_documents(documents, held_out_share, source.name)
@@ -82,11 +82,11 @@ def load(
             )
         if len(trainable) == 0:
             raise DataError(
-                f"no document of {source.name} has {length} bytes; use a smaller --length or --protocol crop"
+                f"no document of {source.name} has {length} bytes; use a smaller --length or --data.protocol crop"
             )
     if len(rows) == 0:
         raise DataError(
-            f"no held-out document of {source.name} has {length} bytes; use a smaller --length or --protocol crop"
+            f"no held-out document of {source.name} has {length} bytes; use a smaller --length or --data.protocol crop"
         )
     digest = hashlib.blake2b(digest_size=8)
     for document in held_out if training is None else [*training, *held_out]:
@@ -109,6 +109,12 @@ def split_documents(documents: Sequence[bytes], share: float, name: str) -> tupl
     threshold = min(threshold, max(ranks))
     training = [document for document, rank in zip(documents, ranks, strict=True) if rank >= threshold]
     return training, [document for document, rank in zip(documents, ranks, strict=True) if rank < threshold]
+
+
+def check_workers(split: Split, workers: int) -> None:
+    """Raise `DataError` for more than one worker on a stream."""
+    if split.training is None and workers > 1:
+        raise DataError(f"{split.source.name} is streamed shard by shard, by one worker process at most; got {workers}")
 
 
 class Batches(Iterator[Batch]):
@@ -139,17 +145,14 @@ def open_batches(
 ) -> Batches:
     """Shuffled batches, the same for the same seed whatever the number of worker processes.
 
-    Documents in memory are shuffled anew every epoch, streamed rows within a window. `state` is what `Batches.state`
-    returned. Raises `DataError` for more than one worker on a stream, whose shards are read one after another.
+    Rows in memory are shuffled anew every epoch (packed rows stay as they are packed), streamed rows within a window.
+    `state` is what `Batches.state` returned. Raises `DataError` for more than one worker on a stream, whose shards are read one after another.
     """
     step = 0
     if state is not None and isinstance(state["step"], int):
         step = state["step"]
+    check_workers(split, workers)
     if split.training is None:
-        if workers > 1:
-            raise DataError(
-                f"{split.source.name} is streamed shard by shard, by one worker process at most; got {workers}"
-            )
         stream = StreamRows(split.source, split.length, split.protocol, split.held_out_share, seed)
         dataset = WindowShuffleIterDataset(stream, window_size=SHUFFLE_WINDOW, seed=seed).batch(batch)
         dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4)
@@ -250,14 +253,19 @@ def _same_document(at: StreamState, state: StreamState) -> bool:
     return all(at[key] == state[key] for key in ("epoch", "shard", "document"))
 
 
-def _stream_held_out(source: AbstractSource, share: float, max_bytes: int) -> list[bytes]:
+def _stream_held_out(
+    source: AbstractSource, share: float, max_bytes: int, length: int, protocol: Protocol
+) -> list[bytes]:
+    """Held-out documents from the start of a stream, enough for `max_bytes` of rows."""
     held_out: list[bytes] = []
     size = 0
     for shard in source.shards():
         for document in source.documents(shard):
             if is_held_out(document, share):
                 held_out.append(document)
-                size += len(document)
+                size += sum(
+                    piece.stop - (piece.start or 0) for piece in pieces(len(document) + 1, length, protocol, False)
+                )
                 if size >= max_bytes:
                     return held_out
     if not held_out:

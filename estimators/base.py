@@ -64,16 +64,18 @@ class Boundaries(eqx.Module):
     probs: Float[Array, "batch length"]
     decided: Bool[Array, "batch length"]
 
-    def limited(self, capacity: int) -> Boundaries:
-        """The same boundaries with those past the first `capacity` of a sequence suppressed and no longer `decided`.
+    def limited(self, capacity: int, starts: Bool[Array, "batch length"]) -> Boundaries:
+        """The same boundaries with those suppressed, and no longer `decided`, for which `capacity` rows are too few.
 
-        A row is dropped from the policy terms whenever no token row was left for it, whether or not it drew a boundary:
-        keeping only the zeros there would bias the policy towards fewer boundaries.
+        The `starts` of documents keep their rows, so that no document is left with a token of the one before it; the first
+        of the other boundaries share the rest. A row is dropped from the policy terms whenever no token row was left for
+        it, whether or not it drew a boundary: keeping only the zeros there would bias the policy towards fewer boundaries.
         """
-        count = self.actions.astype(jnp.int32)
-        before = jnp.cumsum(count, axis=1) - count
-        room = before < capacity
-        return Boundaries(self.actions & room, self.logits, self.probs, self.decided & room)
+        free = (self.actions & ~starts).astype(jnp.int32)
+        before = jnp.cumsum(free, axis=1) - free
+        forced = jnp.sum(self.actions & starts, axis=1, keepdims=True, dtype=jnp.int32)
+        room = before < capacity - forced
+        return Boundaries(self.actions & (room | starts), self.logits, self.probs, self.decided & room)
 
 
 class TokenRows(eqx.Module):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from estimators.equations import logit
 from unet.model import UNetConfig
 
 EstimatorName = Literal["sfe", "uniform", "stride", "whitespace", "spacelike", "isotropic"]
@@ -77,7 +78,7 @@ class OptimizerConfig:
     clip: float = 1.0
     """Global norm to which gradients are clipped."""
     accumulate: int = 1
-    """Parts a batch is cut into, one after another, to save memory; batch centring works within a part."""
+    """Parts a batch is cut into, one after another, to save memory; batch centring and means over bytes work within a part."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class DataConfig:
     cache: Path | None = None
     """Where shards of hub data sets are kept; by default ~/.cache/caesura."""
     cache_gib: float = 8.0
-    """Size to which that cache is kept, in GiB; the oldest shards go first."""
+    """Size to which that cache is kept for each data set, in GiB; the oldest shards go first."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,8 @@ def check(config: RunConfig) -> None:
     )
     _require(
         config.warmup_steps <= config.total_steps,
-        f"--optimizer.warmup-bytes {optimizer.warmup_bytes} is more than the run trains on",
+        f"a warm-up of {optimizer.warmup_bytes} bytes is longer than the run: name a shorter --optimizer.warmup-bytes, or None "
+        "for 5 % of the run",
     )
     _require(0 < config.data.held_out < 1, "--data.held-out is a share of documents strictly between 0 and 1")
     _require(config.data.workers >= 0, "--data.workers cannot be negative")
@@ -236,6 +238,10 @@ def _check_score_function(config: RunConfig) -> None:
     _require(sfe.window >= 0, f"--sfe.window counts past boundaries and cannot be negative; got {sfe.window}")
     _require(0 <= sfe.discount <= 1, f"--sfe.discount lies between 0 and 1; got {sfe.discount}")
     _require(sfe.scale > 0 and sfe.cap > 0, "--sfe.scale and --sfe.cap must be positive")
+    _require(
+        abs(logit(config.rate)) < sfe.cap,
+        f"--rate {config.rate} lies beyond policy logits capped at {sfe.cap}: raise --sfe.cap",
+    )
     _require(
         sfe.centring == "none" or part > 1,
         f"centred returns of a batch of {part} are all zero: use a larger --batch or --sfe.centring none",

@@ -34,6 +34,8 @@ class Evaluated(eqx.Module):
     valid: Bool[Array, "batch length"]
     free: Bool[Array, "batch length"]
     overflow: Int[Array, " batch"]
+    drawn: Bool[Array, "batch length"]
+    """The boundaries before any were dropped."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,20 @@ class Validation:
 
 
 @eqx.filter_jit
-def evaluate_batch(model: UNet, layout: Layout, key: PRNGKeyArray, capacity: int | None) -> Evaluated:
-    """One forward pass with sampled boundaries, and the greedy boundaries beside it. `capacity` None: never drops any."""
+def evaluate_batch(
+    model: UNet,
+    layout: Layout,
+    key: PRNGKeyArray,
+    capacity: int | None,
+    actions: tuple[Bool[Array, "batch length"], ...] = (),
+) -> Evaluated:
+    """One forward pass with sampled boundaries (or the `actions` given), and the greedy boundaries beside it. `capacity`
+    None: never drops any."""
     capacities = () if capacity is None else (capacity,)
     mask = layout.mask
-    prediction = model(layout.bytes, key=key, segments=layout.segments, mask=mask, capacities=capacities)
+    prediction = model(
+        layout.bytes, key=key, actions=actions, segments=layout.segments, mask=mask, capacities=capacities
+    )
     log_lik = next_byte_log_lik(prediction.logits, layout.bytes)
     early = jnp.full_like(log_lik, jnp.nan)
     if prediction.early_logits is not None:
@@ -79,7 +90,7 @@ def evaluate_batch(model: UNet, layout: Layout, key: PRNGKeyArray, capacity: int
     scored, nothing = continues(layout), jnp.zeros_like(mask)
     if not prediction.levels or not isinstance(model.stage, Hierarchy):
         zeros, none = jnp.zeros_like(log_lik), jnp.zeros(mask.shape[0], jnp.int32)
-        return Evaluated(log_lik, early, scored, zeros, zeros, nothing, nothing, mask, nothing, none)
+        return Evaluated(log_lik, early, scored, zeros, zeros, nothing, nothing, mask, nothing, none, nothing)
     level = prediction.levels[0]
     greedy = model.stage.route(level.hidden, layout, Drawing()).actions
     drawn = level.boundaries
@@ -94,6 +105,7 @@ def evaluate_batch(model: UNet, layout: Layout, key: PRNGKeyArray, capacity: int
         mask,
         mask & ~layout.starts,
         level.overflow,
+        model.stage.route(level.hidden, layout, Drawing(key, actions)).actions,
     )
 
 
@@ -110,19 +122,25 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
 def evaluate(model: UNet, rows: Sequence[Row], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
     """Evaluate on all `rows`, `batch` at a time, dropping no boundary.
 
-    A batch first runs with `capacity` token rows per sequence; where that is too few it runs again with as many as it has
-    bytes, so that the usual case costs what training costs.
+    A batch first runs with `capacity` token rows per sequence; a sequence for which that is too few runs again, alone and
+    with the same boundaries, with as many rows as it has bytes. So the usual case costs what training costs.
     """
+    batch = min(batch, len(rows))
     kept: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         layout = stack_rows(part, batch)
         key_batch = jax.random.fold_in(key, start)
         result = evaluate_batch(model, layout, key_batch, capacity)
-        if np.any(np.asarray(result.overflow)):
-            result = evaluate_batch(model, layout, key_batch, None)
-        for name, array in {**vars(result), "bytes": layout.bytes}.items():
-            kept.setdefault(name, []).append(np.asarray(array)[: len(part)])
+        arrays = {name: np.array(array) for name, array in {**vars(result), "bytes": layout.bytes}.items()}
+        for number in np.flatnonzero(arrays["overflow"]):
+            one = slice(number, number + 1)
+            alone = jax.tree.map(lambda leaf, one=one: leaf[one], layout)
+            again = evaluate_batch(model, alone, key_batch, None, (result.drawn[one],))
+            for name, array in vars(again).items():
+                arrays[name][one] = np.asarray(array)
+        for name, array in arrays.items():
+            kept.setdefault(name, []).append(array[: len(part)])
     return summarise({name: np.concatenate(parts) for name, parts in kept.items()})
 
 

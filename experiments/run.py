@@ -22,7 +22,7 @@ from experiments.presets import PRESETS
 from experiments.report import write_report
 from experiments.shading import shade
 from experiments.summary import summary_of
-from experiments.train import Interrupted, NonFiniteError, Outcome, train
+from experiments.train import Interrupted, NonFiniteError, Outcome, prepare, train
 
 MAY_CHANGE = ("out", "resume", "overwrite", "log_every")
 """Settings that a resumed run may be given anew: none of them moves its curve."""
@@ -64,8 +64,9 @@ def parse(arguments: Sequence[str]) -> RunConfig:
 
 def run(config: RunConfig, display: Display) -> Outcome:
     """Train, evaluate, and leave everything in the run's folder."""
+    prepared = prepare(config)
     folder = config.folder if config.resume else prepare_new(config)
-    outcome = train(config, folder, display)
+    outcome = train(config, prepared, folder, display)
     rows = outcome.split.held_out_rows(SAMPLE_ROWS * max(config.length, 1))[:SAMPLE_ROWS]
     shaded = shade(outcome.model, rows, seed=config.seed)
     summary = summary_of(config, outcome)

@@ -7,7 +7,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from data import Batch, Split, load, open_batches, open_source
+from data import Batch, DataError, Split, check_workers, load, open_batches, open_source
 from estimators import AbstractRouter
 from experiments.checkpoint import Checkpoints, Progress
 from experiments.config import ConfigError, OptimizerConfig, RunConfig
@@ -124,7 +124,8 @@ def make_step(static: UNet, optimizer: optax.GradientTransformation, *, capacity
         """The mean over the parts of a batch."""
         if accumulate == 1:
             return gradient(params, batch, key)
-        parts = jax.tree.map(lambda rows: rows.reshape(accumulate, -1, *rows.shape[1:]), batch)
+        # Every device keeps rows of every part, or all would compute each part whole.
+        parts = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, accumulate, *rows.shape[1:]), 0, 1), batch)
         keys = jax.random.split(key, accumulate)
 
         def add(total: PyTree[Array], part: tuple[dict[str, Array], PRNGKeyArray]) -> tuple[PyTree[Array], None]:
@@ -153,24 +154,42 @@ def _compiler_options() -> dict[str, bool] | None:
     return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
-def train(config: RunConfig, folder: Path, display: Display) -> Outcome:
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that can turn out to be impossible, done before a run touches its folder: the data, the fresh model, and
+    how batches and parameters are laid out on the devices."""
+
+    split: Split
+    model: UNet
+    place_batch: Callable[[Batch], dict[str, Array]]
+    replicate: Callable[[TrainState], TrainState]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read the data and build the model. Raises `DataError` and `ConfigError`."""
+    place_batch, replicate = _placement(config)
+    split = _load_split(config)
+    check_workers(split, config.data.workers)
+    key_estimator, key_model = jax.random.split(jax.random.key(config.seed), 4)[:2]
+    model = UNet(config.unet, build_estimator(config, key_estimator), key=key_model)
+    return Prepared(split, model, place_batch, replicate)
+
+
+def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display) -> Outcome:
     """Train to the end, from the last checkpoint in `folder` if there is one.
 
     Raises `Interrupted` after SIGINT or SIGTERM, `NonFiniteError`, `DataError`, and `ConfigError` for a checkpoint that
     does not fit or data that has changed.
     """
-    split = _load_split(config)
+    split, model, place_batch, replicate = prepared.split, prepared.model, prepared.place_batch, prepared.replicate
     for note in split.notes:
         display.note(note)
-    place_batch, replicate = _placement(config)
-    keys = jax.random.split(jax.random.key(config.seed), 4)
-    key_estimator, key_model, key_steps, key_evaluate = keys
-    estimator = build_estimator(config, key_estimator)
-    model = UNet(config.unet, estimator, key=key_model)
+    key_steps, key_evaluate = jax.random.split(jax.random.key(config.seed), 4)[2:]
+    routers = [estimator.router for estimator in model.stage.estimators]
     params, static = eqx.partition(model, eqx.is_inexact_array)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
-    capacity = training_capacity(config, None if estimator is None else estimator.router, split)
+    capacity = training_capacity(config, routers[0] if routers else None, split)
     step_function = make_step(static, optimizer, capacity=capacity, accumulate=config.optimizer.accumulate)
     # Fresh trees share equal buffers between leaves, which donation forbids.
     state = replicate(jax.tree.map(jnp.copy, TrainState(params, optimizer.init(params))))
@@ -178,7 +197,9 @@ def train(config: RunConfig, folder: Path, display: Display) -> Outcome:
 
     def validate(state: TrainState) -> Validation:
         model: UNet = eqx.combine(jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state.params), static)
-        return evaluate(model, rows, batch=config.batch, capacity=capacity, key=key_evaluate)
+        return evaluate(
+            model, rows, batch=config.batch // config.optimizer.accumulate, capacity=capacity, key=key_evaluate
+        )
 
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep)
     progress = Progress(0, 0.0, {"step": 0, "stream": None}, split.fingerprint)
@@ -206,10 +227,14 @@ def train(config: RunConfig, folder: Path, display: Display) -> Outcome:
     try:
         with _stop_requests() as requested:
             while done < total:
-                key = jax.random.fold_in(key_steps, done)
-                state, metrics = step_function(state, place_batch(next(batches)), key)
+                try:
+                    batch = next(batches)
+                except DataError:
+                    save()
+                    raise
+                state, metrics = step_function(state, place_batch(batch), jax.random.fold_in(key_steps, done))
                 done += 1
-                record = _record(done, done * config.bytes_per_step, metrics)
+                record = _record(done, done * config.bytes_per_step, jax.device_get(metrics))
                 speed.tick()
                 _refuse_non_finite(record, folder)
                 if done % config.log_every == 0 or done == total:
@@ -385,6 +410,6 @@ def _is_due(step: int, total: int, times: int) -> bool:
 
 
 def _mean_overflow(folder: Path) -> float:
-    """Share of training bytes whose boundary was dropped, over the whole run."""
+    """Share of training bytes whose boundary was dropped, over the logged steps of the whole run."""
     values = [value for record in read_metrics(folder) if isinstance(value := record.get("overflow"), float)]
     return sum(values) / len(values) if values else 0.0

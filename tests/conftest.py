@@ -48,19 +48,31 @@ def text_bytes(batch: int, length: int, seed: int = 0) -> Int[Array, "batch leng
 
 
 def small_model(
-    estimator: AbstractEstimator | None = None, *, dim: int = 16, window: int = 4, seed: int = 0, **shape
+    estimator: AbstractEstimator | None = None, *, dim: int = 16, window: int = 4, main_layers: int = 1, seed: int = 0
 ) -> UNet:
     """A model of a few thousand parameters with one block a stack."""
-    layers = {"encoder_layers": 1, "main_layers": 1, "decoder_layers": 1} | shape
-    config = UNetConfig(dim=dim, heads=2, window=window, **layers)
+    config = UNetConfig(dim, 2, 1, main_layers, 1, window=window)
     return UNet(config, estimator, key=jax.random.key(seed))
 
 
 def small_score_function(
-    reductions: Sequence[AbstractReduction] = (EarlyExit(),), *, dim: int = 16, window: int = 2, **settings
+    reductions: Sequence[AbstractReduction] = (EarlyExit(),),
+    *,
+    dim: int = 16,
+    window: int = 2,
+    policy_weight: float = 1e-2,
+    rate_weight: float = 1e-2,
 ) -> ScoreFunction:
     """A score-function estimator to go with `small_model`, its policy lively enough to draw varied boundaries."""
-    settings = {"target_rate": 0.3, "scale": 2.0} | settings
-    estimator = ScoreFunction(dim, chunker=SelectDistribute(), reductions=tuple(reductions), window=window, **settings)
+    estimator = ScoreFunction(
+        dim,
+        chunker=SelectDistribute(),
+        target_rate=0.3,
+        reductions=tuple(reductions),
+        window=window,
+        scale=2.0,
+        policy_weight=policy_weight,
+        rate_weight=rate_weight,
+    )
     weight = jax.random.normal(jax.random.key(7), (1 + window, dim)) * dim**-0.5
     return eqx.tree_at(lambda e: e.router.weight, estimator, weight)

@@ -46,7 +46,6 @@ def hub(repository: str, files: Mapping[str, bytes], token: str | None = None) -
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Hub
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -59,6 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         hub, path = self.server, unquote(urlsplit(self.path).path)
+        assert isinstance(hub, Hub)
         prefix = f"/api/datasets/{hub.repository}"
         kind = "tree" if "/tree/" in path else "info" if path.startswith("/api/") else self.command
         hub.requests.append(f"{kind} {path}")

@@ -158,3 +158,13 @@ def test_too_little_capacity_is_counted_and_bounds_the_tokens(model):
     np.testing.assert_array_equal(tight.lengths + tight.overflow, free.lengths)
     np.testing.assert_array_equal(jnp.sum(tight.boundaries.actions, axis=1), tight.lengths)
     assert not jnp.any(free.overflow)
+
+
+def test_too_little_capacity_never_leaves_a_document_with_its_neighbours_token(model):
+    bytes, segments, mask = layout_inputs()
+    everywhere = (jnp.ones((3, LENGTH), bool),)
+    changed = bytes.at[1, 3].set(33)
+    before, after = (run(model, text, segments, mask, actions=everywhere, capacities=(6,)) for text in (bytes, changed))
+    assert before.levels[0].boundaries.actions[1, 11]
+    np.testing.assert_allclose(before.logits[1, 11:], after.logits[1, 11:], **BOUNDED)
+    assert not np.allclose(before.logits[1, 3:11], after.logits[1, 3:11], **BOUNDED)

@@ -14,7 +14,7 @@ from data.builtin import as_prose
 from data.documents import AbstractSource, Shard, document_rank
 from data.files import PLAIN_DOCUMENT
 from data.loader import split_documents
-from data.rows import MemoryRows, make_row, pieces, with_bos
+from data.rows import MemoryRows, Protocol, make_row, pieces, with_bos
 
 
 class Listed(AbstractSource):
@@ -44,8 +44,8 @@ def documents(count=60, seed=0):
     return [b"%d: " % i + bytes(rng.integers(97, 123, rng.integers(5, 120)).tolist()) for i in range(count)]
 
 
-def first_batches(split, count, **settings):
-    batches = open_batches(split, **{"batch": 4, "seed": 3} | settings)
+def first_batches(split, count, seed=3, workers=0, state=None):
+    batches = open_batches(split, batch=4, seed=seed, workers=workers, state=state)
     result = [next(batches) for _ in range(count)]
     state = json.loads(json.dumps(batches.state()))
     batches.close()
@@ -58,7 +58,7 @@ def assert_equal(left, right):
             np.testing.assert_array_equal(a[name], b[name])
 
 
-def split_of(protocol="crop", length=32, streamed=False, docs=None):
+def split_of(protocol: Protocol = "crop", length=32, streamed=False, docs=None):
     source = Listed(documents() if docs is None else docs, streamed)
     return load(source, length=length, protocol=protocol, held_out_share=0.2, held_out_bytes=300)
 
@@ -208,7 +208,7 @@ def test_structured_files_give_their_text_field(tmp_path, name, kind):
         got = [document for part in source.shards() for document in source.documents(part)]
         assert got == [line[field].encode() for line in LINES]
     source = open_source(str(tmp_path / name), text_field="body")
-    with pytest.raises(DataError, match=r"has no text field 'body'"):
+    with pytest.raises(DataError, match=r"has no text field 'body'.*--data\.text-field"):
         list(source.documents(source.shards()[0]))
 
 

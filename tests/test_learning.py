@@ -9,7 +9,7 @@ from experiments.config import RunConfig
 from experiments.display import Display
 from experiments.folder import prepare_new
 from experiments.presets import PRESETS
-from experiments.train import train
+from experiments.train import prepare, train
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def usual_promotion_at_full_speed():
         yield
 
 
-def trained(tmp_path, **changes: object) -> tuple[float, float]:
+def trained(tmp_path, policy_weight: float = 1e-2) -> tuple[float, float]:
     """AUC of the boundary probability against white space, and the rate, after 0.2 MB of English."""
     preset: RunConfig = PRESETS["tiny"]
     config = dataclasses.replace(
@@ -27,10 +27,10 @@ def trained(tmp_path, **changes: object) -> tuple[float, float]:
         steps=100,
         out=tmp_path / "run",
         devices=1,
-        sfe=dataclasses.replace(preset.sfe, **changes),
+        sfe=dataclasses.replace(preset.sfe, policy_weight=policy_weight),
         evaluation=dataclasses.replace(preset.evaluation, bytes=32_768, times=1),
     )
-    validation = train(config, prepare_new(config), Display(quiet=True)).validation
+    validation = train(config, prepare(config), prepare_new(config), Display(quiet=True)).validation
     return validation.whitespace.auc, validation.rate
 
 

@@ -12,7 +12,7 @@ from tests.conftest import small_model, small_score_function, text_bytes
 from unet import SelectDeviate, SelectDistribute, UNet, UNetConfig, next_byte_log_lik
 from unet.attention import Visibility, attend
 from unet.model import plain_layout
-from unet.stage import Flat
+from unet.stage import Flat, Hierarchy
 
 
 @eqx.filter_jit
@@ -43,7 +43,7 @@ def test_block_local_attention_equals_the_masked_square(window, length):
     segments = jnp.zeros((2, length), jnp.int32).at[1, length // 2 :].set(1)
     mask = jnp.ones((2, length), bool).at[0, length - length // 4 :].set(False)
     layout = plain_layout(jnp.zeros((2, length), jnp.int32), segments, mask)
-    got = jax.jit(lambda *qkv: attend(*qkv, Visibility(layout, window), cap=5.0))(query, key, value)
+    got = jax.jit(lambda q, k, v: attend(q, k, v, Visibility(layout, window), cap=5.0))(query, key, value)
     np.testing.assert_allclose(got, dense_attention(query, key, value, layout, window, 5.0), rtol=1e-5, atol=1e-6)
 
 
@@ -52,7 +52,9 @@ def test_windowed_attention_needs_memory_in_proportion_to_length():
         shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
         layout = plain_layout(jnp.zeros((1, length), jnp.int32))
         compiled = jax.jit(lambda q, k, v: attend(q, k, v, Visibility(layout, 16), cap=50.0)).lower(shape, shape, shape)
-        return compiled.compile().memory_analysis().temp_size_in_bytes
+        analysis = compiled.compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     assert bytes_at(8192) < 2.5 * bytes_at(4096)
 
@@ -86,6 +88,7 @@ def test_presets_have_the_parameters_that_their_names_say(name):
 
 def test_the_early_head_starts_as_a_copy_of_the_output_head():
     model = small_model(small_score_function())
+    assert model.early_head is not None
     np.testing.assert_array_equal(model.early_head.weight, model.head.weight)
     assert small_model(small_score_function(())).early_head is None
 
@@ -147,6 +150,7 @@ def test_token_rows_take_the_byte_position_or_their_own_number():
         config = UNetConfig(16, 2, 1, 1, 1, window=4, token_positions=positions)
         model = UNet(config, small_score_function(), key=jax.random.key(0))
         layout = plain_layout(bytes)
+        assert isinstance(model.stage, Hierarchy)
         hidden = model.embed(layout)
         rows = model.stage.estimator.chunker.down(
             hidden, forward(model, bytes, (actions,)).levels[0].boundaries, capacity=3
@@ -161,3 +165,14 @@ def test_token_rows_take_the_byte_position_or_their_own_number():
 def test_impossible_shapes_are_refused(changes):
     with pytest.raises(ValueError, match=r"must|cannot"):
         UNetConfig(**{"dim": 16, "heads": 2, "encoder_layers": 1, "main_layers": 1, "decoder_layers": 1} | changes)
+
+
+def test_the_loss_of_more_than_one_level_is_refused_rather_than_wrong():
+    outer = small_model(small_score_function())
+    inner = small_model(small_score_function(), seed=1)
+    nested = eqx.tree_at(lambda m: m.stage.inner, outer, inner.stage)
+    bytes = text_bytes(1, 6)
+    prediction = eqx.filter_eval_shape(nested, bytes)
+    assert len(prediction.levels) == 2
+    with pytest.raises(ValueError, match="one level of tokens; this model has 2"):
+        nested.losses(prediction, plain_layout(bytes))

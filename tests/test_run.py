@@ -177,6 +177,16 @@ def test_what_is_there_is_not_overwritten_unless_told(finished, corpus, tmp_path
     assert (copy / "summary.json").exists()
 
 
+@pytest.mark.parametrize("mistake", [("--dataset", "no/such/file"), ("--devices", "3")])
+def test_a_mistake_costs_no_finished_run_and_leaves_no_folder(finished, corpus, tmp_path, mistake):
+    copy, fresh = tmp_path / "copy", tmp_path / "fresh"
+    shutil.copytree(finished, copy)
+    assert start("--dataset", corpus, "--out", copy, *SMALL, "--overwrite", *mistake) == 2
+    assert (copy / "summary.json").exists()
+    assert start("--dataset", corpus, "--out", fresh, *SMALL, *mistake) == 2
+    assert not fresh.exists()
+
+
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, capsys):
     assert start("--resume", "--out", tmp_path) == 2
     assert f"{tmp_path} holds no run to resume" in message(capsys)
@@ -222,6 +232,8 @@ WRONG = [
     (("--rate", "1.5"), "--rate is a share of bytes strictly between 0 and 1; got 1.5"),
     (("--length", "1"), "--length must be at least 2"),
     (("--bytes", "10"), "--bytes 10 is less than one step of 16 x 256 bytes"),
+    (("--rate", "0.001"), "lies beyond policy logits capped at 6.0"),
+    (("--model", "18M", "--steps", "10"), "name a shorter --optimizer.warmup-bytes, or None for 5 % of the run"),
     (("--sfe.window", "-1"), "--sfe.window counts past boundaries"),
     (("--sfe.discount", "1.1"), "--sfe.discount lies between 0 and 1"),
     (("--batch", "1"), "centred returns of a batch of 1 are all zero"),

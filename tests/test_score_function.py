@@ -235,6 +235,7 @@ def test_the_early_head_learns_only_its_own_weighted_loss(model, bytes):
 
     head = model.early_head.weight
     hidden = signal_of(model, bytes, jnp.ones((BATCH, LENGTH), bool))
+    assert hidden.early_log_lik is not None
     plain = -float(eq.masked_mean(hidden.early_log_lik, hidden.mask))
     assert float(losses(head, 0.5) - losses(head, 0.0)) == pytest.approx(0.5 * plain, rel=1e-4)
     assert not jnp.any(jax.grad(losses)(head, 0.0))

@@ -39,7 +39,7 @@ class UNetConfig:
     token_positions: Literal["byte", "chunk"] = "byte"
     """Rotary positions of a token: the byte position of its boundary, or its own number."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of matrix products; parameters, norms, softmax and losses stay float32."""
+    """Dtype of hidden states and matrix products; parameters, losses and the insides of norms and softmax stay float32."""
     remat: bool = False
     """Recompute each block in the backward pass, to save memory."""
 
@@ -199,7 +199,12 @@ class UNet(eqx.Module):
         return self.losses(prediction, layout)
 
     def losses(self, prediction: Prediction, layout: Layout) -> LossOutput:
-        """The losses of a prediction that has been made. Raises `ValueError` for more than one learned level."""
+        """The losses of a prediction that has been made.
+
+        Raises `ValueError` for more than one level of tokens: what a token of an inner level is rewarded with is not defined.
+        """
+        if len(prediction.levels) > 1:
+            raise ValueError(f"losses are defined for one level of tokens; this model has {len(prediction.levels)}")
         scored = continues(layout)
         count = jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
         log_lik = next_byte_log_lik(prediction.logits, layout.bytes)

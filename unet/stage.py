@@ -96,13 +96,14 @@ class Hierarchy(AbstractStage):
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> StageOutput:
         encoded = self.encoder(hidden, layout)
         capacity = drawing.capacities[0] if drawing.capacities else hidden.shape[1]
-        boundaries = self.route(encoded, layout, drawing)
+        drawn = self.route(encoded, layout, drawing)
+        boundaries = drawn.limited(capacity, layout.starts)
         chunker = self.estimator.chunker
         rows = chunker.down(encoded, boundaries, capacity=capacity)
-        boundaries = boundaries.limited(capacity)
         inner = self.inner(rows.values, self.token_layout(rows, layout), drawing.inner())
         joined = chunker.up(inner.hidden, rows, encoded, boundaries)
-        level = Level(encoded, layout, boundaries, rows.lengths, rows.overflow)
+        overflow = jnp.sum(drawn.actions, axis=1, dtype=jnp.int32) - rows.lengths
+        level = Level(encoded, layout, boundaries, rows.lengths, overflow)
         return StageOutput(self.decoder(joined, layout), (level, *inner.levels))
 
     def route(self, encoded: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Boundaries:
