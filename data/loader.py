@@ -146,7 +146,8 @@ def open_batches(
     """Shuffled batches, the same for the same seed whatever the number of worker processes.
 
     Rows in memory are shuffled anew every epoch (packed rows stay as they are packed), streamed rows within a window.
-    `state` is what `Batches.state` returned. Raises `DataError` for more than one worker on a stream, whose shards are read one after another.
+    `state` is what `Batches.state` returned. Raises `DataError` for more than one worker on a stream, whose shards are read
+    one after another.
     """
     step = 0
     if state is not None and isinstance(state["step"], int):

@@ -16,20 +16,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array
 
 from data import Batch, DataError, Split, check_workers, load, open_batches, open_source
 from estimators import AbstractRouter
 from experiments.checkpoint import Checkpoints, Progress
-from experiments.config import ConfigError, OptimizerConfig, RunConfig
+from experiments.config import ConfigError, RunConfig
 from experiments.display import Display
 from experiments.evaluate import Validation, evaluate, stack_rows
 from experiments.folder import CHECKPOINTS, METRICS, MetricsLog, read_metrics
 from experiments.registry import build_estimator
+from experiments.step import StepMetrics, TrainState, make_optimizer, make_step
 from unet import UNet
-from unet.model import LossOutput
 from unet.ops import boundary_scan
 
 
@@ -43,20 +42,6 @@ class Interrupted(Exception):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.signal_number = signal_number
-
-
-class TrainState(eqx.Module):
-    """The arrays that training changes: the parameters (a model without its static parts) and the optimizer's moments."""
-
-    params: PyTree[Float[Array, ...]]
-    optimizer: PyTree[Array]
-
-
-class StepMetrics(eqx.Module):
-    """What a step reports: `LossOutput` without its loss, and the norm of the gradient before clipping."""
-
-    output: LossOutput
-    gradient_norm: Float[Array, ""]
 
 
 @dataclass(frozen=True)
@@ -73,16 +58,6 @@ class Outcome:
     bytes_per_second: float
     overflow: float
     parameters: int
-
-
-def make_optimizer(config: OptimizerConfig, warmup_steps: int, total_steps: int) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global norm; linear warm-up from 0, then a cosine to `final_fraction` of the peak."""
-    peak = config.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, peak, warmup_steps, max(total_steps, warmup_steps + 1), peak * config.final_fraction
-    )
-    adamw = optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
 
 
 def training_capacity(config: RunConfig, router: AbstractRouter | None, split: Split) -> int:
@@ -104,54 +79,6 @@ def training_capacity(config: RunConfig, router: AbstractRouter | None, split: S
         drawn = router(nothing, layout, sampler=boundary_scan, key=None).actions
         expected = 1.25 * int(jnp.max(jnp.sum(drawn, axis=1)))
     return min(length, 8 * math.ceil(expected / 8))
-
-
-def make_step(static: UNet, optimizer: optax.GradientTransformation, *, capacity: int, accumulate: int):
-    """The jitted training step: `(state, batch, key) -> (state, metrics)`; the given state's buffers are reused."""
-
-    def loss(params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray) -> tuple[Float[Array, ""], LossOutput]:
-        model: UNet = eqx.combine(params, static)
-        output = model.loss(
-            batch["bytes"], key=key, segments=batch["segments"], mask=batch["mask"], capacities=(capacity,)
-        )
-        return output.loss, output
-
-    gradient = jax.grad(loss, has_aux=True)
-
-    def accumulated(
-        params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray
-    ) -> tuple[PyTree[Array], LossOutput]:
-        """The mean over the parts of a batch."""
-        if accumulate == 1:
-            return gradient(params, batch, key)
-        # Every device keeps rows of every part, or all would compute each part whole.
-        parts = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, accumulate, *rows.shape[1:]), 0, 1), batch)
-        keys = jax.random.split(key, accumulate)
-
-        def add(total: PyTree[Array], part: tuple[dict[str, Array], PRNGKeyArray]) -> tuple[PyTree[Array], None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
-
-        first = gradient(params, jax.tree.map(lambda rows: rows[0], parts), keys[0])
-        rest = jax.tree.map(lambda rows: rows[1:], parts), keys[1:]
-        total, _ = jax.lax.scan(add, first, rest)
-        return jax.tree.map(lambda value: value / accumulate, total)
-
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=_compiler_options())
-    def step(state: TrainState, batch: dict[str, Array], key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
-        gradients, output = accumulated(state.params, batch, key)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, moments), StepMetrics(output, optax.tree.norm(gradients))
-
-    return step
-
-
-def _compiler_options() -> dict[str, bool] | None:
-    """On a CPU, XLA by default runs independent parts of a step side by side and keeps all their buffers: rematerialised
-    blocks then save nothing. In sequence, a step of `18M` needs a sixth of the memory."""
-    if jax.default_backend() != "cpu":
-        return None
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
 @dataclass(frozen=True)
