@@ -90,7 +90,8 @@ def evaluate_batch(
     scored, nothing = continues(layout), jnp.zeros_like(mask)
     if not prediction.levels or not isinstance(model.stage, Hierarchy):
         zeros, none = jnp.zeros_like(log_lik), jnp.zeros(mask.shape[0], jnp.int32)
-        return Evaluated(log_lik, early, scored, zeros, zeros, nothing, nothing, mask, nothing, none, nothing)
+        unknown = jnp.full_like(zeros, jnp.nan)
+        return Evaluated(log_lik, early, scored, zeros, unknown, nothing, nothing, mask, nothing, none, nothing)
     level = prediction.levels[0]
     greedy = model.stage.route(level.hidden, layout, Drawing()).actions
     drawn = level.boundaries

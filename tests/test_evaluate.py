@@ -47,7 +47,8 @@ def rows():
 def test_too_small_a_capacity_changes_nothing_but_the_time(rows):
     model = small_model(small_score_function())
     tight, wide = (evaluate(model, rows, batch=2, capacity=c, key=jax.random.key(0)) for c in (2, 20))
-    assert tight == wide
+    assert tight.bpb == pytest.approx(wide.bpb, rel=1e-6)
+    assert (tight.rate, tight.bytes, tight.whitespace) == (wide.rate, wide.bytes, wide.whitespace)
     assert wide.overflow == 0.0
     assert wide.bytes == sum(int(row["mask"].sum()) - 1 for row in rows)
 
