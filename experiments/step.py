@@ -23,7 +23,7 @@ class TrainState(eqx.Module):
 
 
 class StepMetrics(eqx.Module):
-    """What a step reports: `LossOutput` without its loss, and the norm of the gradient before clipping."""
+    """What a step reports: its losses, and the norm of the gradient before clipping."""
 
     output: LossOutput
     gradient_norm: Float[Array, ""]
