@@ -94,19 +94,19 @@ def evaluate_batch(
         return Evaluated(log_lik, early, scored, zeros, unknown, nothing, nothing, mask, nothing, none, nothing)
     level = prediction.levels[0]
     greedy = model.stage.route(level.hidden, layout, Drawing()).actions
-    drawn = level.boundaries
+    kept = level.boundaries
     return Evaluated(
         log_lik,
         early,
         scored,
-        drawn.probs,
-        jnp.where(drawn.decided, equations.bernoulli_entropy(drawn.logits), jnp.nan),
-        drawn.actions,
+        kept.probs,
+        jnp.where(kept.decided, equations.bernoulli_entropy(kept.logits), jnp.nan),
+        kept.actions,
         greedy,
         mask,
         mask & ~layout.starts,
         level.overflow,
-        model.stage.route(level.hidden, layout, Drawing(key, actions)).actions,
+        level.drawn,
     )
 
 

@@ -6,7 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; runs there are not kept from sharing a folder.
+    fcntl = None
 
 from experiments.config import ConfigError, RunConfig, from_json, to_json
 
@@ -29,6 +35,31 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep `folder`, made where it is missing, to one process, for as long as that process lives.
+
+    The lock is on the folder itself and leaves no file. Raises `ConfigError` where another process holds it, or where
+    `folder` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(f"another process is at work in {folder}: wait for it, or name another --out") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def prepare_new(config: RunConfig) -> Path:
     """Make the folder of a new run and put its configuration there.
 
@@ -36,8 +67,6 @@ def prepare_new(config: RunConfig) -> Path:
     leaves is deleted, and a folder with anything else in it is refused.
     """
     folder = config.folder
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; name a folder")
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if present and not config.overwrite:
         raise ConfigError(

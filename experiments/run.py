@@ -16,13 +16,13 @@ import tyro
 from data import DataError
 from experiments.config import ConfigError, RunConfig, check
 from experiments.display import Display
-from experiments.folder import SUMMARY, prepare_new, read_config, write_atomically
+from experiments.folder import SUMMARY, held, prepare_new, read_config, write_atomically
 from experiments.launch import with_large_pages
 from experiments.presets import PRESETS
 from experiments.report import write_report
 from experiments.shading import shade
 from experiments.summary import summary_of
-from experiments.train import Interrupted, NonFiniteError, Outcome, prepare, train
+from experiments.train import Interrupted, NonFiniteError, Outcome, Prepared, prepare, train
 
 MAY_CHANGE = ("out", "resume", "overwrite", "log_every")
 """Settings that a resumed run may be given anew: none of them moves its curve."""
@@ -65,7 +65,13 @@ def parse(arguments: Sequence[str]) -> RunConfig:
 def run(config: RunConfig, display: Display) -> Outcome:
     """Train, evaluate, and leave everything in the run's folder."""
     prepared = prepare(config)
-    folder = config.folder if config.resume else prepare_new(config)
+    with held(config.folder):
+        if not config.resume:
+            prepare_new(config)
+        return _run_in(config.folder, config, prepared, display)
+
+
+def _run_in(folder: Path, config: RunConfig, prepared: Prepared, display: Display) -> Outcome:
     outcome = train(config, prepared, folder, display)
     rows = outcome.split.held_out_rows(SAMPLE_ROWS * max(config.length, 1))[:SAMPLE_ROWS]
     shaded = shade(outcome.model, rows, seed=config.seed)

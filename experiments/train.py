@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from data import Batch, DataError, Split, check_workers, load, open_batches, open_source
 from estimators import AbstractRouter
@@ -83,11 +83,14 @@ def training_capacity(config: RunConfig, router: AbstractRouter | None, split: S
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that can turn out to be impossible, done before a run touches its folder: the data, the fresh model, and
-    how batches and parameters are laid out on the devices."""
+    """Everything that can turn out to be impossible, done before a run touches its folder: the data, the fresh model, the
+    keys that its training steps and its validations draw from, and how batches and parameters are laid out on the
+    devices."""
 
     split: Split
     model: UNet
+    key_steps: PRNGKeyArray
+    key_evaluate: PRNGKeyArray
     place_batch: Callable[[Batch], dict[str, Array]]
     replicate: Callable[[TrainState], TrainState]
 
@@ -97,9 +100,9 @@ def prepare(config: RunConfig) -> Prepared:
     place_batch, replicate = _placement(config)
     split = _load_split(config)
     check_workers(split, config.data.workers)
-    key_estimator, key_model = jax.random.split(jax.random.key(config.seed), 4)[:2]
+    key_estimator, key_model, key_steps, key_evaluate = jax.random.split(jax.random.key(config.seed), 4)
     model = UNet(config.unet, build_estimator(config, key_estimator), key=key_model)
-    return Prepared(split, model, place_batch, replicate)
+    return Prepared(split, model, key_steps, key_evaluate, place_batch, replicate)
 
 
 def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display) -> Outcome:
@@ -111,7 +114,6 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     split, model, place_batch, replicate = prepared.split, prepared.model, prepared.place_batch, prepared.replicate
     for note in split.notes:
         display.note(note)
-    key_steps, key_evaluate = jax.random.split(jax.random.key(config.seed), 4)[2:]
     routers = [estimator.router for estimator in model.stage.estimators]
     params, static = eqx.partition(model, eqx.is_inexact_array)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -125,7 +127,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     def validate(state: TrainState) -> Validation:
         model: UNet = eqx.combine(jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state.params), static)
         return evaluate(
-            model, rows, batch=config.batch // config.optimizer.accumulate, capacity=capacity, key=key_evaluate
+            model, rows, batch=config.batch // config.optimizer.accumulate, capacity=capacity, key=prepared.key_evaluate
         )
 
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep)
@@ -159,7 +161,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
                 except DataError:
                     save()
                     raise
-                state, metrics = step_function(state, place_batch(batch), jax.random.fold_in(key_steps, done))
+                state, metrics = step_function(state, place_batch(batch), jax.random.fold_in(prepared.key_steps, done))
                 done += 1
                 record = _record(done, done * config.bytes_per_step, jax.device_get(metrics))
                 speed.tick()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import run as run_module
-from experiments.folder import read_metrics
+from experiments.folder import held, read_metrics
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -94,6 +94,15 @@ def test_the_same_command_gives_the_same_run(finished, corpus, tmp_path):
     assert start("--dataset", corpus, "--out", tmp_path / "again", *SMALL) == 0
     assert curve(tmp_path / "again") == curve(finished)
     assert summary(tmp_path / "again") == summary(finished)
+
+
+def test_two_processes_never_share_a_folder(finished, corpus, capsys):
+    before = curve(finished)
+    with held(finished):
+        assert start("--dataset", corpus, "--out", finished, "--overwrite", *SMALL) == 2
+        assert start("--resume", "--out", finished) == 2
+    assert capsys.readouterr().err.count("another process is at work in") == 2
+    assert curve(finished) == before
 
 
 def interrupt_at(monkeypatch, step):

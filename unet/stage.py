@@ -15,11 +15,12 @@ from unet.ops import boundary_scan
 
 
 class Level(eqx.Module):
-    """What one level of a hierarchy did: the encoder's `hidden` states, the `boundaries` drawn from them, the tokens per
-    sequence, and the boundaries for which no token row was left."""
+    """What one level of a hierarchy did: the encoder's `hidden` states, the actions `drawn` from them, the `boundaries`
+    for which there was room, the tokens per sequence, and the boundaries for which no token row was left."""
 
     hidden: Float[Array, "batch length dim"]
     layout: Layout
+    drawn: Bool[Array, "batch length"]
     boundaries: Boundaries
     lengths: Int[Array, " batch"]
     overflow: Int[Array, " batch"]
@@ -103,7 +104,7 @@ class Hierarchy(AbstractStage):
         inner = self.inner(rows.values, self.token_layout(rows, layout), drawing.inner())
         joined = chunker.up(inner.hidden, rows, encoded, boundaries)
         overflow = jnp.sum(drawn.actions, axis=1, dtype=jnp.int32) - rows.lengths
-        level = Level(encoded, layout, boundaries, rows.lengths, overflow)
+        level = Level(encoded, layout, drawn.actions, boundaries, rows.lengths, overflow)
         return StageOutput(self.decoder(joined, layout), (level, *inner.levels))
 
     def route(self, encoded: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Boundaries:
