@@ -18,12 +18,18 @@ taps      1 + the number of past boundaries that a policy sees
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
-from typing import Protocol, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from estimators.equations import confidence
+
+Value = TypeVar("Value")
 
 VOCAB = 256
 BOS = 254
@@ -56,26 +62,39 @@ class Boundaries(eqx.Module):
 
     `actions_i` is True where a token closes at row i. `logits` are the log-odds of `actions_i = 1` given the rows up to i
     and the actions before i, `probs` their sigmoid; gradients reach the router through these two. `decided` is True where
-    the policy itself chose: forced, padded and suppressed rows are in no policy term.
+    the policy itself chose: forced, padded and suppressed rows are in no policy term. `starts` is True where a document
+    begins, which forces a boundary.
+
+    `relaxed`, where there is one, has the values of `actions` as drawn and a gradient to the router: a chunker that is
+    differentiable in the boundaries reads it. `behaviour_log_prob`, where there is one, is the log-probability of the
+    actions under the policy that drew them, when that was another than `logits` describe.
     """
 
     actions: Bool[Array, "batch length"]
     logits: Float[Array, "batch length"]
     probs: Float[Array, "batch length"]
     decided: Bool[Array, "batch length"]
+    starts: Bool[Array, "batch length"]
+    relaxed: Float[Array, "batch length"] | None = None
+    behaviour_log_prob: Float[Array, "batch length"] | None = None
 
-    def limited(self, capacity: int, starts: Bool[Array, "batch length"]) -> Boundaries:
+    @property
+    def confidence(self) -> Float[Array, "batch length"]:
+        """How sure the router was of what it did: `probs` at boundaries, `1 - probs` elsewhere."""
+        return confidence(self.probs, self.actions)
+
+    def limited(self, capacity: int) -> Boundaries:
         """The same boundaries with those suppressed, and no longer `decided`, for which `capacity` rows are too few.
 
         The `starts` of documents keep their rows, so that no document is left with a token of the one before it; the first
         of the other boundaries share the rest. A row is dropped from the policy terms whenever no token row was left for
         it, whether or not it drew a boundary: keeping only the zeros there would bias the policy towards fewer boundaries.
         """
-        free = (self.actions & ~starts).astype(jnp.int32)
+        free = (self.actions & ~self.starts).astype(jnp.int32)
         before = jnp.cumsum(free, axis=1) - free
-        forced = jnp.sum(self.actions & starts, axis=1, keepdims=True, dtype=jnp.int32)
+        forced = jnp.sum(self.actions & self.starts, axis=1, keepdims=True, dtype=jnp.int32)
         room = before < capacity - forced
-        return Boundaries(self.actions & (room | starts), self.logits, self.probs, self.decided & room)
+        return dataclasses.replace(self, actions=self.actions & (room | self.starts), decided=self.decided & room)
 
 
 class TokenRows(eqx.Module):
@@ -116,6 +135,25 @@ class Sampler(Protocol):
     ) -> BoundaryScan: ...
 
 
+class Draw(eqx.Module):
+    """How a router is asked to draw.
+
+    `key` draws the boundaries (None: the likelier action of each row, `probs > 0.5`); `actions`, where given, are scored
+    instead of drawn. `target_rate`, where given, takes the place of the rate that a router or an objective was built for,
+    so that it can move during training.
+    """
+
+    sampler: Sampler = eqx.field(static=True)
+    key: PRNGKeyArray | None = None
+    actions: Bool[Array, "batch length"] | None = None
+    target_rate: Float[Array, ""] | None = None
+    training: bool = eqx.field(static=True, default=False)
+
+    def uniforms(self, shape: tuple[int, ...]) -> Float[Array, ...]:
+        """What to compare probabilities with: uniform numbers, or one half everywhere without a key."""
+        return jnp.full(shape, 0.5) if self.key is None else jax.random.uniform(self.key, shape)
+
+
 class AbstractRouter(eqx.Module):
     """Decides where a boundary may be drawn: hidden states and bytes to logits and hard actions."""
 
@@ -125,20 +163,8 @@ class AbstractRouter(eqx.Module):
         """The share of bytes at which it aims to draw a boundary, or None where the text alone decides."""
 
     @abstractmethod
-    def __call__(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        layout: Layout,
-        *,
-        sampler: Sampler,
-        key: PRNGKeyArray | None,
-        actions: Bool[Array, "batch length"] | None = None,
-        training: bool = False,
-    ) -> Boundaries:
-        """Draw boundaries with `key`, or the likelier action of each row (`probs > 0.5`) where `key` is None.
-
-        Row i may use rows up to i and actions before i, nothing later. Given `actions`, those are scored instead of drawn.
-        """
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        """Boundaries drawn as asked. Row i may use rows up to i and actions before i, nothing later."""
 
 
 class AbstractChunker(eqx.Module):
@@ -164,14 +190,19 @@ class Signal(eqx.Module):
 
     `log_lik_i` and `early_log_lik_i` are log p(x_{i+1} | x_<=i) in nats with and without the token level (the second only
     where the objective asks for it); `mask` is True where that prediction exists; `continues_i` is True where row i + 1
-    belongs to the same document.
+    belongs to the same document. `hidden` are the encoder's states, which no action has touched. `target_rate`, where
+    given, takes the place of the rate that the objective was built for. `samples` says how many neighbouring rows are draws
+    for the same sequence.
     """
 
     boundaries: Boundaries
+    hidden: Float[Array, "batch length dim"]
     log_lik: Float[Array, "batch length"]
     early_log_lik: Float[Array, "batch length"] | None
     mask: Bool[Array, "batch length"]
     continues: Bool[Array, "batch length"]
+    target_rate: Float[Array, ""] | None = None
+    samples: int = eqx.field(static=True, default=1)
 
 
 class ObjectiveOutput(eqx.Module):
@@ -179,6 +210,17 @@ class ObjectiveOutput(eqx.Module):
 
     loss: Float[Array, ""]
     metrics: dict[str, Float[Array, ""]]
+
+
+class Frozen(eqx.Module, Generic[Value]):
+    """Something that training leaves as it is: no gradient reaches it, no optimizer moves it, checkpoints keep it."""
+
+    value: Value
+
+    def __call__(self) -> Value:
+        """The value, cut off from gradients."""
+        arrays, rest = eqx.partition(self.value, eqx.is_array)
+        return eqx.combine(jax.lax.stop_gradient(arrays), rest)
 
 
 class AbstractObjective(eqx.Module):

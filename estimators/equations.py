@@ -1,13 +1,15 @@
 """One equation, one pure function. Arrays are `batch length`; likelihoods are in nats; everything is float32.
 
-"SFE" below is Dauncey and Wattenhofer, "You can learn tokenization end-to-end with reinforcement learning".
+"SFE" below is Dauncey and Wattenhofer, "You can learn tokenization end-to-end with reinforcement learning"; "H-Net" is
+Hwang, Wang and Gu, "Dynamic chunking for end-to-end hierarchical sequence modeling"; "DPT" is Nawrot et al., "Efficient
+transformers with dynamic token pooling"; "BLT" is Pagnoni et al., "Byte latent transformer: patches scale better than tokens".
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 
 def logit(prob: float) -> float:
@@ -132,6 +134,114 @@ def rate_loss(
     The same pressure on every logit, in proportion to how far the mean probability is from the target rate.
     """
     return masked_mean(logits, mask) * jax.lax.stop_gradient(masked_mean(probs, mask) - target)
+
+
+def importance_weights(
+    logits: Float[Array, "batch length"],
+    actions: Bool[Array, "batch length"],
+    behaviour_log_prob: Float[Array, "batch length"],
+    decided: Bool[Array, "batch length"],
+    starts: Bool[Array, "batch length"],
+) -> Float[Array, "batch length"]:
+    r"""$\rho_j = \prod_{k \le j} \pi(a_k)/\mu(a_k)$ over the `decided` rows k of the document of row j (Precup et al. 2000).
+
+    `behaviour_log_prob` is $\log\mu(a_k)$; `starts` begins the product anew.
+    """
+    log_ratio = jnp.where(decided, action_log_prob(logits, actions) - behaviour_log_prob, 0.0)
+    total = jnp.cumsum(log_ratio, axis=1)
+    place = jnp.arange(starts.shape[1])[None, :]
+    start = jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
+    before = jnp.take_along_axis(total - log_ratio, start, axis=1)
+    return jnp.exp(total - before)
+
+
+def gumbel_sigmoid(
+    logits: Float[Array, "batch length"], uniforms: Float[Array, "batch length"], temperature: float
+) -> Float[Array, "batch length"]:
+    r"""$\sigma\big((l + \mathrm{logit}(u)) / \tau\big)$: a relaxed Bernoulli draw (Maddison et al. 2017; DPT).
+
+    It lies above one half with probability $\sigma(l)$ for uniform u. Uniforms of exactly 0 or 1 give 0 or 1.
+    """
+    return jax.nn.sigmoid((logits + jnp.log(uniforms) - jnp.log1p(-uniforms)) / temperature)
+
+
+def straight_through(hard: Shaped[Array, "*shape"], soft: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The value of `hard`, exactly, with the gradient of `soft` (Bengio et al. 2013)."""
+    return jax.lax.stop_gradient(hard).astype(soft.dtype) + (soft - jax.lax.stop_gradient(soft))
+
+
+def binomial_prior_loss(
+    hard: Float[Array, "batch length"],
+    prior: float | Float[Array, ""],
+    mask: Bool[Array, "batch length"] | None = None,
+) -> Float[Array, ""]:
+    r"""$-\mathrm{mean}_b \log \mathrm{Binomial}(n_b, \pi)(\sum_i h_{b,i}) / n_b$ in nats per row (DPT; authors' code).
+
+    n counts the rows of `mask`. Differentiable in the numbers `hard`, through the gamma functions of the coefficient. A
+    sequence without rows counts 0.
+    """
+    mask = jnp.ones(hard.shape, bool) if mask is None else mask
+    n = jnp.sum(mask, axis=1).astype(hard.dtype)
+    k = jnp.sum(jnp.where(mask, hard, 0.0), axis=1)
+    gammaln = jax.scipy.special.gammaln
+    coefficient = gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(n - k + 1.0)
+    log_prob = coefficient + k * jnp.log(prior) + (n - k) * jnp.log1p(-prior)
+    return -jnp.mean(log_prob / jnp.maximum(n, 1.0))
+
+
+def routing_probability(
+    query: Float[Array, "batch length dim"],
+    key: Float[Array, "batch length dim"],
+    starts: Bool[Array, "batch length"] | None = None,
+) -> Float[Array, "batch length"]:
+    r"""$p_t = \tfrac12\big(1 - \cos(q_{t-1}, k_t)\big)$, how unlike neighbouring rows are; 1 at `starts` (H-Net eq. 4).
+
+    As in the released code the query comes from the row before; the paper writes it the other way round, which only swaps
+    the two projections. `starts` None: only row 0 starts. In float32, within [0, 1].
+    """
+    if starts is None:
+        starts = jnp.zeros(query.shape[:2], bool).at[:, 0].set(True)
+
+    def unit(rows: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
+        rows = rows.astype(jnp.float32)
+        # As in torch.nn.functional.normalize; the square root needs an argument above 0 for its gradient.
+        square = jnp.sum(rows**2, axis=-1, keepdims=True)
+        return rows / jnp.sqrt(jnp.maximum(square, 1e-24))
+
+    cosine = jnp.sum(unit(query)[:, :-1] * unit(key)[:, 1:], axis=-1)
+    probs = jnp.pad(jnp.clip(0.5 * (1.0 - cosine), 0.0, 1.0), ((0, 0), (1, 0)), constant_values=1.0)
+    return jnp.where(starts, 1.0, probs)
+
+
+def ratio_loss(
+    actions: Bool[Array, "batch length"],
+    probs: Float[Array, "batch length"],
+    chunk_size: float | Float[Array, ""],
+    mask: Bool[Array, "batch length"] | None = None,
+) -> Float[Array, ""]:
+    r"""$\frac{N}{N-1}\big((N-1) F G + (1-F)(1-G)\big)$ with N bytes per chunk wanted (H-Net eq. 10).
+
+    F is the mean of `actions`, which carries no gradient, and G the mean of `probs`, over the rows of `mask`. It is 1 where
+    F = G = 1/N.
+    """
+    mask = jnp.ones(probs.shape, bool) if mask is None else mask
+    drawn = masked_mean(actions.astype(probs.dtype), mask)
+    expected = masked_mean(probs, mask)
+    both = (chunk_size - 1.0) * drawn * expected + (1.0 - drawn) * (1.0 - expected)
+    return chunk_size / (chunk_size - 1.0) * both
+
+
+def confidence(
+    probs: Float[Array, "batch length"], actions: Bool[Array, "batch length"]
+) -> Float[Array, "batch length"]:
+    """p where a boundary was drawn, 1 - p elsewhere: how sure the router was of what it did (H-Net eq. 6)."""
+    return jnp.where(actions, probs, 1.0 - probs)
+
+
+def entropy(logits: Float[Array, "*shape vocab"]) -> Float[Array, "*shape"]:
+    r"""$-\sum_v p_v \log p_v$ in nats for $p = \mathrm{softmax}(l)$, in float32 (BLT)."""
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
 
 def bits_per_byte(

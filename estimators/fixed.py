@@ -17,8 +17,8 @@ from estimators.base import (
     AbstractObjective,
     AbstractRouter,
     Boundaries,
+    Draw,
     Layout,
-    Sampler,
 )
 from estimators.equations import logit
 from estimators.objectives import NoObjective
@@ -74,6 +74,13 @@ class EveryNth:
         return (place - start) % self.stride == 0
 
 
+def certain(actions: Bool[Array, "batch length"], layout: Layout) -> Boundaries:
+    """The boundaries of a rule, which leaves nothing to chance: probabilities 0 and 1, no row `decided` by a policy."""
+    actions = (actions | layout.starts) & layout.mask
+    logits = jnp.where(actions, CERTAIN, -CERTAIN)
+    return Boundaries(actions, logits, actions.astype(jnp.float32), jnp.zeros_like(actions), layout.starts)
+
+
 class UniformRouter(AbstractRouter):
     r"""Exactly $\mathrm{round}(n\,\pi)$ boundaries among the n bytes of a row, drawn uniformly without replacement.
 
@@ -90,31 +97,24 @@ class UniformRouter(AbstractRouter):
     def rate(self) -> float | None:
         return self.target_rate
 
-    def __call__(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        layout: Layout,
-        *,
-        sampler: Sampler,
-        key: PRNGKeyArray | None,
-        actions: Bool[Array, "batch length"] | None = None,
-        training: bool = False,
-    ) -> Boundaries:
-        mask = layout.mask
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        mask, starts = layout.mask, layout.starts
+        rate = jnp.asarray(self.target_rate) if draw.target_rate is None else draw.target_rate
+        probs = jnp.broadcast_to(rate.astype(jnp.float32), mask.shape)
+        actions = draw.actions
         if actions is None:
-            actions = jnp.full(mask.shape, self.target_rate > 0.5) if key is None else self.draw(layout, key)
-        actions = (actions | layout.starts) & mask
-        logits = jnp.full(mask.shape, logit(self.target_rate))
-        return Boundaries(actions, logits, jnp.full(mask.shape, self.target_rate), jnp.zeros_like(mask))
+            actions = probs > 0.5 if draw.key is None else self.by_lot(layout, rate, draw.key)
+        actions = (actions | starts) & mask
+        return Boundaries(actions, jnp.log(probs) - jnp.log1p(-probs), probs, jnp.zeros_like(mask), starts)
 
-    def draw(self, layout: Layout, key: PRNGKeyArray) -> Bool[Array, "batch length"]:
+    def by_lot(self, layout: Layout, rate: Float[Array, ""], key: PRNGKeyArray) -> Bool[Array, "batch length"]:
         """The boundaries of each row, forced ones first, the others by lot."""
         mask = layout.mask
         last = mask & (jnp.cumsum(mask, axis=1) == jnp.sum(mask, axis=1, keepdims=True))
         priority = jnp.where(layout.starts | last, 2.0, jax.random.uniform(key, mask.shape))
         order = jnp.argsort(jnp.where(mask, priority, -1.0), axis=1, descending=True)
         count = jnp.sum(mask, axis=1, keepdims=True).astype(jnp.float32)
-        budget = jnp.round(count * self.target_rate).astype(jnp.int32)
+        budget = jnp.round(count * rate).astype(jnp.int32)
         return jnp.argsort(order, axis=1) < budget
 
 
@@ -132,20 +132,8 @@ class RuleRouter(AbstractRouter):
     def rate(self) -> float | None:
         return self.expected_rate
 
-    def __call__(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        layout: Layout,
-        *,
-        sampler: Sampler,
-        key: PRNGKeyArray | None,
-        actions: Bool[Array, "batch length"] | None = None,
-        training: bool = False,
-    ) -> Boundaries:
-        actions = self.rule(layout) if actions is None else actions
-        actions = (actions | layout.starts) & layout.mask
-        logits = jnp.where(actions, CERTAIN, -CERTAIN)
-        return Boundaries(actions, logits, actions.astype(jnp.float32), jnp.zeros_like(actions))
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        return certain(self.rule(layout) if draw.actions is None else draw.actions, layout)
 
 
 class Uniform(AbstractEstimator):

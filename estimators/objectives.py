@@ -1,11 +1,11 @@
-"""What trains the router beside the language-model loss: the score function and its variance reductions, or nothing.
+"""What trains the router beside the language-model loss.
 
-"SFE" is Dauncey and Wattenhofer, "You can learn tokenization end-to-end with reinforcement learning".
+"SFE" is Dauncey and Wattenhofer, "You can learn tokenization end-to-end with reinforcement learning"; "H-Net" is Hwang,
+Wang and Gu, "Dynamic chunking for end-to-end hierarchical sequence modeling"; "DPT" is Nawrot et al., "Efficient
+transformers with dynamic token pooling".
 """
 
 from __future__ import annotations
-
-from abc import abstractmethod
 
 import equinox as eqx
 import jax
@@ -15,112 +15,14 @@ from jaxtyping import Array, Float
 from estimators.base import AbstractObjective, ObjectiveOutput, Signal
 from estimators.equations import (
     action_log_prob,
-    batch_centred,
     bernoulli_entropy,
-    discounted_returns,
+    binomial_prior_loss,
     masked_mean,
     policy_loss,
     rate_loss,
+    ratio_loss,
 )
-
-
-class Credit(eqx.Module):
-    """What each decision is credited with, on its way from likelihood to advantage.
-
-    `rewards_i` belongs to the prediction made at row i; `returns_i` is what followed the decision at row i, None until a
-    `Discount` has summed the rewards.
-    """
-
-    rewards: Float[Array, "batch length"]
-    returns: Float[Array, "batch length"] | None = None
-
-    def summed(self, signal: Signal) -> Float[Array, "batch length"]:
-        """The returns; where nothing has summed them yet, all rewards to the end of the document (a discount of 1)."""
-        if self.returns is None:
-            return discounted_returns(self.rewards, 1.0, signal.continues)
-        return self.returns
-
-
-class AbstractReduction(eqx.Module):
-    """One step that makes the credit of a decision less noisy."""
-
-    @property
-    @abstractmethod
-    def needs_early_exit(self) -> bool:
-        """Whether it reads `Signal.early_log_lik`."""
-
-    @abstractmethod
-    def __call__(self, credit: Credit, signal: Signal) -> Credit:
-        """The reduced credit."""
-
-    @abstractmethod
-    def loss(self, signal: Signal) -> Float[Array, ""]:
-        """What training this reduction itself adds to the loss, already weighted; 0 where there is nothing to train."""
-
-
-class EarlyExit(AbstractReduction):
-    r"""Rewards relative to a prediction that never saw the tokens (SFE eq. 11-12).
-
-    $r_i = \log p(x_{i+1}) - \log p^{early}(x_{i+1})$. The early head learns from $\lambda_{early}$ times its own mean
-    negative log-likelihood (eq. 21-22). Unbiased: the early prediction made at row $i + j$ does not depend on $a_i$.
-    """
-
-    weight: float = eqx.field(static=True, default=0.1)
-
-    @property
-    def needs_early_exit(self) -> bool:
-        return True
-
-    def __call__(self, credit: Credit, signal: Signal) -> Credit:
-        if credit.returns is not None:
-            raise ValueError("EarlyExit changes rewards: it must stand before Discount and BatchCentre")
-        return Credit(jnp.where(signal.mask, credit.rewards - _early(signal), 0.0))
-
-    def loss(self, signal: Signal) -> Float[Array, ""]:
-        return -self.weight * masked_mean(_early(signal), signal.mask)
-
-
-class Discount(AbstractReduction):
-    r"""Returns that forget at the rate $\gamma$ (SFE eq. 13). Biased for $\gamma < 1$: consequences far away are discounted."""
-
-    discount: float = eqx.field(static=True, default=0.99)
-
-    def __check_init__(self):
-        if not 0.0 <= self.discount <= 1.0:
-            raise ValueError(f"a discount lies between 0 and 1; got {self.discount}")
-
-    @property
-    def needs_early_exit(self) -> bool:
-        return False
-
-    def __call__(self, credit: Credit, signal: Signal) -> Credit:
-        if credit.returns is not None:
-            raise ValueError("Discount sums rewards: it must stand before BatchCentre, and only once")
-        return Credit(credit.rewards, discounted_returns(credit.rewards, self.discount, signal.continues))
-
-    def loss(self, signal: Signal) -> Float[Array, ""]:
-        return jnp.zeros(())
-
-
-class BatchCentre(AbstractReduction):
-    """Returns relative to the batch's mean at the same row (SFE eq. 14).
-
-    As in the paper the expected gradient shrinks by (B - 1)/B, because the mean holds the sequence's own return;
-    `leave_one_out=True` takes the mean of the others and is unbiased. A batch of one learns nothing from centred returns.
-    """
-
-    leave_one_out: bool = eqx.field(static=True, default=False)
-
-    @property
-    def needs_early_exit(self) -> bool:
-        return False
-
-    def __call__(self, credit: Credit, signal: Signal) -> Credit:
-        returns = credit.summed(signal)
-        return Credit(credit.rewards, batch_centred(returns, signal.mask, self.leave_one_out))
-
-    def loss(self, signal: Signal) -> Float[Array, ""]:
-        return jnp.zeros(())
+from estimators.reductions import AbstractReduction, Credit
 
 
 class ScoreFunctionObjective(AbstractObjective):
@@ -140,29 +42,99 @@ class ScoreFunctionObjective(AbstractObjective):
     def needs_early_exit(self) -> bool:
         return any(reduction.needs_early_exit for reduction in self.reductions)
 
-    def advantages(self, signal: Signal) -> Float[Array, "batch length"]:
+    def credit(self, signal: Signal) -> Credit:
         """What each decision is credited with once every reduction has been applied."""
-        credit = Credit(jnp.where(signal.mask, signal.log_lik, 0.0))
+        rewards = jax.lax.stop_gradient(jnp.where(signal.mask, signal.log_lik, 0.0))
+        credit = Credit(rewards, None, jnp.zeros(()))
         for reduction in self.reductions:
             credit = reduction(credit, signal)
-        return jax.lax.stop_gradient(credit.summed(signal))
+        return credit
+
+    def advantages(self, signal: Signal) -> Float[Array, "batch length"]:
+        """The credit as the policy loss sees it: returns, with no gradient."""
+        return jax.lax.stop_gradient(self.credit(signal).summed(signal))
 
     def __call__(self, signal: Signal) -> ObjectiveOutput:
         boundaries = signal.boundaries
-        advantages = self.advantages(signal)
+        credit = self.credit(signal)
+        advantages = jax.lax.stop_gradient(credit.summed(signal))
         log_prob = action_log_prob(boundaries.logits, boundaries.actions)
         policy = policy_loss(log_prob, advantages, boundaries.decided)
-        rate = rate_loss(boundaries.logits, boundaries.probs, self.target_rate, boundaries.decided)
-        loss = self.policy_weight * policy + self.rate_weight * rate
-        for reduction in self.reductions:
-            loss = loss + reduction.loss(signal)
+        target = aimed_rate(self.target_rate, signal)
+        rate = rate_loss(boundaries.logits, boundaries.probs, target, boundaries.decided)
         metrics = {
             "policy_loss": policy,
             "rate_loss": rate,
             "policy_entropy": masked_mean(bernoulli_entropy(boundaries.logits), boundaries.decided),
             "advantage_rms": jnp.sqrt(masked_mean(advantages**2, boundaries.decided)),
         }
-        return ObjectiveOutput(loss, metrics)
+        return ObjectiveOutput(self.policy_weight * policy + self.rate_weight * rate + credit.loss, metrics)
+
+
+class RatioObjective(AbstractObjective):
+    r"""H-Net's ratio loss with $1/\pi_{target}$ bytes per chunk, times `weight` (H-Net eq. 10 and section 3.1).
+
+    It alone holds the rate; what else the router learns reaches it through the chunker.
+    """
+
+    target_rate: float = eqx.field(static=True)
+    weight: float = eqx.field(static=True, default=0.03)
+
+    def __check_init__(self):
+        _require_rate(self.target_rate)
+
+    @property
+    def needs_early_exit(self) -> bool:
+        return False
+
+    def __call__(self, signal: Signal) -> ObjectiveOutput:
+        boundaries = signal.boundaries
+        chunk_size = 1.0 / aimed_rate(self.target_rate, signal)
+        valid = boundaries.decided | boundaries.starts
+        loss = ratio_loss(boundaries.actions, boundaries.probs, chunk_size, valid)
+        return ObjectiveOutput(self.weight * loss, {"ratio_loss": loss})
+
+
+class BinomialPrior(AbstractObjective):
+    r"""The negative log-probability, per row, of as many boundaries under $\mathrm{Binomial}(n, \pi_{target})$ (DPT).
+
+    Its gradient passes through `Boundaries.relaxed`. Raises `ValueError` for boundaries without it.
+    """
+
+    target_rate: float = eqx.field(static=True)
+    weight: float = eqx.field(static=True, default=1.0)
+
+    def __check_init__(self):
+        _require_rate(self.target_rate)
+
+    @property
+    def needs_early_exit(self) -> bool:
+        return False
+
+    def __call__(self, signal: Signal) -> ObjectiveOutput:
+        boundaries = signal.boundaries
+        if boundaries.relaxed is None:
+            raise ValueError("BinomialPrior needs boundaries with a relaxed form, such as MLPRouter draws")
+        loss = binomial_prior_loss(boundaries.relaxed, aimed_rate(self.target_rate, signal), boundaries.decided)
+        return ObjectiveOutput(self.weight * loss, {"prior_loss": loss})
+
+
+class Imitation(AbstractObjective):
+    r"""Cross-entropy of the router against boundaries that something else drew: $-\lambda\,\mathrm{mean}_i \log\pi(a_i)$.
+
+    With a `Guided` router this distils the guide into a policy that needs it no longer.
+    """
+
+    weight: float = eqx.field(static=True, default=0.1)
+
+    @property
+    def needs_early_exit(self) -> bool:
+        return False
+
+    def __call__(self, signal: Signal) -> ObjectiveOutput:
+        boundaries = signal.boundaries
+        loss = -masked_mean(action_log_prob(boundaries.logits, boundaries.actions), boundaries.decided)
+        return ObjectiveOutput(self.weight * loss, {"imitation_loss": loss})
 
 
 class NoObjective(AbstractObjective):
@@ -176,7 +148,11 @@ class NoObjective(AbstractObjective):
         return ObjectiveOutput(jnp.zeros(()), {})
 
 
-def _early(signal: Signal) -> Float[Array, "batch length"]:
-    if signal.early_log_lik is None:
-        raise ValueError("EarlyExit needs early_log_lik in its Signal: build the model with an early head")
-    return signal.early_log_lik
+def aimed_rate(built_for: float, signal: Signal) -> Float[Array, ""]:
+    """The rate to aim at now: the one of the signal, or the one that the objective was built for."""
+    return jnp.asarray(built_for, jnp.float32) if signal.target_rate is None else signal.target_rate
+
+
+def _require_rate(rate: float) -> None:
+    if not 0.0 < rate < 1.0:
+        raise ValueError(f"a target rate lies strictly between 0 and 1; got {rate}")

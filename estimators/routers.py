@@ -1,12 +1,22 @@
 """Routers that learn. Each maps hidden states to boundary logits; the fixed rules are in `fixed.py`."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from estimators.base import AbstractRouter, Boundaries, Layout, Sampler
-from estimators.equations import logit, soft_cap, windowed_logits
+from estimators.base import AbstractRouter, Boundaries, Draw, Layout
+from estimators.equations import (
+    action_log_prob,
+    gumbel_sigmoid,
+    logit,
+    routing_probability,
+    soft_cap,
+    straight_through,
+    windowed_logits,
+)
 
 
 class WindowedPolicy(AbstractRouter):
@@ -56,25 +66,182 @@ class WindowedPolicy(AbstractRouter):
         scaled = hidden.astype(jnp.float32) @ self.weight.T / self.scale
         return scaled.at[..., 0].add(logit(self.target_rate))
 
-    def __call__(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        layout: Layout,
-        *,
-        sampler: Sampler,
-        key: PRNGKeyArray | None,
-        actions: Bool[Array, "batch length"] | None = None,
-        training: bool = False,
-    ) -> Boundaries:
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         projections = self.projections(hidden)
-        starts = layout.starts
-        cap = self.cap if training else None
+        starts, actions = layout.starts, draw.actions
+        cap = self.cap if draw.training else None
         if actions is None:
-            shape = layout.mask.shape
-            uniforms = jnp.full(shape, 0.5) if key is None else jax.random.uniform(key, shape)
-            actions = sampler(jax.lax.stop_gradient(projections), uniforms, starts, cap).actions
+            uniforms = draw.uniforms(layout.mask.shape)
+            actions = draw.sampler(jax.lax.stop_gradient(projections), uniforms, starts, cap).actions
         actions = (actions | starts) & layout.mask
         logits = windowed_logits(projections, actions, starts)
         if cap is not None:
             logits = soft_cap(logits, cap)
-        return Boundaries(actions, logits, jax.nn.sigmoid(logits), layout.mask & ~starts)
+        return Boundaries(actions, logits, jax.nn.sigmoid(logits), layout.mask & ~starts, starts)
+
+
+class MLPRouter(AbstractRouter):
+    r"""A two-layer perceptron on each row, drawn by Gumbel noise (DPT; authors' code).
+
+    $l_i = w_2 \cdot \mathrm{GELU}(W_1 X_i + b_1) + b_2$, $s_i = \sigma((l_i + \mathrm{logit}(u_i))/\tau)$, $a_i = 1[s_i > 1/2]$,
+    which is a draw from $\mathrm{Bernoulli}(\sigma(l_i))$; `relaxed` is $a$ with the gradient of $s$. The last bias starts
+    at the logit of the target rate, so that training starts near it. In float32.
+    """
+
+    weight_in: Float[Array, "inner dim"]
+    bias_in: Float[Array, " inner"]
+    weight_out: Float[Array, " inner"]
+    bias_out: Float[Array, ""]
+    target_rate: float = eqx.field(static=True)
+    temperature: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dim: int,
+        inner: int | None = None,
+        *,
+        target_rate: float = 0.2,
+        temperature: float = 0.5,
+        key: PRNGKeyArray,
+    ):
+        """`inner` is the width of the hidden layer, by default `dim`; `temperature` is τ. Raises `ValueError` for a
+        temperature that is not positive or a rate outside (0, 1)."""
+        if temperature <= 0:
+            raise ValueError(f"the temperature must be positive; got {temperature}")
+        inner = dim if inner is None else inner
+        key_in, key_out = jax.random.split(key)
+        self.weight_in = jax.random.normal(key_in, (inner, dim)) * dim**-0.5
+        self.bias_in = jnp.zeros(inner)
+        self.weight_out = jax.random.normal(key_out, (inner,)) * 0.1 * inner**-0.5
+        self.bias_out = jnp.asarray(logit(target_rate))
+        self.target_rate = target_rate
+        self.temperature = temperature
+
+    @property
+    def rate(self) -> float | None:
+        return self.target_rate
+
+    def logits(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length"]:
+        """l."""
+        inner = jax.nn.gelu(hidden.astype(jnp.float32) @ self.weight_in.T + self.bias_in, approximate=False)
+        return inner @ self.weight_out + self.bias_out
+
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        logits = self.logits(hidden)
+        if draw.actions is None:
+            soft = gumbel_sigmoid(logits, draw.uniforms(logits.shape), self.temperature)
+        else:
+            soft = gumbel_sigmoid(logits, jnp.full(logits.shape, 0.5), self.temperature)
+        drawn = soft > 0.5 if draw.actions is None else draw.actions
+        actions = (drawn | layout.starts) & layout.mask
+        decided = layout.mask & ~layout.starts
+        relaxed = straight_through(actions, jnp.where(decided, soft, 0.0))
+        return Boundaries(actions, logits, jax.nn.sigmoid(logits), decided, layout.starts, relaxed)
+
+
+class CosineRouter(AbstractRouter):
+    r"""A boundary where a row is unlike the one before it: $p_t = \tfrac12(1 - \cos(W_q X_{t-1}, W_k X_t))$ (H-Net eq. 4).
+
+    Both projections start as the identity. With a key the boundaries are draws from $\mathrm{Bernoulli}(p_t)$; H-Net itself
+    takes the likelier action, which is `Likelier(CosineRouter(dim))`. In float32.
+    """
+
+    query: Float[Array, "dim dim"]
+    key: Float[Array, "dim dim"]
+    target_rate: float = eqx.field(static=True)
+
+    def __init__(self, dim: int, *, target_rate: float = 0.2):
+        """The target rate sizes buffers; it is an objective that holds it. Raises `ValueError` for one outside (0, 1)."""
+        logit(target_rate)
+        self.query, self.key, self.target_rate = jnp.eye(dim), jnp.eye(dim), target_rate
+
+    @property
+    def rate(self) -> float | None:
+        return self.target_rate
+
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        wide = hidden.astype(jnp.float32)
+        probs = routing_probability(wide @ self.query.T, wide @ self.key.T, layout.starts)
+        drawn = draw.uniforms(probs.shape) < probs if draw.actions is None else draw.actions
+        actions = (drawn | layout.starts) & layout.mask
+        # Where rows are equal or opposite the log-odds are infinite; bounded ones keep policy losses finite.
+        inside = jnp.clip(probs, 1e-4, 1.0 - 1e-4)
+        logits = jnp.log(inside) - jnp.log1p(-inside)
+        return Boundaries(actions, logits, probs, layout.mask & ~layout.starts, layout.starts)
+
+
+class Likelier(AbstractRouter):
+    """Another router's likelier action at each row (`probs > 0.5`), whatever the key: no chance is left."""
+
+    router: AbstractRouter
+
+    @property
+    def rate(self) -> float | None:
+        return self.router.rate
+
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        return self.router(hidden, layout, dataclasses.replace(draw, key=None))
+
+
+class OffPolicy(AbstractRouter):
+    """In training, boundaries that the `behaviour` draws, scored under the `policy`; in evaluation the policy's own.
+
+    `ImportanceWeight` makes the score function unbiased again. The behaviour's rows must be independent given what its
+    logits have seen, so that those logits are the probabilities of its draws: any `AbstractRouter` but the exact-count
+    `UniformRouter`, whose place `Bernoulli` takes.
+    """
+
+    policy: AbstractRouter
+    behaviour: AbstractRouter
+
+    @property
+    def rate(self) -> float | None:
+        return self.policy.rate
+
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        if not draw.training:
+            return self.policy(hidden, layout, draw)
+        drawn = self.behaviour(hidden, layout, draw)
+        scored = self.policy(hidden, layout, dataclasses.replace(draw, actions=drawn.actions))
+        log_prob = jax.lax.stop_gradient(action_log_prob(drawn.logits, drawn.actions))
+        return dataclasses.replace(scored, behaviour_log_prob=log_prob)
+
+
+class Bernoulli(AbstractRouter):
+    """A boundary at every byte with the same probability, independently of everything."""
+
+    target_rate: float = eqx.field(static=True)
+
+    def __check_init__(self):
+        logit(self.target_rate)
+
+    @property
+    def rate(self) -> float | None:
+        return self.target_rate
+
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        probs = jnp.full(layout.mask.shape, self.target_rate)
+        drawn = draw.uniforms(probs.shape) < probs if draw.actions is None else draw.actions
+        actions = (drawn | layout.starts) & layout.mask
+        logits = jnp.full(layout.mask.shape, logit(self.target_rate))
+        return Boundaries(actions, logits, probs, layout.mask & ~layout.starts, layout.starts)
+
+
+class Guided(AbstractRouter):
+    """In training, boundaries that the `guide` draws, scored under the `student`; in evaluation the student's own.
+
+    With `Imitation` as the objective the student becomes the guide, as far as it can, and generation needs no guide.
+    """
+
+    student: AbstractRouter
+    guide: AbstractRouter
+
+    @property
+    def rate(self) -> float | None:
+        return self.guide.rate
+
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        if not draw.training:
+            return self.student(hidden, layout, draw)
+        drawn = self.guide(hidden, layout, draw)
+        return self.student(hidden, layout, dataclasses.replace(draw, actions=drawn.actions))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from estimators.base import AbstractChunker, AbstractEstimator, AbstractObjective, AbstractRouter
-from estimators.objectives import AbstractReduction, BatchCentre, Discount, EarlyExit, ScoreFunctionObjective
+from estimators.objectives import ScoreFunctionObjective
+from estimators.reductions import AbstractReduction, BatchCentre, Discount, EarlyExit
 from estimators.routers import WindowedPolicy
 
 

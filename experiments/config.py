@@ -6,118 +6,49 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_type_hints
 
 from estimators.equations import logit
+from experiments.sections import (
+    BPEConfig,
+    CheckpointConfig,
+    DataConfig,
+    DynamicChunkingConfig,
+    EntropyConfig,
+    EvaluationConfig,
+    IsotropicConfig,
+    MLPConfig,
+    OffPolicyConfig,
+    OptimizerConfig,
+    ScoreFunctionConfig,
+    SmoothConfig,
+    StrideConfig,
+    TargetConfig,
+)
 from unet.model import UNetConfig
 
-EstimatorName = Literal["sfe", "uniform", "stride", "whitespace", "spacelike", "isotropic"]
+EstimatorName = Literal[
+    "sfe",
+    "sfe-cosine",
+    "sfe-mlp",
+    "sfe-smooth",
+    "sfe-offpolicy",
+    "gumbel",
+    "hnet",
+    "entropy",
+    "bpe",
+    "bpe-distilled",
+    "uniform",
+    "stride",
+    "whitespace",
+    "spacelike",
+    "isotropic",
+]
 ModelName = Literal["tiny", "18M", "32M", "73M", "90M", "130M", "147M", "346M", "ratio2", "ratio4", "ratio6"]
 
 
 class ConfigError(Exception):
     """A value, or a combination of values, that cannot be run, said in one sentence."""
-
-
-@dataclass(frozen=True)
-class ScoreFunctionConfig:
-    """The score-function estimator (--estimator sfe)."""
-
-    window: int = 7
-    """Past boundaries that the policy sees; 0 for a policy without memory."""
-    discount: float = 0.99
-    """Discount of rewards per byte (eq. 13); 1 leaves discounting out."""
-    early_exit: bool = True
-    """Rewards relative to a prediction from the encoder alone (eq. 11-12)."""
-    early_weight: float = 0.1
-    """Weight of the early head's own loss (eq. 22)."""
-    centring: Literal["batch", "leave-one-out", "none"] = "batch"
-    """Returns relative to the batch's mean at the same position (eq. 14), with or without the sequence itself in it."""
-    policy_weight: float = 1e-2
-    """Weight of the policy loss (eq. 22)."""
-    rate_weight: float = 1e-2
-    """Weight of the rate loss (eq. 22)."""
-    scale: float = 16.0
-    """Divisor of the policy's raw logits (eq. 18); a smaller one makes the policy move faster."""
-    cap: float = 6.0
-    """Bound of the policy's logits in training (eq. 19)."""
-
-
-@dataclass(frozen=True)
-class StrideConfig:
-    """Boundaries at every n-th byte (--estimator stride)."""
-
-    stride: int | None = None
-    """Bytes per token; by default the whole number nearest to 1 / rate."""
-
-
-@dataclass(frozen=True)
-class IsotropicConfig:
-    """A byte-level baseline (--estimator isotropic)."""
-
-    token_level: bool = True
-    """Run the token level at every byte; without it only the windowed byte-level blocks remain."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW under a cosine schedule with linear warm-up."""
-
-    learning_rate: float = 3e-3
-    """Peak learning rate."""
-    warmup_bytes: int | None = None
-    """Training bytes over which the learning rate rises from 0; by default 5 % of all."""
-    final_fraction: float = 0.0
-    """Learning rate at the end, as a share of the peak."""
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.999
-    """Decay of the second moment."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay."""
-    clip: float = 1.0
-    """Global norm to which gradients are clipped."""
-    accumulate: int = 1
-    """Parts a batch is cut into, one after another, to save memory; batch centring and means over bytes work within a part."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """How documents become training rows."""
-
-    protocol: Literal["crop", "cut", "pack"] = "cut"
-    """crop: random stretches of documents; cut: the start of documents that are long enough; pack: documents side by side,
-    none seeing another."""
-    text_field: str | None = None
-    """Field of JSON lines and Parquet files that holds the text; by default what the named data set uses, else "text"."""
-    held_out: float = 0.05
-    """Share of documents held out for validation, chosen by their content."""
-    workers: int = 0
-    """Processes that prepare batches; their number never changes a batch."""
-    cache: Path | None = None
-    """Where shards of hub data sets are kept; by default ~/.cache/caesura."""
-    cache_gib: float = 8.0
-    """Size to which that cache is kept for each data set, in GiB; the oldest shards go first."""
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Validation on held-out text."""
-
-    bytes: int = 262_144
-    """Held-out bytes to evaluate on, at most."""
-    times: int = 10
-    """How often during training, evenly spread, the last at the end."""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """What is kept to go on from."""
-
-    times: int = 10
-    """How often during training, evenly spread; there is always one at the end and when a run is stopped."""
-    keep: int = 2
-    """How many of the latest are kept."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +81,9 @@ class RunConfig:
     """Go on with the run in --out from its last checkpoint."""
     overwrite: bool = False
     """Delete what is in --out first."""
-    chunker: Literal["distribute", "deviate"] = "distribute"
-    """What the token level adds to the bytes: its output, or its change of its input."""
+    chunker: Literal["distribute", "deviate", "mean", "smooth"] | None = None
+    """How bytes become tokens and come back: select and add the token level's output (distribute) or its change (deviate), the
+    means of groups (mean), select and smooth (smooth); by default what the estimator was published with."""
     capacity_slack: float = 1.35
     """Token rows per sequence in training, as a multiple of rate x length; boundaries beyond are dropped and counted."""
     devices: int | None = None
@@ -159,6 +91,13 @@ class RunConfig:
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     sfe: ScoreFunctionConfig = field(default_factory=ScoreFunctionConfig)
+    offpolicy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
+    mlp: MLPConfig = field(default_factory=MLPConfig)
+    hnet: DynamicChunkingConfig = field(default_factory=DynamicChunkingConfig)
+    smooth: SmoothConfig = field(default_factory=SmoothConfig)
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
+    bpe: BPEConfig = field(default_factory=BPEConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
     stride: StrideConfig = field(default_factory=StrideConfig)
     isotropic: IsotropicConfig = field(default_factory=IsotropicConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -169,6 +108,11 @@ class RunConfig:
     @property
     def bytes_per_step(self) -> int:
         return self.batch * self.length
+
+    @property
+    def samples(self) -> int:
+        """Draws of boundaries for each sequence of a training batch."""
+        return self.sfe.samples if self.estimator.startswith("sfe") else 1
 
     @property
     def total_steps(self) -> int:
@@ -223,12 +167,47 @@ def check(config: RunConfig) -> None:
     _require(config.evaluation.times >= 1, "--evaluation.times must be at least 1")
     _require(config.checkpoint.times >= 1 and config.checkpoint.keep >= 1, "--checkpoint.times and keep are at least 1")
     _require(config.devices is None or config.devices >= 1, "--devices must be at least 1")
-    if config.estimator == "sfe":
+    if config.estimator.startswith("sfe"):
         _check_score_function(config)
+    _check_estimators(config)
     if config.estimator == "stride" and config.stride.stride is not None:
         _require(config.stride.stride >= 1, f"--stride.stride must be at least 1; got {config.stride.stride}")
     _require(
         not (config.resume and config.overwrite), "--resume goes on with a run and --overwrite deletes it: use one"
+    )
+
+
+def _check_estimators(config: RunConfig) -> None:
+    mlp, target = config.mlp, config.target
+    _require(mlp.inner is None or mlp.inner >= 1, "--mlp.inner must be at least 1")
+    _require(mlp.temperature > 0, f"--mlp.temperature must be positive; got {mlp.temperature}")
+    _require(
+        config.estimator != "entropy" or config.entropy.model is not None,
+        "--estimator entropy needs a byte model: train one with --estimator isotropic --isotropic.no-token-level and name "
+        "its folder with --entropy.model",
+    )
+    _require(config.bpe.vocabulary >= 257, "--bpe.vocabulary has 256 bytes and at least one merge: 257 or more")
+    _require(
+        target.start is None or 0 < target.start < 1,
+        f"--target.start is a share of bytes strictly between 0 and 1; got {target.start}",
+    )
+    _require(0 < target.until <= 1, f"--target.until is a share of training, above 0 and at most 1; got {target.until}")
+    _require(target.control >= 0, f"--target.control cannot be negative; got {target.control}")
+    _require(
+        config.estimator != "gumbel" or config.chunker in (None, "mean"),
+        f"--estimator gumbel learns through the means of groups: --chunker {config.chunker} would pass it no gradient",
+    )
+    _require(
+        config.estimator != "hnet" or config.chunker in (None, "smooth"),
+        f"--estimator hnet learns through smoothing: --chunker {config.chunker} would pass it no gradient",
+    )
+    _require(
+        config.estimator != "hnet" or config.smooth.smoothing or config.smooth.weighting != "none",
+        "--estimator hnet without smoothing and without weighting by confidence has no gradient to learn from",
+    )
+    _require(
+        config.optimizer.accumulate == 1 or target.control == 0,
+        "--target.control measures the rate of whole batches: use --optimizer.accumulate 1",
     )
 
 
@@ -243,7 +222,22 @@ def _check_score_function(config: RunConfig) -> None:
         f"--rate {config.rate} lies beyond policy logits capped at {sfe.cap}: raise --sfe.cap",
     )
     _require(
-        sfe.centring == "none" or part > 1,
+        sfe.advantage_decay is None or 0 <= sfe.advantage_decay <= 1,
+        f"--sfe.advantage-decay lies between 0 and 1; got {sfe.advantage_decay}",
+    )
+    _require(
+        sfe.advantage_decay is None or not sfe.critic,
+        "--sfe.advantage-decay brings a critic of its own: leave --sfe.critic out",
+    )
+    _require(sfe.samples >= 1, f"--sfe.samples must be at least 1; got {sfe.samples}")
+    _require(
+        sfe.centring != "samples" or sfe.samples > 1,
+        "--sfe.centring samples compares draws for one sequence: ask for --sfe.samples 2 or more",
+    )
+    clip = config.offpolicy.clip
+    _require(clip is None or clip > 0, f"--offpolicy.clip must be positive; got {clip}")
+    _require(
+        sfe.centring in ("none", "samples") or part * sfe.samples > 1,
         f"centred returns of a batch of {part} are all zero: use a larger --batch or --sfe.centring none",
     )
 
@@ -258,24 +252,13 @@ def to_json(config: RunConfig) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
-_SECTIONS: dict[str, type] = {
-    "unet": UNetConfig,
-    "sfe": ScoreFunctionConfig,
-    "stride": StrideConfig,
-    "isotropic": IsotropicConfig,
-    "optimizer": OptimizerConfig,
-    "data": DataConfig,
-    "evaluation": EvaluationConfig,
-    "checkpoint": CheckpointConfig,
-}
-
-
 def from_json(text: str, where: str) -> RunConfig:
     """The configuration that `to_json` wrote. Raises `ConfigError`, naming `where`, if it is anything else."""
     try:
         values: dict[str, object] = json.loads(text)
-        for name, section in _SECTIONS.items():
-            values[name] = _build(section, values[name])
+        for name, kind in get_type_hints(RunConfig).items():
+            if dataclasses.is_dataclass(kind):
+                values[name] = _build(kind, values[name])
         return _build(RunConfig, values)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ConfigError(f"{where} is not the configuration of a run ({error})") from None
@@ -287,5 +270,6 @@ Built = TypeVar("Built")
 def _build(kind: type[Built], values: object) -> Built:
     if not isinstance(values, dict):
         raise TypeError(f"{kind.__name__} is written as an object, not {values!r}")
-    paths = {name: Path(values[name]) for name in ("out", "cache") if isinstance(values.get(name), str)}
+    hints = get_type_hints(kind)
+    paths = {name: Path(value) for name, value in values.items() if hints[name] == Path | None and value is not None}
     return kind(**values | paths)

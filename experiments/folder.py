@@ -20,7 +20,10 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
-OWN_FILES = (CONFIG, METRICS, SUMMARY, CHECKPOINTS, "report.html", "boundaries.png")
+OWN_FILES = (
+    *(CONFIG, METRICS, SUMMARY, CHECKPOINTS, "report.html", "boundaries.png"),
+    *("model.safetensors", "vocabulary.json", "byte_model"),
+)
 
 Record = Mapping[str, float | int | str | None]
 

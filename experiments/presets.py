@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from experiments.config import DataConfig, ModelName, OptimizerConfig, RunConfig, ScoreFunctionConfig
+from experiments.config import ModelName, RunConfig
+from experiments.sections import DataConfig, OptimizerConfig, ScoreFunctionConfig
 from unet.model import UNetConfig
 
 

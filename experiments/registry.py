@@ -3,43 +3,111 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
+import jax
 from jaxtyping import PRNGKeyArray
 
 from estimators import (
     AbstractChunker,
     AbstractEstimator,
     AbstractReduction,
+    AbstractRouter,
     BatchCentre,
+    Bernoulli,
+    BPEGuided,
+    CosineRouter,
+    Critic,
     Discount,
+    Distilled,
+    DynamicChunking,
     EarlyExit,
+    Entropy,
+    EntropyRouter,
+    Estimator,
+    GeneralisedAdvantage,
+    ImportanceWeight,
     Isotropic,
+    MLPRouter,
+    OffPolicy,
+    SampleCentre,
     ScoreFunction,
     Spacelike,
+    StraightThroughGumbel,
     Stride,
     Uniform,
     Whitespace,
 )
-from experiments.config import EstimatorName, RunConfig, ScoreFunctionConfig
-from unet import SelectDeviate, SelectDistribute
-
-Builder = Callable[[RunConfig, AbstractChunker, PRNGKeyArray], AbstractEstimator | None]
+from experiments.config import EstimatorName, RunConfig
+from unet import MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth, UNet
 
 
-def reductions(config: ScoreFunctionConfig) -> tuple[AbstractReduction, ...]:
+@dataclass(frozen=True)
+class ByteModel:
+    """A byte-level model without tokens, and the configuration of the run that trained it."""
+
+    config: RunConfig
+    model: UNet
+
+
+@dataclass(frozen=True)
+class Found:
+    """The `vocabulary` of a byte-pair encoding; the `byte_model` whose entropy is watched, and the `threshold` on it."""
+
+    vocabulary: tuple[bytes, ...] | None = None
+    byte_model: ByteModel | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """Everything an estimator is made from."""
+
+    config: RunConfig
+    chunker: AbstractChunker
+    key: PRNGKeyArray
+    found: Found
+
+    @property
+    def dim(self) -> int:
+        return self.config.unet.dim
+
+
+Builder = Callable[[Ingredients], AbstractEstimator | None]
+
+CHUNKERS: dict[EstimatorName, Literal["mean", "smooth"]] = {"gumbel": "mean", "hnet": "smooth", "sfe-smooth": "smooth"}
+"""The chunkers of estimators that do not simply select and distribute."""
+
+
+def reductions(config: RunConfig) -> tuple[AbstractReduction, ...]:
     """The variance reductions that a configuration asks for, in the order in which they apply."""
-    early = (EarlyExit(config.early_weight),) if config.early_exit else ()
-    centre = () if config.centring == "none" else (BatchCentre(config.centring == "leave-one-out"),)
-    return (*early, Discount(config.discount), *centre)
+    sfe, dim = config.sfe, config.unet.dim
+    steps: list[AbstractReduction] = []
+    if sfe.early_exit:
+        steps.append(EarlyExit(sfe.early_weight))
+    if config.estimator == "sfe-offpolicy":
+        steps.append(ImportanceWeight(config.offpolicy.clip))
+    if sfe.advantage_decay is not None:
+        steps.append(GeneralisedAdvantage(dim, sfe.discount, sfe.advantage_decay))
+    else:
+        steps.append(Discount(sfe.discount))
+    if sfe.critic:
+        steps.append(Critic(dim))
+    if sfe.centring == "samples":
+        steps.append(SampleCentre())
+    elif sfe.centring != "none":
+        steps.append(BatchCentre(sfe.centring == "leave-one-out"))
+    return tuple(steps)
 
 
-def _score_function(config: RunConfig, chunker: AbstractChunker, key: PRNGKeyArray) -> AbstractEstimator:
-    sfe = config.sfe
+def _score_function(given: Ingredients) -> AbstractEstimator:
+    config, sfe = given.config, given.config.sfe
     return ScoreFunction(
-        config.unet.dim,
-        chunker=chunker,
+        given.dim,
+        chunker=given.chunker,
         target_rate=config.rate,
-        reductions=reductions(sfe),
+        reductions=reductions(config),
         window=sfe.window,
         scale=sfe.scale,
         cap=sfe.cap,
@@ -48,26 +116,111 @@ def _score_function(config: RunConfig, chunker: AbstractChunker, key: PRNGKeyArr
     )
 
 
-def _stride(config: RunConfig, chunker: AbstractChunker, key: PRNGKeyArray) -> AbstractEstimator:
-    stride = config.stride.stride
-    return Stride(chunker=chunker, stride=round(1 / config.rate) if stride is None else stride)
+def _under_score_function(router: Callable[[Ingredients], AbstractRouter]) -> Builder:
+    """Another router under the same objective."""
+
+    def build(given: Ingredients) -> AbstractEstimator:
+        return Estimator(router(given), given.chunker, _score_function(given).objective)
+
+    return build
 
 
-def _isotropic(config: RunConfig, chunker: AbstractChunker, key: PRNGKeyArray) -> AbstractEstimator | None:
-    return Isotropic(chunker=chunker) if config.isotropic.token_level else None
+def _off_policy(given: Ingredients) -> AbstractRouter:
+    return OffPolicy(_score_function(given).router, Bernoulli(given.config.rate))
+
+
+def _mlp(given: Ingredients) -> AbstractRouter:
+    mlp = given.config.mlp
+    return MLPRouter(given.dim, mlp.inner, target_rate=given.config.rate, temperature=mlp.temperature, key=given.key)
+
+
+def _gumbel(given: Ingredients) -> AbstractEstimator:
+    mlp = given.config.mlp
+    return StraightThroughGumbel(
+        given.dim,
+        chunker=given.chunker,
+        target_rate=given.config.rate,
+        inner=mlp.inner,
+        temperature=mlp.temperature,
+        prior_weight=mlp.prior_weight,
+        key=given.key,
+    )
+
+
+def _dynamic_chunking(given: Ingredients) -> AbstractEstimator:
+    hnet = given.config.hnet
+    return DynamicChunking(
+        given.dim,
+        chunker=given.chunker,
+        target_rate=given.config.rate,
+        ratio_weight=hnet.ratio_weight,
+        router=_mlp(given) if hnet.routing == "direct" else None,
+    )
+
+
+def _entropy(given: Ingredients) -> AbstractEstimator:
+    found, settings = given.found, given.config.entropy
+    if found.byte_model is None or found.threshold is None:
+        raise ValueError("the entropy estimator needs a byte model and a threshold")
+    increase = settings.increase if settings.rule == "combined" else None
+    router = EntropyRouter(found.byte_model.model, found.threshold, increase, target_rate=given.config.rate)
+    return Entropy(router, chunker=given.chunker)
+
+
+def _bpe(given: Ingredients) -> BPEGuided:
+    if given.found.vocabulary is None:
+        raise ValueError("the BPE-guided estimator needs a vocabulary")
+    return BPEGuided(given.found.vocabulary, chunker=given.chunker, target_rate=given.config.rate)
+
+
+def _distilled(given: Ingredients) -> AbstractEstimator:
+    weight = given.config.bpe.imitation_weight
+    return Distilled(_score_function(given).router, _bpe(given).router, chunker=given.chunker, weight=weight)
+
+
+def _stride(given: Ingredients) -> AbstractEstimator:
+    stride = given.config.stride.stride
+    return Stride(chunker=given.chunker, stride=round(1 / given.config.rate) if stride is None else stride)
+
+
+def _isotropic(given: Ingredients) -> AbstractEstimator | None:
+    return Isotropic(chunker=given.chunker) if given.config.isotropic.token_level else None
 
 
 REGISTRY: dict[EstimatorName, Builder] = {
     "sfe": _score_function,
-    "uniform": lambda config, chunker, key: Uniform(chunker=chunker, target_rate=config.rate),
+    "sfe-cosine": _under_score_function(lambda given: CosineRouter(given.dim, target_rate=given.config.rate)),
+    "sfe-mlp": _under_score_function(_mlp),
+    "sfe-smooth": _score_function,
+    "sfe-offpolicy": _under_score_function(_off_policy),
+    "gumbel": _gumbel,
+    "hnet": _dynamic_chunking,
+    "entropy": _entropy,
+    "bpe": _bpe,
+    "bpe-distilled": _distilled,
+    "uniform": lambda given: Uniform(chunker=given.chunker, target_rate=given.config.rate),
     "stride": _stride,
-    "whitespace": lambda config, chunker, key: Whitespace(chunker=chunker),
-    "spacelike": lambda config, chunker, key: Spacelike(chunker=chunker),
+    "whitespace": lambda given: Whitespace(chunker=given.chunker),
+    "spacelike": lambda given: Spacelike(chunker=given.chunker),
     "isotropic": _isotropic,
 }
 
 
-def build_estimator(config: RunConfig, key: PRNGKeyArray) -> AbstractEstimator | None:
+def build_chunker(config: RunConfig, key: PRNGKeyArray) -> AbstractChunker:
+    """The chunker that a configuration asks for, or else its estimator's own."""
+    dim, smooth = config.unet.dim, config.smooth
+    name = CHUNKERS.get(config.estimator, "distribute") if config.chunker is None else config.chunker
+    if name == "mean":
+        return MeanPool(dim, key=key)
+    if name == "smooth":
+        published = "straight-through" if config.estimator == "hnet" else "none"
+        weighting = published if smooth.weighting is None else smooth.weighting
+        return SelectSmooth(Projection(dim) if smooth.residual == "projected" else None, smooth.smoothing, weighting)
+    return SelectDeviate() if name == "deviate" else SelectDistribute()
+
+
+def build_estimator(config: RunConfig, key: PRNGKeyArray, found: Found | None = None) -> AbstractEstimator | None:
     """The estimator of a run; None for a model without a token level."""
-    chunker = SelectDeviate() if config.chunker == "deviate" else SelectDistribute()
-    return REGISTRY[config.estimator](config, chunker, key)
+    found = Found() if found is None else found
+    chunker = build_chunker(config, jax.random.fold_in(key, 1))
+    return REGISTRY[config.estimator](Ingredients(config, chunker, key, found))

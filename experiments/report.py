@@ -21,7 +21,7 @@ from experiments.summary import Summary
 PICTURE_COLUMNS = 96
 PICTURE_LINES = 26
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; --quiet: #777; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -48,17 +48,15 @@ def report_page(folder: Path, config: RunConfig, summary: Summary, shaded: Seque
     title = f"{config.estimator} on {config.dataset}"
     curves = base64.b64encode(curves_picture(folder, config)).decode()
     texts = "\n".join(f'<pre class="text">{shaded_html(characters)}</pre>' for characters in shaded)
-    stops = ", ".join(f"rgb{colour_of(prob / 10)}" for prob in range(11))
     settings = html.escape((folder / "config.json").read_text())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p class="quiet">{_subtitle(config, summary)}</p>
 <table>{"".join(_figures(config, summary))}</table>
 <h2>Held-out text</h2>
-<p>Boundary probability at each character (of several bytes: at the last), low
-<span class="scale" style="background: linear-gradient(90deg, {stops})"></span> high.
+<p>Boundary probability at each character (of several bytes: at the last), {scale()}.
 A line at the right of a character is a boundary that was drawn. ▪ is the begin of a document.</p>
 {texts}
 <h2>Curves</h2>
@@ -67,6 +65,12 @@ A line at the right of a character is a boundary that was drawn. ▪ is the begi
 <details><summary>config.json</summary><pre>{settings}</pre></details>
 </body></html>
 """
+
+
+def scale() -> str:
+    """The scale of probabilities as HTML."""
+    stops = ", ".join(f"rgb{colour_of(prob / 10)}" for prob in range(11))
+    return f'low <span class="scale" style="background: linear-gradient(90deg, {stops})"></span> high'
 
 
 def shaded_html(characters: Iterable[Character]) -> str:
@@ -105,7 +109,7 @@ def boundaries_picture(shaded: Sequence[Sequence[Character]]) -> bytes:
             axes.text(
                 x + 0.45, y + 0.53, _printable(character.text), ha="center", va="center", fontsize=8, family="monospace"
             )
-    return _png(figure)
+    return picture(figure)
 
 
 def curves_picture(folder: Path, config: RunConfig) -> bytes:
@@ -135,7 +139,7 @@ def curves_picture(folder: Path, config: RunConfig) -> bytes:
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8, frameon=False)
-    return _png(figure)
+    return picture(figure)
 
 
 def _curve(
@@ -214,7 +218,8 @@ def _number(value: float | int | str | None, unit: float = 1.0, digits: int = 4)
     return f"{value / unit:.{digits}f}" if isinstance(value, int | float) else "–"
 
 
-def _png(figure: Figure) -> bytes:
+def picture(figure: Figure) -> bytes:
+    """A figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

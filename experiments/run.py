@@ -17,12 +17,14 @@ from data import DataError
 from experiments.config import ConfigError, RunConfig, check
 from experiments.display import Display
 from experiments.folder import SUMMARY, held, prepare_new, read_config, write_atomically
+from experiments.found import write_found
 from experiments.launch import with_large_pages
 from experiments.presets import PRESETS
 from experiments.report import write_report
 from experiments.shading import shade
 from experiments.summary import summary_of
 from experiments.train import Interrupted, NonFiniteError, Outcome, Prepared, prepare, train
+from experiments.weights import write_weights
 
 MAY_CHANGE = ("out", "resume", "overwrite", "log_every")
 """Settings that a resumed run may be given anew: none of them moves its curve."""
@@ -68,6 +70,7 @@ def run(config: RunConfig, display: Display) -> Outcome:
     with held(config.folder):
         if not config.resume:
             prepare_new(config)
+        write_found(config.folder, prepared.found)
         return _run_in(config.folder, config, prepared, display)
 
 
@@ -77,6 +80,7 @@ def _run_in(folder: Path, config: RunConfig, prepared: Prepared, display: Displa
     shaded = shade(outcome.model, rows, seed=config.seed)
     summary = summary_of(config, outcome)
     write_report(folder, config, summary, shaded)
+    write_weights(folder, outcome.model)
     # Last, so that a folder with a summary is a finished run.
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if outcome.validation.rate > 0:

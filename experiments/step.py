@@ -10,23 +10,42 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from experiments.config import OptimizerConfig
+from estimators import Frozen
+from experiments.sections import OptimizerConfig
+from experiments.target import TargetSchedule, TargetState
 from unet import UNet
 from unet.model import LossOutput
 
 
 class TrainState(eqx.Module):
-    """The arrays that training changes: the parameters (a model without its static parts) and the optimizer's moments."""
+    """The arrays that training changes: the parameters (a model without its static parts), the optimizer's moments, and
+    what `target_rate` keeps."""
 
     params: PyTree[Float[Array, ...]]
     optimizer: PyTree[Array]
+    target: TargetState
+
+
+def fresh_state(params: PyTree[Float[Array, ...]], optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(params, optimizer.init(params), TargetState())
 
 
 class StepMetrics(eqx.Module):
-    """What a step reports: its losses, and the norm of the gradient before clipping."""
+    """What a step reports: its losses, the norm of the gradient before clipping, and the rate its estimator aimed at."""
 
     output: LossOutput
     gradient_norm: Float[Array, ""]
+    target_rate: Float[Array, ""]
+
+
+def frozen_or_not(params: PyTree[Float[Array, ...]]) -> PyTree[bool]:
+    """False for every leaf inside a `Frozen`, True for those that train."""
+
+    def mark(node: PyTree) -> PyTree[bool]:
+        return jax.tree.map(lambda leaf: not isinstance(node, Frozen), node)
+
+    return jax.tree.map(mark, params, is_leaf=lambda node: isinstance(node, Frozen))
 
 
 def make_optimizer(config: OptimizerConfig, warmup_steps: int, total_steps: int) -> optax.GradientTransformation:
@@ -36,45 +55,66 @@ def make_optimizer(config: OptimizerConfig, warmup_steps: int, total_steps: int)
         0.0, peak, warmup_steps, max(total_steps, warmup_steps + 1), peak * config.final_fraction
     )
     adamw = optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.masked(adamw, frozen_or_not))
 
 
-def make_step(static: UNet, optimizer: optax.GradientTransformation, *, capacity: int, accumulate: int):
-    """The jitted training step: `(state, batch, key) -> (state, metrics)`; the given state's buffers are reused."""
+def make_step(
+    static: UNet,
+    optimizer: optax.GradientTransformation,
+    *,
+    capacity: int,
+    schedule: TargetSchedule,
+    accumulate: int = 1,
+    samples: int = 1,
+):
+    """The jitted training step: `(state, batch, key) -> (state, metrics)`; the given state's buffers are reused.
 
-    def loss(params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray) -> tuple[Float[Array, ""], LossOutput]:
+    A batch is cut into `accumulate` parts, boundaries are drawn `samples` times for each sequence.
+    """
+
+    def loss(
+        params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray, target_rate: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], LossOutput]:
         model: UNet = eqx.combine(params, static)
         output = model.loss(
-            batch["bytes"], key=key, segments=batch["segments"], mask=batch["mask"], capacities=(capacity,)
+            batch["bytes"],
+            key=key,
+            segments=batch["segments"],
+            mask=batch["mask"],
+            target_rate=target_rate,
+            capacities=(capacity,),
+            samples=samples,
         )
         return output.loss, output
 
     gradient = jax.grad(loss, has_aux=True)
 
     def accumulated(
-        params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray
+        params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray, target_rate: Float[Array, ""]
     ) -> tuple[PyTree[Array], LossOutput]:
         """The mean over the parts of a batch."""
         if accumulate == 1:
-            return gradient(params, batch, key)
+            return gradient(params, batch, key, target_rate)
         # Every device keeps rows of every part, or all would compute each part whole.
         parts = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, accumulate, *rows.shape[1:]), 0, 1), batch)
         keys = jax.random.split(key, accumulate)
 
         def add(total: PyTree[Array], part: tuple[dict[str, Array], PRNGKeyArray]) -> tuple[PyTree[Array], None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+            return jax.tree.map(jnp.add, total, gradient(params, *part, target_rate)), None
 
-        first = gradient(params, jax.tree.map(lambda rows: rows[0], parts), keys[0])
+        first = gradient(params, jax.tree.map(lambda rows: rows[0], parts), keys[0], target_rate)
         rest = jax.tree.map(lambda rows: rows[1:], parts), keys[1:]
         total, _ = jax.lax.scan(add, first, rest)
         return jax.tree.map(lambda value: value / accumulate, total)
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=_compiler_options())
     def step(state: TrainState, batch: dict[str, Array], key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
-        gradients, output = accumulated(state.params, batch, key)
+        target_rate = schedule.target(state.target)
+        gradients, output = accumulated(state.params, batch, key, target_rate)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, moments), StepMetrics(output, optax.tree.norm(gradients))
+        moved = TrainState(params, moments, schedule.moved(state.target, output.rate))
+        return moved, StepMetrics(output, optax.tree.norm(gradients), target_rate)
 
     return step
 

@@ -6,6 +6,7 @@ import math
 
 from experiments.config import RunConfig
 from experiments.train import Outcome
+from unet.flops import layer_flops, matrix_flops
 
 Summary = dict[str, float | int | str | None]
 
@@ -25,6 +26,10 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
         "bytes_per_second": outcome.bytes_per_second,
         "capacity": outcome.capacity,
         "overflow_fraction": outcome.overflow,
+        "flops_per_byte": matrix_flops(outcome.model, rate=validation.rate, samples=config.samples).total,
+        "layer_flops_per_byte": layer_flops(
+            outcome.model, length=config.length, rate=validation.rate, samples=config.samples
+        ).total,
         "target_rate": config.rate,
         "val_bpb": validation.bpb,
         "early_val_bpb": validation.early_bpb,

@@ -20,14 +20,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from data import Batch, DataError, Split, check_workers, load, open_batches, open_source
-from estimators import AbstractRouter
+from estimators import AbstractRouter, Draw
 from experiments.checkpoint import Checkpoints, Progress
 from experiments.config import ConfigError, RunConfig
 from experiments.display import Display
 from experiments.evaluate import Validation, evaluate, stack_rows
 from experiments.folder import CHECKPOINTS, METRICS, MetricsLog, read_metrics
-from experiments.registry import build_estimator
-from experiments.step import StepMetrics, TrainState, make_optimizer, make_step
+from experiments.found import find, read_found
+from experiments.registry import Found, build_estimator
+from experiments.step import StepMetrics, TrainState, fresh_state, frozen_or_not, make_optimizer, make_step
+from experiments.target import TargetSchedule
 from unet import UNet
 from unet.ops import boundary_scan
 
@@ -71,12 +73,12 @@ def training_capacity(config: RunConfig, router: AbstractRouter | None, split: S
         return length
     if router.rate is not None:
         slack = 1.0 if router.rate == 1.0 else config.capacity_slack
-        expected = slack * router.rate * length
+        expected = slack * max(router.rate, TargetSchedule.of(config).highest) * length
     else:
         rows = split.held_out_rows(config.evaluation.bytes)
         layout = stack_rows(rows, len(rows))
         nothing = jnp.zeros((*layout.bytes.shape, 1))
-        drawn = router(nothing, layout, sampler=boundary_scan, key=None).actions
+        drawn = router(nothing, layout, Draw(boundary_scan)).actions
         expected = 1.25 * int(jnp.max(jnp.sum(drawn, axis=1)))
     return min(length, 8 * math.ceil(expected / 8))
 
@@ -88,6 +90,7 @@ class Prepared:
     devices."""
 
     split: Split
+    found: Found
     model: UNet
     key_steps: PRNGKeyArray
     key_evaluate: PRNGKeyArray
@@ -98,11 +101,13 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Read the data and build the model. Raises `DataError` and `ConfigError`."""
     place_batch, replicate = _placement(config)
-    split = _load_split(config)
+    split = load_split(config)
     check_workers(split, config.data.workers)
     key_estimator, key_model, key_steps, key_evaluate = jax.random.split(jax.random.key(config.seed), 4)
-    model = UNet(config.unet, build_estimator(config, key_estimator), key=key_model)
-    return Prepared(split, model, key_steps, key_evaluate, place_batch, replicate)
+    found = read_found(config.folder, config) if config.resume else None
+    found = find(config, split) if found is None else found
+    model = UNet(config.unet, build_estimator(config, key_estimator, found), key=key_model)
+    return Prepared(split, found, model, key_steps, key_evaluate, place_batch, replicate)
 
 
 def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display) -> Outcome:
@@ -116,12 +121,19 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
         display.note(note)
     routers = [estimator.router for estimator in model.stage.estimators]
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(params, frozen_or_not(params))))
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
     capacity = training_capacity(config, routers[0] if routers else None, split)
-    step_function = make_step(static, optimizer, capacity=capacity, accumulate=config.optimizer.accumulate)
+    step_function = make_step(
+        static,
+        optimizer,
+        capacity=capacity,
+        schedule=TargetSchedule.of(config),
+        accumulate=config.optimizer.accumulate,
+        samples=config.samples,
+    )
     # Fresh trees share equal buffers between leaves, which donation forbids.
-    state = replicate(jax.tree.map(jnp.copy, TrainState(params, optimizer.init(params))))
+    state = replicate(jax.tree.map(jnp.copy, fresh_state(params, optimizer)))
     rows = split.held_out_rows(config.evaluation.bytes)
 
     def validate(state: TrainState) -> Validation:
@@ -229,7 +241,8 @@ class Speedometer:
         return self._steps * self._bytes_per_step / self._seconds if self._steps else math.nan
 
 
-def _load_split(config: RunConfig) -> Split:
+def load_split(config: RunConfig) -> Split:
+    """The data of a run. Raises `DataError`."""
     data = config.data
     source = open_source(
         config.dataset, text_field=data.text_field, cache=data.cache, cache_bytes=round(data.cache_gib * 2**30)
@@ -296,6 +309,7 @@ def _record(step: int, num_bytes: int, metrics: StepMetrics) -> dict[str, float 
         "bpb": -float(output.log_lik) / math.log(2),
         "early_bpb": _number(-float(output.early_log_lik) / math.log(2)),
         "rate": float(output.rate),
+        "target_rate": float(metrics.target_rate),
         "overflow": float(output.overflow),
         "gradient_norm": float(metrics.gradient_norm),
     }

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import Stride, Uniform, equations
+from estimators import Draw, Stride, Uniform, equations
 from estimators.fixed import EveryNth, UniformRouter, is_spacelike, is_whitespace, spacelike, whitespace
 from unet import SelectDistribute
 from unet.model import plain_layout
@@ -49,18 +49,18 @@ def test_uniform_draws_exactly_its_share_first_and_last_forced(rate):
     mask = jnp.ones((3, 50), bool).at[1, 33:].set(False)
     layout = plain_layout(jnp.zeros((3, 50), jnp.int32), mask=mask)
     hidden = jnp.zeros((3, 50, 1))
-    boundaries = UniformRouter(rate)(hidden, layout, sampler=boundary_scan, key=jax.random.key(0))
+    boundaries = UniformRouter(rate)(hidden, layout, Draw(boundary_scan, jax.random.key(0)))
     valid = np.asarray(mask.sum(axis=1))
     np.testing.assert_array_equal(boundaries.actions.sum(axis=1), np.round(valid * np.float32(rate)))
     assert boundaries.actions[:, 0].all()
     assert all(boundaries.actions[b, valid[b] - 1] for b in range(3))
-    other = UniformRouter(rate)(hidden, layout, sampler=boundary_scan, key=jax.random.key(1))
+    other = UniformRouter(rate)(hidden, layout, Draw(boundary_scan, jax.random.key(1)))
     assert (boundaries.actions != other.actions).any()
 
 
 def test_uniform_prefers_no_place():
     layout = plain_layout(jnp.zeros((400, 30), jnp.int32))
-    drawn = UniformRouter(0.3)(jnp.zeros((400, 30, 1)), layout, sampler=boundary_scan, key=jax.random.key(0)).actions
+    drawn = UniformRouter(0.3)(jnp.zeros((400, 30, 1)), layout, Draw(boundary_scan, jax.random.key(0))).actions
     share = np.asarray(drawn)[:, 1:-1].mean(axis=0)
     # Seven free boundaries among 28 places, four standard errors.
     np.testing.assert_allclose(share, 7 / 28, atol=4 * np.sqrt(0.25 * 0.75 / 400))

@@ -65,10 +65,10 @@ def test_the_objective_assembles_the_same_policy_loss(golden):
     final, early = (jnp.asarray(np.pad(-z[f"next_byte_nll_{name}"], pad)) for name in ("final", "early"))
     logits, actions = jnp.asarray(z["boundary_logits"]), jnp.asarray(z["actions"] > 0)
     everywhere = jnp.ones(actions.shape, bool)
-    boundaries = Boundaries(actions, logits, jax.nn.sigmoid(logits), everywhere)
+    boundaries = Boundaries(actions, logits, jax.nn.sigmoid(logits), everywhere, ~everywhere)
     reductions = (EarlyExit(), Discount(float(z["discount"])), BatchCentre())
     objective = ScoreFunctionObjective(reductions, 0.2)
-    output = objective(Signal(boundaries, final, early, everywhere, everywhere))
+    output = objective(Signal(boundaries, jnp.zeros((*actions.shape, 1)), final, early, everywhere, everywhere))
     assert float(output.metrics["policy_loss"]) == pytest.approx(float(z["policy_loss"]), rel=1e-5)
 
 

@@ -68,7 +68,10 @@ def finished(corpus, tmp_path_factory):
 
 def test_a_run_leaves_everything_it_should(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "summary.json", "checkpoints", "report.html", "boundaries.png"}
+    assert names == {
+        *("config.json", "metrics.jsonl", "summary.json", "checkpoints", "report.html", "boundaries.png"),
+        "model.safetensors",
+    }
     values = json.loads((finished / "summary.json").read_text())
     for name in (
         *("val_bpb", "early_val_bpb", "rate", "boundary_f1_whitespace", "bytes", "seconds", "bytes_per_second"),

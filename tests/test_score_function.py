@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import BatchCentre, Discount, EarlyExit, ScoreFunctionObjective, Signal
+from estimators import BatchCentre, Discount, Draw, EarlyExit, ScoreFunctionObjective, Signal
 from estimators import equations as eq
 from tests.conftest import small_model, small_score_function, text_bytes
 from unet.model import continues, next_byte_log_lik, plain_layout
@@ -58,7 +58,8 @@ def signal_of(model, bytes, actions):
     log_lik = next_byte_log_lik(prediction.logits, bytes)
     early = next_byte_log_lik(prediction.early_logits, bytes)
     mask = continues(layout)
-    return Signal(prediction.levels[0].boundaries, log_lik, early, mask, mask)
+    level = prediction.levels[0]
+    return Signal(level.boundaries, level.hidden, log_lik, early, mask, mask)
 
 
 def log_prob_of(signal):
@@ -86,7 +87,7 @@ def expected_policy_gradient(model, bytes, outcomes, objective):
         def loss(weight):
             changed = eqx.tree_at(lambda r: r.weight, router, weight)
             actions = signal.boundaries.actions
-            boundaries = changed(hidden, layout, sampler=boundary_scan, key=None, actions=actions, training=True)
+            boundaries = changed(hidden, layout, Draw(boundary_scan, actions=actions, training=True))
             seen = eqx.tree_at(lambda s: s.boundaries, signal, boundaries)
             return objective(seen).metrics["policy_loss"]
 
@@ -257,7 +258,7 @@ def test_the_policy_remembers_exactly_its_window():
     hidden = jax.random.normal(jax.random.key(0), (1, 8, 16))
 
     def logits(actions):
-        return router(hidden, layout, sampler=boundary_scan, key=None, actions=actions).logits[0]
+        return router(hidden, layout, Draw(boundary_scan, actions=actions)).logits[0]
 
     base = jnp.zeros((1, 8), bool)
     changed = logits(base.at[0, 3].set(True)) != logits(base)

@@ -1,7 +1,7 @@
 """The byte-level autoregressive U-Net and the operations it is made of."""
 
 from unet import ops
-from unet.chunkers import SelectDeviate, SelectDistribute
+from unet.chunkers import MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth
 from unet.model import LossOutput, Prediction, UNet, UNetConfig, next_byte_log_lik
 from unet.stage import AbstractStage, Flat, Hierarchy, Level
 
@@ -11,9 +11,12 @@ __all__ = [
     "Hierarchy",
     "Level",
     "LossOutput",
+    "MeanPool",
     "Prediction",
+    "Projection",
     "SelectDeviate",
     "SelectDistribute",
+    "SelectSmooth",
     "UNet",
     "UNetConfig",
     "next_byte_log_lik",

@@ -1,9 +1,15 @@
 """Ways from byte rows to token rows and back, on top of the ragged ops."""
 
-from jaxtyping import Array, Float
+import dataclasses
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import AbstractChunker, Boundaries, TokenRows
-from unet.ops import downsample, upsample
+from unet.ops import downsample, mean_pool, smooth, token_of, upsample
 
 
 class SelectDistribute(AbstractChunker):
@@ -42,3 +48,86 @@ class SelectDeviate(AbstractChunker):
         boundaries: Boundaries,
     ) -> Float[Array, "batch length dim"]:
         return hidden + upsample(outputs - rows.values, boundaries.actions)
+
+
+class MeanPool(AbstractChunker):
+    r"""The mean of each closed group; a learned null group stands before the first (DPT; authors' code).
+
+    The null group takes the row of the boundary that every document's start is forced to have: what a byte sees before any
+    boundary was drawn. Rows after the last boundary are in no token. Gradients reach the boundaries through the means, by
+    way of `Boundaries.relaxed`.
+    """
+
+    null: Float[Array, " dim"]
+
+    def __init__(self, dim: int, *, key: PRNGKeyArray):
+        """The null group of states of width `dim` is drawn from a standard normal: where it stands alone, norms would
+        multiply the gradient of a zero a thousandfold, block after block."""
+        self.null = jax.random.normal(key, (dim,))
+
+    def down(self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, *, capacity: int) -> TokenRows:
+        rows = mean_pool(hidden, boundaries.actions, capacity, starts=boundaries.starts, relaxed=boundaries.relaxed)
+        first = jnp.take_along_axis(boundaries.starts, rows.positions, axis=1, mode="clip") & rows.mask
+        values = jnp.where(first[..., None], self.null.astype(hidden.dtype), rows.values)
+        return dataclasses.replace(rows, values=values)
+
+    def up(
+        self,
+        outputs: Float[Array, "batch tokens dim"],
+        rows: TokenRows,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+    ) -> Float[Array, "batch length dim"]:
+        closed = token_of(boundaries.actions)[..., None] >= 0
+        return hidden + jnp.where(closed, upsample(outputs, boundaries.actions), self.null.astype(hidden.dtype))
+
+
+class Projection(eqx.Module):
+    """H-Net's residual projection: a linear layer with a bias, in float32, both zero at first (H-Net eq. 3)."""
+
+    weight: Float[Array, "dim dim"]
+    bias: Float[Array, " dim"]
+
+    def __init__(self, dim: int):
+        """A projection of states of width `dim`."""
+        self.weight, self.bias = jnp.zeros((dim, dim)), jnp.zeros(dim)
+
+    def __call__(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
+        """In the dtype of `hidden`."""
+        return (hidden.astype(jnp.float32) @ self.weight.T + self.bias).astype(hidden.dtype)
+
+
+class SelectSmooth(AbstractChunker):
+    r"""Select rows at boundaries; smooth the tokens, weight them by confidence, bring them back (H-Net eq. 5-9).
+
+    $Y_i = r(X_i) + w_i\,\bar z_{\mathrm{token\_of}(i)}$, with $\bar z$ the average that `unet.ops.smooth` takes over the token
+    outputs with the probabilities of their boundaries (`smoothing` False: the outputs themselves), $w_i$ by `weighting`:
+    `straight-through`, 1 with the gradient of the confidence $c_i$; `confidence`, $c_i$ itself; `none`, 1. The residual r is
+    the identity, or the `projection` where there is one.
+    """
+
+    projection: Projection | None = None
+    smoothing: bool = eqx.field(static=True, default=True)
+    weighting: Literal["straight-through", "confidence", "none"] = eqx.field(static=True, default="straight-through")
+
+    def down(self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, *, capacity: int) -> TokenRows:
+        return downsample(hidden, boundaries.actions, capacity)
+
+    def up(
+        self,
+        outputs: Float[Array, "batch tokens dim"],
+        rows: TokenRows,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+    ) -> Float[Array, "batch length dim"]:
+        if self.smoothing:
+            probs = jnp.take_along_axis(boundaries.probs, rows.positions, axis=1, mode="clip")
+            starts = jnp.take_along_axis(boundaries.starts, rows.positions, axis=1, mode="clip")
+            outputs = smooth(outputs, probs, starts)
+        back = upsample(outputs, boundaries.actions)
+        if self.weighting != "none":
+            sure = boundaries.confidence
+            if self.weighting == "straight-through":
+                sure = 1.0 + (sure - jax.lax.stop_gradient(sure))
+            back = back * sure.astype(back.dtype)[..., None]
+        return back + (hidden if self.projection is None else self.projection(hidden))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 from estimators.base import VOCAB, AbstractEstimator, Layout, Signal
 from unet.blocks import Stack
 from unet.layers import Linear, RMSNorm
-from unet.stage import AbstractStage, Drawing, Flat, Hierarchy, Level
+from unet.stage import AbstractStage, Drawing, Flat, Hierarchy, Level, repeated
 
 
 @dataclass(frozen=True)
@@ -163,17 +163,21 @@ class UNet(eqx.Module):
         actions: Sequence[Bool[Array, "batch _"]] = (),
         segments: Int[Array, "batch length"] | None = None,
         mask: Bool[Array, "batch length"] | None = None,
+        target_rate: Float[Array, ""] | None = None,
         capacities: Sequence[int] = (),
+        samples: int = 1,
         training: bool = False,
     ) -> Prediction:
         """Predict the next byte at every row.
 
         `key` draws the boundaries (None: the likelier action of each byte), `actions` prescribes them level by level.
         `segments` numbers the documents of a row, `mask` is False on padding. `capacities` bound the tokens of each level;
-        without them no boundary is ever dropped.
+        without them no boundary is ever dropped. `target_rate` takes the place of the rate the estimator was built for.
+        `samples` draws boundaries so often for each sequence and returns that many neighbouring rows for it.
         """
         layout = plain_layout(bytes, segments, mask)
-        output = self.stage(self.embed(layout), layout, Drawing(key, tuple(actions), tuple(capacities), training))
+        drawing = Drawing(key, tuple(actions), target_rate, tuple(capacities), samples, training)
+        output = self.stage(self.embed(layout), layout, drawing)
         early_logits = None
         if self.early_head is not None and self.early_norm is not None:
             early_logits = self.early_head.wide(self.early_norm(output.levels[0].hidden))
@@ -190,16 +194,34 @@ class UNet(eqx.Module):
         key: PRNGKeyArray | None,
         segments: Int[Array, "batch length"] | None = None,
         mask: Bool[Array, "batch length"] | None = None,
+        target_rate: Float[Array, ""] | None = None,
         capacities: Sequence[int] = (),
+        samples: int = 1,
         training: bool = True,
     ) -> LossOutput:
         """The language-model loss plus the losses of the objectives of all levels (SFE eq. 22)."""
         layout = plain_layout(bytes, segments, mask)
-        prediction = self(bytes, key=key, segments=segments, mask=mask, capacities=capacities, training=training)
-        return self.losses(prediction, layout)
+        prediction = self(
+            bytes,
+            key=key,
+            segments=segments,
+            mask=mask,
+            target_rate=target_rate,
+            capacities=capacities,
+            samples=samples,
+            training=training,
+        )
+        return self.losses(prediction, repeated(layout, samples), target_rate=target_rate, samples=samples)
 
-    def losses(self, prediction: Prediction, layout: Layout) -> LossOutput:
-        """The losses of a prediction that has been made.
+    def losses(
+        self,
+        prediction: Prediction,
+        layout: Layout,
+        *,
+        target_rate: Float[Array, ""] | None = None,
+        samples: int = 1,
+    ) -> LossOutput:
+        """The losses of a prediction that has been made; `layout` has a row for each of its rows.
 
         Raises `ValueError` for more than one level of tokens: what a token of an inner level is rewarded with is not defined.
         """
@@ -218,7 +240,7 @@ class UNet(eqx.Module):
         loss = -mean(log_lik)
         metrics = []
         for estimator, level in zip(self.stage.estimators, prediction.levels, strict=True):
-            signal = Signal(level.boundaries, log_lik, early, scored, scored)
+            signal = Signal(level.boundaries, level.hidden, log_lik, early, scored, scored, target_rate, samples)
             output = estimator.objective(signal)
             loss = loss + output.loss
             metrics.append(output.metrics)

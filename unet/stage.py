@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from estimators.base import AbstractEstimator, Boundaries, Layout, TokenRows
+from estimators.base import AbstractEstimator, Boundaries, Draw, Layout, TokenRows
 from unet.blocks import Stack
 from unet.ops import boundary_scan
+
+Rows = TypeVar("Rows")
+"""Any tree of arrays whose first axis is the batch."""
 
 
 class Level(eqx.Module):
@@ -36,19 +40,33 @@ class StageOutput(eqx.Module):
 class Drawing(eqx.Module):
     """How boundaries are drawn in one forward pass, level by level, the outermost first.
 
-    `key` draws them (None: the likelier action of each row); `actions`, where given, are taken as they are; `capacities`
-    bound the tokens of each level (empty: as many as there are rows, so none is ever dropped).
+    `key` draws them (None: the likelier action of each row); `actions`, where given, are taken as they are; `target_rate`,
+    where given, takes the place of the rate that the outermost level was built for; `capacities` bound the tokens of each
+    level (empty: as many as there are rows, so none is ever dropped); `samples` draws so many times for each sequence at the
+    outermost level, from one pass of its encoder.
     """
 
     key: PRNGKeyArray | None = None
     actions: tuple[Bool[Array, "batch _"], ...] = ()
+    target_rate: Float[Array, ""] | None = None
     capacities: tuple[int, ...] = eqx.field(static=True, default=())
+    samples: int = eqx.field(static=True, default=1)
     training: bool = eqx.field(static=True, default=False)
+
+    def here(self) -> Draw:
+        """What the router of the outermost level is asked."""
+        actions = self.actions[0] if self.actions else None
+        return Draw(boundary_scan, self.key, actions, self.target_rate, self.training)
 
     def inner(self) -> Drawing:
         """The same for the level inside this one."""
         key = None if self.key is None else jax.random.fold_in(self.key, 1)
-        return Drawing(key, self.actions[1:], self.capacities[1:], self.training)
+        return Drawing(key, self.actions[1:], None, self.capacities[1:], 1, self.training)
+
+
+def repeated(rows: Rows, samples: int) -> Rows:
+    """Every sequence `samples` times, the copies neighbours."""
+    return rows if samples == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), rows)
 
 
 class AbstractStage(eqx.Module):
@@ -61,7 +79,8 @@ class AbstractStage(eqx.Module):
 
     @abstractmethod
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> StageOutput:
-        """Row i of the output depends on the rows up to i of its own document only."""
+        """Row i of the output depends on the rows up to i of its own document only. With several `samples` of boundaries the
+        output has that many rows for each sequence."""
 
 
 class Flat(AbstractStage):
@@ -74,6 +93,8 @@ class Flat(AbstractStage):
         return ()
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> StageOutput:
+        if drawing.samples > 1:
+            raise ValueError("there are no boundaries to draw several samples of: the model has no token level")
         return StageOutput(self.stack(hidden, layout), ())
 
 
@@ -96,9 +117,10 @@ class Hierarchy(AbstractStage):
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> StageOutput:
         encoded = self.encoder(hidden, layout)
+        encoded, layout = repeated((encoded, layout), drawing.samples)
         capacity = drawing.capacities[0] if drawing.capacities else hidden.shape[1]
         drawn = self.route(encoded, layout, drawing)
-        boundaries = drawn.limited(capacity, layout.starts)
+        boundaries = drawn.limited(capacity)
         chunker = self.estimator.chunker
         rows = chunker.down(encoded, boundaries, capacity=capacity)
         inner = self.inner(rows.values, self.token_layout(rows, layout), drawing.inner())
@@ -109,10 +131,7 @@ class Hierarchy(AbstractStage):
 
     def route(self, encoded: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Boundaries:
         """The boundaries of this level, drawn from the encoder's states."""
-        actions = drawing.actions[0] if drawing.actions else None
-        return self.estimator.router(
-            encoded, layout, sampler=boundary_scan, key=drawing.key, actions=actions, training=drawing.training
-        )
+        return self.estimator.router(encoded, layout, drawing.here())
 
     def token_layout(self, rows: TokenRows, layout: Layout) -> Layout:
         """What each token row stands for."""

@@ -1,0 +1,177 @@
+"""Boundaries where the tokens of a byte-pair encoding begin, as far as a reader can know without looking ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from estimators.base import (
+    AbstractChunker,
+    AbstractEstimator,
+    AbstractObjective,
+    AbstractRouter,
+    Boundaries,
+    Draw,
+    Layout,
+)
+from estimators.fixed import certain
+from estimators.objectives import Imitation, NoObjective
+from estimators.routers import Guided
+
+WORDS = r" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s"
+"""What no token crosses: a word, a number or a run of signs, each with the space before it; other white space is alone.
+Written for bytes read as Latin-1, so that every byte from 128 up counts as part of a letter."""
+
+
+def train_vocabulary(texts: Iterable[bytes], size: int) -> list[bytes]:
+    """The tokens of a byte-pair encoding learned from `texts`, single bytes first, then in the order they were merged.
+
+    Needs the extra `bpe` (the `tokenizers` library). Raises `ImportError`, saying so, without it, and `ValueError` for a
+    `size` below 257.
+    """
+    if size < 257:
+        raise ValueError(f"a vocabulary has 256 bytes and at least one merge; got a size of {size}")
+    try:
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise ImportError("a byte-pair encoding needs the tokenizers library: pip install 'caesura-lm[bpe]'") from error
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    alphabet = [chr(value) for value in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((text.decode("latin-1") for text in texts), trainer)
+    ranked = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return [token.encode("latin-1") for token, _ in ranked]
+
+
+class PrefixTree(eqx.Module):
+    """All beginnings of a vocabulary's tokens, as a table that arrays can walk.
+
+    Node 0 is the empty string. The child of node n by byte b is node k + 1, where k is the place of 256 n + b in `edges`,
+    which are sorted. `rank` of a node is the place in the vocabulary of the first token that begins with it.
+    """
+
+    edges: Int[Array, " nodes"]
+    rank: Int[Array, " nodes"]
+
+    def __init__(self, vocabulary: Sequence[bytes]):
+        """Raises `ValueError` for a vocabulary that lacks one of the 256 single bytes."""
+        if missing := {bytes([value]) for value in range(256)} - set(vocabulary):
+            raise ValueError(f"a vocabulary of bytes needs all 256 single bytes; {len(missing)} are missing")
+        first: dict[bytes, int] = {}
+        for place, token in enumerate(vocabulary):
+            for end in range(1, len(token) + 1):
+                first.setdefault(token[:end], place)
+        # By length, then by parent, then by byte: parents come before children, so that numbers can be given in one pass.
+        number = {b"": 0}
+        edges, rank = [], []
+        level = [b""]
+        children: dict[bytes, list[bytes]] = {}
+        for prefix in first:
+            children.setdefault(prefix[:-1], []).append(prefix)
+        while level:
+            below = []
+            for parent in level:
+                for prefix in sorted(children.get(parent, [])):
+                    number[prefix] = len(edges) + 1
+                    edges.append(256 * number[parent] + prefix[-1])
+                    rank.append(first[prefix])
+                    below.append(prefix)
+            level = below
+        self.edges = jnp.asarray(np.array(edges, np.int32))
+        self.rank = jnp.asarray(np.array(rank, np.int32))
+
+    def begins(self, layout: Layout, size: int | Int[Array, ""] | None = None) -> Bool[Array, "batch length"]:
+        """True where the byte cannot belong to the token so far: no token begins with what has been read of it and the byte.
+
+        Greedy from left to right and causal. `size` reads the first so many tokens of the vocabulary only.
+        """
+
+        def step(node, row):
+            byte, start = row
+            wanted = jnp.where(start, 0, node) * 256 + byte
+            place = jnp.minimum(jnp.searchsorted(self.edges, wanted), self.edges.shape[0] - 1)
+            goes_on = (self.edges[place] == wanted) & ~start
+            if size is not None:
+                goes_on &= self.rank[place] < size
+            # The first 256 edges are those of the root, in the order of the bytes.
+            return jnp.where(goes_on, place + 1, byte + 1), ~goes_on
+
+        nodes = jnp.zeros(layout.bytes.shape[0], jnp.int32)
+        _, begins = jax.lax.scan(step, nodes, (layout.bytes.T, layout.starts.T))
+        return begins.T
+
+
+def find_size(tree: PrefixTree, layout: Layout, rate: float) -> int:
+    """The smallest vocabulary, counted in tokens, whose tokens begin at no more than `rate` of the bytes of `layout`.
+
+    By bisection, since the rate falls as the vocabulary grows. Raises `ValueError` where even the whole one is too small.
+    """
+    begins = jax.jit(lambda size: jnp.sum(tree.begins(layout, size) & layout.mask) / jnp.sum(layout.mask))
+
+    def rate_at(size: int) -> float:
+        return float(begins(jnp.asarray(size, jnp.int32)))
+
+    low, high = 256, int(jnp.max(tree.rank)) + 1
+    if rate_at(high) > rate:
+        raise ValueError(
+            f"a vocabulary of {high} tokens begins one at {rate_at(high):.3f} of all bytes, more than the {rate} asked for: "
+            "train a larger one"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if rate_at(middle) <= rate else (middle, high)
+    return high
+
+
+class PrefixRouter(AbstractRouter):
+    """A boundary at the first byte of each token of a vocabulary that is read greedily, from left to right.
+
+    The score-function authors take the tokens of the whole text and shift their boundaries by one byte; which tokens those
+    are still depends on bytes to come, since merges do. Reading prefixes never looks ahead.
+    """
+
+    tree: PrefixTree
+    target_rate: float = eqx.field(static=True)
+
+    @property
+    def rate(self) -> float | None:
+        return self.target_rate
+
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        return certain(self.tree.begins(layout) if draw.actions is None else draw.actions, layout)
+
+
+class BPEGuided(AbstractEstimator):
+    """Boundaries guided by a byte-pair encoding: the strongest prescribed boundaries in the score-function paper."""
+
+    router: AbstractRouter
+    chunker: AbstractChunker
+    objective: AbstractObjective
+
+    def __init__(self, vocabulary: Sequence[bytes], *, chunker: AbstractChunker, target_rate: float = 0.2):
+        """`target_rate` is what the vocabulary was chosen to meet (`find_size`); it sizes buffers."""
+        self.router = PrefixRouter(PrefixTree(vocabulary), target_rate)
+        self.chunker, self.objective = chunker, NoObjective()
+
+
+class Distilled(AbstractEstimator):
+    """A `student` policy that learns a `guide`'s boundaries by cross-entropy while the model trains on them.
+
+    In evaluation and generation the student draws, so that the guide is no longer needed.
+    """
+
+    router: AbstractRouter
+    chunker: AbstractChunker
+    objective: AbstractObjective
+
+    def __init__(
+        self, student: AbstractRouter, guide: AbstractRouter, *, chunker: AbstractChunker, weight: float = 0.1
+    ):
+        """`weight` is that of the cross-entropy beside the language-model loss."""
+        self.router, self.chunker, self.objective = Guided(student, guide), chunker, Imitation(weight)

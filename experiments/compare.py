@@ -1,0 +1,216 @@
+"""Train several estimators on the same data and compare them: `python -m experiments.compare --estimators sfe gumbel hnet`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from data import DataError
+from experiments.comparison import write_comparison
+from experiments.config import ConfigError, EstimatorName, RunConfig, check, from_json
+from experiments.display import Display
+from experiments.folder import CONFIG, SUMMARY, prepare_new, write_atomically
+from experiments.launch import with_large_pages
+from experiments.run import parse
+
+LOGS = "logs"
+BYTE_MODEL_RUN = "byte-model"
+
+NOT_COMPARED = ("out", "resume", "overwrite", "log_every", "devices")
+"""Settings in which a run that is already there may differ from what is asked for now: none of them moves its curve."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Train estimators on the same data in the same order, seed by seed, and put them side by side.
+
+    Every setting of `python -m experiments.run` may follow: it holds for all of the runs. Runs that are finished are not
+    done again, runs that were stopped go on.
+    """
+
+    estimators: tuple[EstimatorName, ...] = ("sfe", "gumbel", "hnet", "uniform")
+    """What to compare; the others are measured against uniform boundaries where those are among them."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of parameters, data order and boundaries."""
+    out: Path = field(default=Path("runs/compare"))
+    """Folder for the runs, the table and the report."""
+    jobs: int = 1
+    """Runs at a time; on a CPU each gets a core of its own, which for small models is faster than sharing two."""
+
+
+@dataclass
+class Job:
+    """One run of the comparison, and the process at work on it."""
+
+    name: str
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+    core: int | None = None
+
+
+def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, RunConfig]:
+    """What to compare, and what all its runs have in common.
+
+    Prints help or a usage error and raises `SystemExit` (2 for an error); raises `ConfigError` for inconsistent values.
+    """
+    config, rest = tyro.cli(
+        CompareConfig, prog="python -m experiments.compare", args=list(arguments), return_unknown_args=True
+    )
+    for flag in ("--estimator", "--seed", "--resume", "--overwrite"):
+        if any(given == flag or given.startswith(flag + "=") for given in rest):
+            raise ConfigError(
+                f"{flag} is for single runs; a comparison has --estimators, --seeds and goes on by itself"
+            )
+    if len(set(config.estimators)) < len(config.estimators) or len(set(config.seeds)) < len(config.seeds):
+        raise ConfigError("--estimators and --seeds name each estimator and each seed once")
+    if not config.estimators or not config.seeds or config.jobs < 1:
+        raise ConfigError("a comparison needs at least one estimator, one seed and one job")
+    return config, parse(rest)
+
+
+def runs_of(config: CompareConfig, common: RunConfig) -> list[RunConfig]:
+    """The configuration of every run, seed by seed; the byte model of the entropy rule first where none is named."""
+    if config.jobs > 1:
+        common = dataclasses.replace(common, devices=1)
+    runs = []
+    if "entropy" in config.estimators and common.entropy.model is None:
+        folder = config.out / BYTE_MODEL_RUN
+        isotropic = dataclasses.replace(common.isotropic, token_level=False)
+        runs.append(
+            dataclasses.replace(common, estimator="isotropic", isotropic=isotropic, seed=config.seeds[0], out=folder)
+        )
+        common = dataclasses.replace(common, entropy=dataclasses.replace(common.entropy, model=folder))
+    for seed in config.seeds:
+        for estimator in config.estimators:
+            out = config.out / f"{estimator}-{seed}"
+            run = dataclasses.replace(common, estimator=estimator, seed=seed, out=out)
+            check(run)
+            runs.append(run)
+    return runs
+
+
+def ready(run: RunConfig) -> Job:
+    """A run's folder with its configuration in it. Raises `ConfigError` where it holds a run of other settings."""
+    folder = run.folder
+    path = folder / CONFIG
+    if not path.is_file():
+        prepare_new(run)
+    else:
+        there = from_json(path.read_text(), str(path))
+        same = {name: getattr(run, name) for name in NOT_COMPARED}
+        if dataclasses.replace(there, **same) != run:
+            changed = [f.name for f in dataclasses.fields(run) if getattr(there, f.name) != getattr(run, f.name)]
+            names = ", ".join(name for name in changed if name not in NOT_COMPARED)
+            raise ConfigError(f"{folder} holds a run with other settings for {names}; name another --out")
+    return Job(folder.name, folder)
+
+
+def work_off(jobs: list[Job], at_once: int, logs: Path, display: Display) -> list[str]:
+    """Run the jobs, `at_once` at a time; returns the names of those that failed.
+
+    The first job runs alone where it is the byte model that others read. An interrupt stops all of them, each with a
+    checkpoint, and is raised again.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    waiting = [job for job in jobs if not (job.folder / SUMMARY).is_file()]
+    if len(waiting) < len(jobs):
+        display.note(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished already")
+    running: list[Job] = []
+    failed: list[str] = []
+    done = len(jobs) - len(waiting)
+    try:
+        while waiting or running:
+            alone = any(job.name == BYTE_MODEL_RUN for job in running)
+            while waiting and len(running) < at_once and not alone:
+                job = waiting.pop(0)
+                free = [core for core in cores if core not in {other.core for other in running}]
+                _launch(job, free[0] if at_once > 1 and free else None, logs)
+                running.append(job)
+                alone = job.name == BYTE_MODEL_RUN
+            time.sleep(0.2)
+            for job in [job for job in running if job.process is not None and job.process.poll() is not None]:
+                running.remove(job)
+                done += 1
+                if job.process is not None and job.process.returncode:
+                    failed.append(job.name)
+                    display.note(f"{job.name} failed; the end of {logs / job.name}.log: {_last_line(job, logs)}")
+                else:
+                    display.note(f"{job.name} finished, {done} of {len(jobs)}: {_last_line(job, logs)}")
+    except KeyboardInterrupt:
+        for job in running:
+            if job.process is not None:
+                job.process.send_signal(signal.SIGTERM)
+                job.process.wait()
+        raise
+    return failed
+
+
+def _launch(job: Job, core: int | None, logs: Path) -> None:
+    """Start a run in a process of its own; `--resume` of a run without a checkpoint starts it."""
+    command = [sys.executable, "-m", "experiments.run", "--resume", "--out", str(job.folder)]
+    with (logs / f"{job.name}.log").open("ab") as log:
+        # In a session of its own, or Ctrl-C would reach it before it is told to stop.
+        job.process = subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    job.core = core
+    if core is not None:
+        os.sched_setaffinity(job.process.pid, {core})
+
+
+def _last_line(job: Job, logs: Path) -> str:
+    lines = (logs / f"{job.name}.log").read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "(empty)"
+
+
+def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
+    """Do the runs and write the comparison. Returns 0, or 1 where a run failed."""
+    runs = runs_of(config, common)
+    config.out.mkdir(parents=True, exist_ok=True)
+    logs = config.out / LOGS
+    logs.mkdir(exist_ok=True)
+    jobs = [ready(run) for run in runs]
+    failed = work_off(jobs, config.jobs, logs, display)
+    write_atomically(config.out / "settings.json", _settings(config))
+    names = {
+        estimator: [config.out / f"{estimator}-{seed}" for seed in config.seeds] for estimator in config.estimators
+    }
+    finished = {name: [folder for folder in folders if (folder / SUMMARY).is_file()] for name, folders in names.items()}
+    finished = {name: folders for name, folders in finished.items() if folders}
+    if finished:
+        write_comparison(config.out, finished, common, display)
+    if failed:
+        display.note(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _settings(config: CompareConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, 1 where a run failed, 2 for a user's error, 130 after Ctrl-C."""
+    display = Display()
+    try:
+        return compare(*parse_compare(sys.argv[1:] if arguments is None else arguments), display)
+    except (ConfigError, DataError) as error:
+        display.note(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        display.note("stopped; the same command goes on from here")
+        return 130
+
+
+if __name__ == "__main__":
+    with_large_pages("experiments.compare")
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""What a comparison leaves: `table.md`, `table.json`, `curves.png` and `report.html`."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from data import Split
+from experiments.config import EstimatorName, RunConfig
+from experiments.display import Display
+from experiments.folder import SUMMARY, read_config, read_metrics, write_atomically
+from experiments.load import load_model
+from experiments.report import STYLE, picture, scale, shaded_html
+from experiments.shading import Character, shade
+from experiments.summary import Summary
+from experiments.train import load_split
+from unet.flops import matrix_flops
+
+REFERENCE: EstimatorName = "uniform"
+MISSED = 0.1
+"""How far a rate may be from its target, relatively, before it is flagged: more tokens buy better bits per byte."""
+TEXT_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A mean over seeds and its standard error (NaN for one seed)."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Measured:
+        """Of one value a seed."""
+        error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        return cls(float(np.mean(values)), error)
+
+    def text(self, digits: int = 3, unit: float = 1.0) -> str:
+        """As in a table; a dash where it is not known."""
+        if math.isnan(self.mean):
+            return "–"
+        error = "" if math.isnan(self.error) else f" ± {self.error / unit:.{digits}f}"
+        return f"{self.mean / unit:.{digits}f}{error}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One estimator of the table, over its seeds. `gain` is how far its bits per byte lie below the reference's, seed by
+    seed, NaN without one; FLOPs are those of training per byte, at the measured rate, by the two rules of `unet.flops`."""
+
+    estimator: EstimatorName
+    seeds: tuple[int, ...]
+    bpb: Measured
+    gain: Measured
+    rate: Measured
+    target_rate: float
+    missed: bool
+    f1: Measured
+    sampled_f1: Measured
+    auc: Measured
+    flops: Measured
+    layer_flops: Measured
+    seconds: Measured
+    bytes_per_second: Measured
+    overflow: Measured
+    parameters: int
+
+
+COLUMNS: dict[str, str] = {
+    "estimator": "estimator",
+    "bpb": "bits per byte",
+    "gain": f"below `{REFERENCE}`",
+    "rate": "rate",
+    "auc": "AUC of p",
+    "f1": "F1, p > 0.5",
+    "sampled_f1": "F1, sampled",
+    "flops": "MFLOP/byte",
+    "layer_flops": "… by layers",
+    "bytes_per_second": "kB/s",
+    "seconds": "seconds",
+    "overflow": "dropped, %",
+    "parameters": "parameters",
+    "seeds": "seeds",
+}
+
+
+def write_comparison(
+    out: Path, folders: Mapping[EstimatorName, Sequence[Path]], common: RunConfig, display: Display
+) -> list[Line]:
+    """Write everything into `out` from the finished runs in `folders`; returns the lines of the table."""
+    summaries = {name: [_summary(folder) for folder in runs] for name, runs in folders.items()}
+    lines = table(summaries)
+    notes = remarks(lines)
+    write_atomically(out / "table.json", json.dumps([_plain(asdict(line)) for line in lines], indent=2) + "\n")
+    write_atomically(out / "table.md", markdown(lines) + "\n" + "\n".join(notes) + "\n")
+    curves = curves_picture(folders)
+    write_atomically(out / "curves.png", curves)
+    split = load_split(common)
+    texts = side_by_side({name: runs[0] for name, runs in folders.items()}, split)
+    write_atomically(out / "report.html", page(common, lines, notes, curves, texts))
+    display.note(markdown(lines))
+    for note in (*split.notes, *notes):
+        display.note(note)
+    display.note(f"see {out / 'report.html'}")
+    return lines
+
+
+def table(summaries: Mapping[EstimatorName, Sequence[Summary]]) -> list[Line]:
+    """One line an estimator, in the order given."""
+    reference = {_seed(summary): _value(summary, "val_bpb") for summary in summaries.get(REFERENCE, ())}
+    lines = []
+    for name, runs in summaries.items():
+
+        def measured(key: str, runs: Sequence[Summary] = runs) -> Measured:
+            return Measured.of([_value(run, key) for run in runs])
+
+        gains = [
+            reference[_seed(run)] - _value(run, "val_bpb")
+            for run in runs
+            if name != REFERENCE and _seed(run) in reference
+        ]
+        rate, target = measured("rate"), _value(runs[0], "target_rate")
+        lines.append(
+            Line(
+                estimator=name,
+                seeds=tuple(_seed(run) for run in runs),
+                bpb=measured("val_bpb"),
+                gain=Measured.of(gains) if gains else Measured(math.nan, math.nan),
+                rate=rate,
+                target_rate=target,
+                missed=abs(rate.mean / target - 1.0) > MISSED,
+                f1=measured("boundary_f1_whitespace"),
+                sampled_f1=measured("sampled_f1_whitespace"),
+                auc=measured("boundary_auc_whitespace"),
+                flops=measured("flops_per_byte"),
+                layer_flops=measured("layer_flops_per_byte"),
+                seconds=measured("seconds"),
+                bytes_per_second=measured("bytes_per_second"),
+                overflow=measured("overflow_fraction"),
+                parameters=int(_value(runs[0], "parameters")),
+            )
+        )
+    return lines
+
+
+def cells(line: Line) -> dict[str, str]:
+    """The table's text for one estimator, by column."""
+    return {
+        "estimator": f"`{line.estimator}`",
+        "bpb": line.bpb.text(4),
+        "gain": line.gain.text(4),
+        "rate": line.rate.text(3) + (" †" if line.missed else ""),
+        "auc": line.auc.text(3),
+        "f1": line.f1.text(3),
+        "sampled_f1": line.sampled_f1.text(3),
+        "flops": f"{line.flops.mean / 1e6:.2f}",
+        "layer_flops": f"{line.layer_flops.mean / 1e6:.2f}",
+        "bytes_per_second": f"{line.bytes_per_second.mean / 1e3:.1f}",
+        "seconds": f"{line.seconds.mean:.0f}",
+        "overflow": f"{100 * line.overflow.mean:.3f}",
+        "parameters": f"{line.parameters:,}",
+        "seeds": ", ".join(map(str, line.seeds)),
+    }
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The table in Markdown."""
+    rows = [COLUMNS, *map(cells, lines)]
+    text = ["| " + " | ".join(row[name] for name in COLUMNS) + " |" for row in rows]
+    return "\n".join([text[0], "|" + "---|" * len(COLUMNS), *text[1:]]) + "\n"
+
+
+def remarks(lines: Sequence[Line]) -> list[str]:
+    """What a reader of the table has to know."""
+    notes = ["Bits per byte of held-out text with sampled boundaries; ± is the standard error over seeds."]
+    missed = [line for line in lines if line.missed]
+    if missed:
+        names = ", ".join(f"{line.estimator} {line.rate.mean:.3f} for {line.target_rate:g}" for line in missed)
+        notes.append(
+            f"† Missed its target rate by more than {MISSED:.0%} ({names}): more tokens buy better bits per byte, and fewer "
+            "cost some. Where a target can be moved, --target.control 0.003 brings the rate to the one asked for."
+        )
+    return notes
+
+
+def curves_picture(folders: Mapping[EstimatorName, Sequence[Path]]) -> bytes:
+    """Held-out bits per byte over the training FLOPs spent (score-function paper, figure 10) and over bytes, as a PNG."""
+    figure = Figure(figsize=(10.5, 4.2), dpi=130, layout="constrained")
+    by_flops, by_bytes = figure.subplots(1, 2, sharey=True)
+    lowest: list[float] = []
+    for number, (name, runs) in enumerate(folders.items()):
+        points = [np.array(curve(folder)) for folder in runs]
+        length = min(map(len, points))
+        if not length:
+            continue
+        flops, megabytes, bpb = np.mean([part[:length] for part in points], axis=0).T
+        lowest.append(float(bpb.min()))
+        style = {"label": name, "color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+        by_flops.plot(flops, bpb, marker=".", linewidth=1.2, **style)
+        by_bytes.plot(megabytes, bpb, marker=".", linewidth=1.2, **style)
+    if lowest:
+        by_flops.set_ylim(min(lowest) - 0.05, min(lowest) + 1.0)
+    by_flops.set_xlabel("training FLOPs (6 per parameter and byte or token)")
+    by_flops.set_ylabel("held-out bits per byte, mean over seeds")
+    by_bytes.set_xlabel("training bytes / 10⁶")
+    for axes in (by_flops, by_bytes):
+        axes.grid(alpha=0.25)
+    by_bytes.legend(fontsize=8, frameon=False)
+    return picture(figure)
+
+
+def curve(folder: Path) -> list[tuple[float, float, float]]:
+    """FLOPs spent, megabytes read and held-out bits per byte at each validation of a run; tokens as they were drawn."""
+    config, model = read_config(folder), load_model(folder)
+    spent, points, before = 0.0, [], 0.0
+    for record in read_metrics(folder):
+        read = record["bytes"]
+        if not isinstance(read, int | float):
+            continue
+        if isinstance(rate := record.get("rate"), float):
+            spent += (read - before) * matrix_flops(model, rate=rate, samples=config.samples).total
+            before = float(read)
+        if isinstance(bpb := record.get("val_bpb"), float):
+            points.append((spent, read / 1e6, bpb))
+    return points
+
+
+def side_by_side(folders: Mapping[EstimatorName, Path], split: Split) -> dict[EstimatorName, list[list[Character]]]:
+    """The same held-out rows, shaded by each run."""
+    rows = split.held_out_rows(TEXT_ROWS * split.length)[:TEXT_ROWS]
+    return {name: shade(load_model(folder), rows, seed=0) for name, folder in folders.items()}
+
+
+def page(
+    common: RunConfig,
+    lines: Sequence[Line],
+    notes: Sequence[str],
+    curves: bytes,
+    texts: Mapping[EstimatorName, Sequence[Sequence[Character]]],
+) -> str:
+    """One self-contained page."""
+    title, encoded = f"Estimators on {common.dataset}", base64.b64encode(curves).decode()
+    head = "".join(f"<th>{html.escape(text.replace('`', ''))}</th>" for text in COLUMNS.values())
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cells(line)[name].replace('`', ''))}</td>" for name in COLUMNS) + "</tr>"
+        for line in lines
+    )
+    blocks = []
+    for number in range(max(map(len, texts.values()))):
+        blocks.append(f"<h3>Text {number + 1}</h3>")
+        for name, shaded in texts.items():
+            blocks.append(f'<p class="quiet">{name}</p><pre class="text">{shaded_html(shaded[number])}</pre>')
+    remarks_html = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{STYLE} .wide {{ overflow-x: auto; }} th {{ text-align: left; padding-right: .8rem; }}
+th, td {{ white-space: nowrap; }}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<p class="quiet">{html.escape(common.model)}, {common.length} bytes x {common.batch} sequences a step,
+{common.total_steps * common.bytes_per_step / 1e6:.2f} MB of training text, target rate {common.rate:g}</p>
+<div class="wide"><table><tr>{head}</tr>{body}</table></div>
+{remarks_html}
+<h2>Curves</h2>
+<img alt="Held-out bits per byte over training FLOPs and over bytes" src="data:image/png;base64,{encoded}">
+<h2>The same held-out text</h2>
+<p>Boundary probability at each character, {scale()}. A line at the right of a character is a boundary that was drawn.</p>
+{"".join(blocks)}
+</body></html>
+"""
+
+
+def _summary(folder: Path) -> Summary:
+    return json.loads((folder / SUMMARY).read_text())
+
+
+def _seed(summary: Summary) -> int:
+    return int(_value(summary, "seed"))
+
+
+def _value(summary: Summary, key: str) -> float:
+    value = summary.get(key)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _plain(value: object) -> object:
+    """For JSON, which has no NaN: what is not there is null."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,192 @@
+"""The parts of a run's configuration, every field a command-line flag."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ScoreFunctionConfig:
+    """The score-function objective (--estimator sfe and all that begin so), and the windowed policy of sfe."""
+
+    window: int = 7
+    """Past boundaries that the policy sees; 0 for a policy without memory."""
+    discount: float = 0.99
+    """Discount of rewards per byte (eq. 13); 1 leaves discounting out."""
+    early_exit: bool = True
+    """Rewards relative to a prediction from the encoder alone (eq. 11-12)."""
+    early_weight: float = 0.1
+    """Weight of the early head's own loss (eq. 22)."""
+    critic: bool = False
+    """Returns relative to what a linear critic on the encoder's states expects."""
+    advantage_decay: float | None = None
+    """Lambda of generalised advantage estimation, with a critic of its own; by default there is none of it."""
+    centring: Literal["batch", "leave-one-out", "samples", "none"] = "batch"
+    """Returns relative to the batch's mean at the same position (eq. 14), with or without the sequence itself in it; or to
+    the other draws for the same sequence."""
+    samples: int = 1
+    """Draws of boundaries for each sequence and encoder pass; --sfe.centring samples needs 2 or more."""
+    policy_weight: float = 1e-2
+    """Weight of the policy loss (eq. 22)."""
+    rate_weight: float = 1e-2
+    """Weight of the rate loss (eq. 22)."""
+    scale: float = 16.0
+    """Divisor of the policy's raw logits (eq. 18); a smaller one makes the policy move faster."""
+    cap: float = 6.0
+    """Bound of the policy's logits in training (eq. 19)."""
+
+
+@dataclass(frozen=True)
+class StrideConfig:
+    """Boundaries at every n-th byte (--estimator stride)."""
+
+    stride: int | None = None
+    """Bytes per token; by default the whole number nearest to 1 / rate."""
+
+
+@dataclass(frozen=True)
+class IsotropicConfig:
+    """A byte-level baseline (--estimator isotropic)."""
+
+    token_level: bool = True
+    """Run the token level at every byte; without it only the windowed byte-level blocks remain."""
+
+
+@dataclass(frozen=True)
+class OffPolicyConfig:
+    """Boundaries drawn at the target rate by lot, weighted to train the policy (--estimator sfe-offpolicy)."""
+
+    clip: float | None = 1.0
+    """Upper bound of importance weights; None leaves them unbounded and unbiased."""
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """The perceptron that scores each byte alone (--estimator gumbel, sfe-mlp, and hnet with direct routing)."""
+
+    inner: int | None = None
+    """Width of its hidden layer; by default that of the model."""
+    temperature: float = 0.5
+    """Temperature of the relaxed draws."""
+    prior_weight: float = 1.0
+    """Weight of the binomial prior (gumbel only)."""
+
+
+@dataclass(frozen=True)
+class DynamicChunkingConfig:
+    """H-Net's dynamic chunking (--estimator hnet)."""
+
+    routing: Literal["cosine", "direct"] = "cosine"
+    """Boundaries where neighbouring states differ, or scored from each state alone."""
+    ratio_weight: float = 0.03
+    """Weight of the ratio loss (H-Net eq. 10)."""
+
+
+@dataclass(frozen=True)
+class SmoothConfig:
+    """The smoothing chunker (--chunker smooth; the default of hnet and sfe-smooth)."""
+
+    smoothing: bool = True
+    """Average tokens with the probabilities of their boundaries (H-Net eq. 5)."""
+    weighting: Literal["straight-through", "confidence", "none"] | None = None
+    """Weight of a token by the router's confidence (H-Net eq. 6-9); by default straight-through for hnet, none otherwise."""
+    residual: Literal["plain", "projected"] = "plain"
+    """What the bytes keep of the encoder: its states, or a projection of them that starts at zero (H-Net eq. 3)."""
+
+
+@dataclass(frozen=True)
+class EntropyConfig:
+    """Boundaries where a byte model is unsure (--estimator entropy)."""
+
+    model: Path | None = None
+    """Folder of the run that trained the byte model: one of --estimator isotropic, best without its token level."""
+    rule: Literal["global", "combined"] = "global"
+    """A threshold on the entropy, or one on its rise as well and never two boundaries in a row."""
+    increase: float = 0.0
+    """Least rise of the entropy in nats, for the combined rule; its threshold on the entropy is found from the data."""
+
+
+@dataclass(frozen=True)
+class BPEConfig:
+    """Boundaries of a byte-pair encoding of the training text (--estimator bpe, bpe-distilled)."""
+
+    vocabulary: int = 32_768
+    """Tokens to learn at most; as many are used as meet the target rate."""
+    imitation_weight: float = 0.1
+    """Weight of the cross-entropy of the distilled policy (bpe-distilled)."""
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """How the target rate moves during training. Uniform boundaries follow it at once, learned ones through their losses."""
+
+    start: float | None = None
+    """Target at the first step, from which it goes to --rate in a straight line; by default --rate itself."""
+    until: float = 0.5
+    """Share of training after which --rate is reached."""
+    control: float = 0.0
+    """Gain of a slow controller that moves an estimator's own target, in log-odds per step and unit of relative error, until
+    the measured rate is the one asked for; 0 leaves the target alone."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW under a cosine schedule with linear warm-up."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    warmup_bytes: int | None = None
+    """Training bytes over which the learning rate rises from 0; by default 5 % of all."""
+    final_fraction: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    clip: float = 1.0
+    """Global norm to which gradients are clipped."""
+    accumulate: int = 1
+    """Parts a batch is cut into, one after another, to save memory; batch centring and means over bytes work within a part."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How documents become training rows."""
+
+    protocol: Literal["crop", "cut", "pack"] = "cut"
+    """crop: random stretches of documents; cut: the start of documents that are long enough; pack: documents side by side,
+    none seeing another."""
+    text_field: str | None = None
+    """Field of JSON lines and Parquet files that holds the text; by default what the named data set uses, else "text"."""
+    held_out: float = 0.05
+    """Share of documents held out for validation, chosen by their content."""
+    workers: int = 0
+    """Processes that prepare batches; their number never changes a batch."""
+    cache: Path | None = None
+    """Where shards of hub data sets are kept; by default ~/.cache/caesura."""
+    cache_gib: float = 8.0
+    """Size to which that cache is kept for each data set, in GiB; the oldest shards go first."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation on held-out text."""
+
+    bytes: int = 262_144
+    """Held-out bytes to evaluate on, at most."""
+    times: int = 10
+    """How often during training, evenly spread, the last at the end."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept to go on from."""
+
+    times: int = 10
+    """How often during training, evenly spread; there is always one at the end and when a run is stopped."""
+    keep: int = 2
+    """How many of the latest are kept."""

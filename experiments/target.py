@@ -1,0 +1,66 @@
+"""The rate that an estimator aims at while it trains."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from experiments.config import RunConfig
+
+
+class TargetState(eqx.Module):
+    """Steps taken, and the log-odds that the controller has added to the rate asked for."""
+
+    step: Int[Array, ""]
+    offset: Float[Array, ""]
+
+    def __init__(self):
+        self.step, self.offset = jnp.zeros((), jnp.int32), jnp.zeros(())
+
+
+class TargetSchedule(eqx.Module):
+    r"""The rate asked for at each step, and what an estimator has to aim at so that it comes out.
+
+    Asked: a straight line from `start` to `rate` over `steps` steps, then `rate`. Aimed at:
+    $\sigma(\mathrm{logit}(\pi_t) + o_t)$, where a `control` above 0 moves the offset by
+    $o_{t+1} = o_t + c\,(1 - r_t/\pi_t)$ for a measured rate r, within $\pm 4$: an estimator that draws too many boundaries is
+    told to aim lower, slowly, until it draws as many as were asked for.
+    """
+
+    start: float = eqx.field(static=True)
+    rate: float = eqx.field(static=True)
+    steps: int = eqx.field(static=True)
+    control: float = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> TargetSchedule:
+        """What a run asks for."""
+        target = config.target
+        start = config.rate if target.start is None else target.start
+        return cls(start, config.rate, max(1, round(target.until * config.total_steps)), target.control)
+
+    @property
+    def highest(self) -> float:
+        """The highest rate ever asked for, which buffers must hold."""
+        return max(self.start, self.rate)
+
+    def asked(self, state: TargetState) -> Float[Array, ""]:
+        """The rate wanted at this step."""
+        share = jnp.minimum(state.step.astype(jnp.float32) / self.steps, 1.0)
+        return self.start + share * (self.rate - self.start)
+
+    def target(self, state: TargetState) -> Float[Array, ""]:
+        """What the estimator aims at."""
+        asked = self.asked(state)
+        if self.control == 0.0:
+            return asked
+        return jax.nn.sigmoid(jnp.log(asked) - jnp.log1p(-asked) + state.offset)
+
+    def moved(self, state: TargetState, rate: Float[Array, ""]) -> TargetState:
+        """The state after a step in which boundaries were drawn at `rate`."""
+        offset = state.offset
+        if self.control:
+            offset = jnp.clip(offset + self.control * (1.0 - rate / self.asked(state)), -4.0, 4.0)
+        return eqx.tree_at(lambda s: (s.step, s.offset), state, (state.step + 1, offset))

@@ -1,0 +1,47 @@
+"""Byte rows to token rows: the mean of each group of rows that a boundary closes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from estimators.base import TokenRows
+from unet.ops.downsample import downsample
+
+
+def mean_pool(
+    hidden: Float[Array, "batch length dim"],
+    actions: Bool[Array, "batch length"],
+    capacity: int,
+    *,
+    starts: Bool[Array, "batch length"] | None = None,
+    relaxed: Float[Array, "batch length"] | None = None,
+) -> TokenRows:
+    r"""$X'_m = \sum_{l \in g_m} w_l X_l / \sum_{l \in g_m} w_l$, the group $g_m$ ending at the m-th boundary (DPT).
+
+    The weights $w_l = 1 + c_l - \mathrm{sg}(c_l)$, $c_l = \sum_{k<l} h_k$, are 1 and carry the gradient to `relaxed` ($h$),
+    the boundaries as numbers; None leaves them without. The boundary at a document's start (`starts`) closes an empty group
+    and leaves its row to the group after it. Empty groups are zero, rows after the last boundary are in no group, and
+    sums are float32. Raises `ValueError` for a capacity below 1.
+    """
+    rows = downsample(hidden, actions, capacity)
+    starts = jnp.zeros(actions.shape, bool) if starts is None else starts
+    closed = actions.astype(jnp.int32)
+    group = jnp.cumsum(closed, axis=1) - closed + starts.astype(jnp.int32)
+    weights = jnp.ones(actions.shape, jnp.float32)
+    if relaxed is not None:
+        before = jnp.cumsum(relaxed.astype(jnp.float32), axis=1) - relaxed.astype(jnp.float32)
+        weights = weights + (before - jax.lax.stop_gradient(before))
+
+    # The row past the last closed group gathers what no boundary closes, and is cut off.
+    place = jnp.where(group < rows.lengths[:, None], group, capacity)
+    batch = jnp.arange(actions.shape[0])[:, None]
+    dim = hidden.shape[-1]
+    sums = jnp.zeros((actions.shape[0], capacity + 1, dim), jnp.float32)
+    sums = sums.at[batch, place].add(weights[..., None] * hidden.astype(jnp.float32))[:, :capacity]
+    counts = jnp.zeros((actions.shape[0], capacity + 1), jnp.float32).at[batch, place].add(weights)[:, :capacity]
+    # What the document before left unclosed falls to the boundary at a start, which takes nothing.
+    taken = (counts > 0) & ~jnp.take_along_axis(starts, rows.positions, axis=1, mode="clip")
+    means = jnp.where(taken[..., None], sums / jnp.where(taken, counts, 1.0)[..., None], 0.0)
+    return dataclasses.replace(rows, values=means.astype(hidden.dtype))
