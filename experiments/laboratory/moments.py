@@ -1,0 +1,253 @@
+"""Exact means and covariances of gradient estimators, by summing over all boundary strings.
+
+One index convention throughout: `length` rows make `length - 1` decisions, those of rows 1 to length - 1, and `length - 1`
+predictions, those made at rows 0 to length - 2. The decision at the last row has no prediction after it and no gradient. All
+gradients are of the mean negative log-likelihood per predicted byte, in nats, with respect to the logits of the decisions.
+"""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from estimators.equations import action_log_prob, discounted_returns
+from experiments.laboratory.subjects import Tables
+
+
+class Moments(eqx.Module):
+    """Of an estimator, for every text: its mean and the covariance of one sample."""
+
+    mean: Float[Array, "texts decisions"]
+    covariance: Float[Array, "texts decisions decisions"]
+
+    @property
+    def variance(self) -> Float[Array, ""]:
+        """The trace over all texts."""
+        return jnp.sum(jnp.trace(self.covariance, axis1=1, axis2=2))
+
+
+def string_probs(
+    logits: Float[Array, "texts decisions"], strings: Bool[Array, "strings length"]
+) -> Float[Array, "texts strings"]:
+    """The probability of every string under independent decisions with these logits."""
+
+    def one(row: Float[Array, " decisions"]) -> Float[Array, " strings"]:
+        drawn = strings[:, 1:]
+        return jnp.exp(jnp.sum(action_log_prob(jnp.broadcast_to(row, drawn.shape), drawn), axis=1))
+
+    return jax.vmap(one)(logits)
+
+
+def expected_loss(
+    logits: Float[Array, "texts decisions"], tables: Tables, strings: Bool[Array, "strings length"]
+) -> Float[Array, " texts"]:
+    """J: the expected mean negative log-likelihood of each text."""
+    return -jnp.sum(string_probs(logits, strings) * jnp.mean(tables.log_lik, axis=2), axis=1)
+
+
+def exact_gradient(
+    logits: Float[Array, "texts decisions"], tables: Tables, strings: Bool[Array, "strings length"]
+) -> Float[Array, "texts decisions"]:
+    """The derivative of J by differentiating the enumeration itself; no score function is involved.
+
+    Where the likelihood depends on the probabilities beside the actions, its own derivative is added.
+    """
+    through_draws = jax.grad(lambda row: jnp.sum(expected_loss(row, tables, strings)))(logits)
+    probs = jax.nn.sigmoid(logits)
+    by_probs = jnp.einsum("ts,tsd->td", string_probs(logits, strings), tables.by_probs)
+    return through_draws - by_probs * probs * (1.0 - probs) / tables.log_lik.shape[2]
+
+
+def credit(
+    rewards: Float[Array, "texts strings decisions"], discount: float
+) -> Float[Array, "texts strings decisions"]:
+    """Returns of decisions: row i of the result belongs to the decision at row i + 1, whose first reward is that of the
+    prediction made there; 0 for the last, which is followed by none."""
+
+    def one(rows: Float[Array, "strings decisions"]) -> Float[Array, "strings decisions"]:
+        returns = discounted_returns(rows, discount)
+        return jnp.pad(returns[:, 1:], ((0, 0), (0, 1)))
+
+    return jax.vmap(one)(rewards)
+
+
+def score_moments(
+    logits: Float[Array, "texts decisions"],
+    strings: Bool[Array, "strings length"],
+    returns: Float[Array, "texts strings decisions"],
+    *,
+    baseline: Float[Array, "texts decisions"] | None = None,
+    centring: str = "none",
+) -> Moments:
+    """The score function with these returns, minus a `baseline` that no action changes; `centring` over the texts.
+
+    The mean of the other texts' returns is independent of a text's own draws, so that only its mean and covariance enter;
+    the batch mean is the same times (B - 1)/B.
+    """
+    texts, _, decisions = returns.shape
+    prob = string_probs(logits, strings)
+    score = strings[None, :, 1:] - jax.nn.sigmoid(logits)[:, None]
+    centre = jnp.zeros((texts, decisions)) if baseline is None else baseline
+    noise = jnp.zeros((texts, decisions, decisions))
+    shrink = 1.0
+    if centring != "none":
+        own = returns - centre[:, None]
+        mean = jnp.einsum("ts,tsd->td", prob, own)
+        spread = jnp.einsum("ts,tsd,tse->tde", prob, own, own) - mean[:, :, None] * mean[:, None, :]
+        centre = centre + (jnp.sum(mean, axis=0) - mean) / (texts - 1)
+        noise = (jnp.sum(spread, axis=0) - spread) / (texts - 1) ** 2
+        shrink = (texts - 1) / texts if centring == "batch" else 1.0
+    sample = score * (returns - centre[:, None])
+    mean = jnp.einsum("ts,tsd->td", prob, sample)
+    second = jnp.einsum("ts,tsd,tse->tde", prob, sample, sample)
+    second = second + jnp.einsum("ts,tsd,tse->tde", prob, score, score) * noise
+    return _as_loss(mean, second, shrink, decisions)
+
+
+def sample_moments(
+    logits: Float[Array, "texts decisions"],
+    strings: Bool[Array, "strings length"],
+    returns: Float[Array, "texts strings decisions"],
+    samples: int,
+) -> Moments:
+    r"""k-sample leave-one-out, the average over its k samples; of the covariance only the diagonal.
+
+    It is the U-statistic of $\tfrac12 (s_x - s_y)(G_x - G_y)$ over pairs of draws, whose variance is known (Hoeffding 1948).
+    """
+    prob = string_probs(logits, strings)
+    score = strings[None, :, 1:] - jax.nn.sigmoid(logits)[:, None]
+
+    def moment(a: int, b: int) -> Float[Array, "texts decisions"]:
+        return jnp.einsum("ts,tsd->td", prob, score**a * returns**b)
+
+    mean = moment(1, 1)
+    one = 0.5 * (score * (returns - moment(0, 1)[:, None]) + mean[:, None])
+    first = jnp.einsum("ts,tsd->td", prob, one**2) - mean**2
+    square = 2 * moment(2, 2) - 4 * moment(2, 1) * moment(0, 1) + 2 * moment(2, 0) * moment(0, 2) + 4 * mean**2
+    second = square / 4 - mean**2
+    variance = 2 / (samples * (samples - 1)) * (2 * (samples - 2) * first + second)
+    diagonal = jax.vmap(jnp.diag)(variance + mean**2)
+    return _as_loss(mean, diagonal, 1.0, logits.shape[1], diagonal_only=True)
+
+
+def off_policy_moments(
+    logits: Float[Array, "texts decisions"],
+    behaviour: Float[Array, "texts decisions"],
+    strings: Bool[Array, "strings length"],
+    rewards: Float[Array, "texts strings decisions"],
+    discount: float,
+) -> Moments:
+    """The score function on strings that `behaviour` drew, rewards weighted by the ratio of probabilities up to them."""
+    drawn = jnp.broadcast_to(strings[None, :, 1:], (logits.shape[0], *strings[:, 1:].shape))
+
+    def log_prob(rows: Float[Array, "texts decisions"]) -> Float[Array, "texts strings decisions"]:
+        return jax.vmap(lambda row, a: action_log_prob(jnp.broadcast_to(row, a.shape), a))(rows, drawn)
+
+    ratio = jnp.exp(jnp.cumsum(log_prob(logits) - log_prob(behaviour), axis=2))
+    # The prediction made at row j has the decisions of rows 1 to j before it.
+    weights = jnp.pad(ratio[:, :, :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
+    returns = credit(rewards * weights, discount)
+    prob = string_probs(behaviour, strings)
+    sample = (strings[None, :, 1:] - jax.nn.sigmoid(logits)[:, None]) * returns
+    mean = jnp.einsum("ts,tsd->td", prob, sample)
+    return _as_loss(mean, jnp.einsum("ts,tsd,tse->tde", prob, sample, sample), 1.0, logits.shape[1])
+
+
+def disarm_moments(
+    logits: Float[Array, "texts decisions"], strings: Bool[Array, "strings length"], tables: Tables
+) -> Moments:
+    r"""DisARM (Dong, Mnih and Tucker 2020): two antithetic draws, both forward passes, unbiased.
+
+    $\hat g_i = \tfrac12 (f(a) - f(\tilde a))\,(-1)^{\tilde a_i}\,1[a_i \ne \tilde a_i]\,\sigma(|l_i|)$ with $a_i = 1[u_i < p_i]$,
+    $\tilde a_i = 1[1 - u_i < p_i]$. A pair differs, one way or the other, with probability min(p, 1 - p) each, and is
+    otherwise the likelier value twice: three outcomes a decision, all of them summed.
+    """
+    decisions = logits.shape[1]
+    outcomes = jnp.stack(jnp.meshgrid(*[jnp.arange(3)] * decisions, indexing="ij"), axis=-1).reshape(-1, decisions)
+    place = 2 ** jnp.arange(decisions - 1, -1, -1)
+
+    def one(pair: tuple[Float[Array, " decisions"], Float[Array, " strings"]]):
+        row, value = pair
+        probs = jax.nn.sigmoid(row)
+        differs, likelier = jnp.minimum(probs, 1.0 - probs), probs > 0.5
+        first = jnp.where(outcomes == 2, likelier, outcomes == 1)
+        other = jnp.where(outcomes == 2, likelier, outcomes == 0)
+        prob = jnp.prod(jnp.where(outcomes == 2, 1.0 - 2.0 * differs, differs), axis=1)
+        values = [value[jnp.sum(bits * place, axis=1)] for bits in (first, other)]
+        sign = jnp.where(outcomes == 2, 0.0, jnp.where(other, -1.0, 1.0))
+        sample = 0.5 * (values[0] - values[1])[:, None] * sign * jax.nn.sigmoid(jnp.abs(row))
+        return prob @ sample, jnp.einsum("o,od,oe->de", prob, sample, sample)
+
+    mean, second = jax.lax.map(one, (logits, jnp.sum(tables.log_lik, axis=2)))
+    return _as_loss(mean, second, 1.0, decisions)
+
+
+def relaxed_moments(
+    logits: Float[Array, "texts decisions"],
+    strings: Bool[Array, "strings length"],
+    tables: Tables,
+    temperature: float | None,
+) -> Moments:
+    r"""Straight-through draws: $\hat g_i = \partial L/\partial a_i \cdot s'_i$ with $s'$ the slope of the relaxed draw, given
+    the action; with no `temperature`, the slope p(1 - p) of the probability (Bengio et al. 2013).
+
+    Given the actions the noises are independent, so that only $E[s'_i \mid a_i]$ and $E[s'^2_i \mid a_i]$ enter: integrals over
+    one uniform number, by Gauss-Legendre quadrature.
+    """
+    prob = string_probs(logits, strings)
+    drawn = strings[None, :, 1:]
+    probs = jax.nn.sigmoid(logits)
+    if temperature is None:
+        slope = probs * (1.0 - probs)
+        first = jnp.broadcast_to(slope[:, None], tables.by_actions.shape)
+        second = first**2
+    else:
+        nodes, weights = jnp.asarray(_GAUSS)
+        slopes = []
+        for low, high in ((1.0 - probs, jnp.ones_like(probs)), (jnp.zeros_like(probs), 1.0 - probs)):
+            uniform = low[..., None] + (high - low)[..., None] * nodes
+            soft = jax.nn.sigmoid((logits[..., None] + jnp.log(uniform) - jnp.log1p(-uniform)) / temperature)
+            slopes.append(soft * (1.0 - soft) / temperature)
+        first, second = (jnp.where(drawn, *((s**power @ weights)[:, None] for s in slopes)) for power in (1, 2))
+    mean = jnp.einsum("ts,tsd->td", prob, tables.by_actions * first)
+    both = jnp.einsum("ts,tsd,tse->tde", prob, tables.by_actions * first, tables.by_actions * first)
+    own = jnp.einsum("ts,tsd->td", prob, tables.by_actions**2 * (second - first**2))
+    return _as_loss(mean, both + jax.vmap(jnp.diag)(own), 1.0, logits.shape[1])
+
+
+def pathwise_moments(
+    logits: Float[Array, "texts decisions"], strings: Bool[Array, "strings length"], tables: Tables, likelier: bool
+) -> Moments:
+    """The derivative through the probabilities alone, as in dynamic chunking: of drawn strings, or of the likelier one."""
+    probs = jax.nn.sigmoid(logits)
+    prob = string_probs(jnp.where(probs > 0.5, 40.0, -40.0) if likelier else logits, strings)
+    sample = tables.by_probs * (probs * (1.0 - probs))[:, None]
+    mean = jnp.einsum("ts,tsd->td", prob, sample)
+    return _as_loss(mean, jnp.einsum("ts,tsd,tse->tde", prob, sample, sample), 1.0, logits.shape[1])
+
+
+def _as_loss(
+    mean: Float[Array, "texts decisions"],
+    second: Float[Array, "texts decisions decisions"],
+    shrink: float,
+    decisions: int,
+    diagonal_only: bool = False,
+) -> Moments:
+    """From the gradient of a summed log-likelihood, and its second moment, to moments of the mean loss's gradient."""
+    outer = mean[:, :, None] * mean[:, None, :]
+    if diagonal_only:
+        outer = outer * jnp.eye(decisions)
+    scale = shrink / decisions
+    return Moments(-scale * mean, scale**2 * (second - outer))
+
+
+def _gauss(points: int = 48) -> list[list[float]]:
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    return [list(0.5 * (nodes + 1.0)), list(0.5 * weights)]
+
+
+_GAUSS = _gauss()
+"""Nodes and weights of a quadrature on the unit interval."""

@@ -1,0 +1,153 @@
+"""What the laboratory experiments on: short texts, a small model for each chunker, and tables over all boundary strings."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from data import Split, open_batches
+from estimators import (
+    AbstractChunker,
+    AbstractRouter,
+    Boundaries,
+    Draw,
+    EarlyExit,
+    Estimator,
+    Layout,
+    ScoreFunctionObjective,
+)
+from unet import UNet, UNetConfig, next_byte_log_lik
+
+SHAPE = UNetConfig(dim=32, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=8)
+RATE = 0.2
+"""The rate at which boundaries are drawn while a model is trained, and at which every experiment starts."""
+
+
+class TabularRouter(AbstractRouter):
+    """A boundary logit of its own for every row of every text, so that any policy without memory can be written down.
+
+    `relaxed` are the actions as numbers, for gradients with respect to them; None leaves them out.
+    """
+
+    logits: Float[Array, "batch length"]
+    relaxed: Float[Array, "batch length"] | None = None
+
+    @property
+    def rate(self) -> float | None:
+        return RATE
+
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        probs = jax.nn.sigmoid(self.logits)
+        drawn = draw.uniforms(probs.shape) < probs if draw.actions is None else draw.actions
+        decided = layout.mask & ~layout.starts
+        actions = (drawn | layout.starts) & layout.mask
+        # A forced boundary is certain, as in H-Net's routing.
+        probs = jnp.where(layout.starts, 1.0, probs)
+        return Boundaries(actions, self.logits, probs, decided, layout.starts, self.relaxed)
+
+
+class Subject(eqx.Module):
+    """A trained model and the texts it is examined on, one a row."""
+
+    model: UNet
+    texts: Int[Array, "texts length"]
+
+    @property
+    def strings(self) -> Bool[Array, "strings length"]:
+        """All boundary strings: the first action is forced, the others run through all values."""
+        rest = np.array(list(itertools.product([False, True], repeat=self.texts.shape[1] - 1)))
+        return jnp.asarray(np.concatenate([np.ones((len(rest), 1), bool), rest], axis=1))
+
+
+class Tables(eqx.Module):
+    """What every string does to every text: log-likelihoods of the `length - 1` predictions in nats, with the token level
+    and without; the encoder's states at the rows that decide; and the derivative of their sum with respect to the actions as numbers (0 where a chunker has none) and to
+    the probabilities that a chunker reads."""
+
+    log_lik: Float[Array, "texts strings decisions"]
+    early_log_lik: Float[Array, "texts decisions"]
+    hidden: Float[Array, "texts decisions dim"]
+    by_actions: Float[Array, "texts strings decisions"]
+    by_probs: Float[Array, "texts strings decisions"]
+
+
+def train_subject(
+    split: Split, chunker: AbstractChunker, *, texts: int, length: int, steps: int, key: PRNGKeyArray
+) -> Subject:
+    """A model trained for `steps` steps of 64 texts under boundaries that follow nothing, so that it knows what to do with
+    any string; then texts that it has not seen.
+
+    Logits are drawn anew for every step, around the logit of `RATE` and wide enough that a chunker which reads probabilities
+    meets all kinds of them.
+    """
+    objective = ScoreFunctionObjective((EarlyExit(),), RATE, policy_weight=0.0, rate_weight=0.0)
+    estimator = Estimator(TabularRouter(jnp.zeros((64, length))), chunker, objective)
+    model = UNet(SHAPE, estimator, key=jax.random.fold_in(key, 0))
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+
+    @eqx.filter_jit
+    def step(model: UNet, state: optax.OptState, bytes: Int[Array, "batch length"], key: PRNGKeyArray):
+        key_logits, key_draw = jax.random.split(key)
+        logits = jax.scipy.special.logit(RATE) + 2.0 * jax.random.normal(key_logits, bytes.shape)
+
+        def loss(model: UNet) -> Float[Array, ""]:
+            return with_logits(model, logits).loss(bytes, key=key_draw).loss
+
+        gradient = eqx.filter_grad(loss)(model)
+        updates, state = optimizer.update(gradient, state)
+        return eqx.apply_updates(model, updates), state
+
+    batches = open_batches(split, batch=64, seed=0)
+    state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+    for number in range(steps):
+        bytes = jnp.asarray(next(batches)["bytes"], jnp.int32)
+        model, state = step(model, state, bytes, jax.random.fold_in(key, number + 1))
+    batches.close()
+    held_out = np.stack([row["bytes"] for row in split.held_out_rows(16 * texts * length) if row["mask"].all()])
+    return Subject(model, jnp.asarray(held_out[:texts], jnp.int32))
+
+
+def with_logits(
+    model: UNet, logits: Float[Array, "batch length"], relaxed: Float[Array, "batch length"] | None = None
+) -> UNet:
+    """The model with another table in its router."""
+    return eqx.tree_at(lambda m: m.stage.estimator.router, model, TabularRouter(logits, relaxed))
+
+
+def with_chunker(subject: Subject, chunker: AbstractChunker) -> Subject:
+    """The same model with another chunker that has the same parameters."""
+    return dataclasses.replace(subject, model=eqx.tree_at(lambda m: m.stage.estimator.chunker, subject.model, chunker))
+
+
+@eqx.filter_jit
+def tabulate(subject: Subject, logits: Float[Array, "texts decisions"]) -> Tables:
+    """The tables at given logits of the free decisions, which matter to chunkers that read probabilities."""
+    strings = subject.strings
+
+    def one(text: Int[Array, " length"], row: Float[Array, " decisions"]) -> Tables:
+        bytes = jnp.broadcast_to(text, strings.shape)
+        logits = jnp.broadcast_to(jnp.pad(row, (1, 0)), strings.shape)
+
+        def total(relaxed: Float[Array, "strings length"], shift: Float[Array, "strings length"]):
+            model = with_logits(subject.model, logits + shift, relaxed)
+            prediction = model(bytes, actions=(strings,), training=True)
+            log_lik = next_byte_log_lik(prediction.logits, bytes)
+            return jnp.sum(log_lik), (log_lik, prediction)
+
+        numbers = strings.astype(jnp.float32)
+        gradient = jax.grad(total, argnums=(0, 1), has_aux=True)
+        (by_actions, by_logits), (log_lik, prediction) = gradient(numbers, jnp.zeros_like(numbers))
+        probs = jax.nn.sigmoid(row)
+        assert prediction.early_logits is not None
+        early = next_byte_log_lik(prediction.early_logits[:1], bytes[:1])[0, :-1]
+        hidden = prediction.levels[0].hidden[0, 1:]
+        return Tables(log_lik[:, :-1], early, hidden, by_actions[:, 1:], by_logits[:, 1:] / (probs * (1.0 - probs)))
+
+    return jax.lax.map(lambda pair: one(*pair), (subject.texts, logits))
