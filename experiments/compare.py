@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from data import DataError
 from experiments.comparison import write_comparison
 from experiments.config import ConfigError, EstimatorName, RunConfig, check, from_json
 from experiments.display import Display
-from experiments.folder import CONFIG, SUMMARY, prepare_new, write_atomically
+from experiments.folder import CONFIG, SUMMARY, json_text, prepare_new, write_atomically
 from experiments.launch import with_large_pages
 from experiments.run import parse
 
@@ -181,7 +180,7 @@ def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     logs.mkdir(exist_ok=True)
     jobs = [ready(run) for run in runs]
     failed = work_off(jobs, config.jobs, logs, display)
-    write_atomically(config.out / "settings.json", _settings(config))
+    write_atomically(config.out / "settings.json", json_text(dataclasses.asdict(config)))
     names = {
         estimator: [config.out / f"{estimator}-{seed}" for seed in config.seeds] for estimator in config.estimators
     }
@@ -192,10 +191,6 @@ def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     if failed:
         display.note(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}")
     return 1 if failed else 0
-
-
-def _settings(config: CompareConfig) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

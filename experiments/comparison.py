@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from data import Split
 from experiments.config import EstimatorName, RunConfig
 from experiments.display import Display
-from experiments.folder import SUMMARY, read_config, read_metrics, write_atomically
+from experiments.folder import SUMMARY, json_text, read_config, read_metrics, write_atomically
 from experiments.load import load_model
 from experiments.report import STYLE, picture, scale, shaded_html
 from experiments.shading import Character, shade
@@ -99,7 +99,7 @@ def write_comparison(
     summaries = {name: [_summary(folder) for folder in runs] for name, runs in folders.items()}
     lines = table(summaries)
     notes = remarks(lines)
-    write_atomically(out / "table.json", json.dumps([_plain(asdict(line)) for line in lines], indent=2) + "\n")
+    write_atomically(out / "table.json", json_text([asdict(line) for line in lines]))
     write_atomically(out / "table.md", markdown(lines) + "\n" + "\n".join(notes) + "\n")
     curves = curves_picture(folders)
     write_atomically(out / "curves.png", curves)
@@ -288,12 +288,3 @@ def _seed(summary: Summary) -> int:
 def _value(summary: Summary, key: str) -> float:
     value = summary.get(key)
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _plain(value: object) -> object:
-    """For JSON, which has no NaN: what is not there is null."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

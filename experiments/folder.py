@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
+
+
+def json_text(value: object) -> str:
+    """`value` as JSON, which has neither NaN nor infinity: what is not a number is null. Paths become strings."""
+
+    def plain(part: object) -> object:
+        if isinstance(part, dict):
+            return {key: plain(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(plain(value), indent=2, default=str) + "\n"
 
 
 @contextmanager

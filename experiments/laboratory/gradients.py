@@ -20,28 +20,9 @@ from experiments.laboratory.moments import (
     score_moments,
     string_probs,
 )
+from experiments.laboratory.results import Finding
 from experiments.laboratory.subjects import Subject, Tables, tabulate, with_chunker
 from unet import SelectSmooth
-
-
-@dataclass(frozen=True)
-class Finding:
-    """An estimator against the exact gradient g of the loss it is meant to descend, at one set of logits.
-
-    `bias`: |E[ĝ] - g| / |g|; `scale`: the factor c that makes c·g nearest to E[ĝ]; `cosine` between the two; `variance` of one
-    sample, trace over texts and decisions, relative to that of the paper's estimator; `snr`: |E[ĝ]|² / variance; `cost`:
-    forward passes of the token level and what follows it per encoder pass; `snr_per_cost` the ratio of the last two.
-    """
-
-    name: str
-    model: str
-    bias: float
-    scale: float
-    cosine: float
-    variance: float
-    snr: float
-    cost: float
-    snr_per_cost: float
 
 
 @dataclass(frozen=True)

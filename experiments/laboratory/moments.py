@@ -205,13 +205,14 @@ def relaxed_moments(
         first = jnp.broadcast_to(slope[:, None], tables.by_actions.shape)
         second = first**2
     else:
-        nodes, weights = jnp.asarray(_GAUSS)
-        slopes = []
-        for low, high in ((1.0 - probs, jnp.ones_like(probs)), (jnp.zeros_like(probs), 1.0 - probs)):
-            uniform = low[..., None] + (high - low)[..., None] * nodes
-            soft = jax.nn.sigmoid((logits[..., None] + jnp.log(uniform) - jnp.log1p(-uniform)) / temperature)
-            slopes.append(soft * (1.0 - soft) / temperature)
-        first, second = (jnp.where(drawn, *((s**power @ weights)[:, None] for s in slopes)) for power in (1, 2))
+        drawn_slope = _slopes(logits, 1.0 - probs, jnp.ones_like(probs), temperature)
+        other_slope = _slopes(logits, jnp.zeros_like(probs), 1.0 - probs, temperature)
+
+        def mean_power(power: int) -> Float[Array, "texts strings decisions"]:
+            of_drawn, of_other = ((slope**power @ _WEIGHTS)[:, None] for slope in (drawn_slope, other_slope))
+            return jnp.where(drawn, of_drawn, of_other)
+
+        first, second = mean_power(1), mean_power(2)
     mean = jnp.einsum("ts,tsd->td", prob, tables.by_actions * first)
     both = jnp.einsum("ts,tsd,tse->tde", prob, tables.by_actions * first, tables.by_actions * first)
     own = jnp.einsum("ts,tsd->td", prob, tables.by_actions**2 * (second - first**2))
@@ -244,10 +245,19 @@ def _as_loss(
     return Moments(-scale * mean, scale**2 * (second - outer))
 
 
-def _gauss(points: int = 48) -> list[list[float]]:
-    nodes, weights = np.polynomial.legendre.leggauss(points)
-    return [list(0.5 * (nodes + 1.0)), list(0.5 * weights)]
+def _slopes(
+    logits: Float[Array, "texts decisions"],
+    low: Float[Array, "texts decisions"],
+    high: Float[Array, "texts decisions"],
+    temperature: float,
+) -> Float[Array, "texts decisions nodes"]:
+    """The slope of the relaxed draw with respect to the logit, for uniform numbers from `low` to `high`."""
+    uniform = low[..., None] + (high - low)[..., None] * _NODES
+    soft = jax.nn.sigmoid((logits[..., None] + jnp.log(uniform) - jnp.log1p(-uniform)) / temperature)
+    return soft * (1.0 - soft) / temperature
 
 
-_GAUSS = _gauss()
-"""Nodes and weights of a quadrature on the unit interval."""
+_LEGENDRE = np.polynomial.legendre.leggauss(48)
+_NODES = (0.5 * (_LEGENDRE[0] + 1.0)).astype(np.float32)
+_WEIGHTS = (0.5 * _LEGENDRE[1]).astype(np.float32)
+"""A quadrature on the unit interval."""

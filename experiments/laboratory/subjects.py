@@ -67,9 +67,12 @@ class Subject(eqx.Module):
 
 
 class Tables(eqx.Module):
-    """What every string does to every text: log-likelihoods of the `length - 1` predictions in nats, with the token level
-    and without; the encoder's states at the rows that decide; and the derivative of their sum with respect to the actions as numbers (0 where a chunker has none) and to
-    the probabilities that a chunker reads."""
+    """What every string does to every text.
+
+    Log-likelihoods of the `length - 1` predictions in nats, with the token level and without; the encoder's states at the
+    rows that decide; the derivative of the summed log-likelihood with respect to the actions as numbers (0 where a chunker
+    has none) and with respect to the probabilities that a chunker reads.
+    """
 
     log_lik: Float[Array, "texts strings decisions"]
     early_log_lik: Float[Array, "texts decisions"]

@@ -1,0 +1,166 @@
+"""The noise of the policy's gradient in a model of ordinary size, measured by drawing boundaries again and again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from data import open_batches
+from estimators import (
+    AbstractReduction,
+    BatchCentre,
+    Critic,
+    Discount,
+    Draw,
+    EarlyExit,
+    GeneralisedAdvantage,
+    SampleCentre,
+    ScoreFunctionObjective,
+    Signal,
+    WindowedPolicy,
+)
+from estimators.equations import discounted_returns
+from experiments.config import RunConfig
+from experiments.laboratory.results import Noise
+from experiments.registry import build_estimator
+from experiments.step import fresh_state, make_optimizer, make_step
+from experiments.target import TargetSchedule
+from experiments.train import load_split
+from unet import UNet, next_byte_log_lik
+from unet.flops import matrix_flops
+from unet.model import continues, plain_layout
+from unet.ops import boundary_scan
+
+
+def reduction_sets(dim: int, critic: Critic) -> dict[str, tuple[tuple[AbstractReduction, ...], int]]:
+    """What is compared, with the draws each needs for a sequence."""
+    paper = EarlyExit(), Discount(0.99), BatchCentre()
+    advantage = eqx.tree_at(lambda g: g.critic, GeneralisedAdvantage(dim, 0.99, 0.9), critic)
+    return {
+        "early exit, γ = .99, batch centring (the paper)": (paper, 1),
+        "no early exit": ((Discount(0.99), BatchCentre()), 1),
+        "no centring": ((EarlyExit(), Discount(0.99)), 1),
+        "γ = 1": ((EarlyExit(), BatchCentre()), 1),
+        "none of the three": ((), 1),
+        "γ = .95": ((EarlyExit(), Discount(0.95), BatchCentre()), 1),
+        "γ = .9": ((EarlyExit(), Discount(0.9), BatchCentre()), 1),
+        "γ = .8": ((EarlyExit(), Discount(0.8), BatchCentre()), 1),
+        "leave-one-out centring": ((EarlyExit(), Discount(0.99), BatchCentre(True)), 1),
+        "linear critic, no centring": ((EarlyExit(), Discount(0.99), critic), 1),
+        "linear critic and batch centring": ((EarlyExit(), Discount(0.99), critic, BatchCentre()), 1),
+        "λ = .9, no centring": ((EarlyExit(), advantage), 1),
+        "2 samples, leave-one-out": ((EarlyExit(), Discount(0.99), SampleCentre()), 2),
+        "4 samples, leave-one-out": ((EarlyExit(), Discount(0.99), SampleCentre()), 4),
+    }
+
+
+def noise(config: RunConfig, *, steps: int, draws: int, key: PRNGKeyArray) -> list[Noise]:
+    """Train `steps` steps as `config` says, then draw boundaries `draws` times for one batch and compare.
+
+    `draws` is a multiple of 4. The critic is the least-squares one on the draws of another batch.
+    """
+    model, batches = _trained(config, steps, key)
+    here, there = batches
+    signals = _signals(model, here, draws, jax.random.fold_in(key, 1))
+    critic = _fitted(config.unet.dim, _signals(model, there, 4, jax.random.fold_in(key, 2)))
+    router = model.stage.estimators[0].router
+    assert isinstance(router, WindowedPolicy)
+    once = matrix_flops(model, rate=config.rate).total
+    found: dict[str, tuple[float, float, float]] = {}
+    for name, (reductions, samples) in reduction_sets(config.unet.dim, critic).items():
+        objective = ScoreFunctionObjective(reductions, config.rate)
+        gradients = _gradients(objective, router, signals, here, samples)
+        mean = jnp.mean(gradients, axis=0)
+        variance = float(jnp.sum(jnp.var(gradients, axis=0, ddof=1)))
+        # The mean of few draws is itself noisy: what noise adds to its square is taken off.
+        signal = float(jnp.sum(mean**2)) - variance / len(gradients)
+        flops = matrix_flops(model, rate=config.rate, samples=samples).total / once
+        found[name] = variance, signal / variance, signal / variance / flops
+    paper = next(iter(found.values()))
+    return [
+        Noise(name, variance / paper[0], snr, per_flop / paper[2]) for name, (variance, snr, per_flop) in found.items()
+    ]
+
+
+def _trained(config: RunConfig, steps: int, key: PRNGKeyArray) -> tuple[UNet, list[Int[Array, "batch length"]]]:
+    """The model after `steps` steps, and the two batches that come next."""
+    config = dataclasses.replace(config, steps=max(steps, 1))
+    key_estimator, key_model, key_steps = jax.random.split(key, 3)
+    model = UNet(config.unet, build_estimator(config, key_estimator), key=key_model)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    # A constant learning rate: this is the beginning of a longer run.
+    optimizer = make_optimizer(dataclasses.replace(config.optimizer, final_fraction=1.0), 1, max(steps, 2))
+    capacity = config.length
+    step = make_step(static, optimizer, capacity=capacity, schedule=TargetSchedule.of(config))
+    state = jax.tree.map(jnp.copy, fresh_state(params, optimizer))
+    batches = open_batches(load_split(config), batch=config.batch, seed=config.seed)
+    for number in range(steps):
+        batch = next(batches)
+        arrays = {"bytes": batch["bytes"], "segments": batch["segments"], "mask": batch["mask"]}
+        state, _ = step(state, jax.tree.map(jnp.asarray, arrays), jax.random.fold_in(key_steps, number))
+    following = [jnp.asarray(next(batches)["bytes"], jnp.int32) for _ in range(2)]
+    batches.close()
+    return eqx.combine(state.params, static), following
+
+
+def _signals(model: UNet, bytes: Int[Array, "batch length"], draws: int, key: PRNGKeyArray) -> Signal:
+    """What the objective sees in each of so many draws, stacked."""
+    scored = continues(plain_layout(bytes))
+
+    @eqx.filter_jit
+    def one(key: PRNGKeyArray) -> Signal:
+        prediction = model(bytes, key=key, training=True)
+        level = prediction.levels[0]
+        assert prediction.early_logits is not None
+        log_lik, early = (next_byte_log_lik(logits, bytes) for logits in (prediction.logits, prediction.early_logits))
+        return Signal(level.boundaries, level.hidden, log_lik, early, scored, scored)
+
+    signals = [one(k) for k in jax.random.split(key, draws)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *signals)
+
+
+def _gradients(
+    objective: ScoreFunctionObjective,
+    router: WindowedPolicy,
+    signals: Signal,
+    bytes: Int[Array, "batch length"],
+    samples: int,
+) -> Float[Array, "steps weights"]:
+    """The gradient of the policy loss in each step, a step using `samples` draws for each of its sequences."""
+    layout = plain_layout(jnp.repeat(bytes, samples, axis=0))
+
+    def together(leaf: Array) -> Array:
+        # draws batch … -> steps batch·samples …, the draws for a sequence neighbours
+        grouped = leaf.reshape(-1, samples, *leaf.shape[1:])
+        return jnp.swapaxes(grouped, 1, 2).reshape(grouped.shape[0], -1, *leaf.shape[2:])
+
+    grouped = jax.tree.map(together, signals)
+
+    def gradient(signal: Signal) -> Float[Array, " weights"]:
+        def loss(weight: Float[Array, "taps dim"]) -> Float[Array, ""]:
+            changed = eqx.tree_at(lambda r: r.weight, router, weight)
+            draw = Draw(boundary_scan, actions=signal.boundaries.actions, training=True)
+            seen = dataclasses.replace(signal, boundaries=changed(signal.hidden, layout, draw), samples=samples)
+            return objective(seen).metrics["policy_loss"]
+
+        return jax.grad(loss)(router.weight).reshape(-1)
+
+    return jax.lax.map(gradient, grouped)
+
+
+def _fitted(dim: int, signals: Signal) -> Critic:
+    """The least-squares critic of the returns in all draws, with a little ridge."""
+    early = signals.early_log_lik
+    assert early is not None
+    rewards = jnp.where(signals.mask, signals.log_lik - early, 0.0)
+    returns = jax.vmap(lambda r, c: discounted_returns(r, 0.99, c))(rewards, signals.continues)
+    features = jnp.concatenate(
+        [signals.hidden.reshape(-1, dim), jnp.ones((returns.size, 1))], axis=1
+    ) * signals.mask.reshape(-1, 1)
+    ridge = 1e-3 * returns.size * jnp.eye(dim + 1)
+    weights = jnp.linalg.solve(features.T @ features + ridge, features.T @ returns.reshape(-1))
+    return eqx.tree_at(lambda c: (c.weight, c.bias), Critic(dim), (weights[:-1], weights[-1]))
