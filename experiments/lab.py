@@ -111,7 +111,7 @@ def run(config: LabConfig, display: Display) -> None:
     note("gradient flows")
     ways = flows(subjects, time=config.time)
     note("gradient flows with noise")
-    paths = noisy_flows(subjects, time=config.time, rates=(0.5, 4.0), key=jax.random.fold_in(key, 11))
+    paths = noisy_flows(subjects, time=config.time, rates=(1.0, 8.0), key=jax.random.fold_in(key, 11))
     noises: dict[str, list[Noise]] = {}
     tiny = dataclasses.replace(PRESETS["tiny"], dataset=config.dataset, seed=config.seed)
     for steps in (0, 100):

@@ -71,10 +71,10 @@ def layer_flops(model: UNet, *, length: int, rate: float, samples: int = 1) -> F
     heads = 1 + (model.early_head is not None)
     return Flops(
         embed=3 * 2.0 * vocab * dim,
-        encode=3 * _stack_forward(encode, length),
+        encode=3 * _stack_forward(encode, float(length)),
         boundary=3 * 2.0 * trained + 2.0 * frozen,
         mid=3 * after * rate * _stack_forward(mid, length * rate),
-        decode=3 * after * _stack_forward(decode, length),
+        decode=3 * after * _stack_forward(decode, float(length)),
         heads=3 * after * heads * 2.0 * vocab * dim,
     )
 

@@ -21,7 +21,6 @@ from experiments.laboratory.gradients import Subjects, linear_critic
 from experiments.laboratory.moments import (
     Moments,
     credit,
-    disarm_moments,
     exact_gradient,
     pathwise_moments,
     relaxed_moments,
@@ -201,7 +200,7 @@ def _read_off(
     curve = [float(value) for value in jax.lax.map(expected, path)]
     last = path[-1]
     place = 2 ** jnp.arange(last.shape[1] - 1, -1, -1)
-    chosen = jnp.sum((last > 0) * place, axis=1)
+    chosen = jnp.sum(jnp.where(last > 0, place, 0), axis=1)
     # What the likelier string is worth to a policy that is certain of it.
     likelier = float(jnp.mean(jnp.take_along_axis(ground.losses, chosen[:, None], axis=1)))
     best = float(jnp.mean(ground.best))
@@ -239,7 +238,6 @@ def noisy_flows(subjects: Subjects, *, time: float, rates: tuple[float, ...], ke
         "early exit, γ = .99, batch centring": lambda logits: score_moments(logits, strings, far, centring="batch"),
         "early exit, γ = .9, batch centring": lambda logits: score_moments(logits, strings, near, centring="batch"),
         "early exit, γ = .99, linear critic": lambda logits: score_moments(logits, strings, far, baseline=critic),
-        "DisARM": lambda logits: disarm_moments(logits, strings, plain),
     }
     found = []
     for rate in rates:

@@ -18,6 +18,7 @@ from experiments.laboratory.moments import (
     relaxed_moments,
     sample_moments,
     score_moments,
+    score_of,
     string_probs,
 )
 from experiments.laboratory.results import Finding
@@ -174,7 +175,7 @@ def _with_pathwise(logits: Array, tables: Tables, subject: Subject) -> Moments:
     prob = string_probs(logits, strings)
     probs = jax.nn.sigmoid(logits)[:, None]
     returns = credit(tables.log_lik - tables.early_log_lik[:, None], 1.0)
-    sample = (strings[None, :, 1:] - probs) * returns + tables.by_probs * probs * (1.0 - probs)
+    sample = score_of(logits, strings) * returns + tables.by_probs * probs * (1.0 - probs)
     mean = jnp.einsum("ts,tsd->td", prob, sample)
     second = jnp.einsum("ts,tsd,tse->tde", prob, sample, sample)
     decisions = logits.shape[1]

@@ -41,6 +41,13 @@ def string_probs(
     return jax.vmap(one)(logits)
 
 
+def score_of(
+    logits: Float[Array, "texts decisions"], strings: Bool[Array, "strings length"]
+) -> Float[Array, "texts strings decisions"]:
+    """The derivative of log π(a) with respect to each logit: a - p."""
+    return strings[None, :, 1:].astype(jnp.float32) - jax.nn.sigmoid(logits)[:, None]
+
+
 def expected_loss(
     logits: Float[Array, "texts decisions"], tables: Tables, strings: Bool[Array, "strings length"]
 ) -> Float[Array, " texts"]:
@@ -89,7 +96,7 @@ def score_moments(
     """
     texts, _, decisions = returns.shape
     prob = string_probs(logits, strings)
-    score = strings[None, :, 1:] - jax.nn.sigmoid(logits)[:, None]
+    score = score_of(logits, strings)
     centre = jnp.zeros((texts, decisions)) if baseline is None else baseline
     noise = jnp.zeros((texts, decisions, decisions))
     shrink = 1.0
@@ -118,7 +125,7 @@ def sample_moments(
     It is the U-statistic of $\tfrac12 (s_x - s_y)(G_x - G_y)$ over pairs of draws, whose variance is known (Hoeffding 1948).
     """
     prob = string_probs(logits, strings)
-    score = strings[None, :, 1:] - jax.nn.sigmoid(logits)[:, None]
+    score = score_of(logits, strings)
 
     def moment(a: int, b: int) -> Float[Array, "texts decisions"]:
         return jnp.einsum("ts,tsd->td", prob, score**a * returns**b)
@@ -151,7 +158,7 @@ def off_policy_moments(
     weights = jnp.pad(ratio[:, :, :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
     returns = credit(rewards * weights, discount)
     prob = string_probs(behaviour, strings)
-    sample = (strings[None, :, 1:] - jax.nn.sigmoid(logits)[:, None]) * returns
+    sample = score_of(logits, strings) * returns
     mean = jnp.einsum("ts,tsd->td", prob, sample)
     return _as_loss(mean, jnp.einsum("ts,tsd,tse->tde", prob, sample, sample), 1.0, logits.shape[1])
 
@@ -176,7 +183,7 @@ def disarm_moments(
         first = jnp.where(outcomes == 2, likelier, outcomes == 1)
         other = jnp.where(outcomes == 2, likelier, outcomes == 0)
         prob = jnp.prod(jnp.where(outcomes == 2, 1.0 - 2.0 * differs, differs), axis=1)
-        values = [value[jnp.sum(bits * place, axis=1)] for bits in (first, other)]
+        values = [value[jnp.sum(jnp.where(bits, place, 0), axis=1)] for bits in (first, other)]
         sign = jnp.where(outcomes == 2, 0.0, jnp.where(other, -1.0, 1.0))
         sample = 0.5 * (values[0] - values[1])[:, None] * sign * jax.nn.sigmoid(jnp.abs(row))
         return prob @ sample, jnp.einsum("o,od,oe->de", prob, sample, sample)

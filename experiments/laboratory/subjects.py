@@ -74,11 +74,11 @@ class Tables(eqx.Module):
     has none) and with respect to the probabilities that a chunker reads.
     """
 
-    log_lik: Float[Array, "texts strings decisions"]
-    early_log_lik: Float[Array, "texts decisions"]
-    hidden: Float[Array, "texts decisions dim"]
-    by_actions: Float[Array, "texts strings decisions"]
-    by_probs: Float[Array, "texts strings decisions"]
+    log_lik: Float[Array, "*texts strings decisions"]
+    early_log_lik: Float[Array, "*texts decisions"]
+    hidden: Float[Array, "*texts decisions dim"]
+    by_actions: Float[Array, "*texts strings decisions"]
+    by_probs: Float[Array, "*texts strings decisions"]
 
 
 def train_subject(
