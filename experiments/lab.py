@@ -177,7 +177,7 @@ def noise_table(found: Sequence[Noise]) -> str:
 
 def flow_picture(ways: Sequence[Flow], paths: Sequence[Flow]) -> bytes:
     """Expected loss above that of the best strings, over time: each chunker's flows, then the noisy ones."""
-    figure = Figure(figsize=(13, 3.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(13, 5.2), dpi=130, layout="constrained")
     axes = figure.subplots(1, 4)
     titles = {"distribute": "select, distribute", "mean": "means of groups", "smooth": "select, smooth"}
     for part, (model, title) in zip(axes[:3], titles.items(), strict=True):
@@ -194,8 +194,8 @@ def flow_picture(ways: Sequence[Flow], paths: Sequence[Flow]) -> bytes:
         part.axhline(0.0, color="#888888", linewidth=0.8)
         part.set_xlabel("time")
         part.grid(alpha=0.25)
-        part.legend(fontsize=6, frameon=False)
-    axes[0].set_ylabel("expected loss above the best string's, nats per byte")
+        part.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axes[0].set_ylabel("loss above the best string's, nats per byte")
     return picture(figure)
 
 
