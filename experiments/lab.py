@@ -46,6 +46,10 @@ class LabConfig:
     """Training steps of the small models."""
     time: float = 3000.0
     """Time for which the gradient flows run."""
+    learning_rates: tuple[float, ...] = (1.0, 8.0)
+    """Learning rates of the flows with noise."""
+    after: tuple[int, ...] = (0, 100)
+    """Training steps after which the noise in the model of ordinary size is measured."""
     draws: int = 32
     """Draws of boundaries in the model of ordinary size; a multiple of 4."""
     seed: int = 0
@@ -64,6 +68,8 @@ def check(config: LabConfig) -> None:
         raise ConfigError("--steps must be at least 1 and --time positive")
     if config.draws < 8 or config.draws % 4:
         raise ConfigError(f"--draws is a multiple of 4 and at least 8; got {config.draws}")
+    if any(rate <= 0 for rate in config.learning_rates) or any(steps < 0 for steps in config.after):
+        raise ConfigError("--learning-rates must be positive and --after not negative")
     present = [name for name in FILES if (config.out / name).exists()]
     if present and not config.overwrite:
         raise ConfigError(
@@ -111,10 +117,10 @@ def run(config: LabConfig, display: Display) -> None:
     note("gradient flows")
     ways = flows(subjects, time=config.time)
     note("gradient flows with noise")
-    paths = noisy_flows(subjects, time=config.time, rates=(1.0, 8.0), key=jax.random.fold_in(key, 11))
+    paths = noisy_flows(subjects, time=config.time, rates=config.learning_rates, key=jax.random.fold_in(key, 11))
     noises: dict[str, list[Noise]] = {}
     tiny = dataclasses.replace(PRESETS["tiny"], dataset=config.dataset, seed=config.seed)
-    for steps in (0, 100):
+    for steps in config.after:
         note(f"noise in `tiny` after {steps} steps")
         noises[str(steps)] = noise(tiny, steps=steps, draws=config.draws, key=jax.random.fold_in(key, 12))
 

@@ -133,7 +133,10 @@ def test_relaxed_moments_are_those_of_samples(logits, tables):
 def test_the_command_leaves_a_table_and_a_figure(tmp_path):
     pytest.importorskip("diffrax")
     out = tmp_path / "lab"
-    arguments = ("--out", out, "--length", "5", "--texts", "2", "--steps", "3", "--time", "20", "--draws", "8")
+    arguments = (
+        *("--out", out, "--length", "5", "--texts", "2", "--steps", "3", "--time", "20", "--draws", "8"),
+        *("--learning-rates", "4", "--after", "0"),
+    )
     with jax.numpy_dtype_promotion("standard"):
         assert lab.main([str(argument) for argument in arguments]) == 0
     found = json.loads((out / "lab.json").read_text())
@@ -149,7 +152,9 @@ def test_the_command_leaves_a_table_and_a_figure(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--length", "13"), ("--texts", "1"), ("--draws", "9"), ("--time", "0")], ids=lambda a: a[0]
+    "arguments",
+    [("--length", "13"), ("--texts", "1"), ("--draws", "9"), ("--time", "0"), ("--after", "-1")],
+    ids=lambda a: a[0],
 )
 def test_impossible_settings_are_refused(tmp_path, arguments):
     assert lab.main(["--out", str(tmp_path / "out"), *arguments]) == 2
