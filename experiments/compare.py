@@ -88,11 +88,15 @@ def runs_of(config: CompareConfig, common: RunConfig) -> list[RunConfig]:
         runs.append(
             dataclasses.replace(common, estimator="isotropic", isotropic=isotropic, seed=config.seeds[0], out=folder)
         )
-        common = dataclasses.replace(common, entropy=dataclasses.replace(common.entropy, model=folder))
+        entropy = dataclasses.replace(common.entropy, model=folder)
+    else:
+        entropy = common.entropy
     for seed in config.seeds:
         for estimator in config.estimators:
             out = config.out / f"{estimator}-{seed}"
             run = dataclasses.replace(common, estimator=estimator, seed=seed, out=out)
+            if estimator == "entropy":
+                run = dataclasses.replace(run, entropy=entropy)
             check(run)
             runs.append(run)
     return runs
