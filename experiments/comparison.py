@@ -186,7 +186,7 @@ def remarks(lines: Sequence[Line]) -> list[str]:
         names = ", ".join(f"{line.estimator} {line.rate.mean:.3f} for {line.target_rate:g}" for line in missed)
         notes.append(
             f"† Missed its target rate by more than {MISSED:.0%} ({names}): more tokens buy better bits per byte, and fewer "
-            "cost some. Where a target can be moved, --target.control 0.003 brings the rate to the one asked for."
+            "cost some. --target.control moves an estimator's own target towards the rate asked for, the faster the larger it is."
         )
     return notes
 
