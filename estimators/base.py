@@ -56,6 +56,11 @@ class Layout(eqx.Module):
         previous = jnp.pad(self.segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
         return (self.segments != previous) & self.mask
 
+    @property
+    def free(self) -> Bool[Array, "batch length"]:
+        """True where a boundary is neither forced nor forbidden."""
+        return self.mask & ~self.starts
+
 
 class Boundaries(eqx.Module):
     """Where tokens end, and how likely each ending was.
@@ -152,6 +157,11 @@ class Draw(eqx.Module):
     def uniforms(self, shape: tuple[int, ...]) -> Float[Array, ...]:
         """What to compare probabilities with: uniform numbers, or one half everywhere without a key."""
         return jnp.full(shape, 0.5) if self.key is None else jax.random.uniform(self.key, shape)
+
+    def bernoulli(self, probs: Float[Array, "batch length"], layout: Layout) -> Bool[Array, "batch length"]:
+        """Independent actions with these probabilities, or those given; forced at starts, none on padding."""
+        drawn = self.uniforms(probs.shape) < probs if self.actions is None else self.actions
+        return (drawn | layout.starts) & layout.mask
 
 
 class AbstractRouter(eqx.Module):

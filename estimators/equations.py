@@ -9,7 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 def logit(prob: float) -> float:
@@ -136,6 +136,12 @@ def rate_loss(
     return masked_mean(logits, mask) * jax.lax.stop_gradient(masked_mean(probs, mask) - target)
 
 
+def start_of(starts: Bool[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """The row at which the document of each row starts: the latest True of `starts`, or row 0."""
+    place = jnp.arange(starts.shape[1])[None, :]
+    return jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
+
+
 def importance_weights(
     logits: Float[Array, "batch length"],
     actions: Bool[Array, "batch length"],
@@ -149,9 +155,7 @@ def importance_weights(
     """
     log_ratio = jnp.where(decided, action_log_prob(logits, actions) - behaviour_log_prob, 0.0)
     total = jnp.cumsum(log_ratio, axis=1)
-    place = jnp.arange(starts.shape[1])[None, :]
-    start = jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
-    before = jnp.take_along_axis(total - log_ratio, start, axis=1)
+    before = jnp.take_along_axis(total - log_ratio, start_of(starts), axis=1)
     return jnp.exp(total - before)
 
 

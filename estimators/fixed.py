@@ -20,7 +20,7 @@ from estimators.base import (
     Draw,
     Layout,
 )
-from estimators.equations import logit
+from estimators.equations import logit, start_of
 from estimators.objectives import NoObjective
 
 CERTAIN = 20.0
@@ -70,8 +70,7 @@ class EveryNth:
 
     def __call__(self, layout: Layout) -> Bool[Array, "batch length"]:
         place = jnp.arange(layout.mask.shape[1])[None, :]
-        start = jax.lax.cummax(jnp.where(layout.starts, place, 0), axis=1)
-        return (place - start) % self.stride == 0
+        return (place - start_of(layout.starts)) % self.stride == 0
 
 
 def certain(actions: Bool[Array, "batch length"], layout: Layout) -> Boundaries:

@@ -17,6 +17,7 @@ from estimators.equations import (
     action_log_prob,
     bernoulli_entropy,
     binomial_prior_loss,
+    logit,
     masked_mean,
     policy_loss,
     rate_loss,
@@ -81,7 +82,7 @@ class RatioObjective(AbstractObjective):
     weight: float = eqx.field(static=True, default=0.03)
 
     def __check_init__(self):
-        _require_rate(self.target_rate)
+        logit(self.target_rate)
 
     @property
     def needs_early_exit(self) -> bool:
@@ -105,7 +106,7 @@ class BinomialPrior(AbstractObjective):
     weight: float = eqx.field(static=True, default=1.0)
 
     def __check_init__(self):
-        _require_rate(self.target_rate)
+        logit(self.target_rate)
 
     @property
     def needs_early_exit(self) -> bool:
@@ -151,8 +152,3 @@ class NoObjective(AbstractObjective):
 def aimed_rate(built_for: float, signal: Signal) -> Float[Array, ""]:
     """The rate to aim at now: the one of the signal, or the one that the objective was built for."""
     return jnp.asarray(built_for, jnp.float32) if signal.target_rate is None else signal.target_rate
-
-
-def _require_rate(rate: float) -> None:
-    if not 0.0 < rate < 1.0:
-        raise ValueError(f"a target rate lies strictly between 0 and 1; got {rate}")

@@ -128,13 +128,12 @@ class MLPRouter(AbstractRouter):
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         logits = self.logits(hidden)
-        if draw.actions is None:
-            soft = gumbel_sigmoid(logits, draw.uniforms(logits.shape), self.temperature)
-        else:
-            soft = gumbel_sigmoid(logits, jnp.full(logits.shape, 0.5), self.temperature)
+        # Given actions have no noise of their own: their relaxation is that of the likelier draw.
+        uniforms = draw.uniforms(logits.shape) if draw.actions is None else jnp.full(logits.shape, 0.5)
+        soft = gumbel_sigmoid(logits, uniforms, self.temperature)
         drawn = soft > 0.5 if draw.actions is None else draw.actions
         actions = (drawn | layout.starts) & layout.mask
-        decided = layout.mask & ~layout.starts
+        decided = layout.free
         relaxed = straight_through(actions, jnp.where(decided, soft, 0.0))
         return Boundaries(actions, logits, jax.nn.sigmoid(logits), decided, layout.starts, relaxed)
 
@@ -162,12 +161,11 @@ class CosineRouter(AbstractRouter):
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         wide = hidden.astype(jnp.float32)
         probs = routing_probability(wide @ self.query.T, wide @ self.key.T, layout.starts)
-        drawn = draw.uniforms(probs.shape) < probs if draw.actions is None else draw.actions
-        actions = (drawn | layout.starts) & layout.mask
+        actions = draw.bernoulli(probs, layout)
         # Where rows are equal or opposite the log-odds are infinite; bounded ones keep policy losses finite.
         inside = jnp.clip(probs, 1e-4, 1.0 - 1e-4)
         logits = jnp.log(inside) - jnp.log1p(-inside)
-        return Boundaries(actions, logits, probs, layout.mask & ~layout.starts, layout.starts)
+        return Boundaries(actions, logits, probs, layout.free, layout.starts)
 
 
 class Likelier(AbstractRouter):
@@ -221,10 +219,9 @@ class Bernoulli(AbstractRouter):
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         probs = jnp.full(layout.mask.shape, self.target_rate)
-        drawn = draw.uniforms(probs.shape) < probs if draw.actions is None else draw.actions
-        actions = (drawn | layout.starts) & layout.mask
+        actions = draw.bernoulli(probs, layout)
         logits = jnp.full(layout.mask.shape, logit(self.target_rate))
-        return Boundaries(actions, logits, probs, layout.mask & ~layout.starts, layout.starts)
+        return Boundaries(actions, logits, probs, layout.free, layout.starts)
 
 
 class Guided(AbstractRouter):

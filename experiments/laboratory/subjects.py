@@ -45,12 +45,10 @@ class TabularRouter(AbstractRouter):
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         probs = jax.nn.sigmoid(self.logits)
-        drawn = draw.uniforms(probs.shape) < probs if draw.actions is None else draw.actions
-        decided = layout.mask & ~layout.starts
-        actions = (drawn | layout.starts) & layout.mask
+        actions = draw.bernoulli(probs, layout)
         # A forced boundary is certain, as in H-Net's routing.
         probs = jnp.where(layout.starts, 1.0, probs)
-        return Boundaries(actions, self.logits, probs, decided, layout.starts, self.relaxed)
+        return Boundaries(actions, self.logits, probs, layout.free, layout.starts, self.relaxed)
 
 
 class Subject(eqx.Module):
