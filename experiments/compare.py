@@ -18,15 +18,12 @@ from data import DataError
 from experiments.comparison import write_comparison
 from experiments.config import ConfigError, EstimatorName, RunConfig, check, from_json
 from experiments.display import Display
-from experiments.folder import CONFIG, SUMMARY, json_text, prepare_new, write_atomically
+from experiments.folder import CONFIG, SUMMARY, differing, prepare_new
 from experiments.launch import with_large_pages
 from experiments.run import parse
 
 LOGS = "logs"
 BYTE_MODEL_RUN = "byte-model"
-
-NOT_COMPARED = ("out", "resume", "overwrite", "log_every", "devices")
-"""Settings in which a run that is already there may differ from what is asked for now: none of them moves its curve."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,20 @@ class CompareConfig:
 
 @dataclass
 class Job:
-    """One run of the comparison, and the process at work on it."""
+    """One run of the comparison, the one whose model it reads, and the process at work on it."""
 
     name: str
     folder: Path
+    reads: Job | None = None
     process: subprocess.Popen[bytes] | None = None
     core: int | None = None
+
+    @property
+    def may_start(self) -> bool:
+        """Whether the model it reads, if any, is there, or will never be."""
+        if self.reads is None or (self.reads.folder / SUMMARY).is_file():
+            return True
+        return self.reads.process is not None and self.reads.process.poll() is not None
 
 
 def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, RunConfig]:
@@ -110,19 +115,17 @@ def ready(run: RunConfig) -> Job:
         prepare_new(run)
     else:
         there = from_json(path.read_text(), str(path))
-        same = {name: getattr(run, name) for name in NOT_COMPARED}
-        if dataclasses.replace(there, **same) != run:
-            changed = [f.name for f in dataclasses.fields(run) if getattr(there, f.name) != getattr(run, f.name)]
-            names = ", ".join(name for name in changed if name not in NOT_COMPARED)
-            raise ConfigError(f"{folder} holds a run with other settings for {names}; name another --out")
+        # How many cores a run had moves its curve by no more than rounding.
+        if changed := differing(run, there, may_differ=("devices",)):
+            raise ConfigError(f"{folder} holds a run with other settings for {', '.join(changed)}; name another --out")
     return Job(folder.name, folder)
 
 
 def work_off(jobs: list[Job], at_once: int, logs: Path, display: Display) -> list[str]:
     """Run the jobs, `at_once` at a time; returns the names of those that failed.
 
-    The first job runs alone where it is the byte model that others read. An interrupt stops all of them, each with a
-    checkpoint, and is raised again.
+    A job waits for the one whose model it reads; where that one fails it says so itself. An interrupt stops all of
+    them, each with a checkpoint, and is raised again.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     waiting = [job for job in jobs if not (job.folder / SUMMARY).is_file()]
@@ -133,13 +136,11 @@ def work_off(jobs: list[Job], at_once: int, logs: Path, display: Display) -> lis
     done = len(jobs) - len(waiting)
     try:
         while waiting or running:
-            alone = any(job.name == BYTE_MODEL_RUN for job in running)
-            while waiting and len(running) < at_once and not alone:
-                job = waiting.pop(0)
+            while len(running) < at_once and (job := next((job for job in waiting if job.may_start), None)):
+                waiting.remove(job)
                 free = [core for core in cores if core not in {other.core for other in running}]
                 _launch(job, free[0] if at_once > 1 and free else None, logs)
                 running.append(job)
-                alone = job.name == BYTE_MODEL_RUN
             time.sleep(0.2)
             for job in [job for job in running if job.process is not None and job.process.poll() is not None]:
                 running.remove(job)
@@ -183,8 +184,9 @@ def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     logs = config.out / LOGS
     logs.mkdir(exist_ok=True)
     jobs = [ready(run) for run in runs]
+    for job, run in zip(jobs, runs, strict=True):
+        job.reads = next((other for other in jobs if other.folder == run.entropy.model and other is not job), None)
     failed = work_off(jobs, config.jobs, logs, display)
-    write_atomically(config.out / "settings.json", json_text(dataclasses.asdict(config)))
     names = {
         estimator: [config.out / f"{estimator}-{seed}" for seed in config.seeds] for estimator in config.estimators
     }

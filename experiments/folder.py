@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,9 @@ OWN_FILES = (
     *(CONFIG, METRICS, SUMMARY, CHECKPOINTS, "report.html", "boundaries.png"),
     *("model.safetensors", "vocabulary.json", "byte_model"),
 )
+
+OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every")
+"""Settings that a run may be given anew at any time: none of them moves its curve."""
 
 Record = Mapping[str, float | int | str | None]
 
@@ -98,6 +102,12 @@ def prepare_new(config: RunConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CONFIG, to_json(config))
     return folder
+
+
+def differing(run: RunConfig, saved: RunConfig, may_differ: Collection[str] = ()) -> list[str]:
+    """The settings in which two runs differ, `out`, `resume`, `overwrite`, `log_every` and `may_differ` left aside."""
+    names = [field.name for field in dataclasses.fields(RunConfig) if field.name not in (*OF_NO_EFFECT, *may_differ)]
+    return [name for name in names if getattr(run, name) != getattr(saved, name)]
 
 
 def read_config(folder: Path) -> RunConfig:

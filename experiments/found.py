@@ -17,8 +17,8 @@ from estimators.bpe import PrefixTree, find_size, train_vocabulary
 from estimators.entropy import find_threshold, surprise
 from experiments.config import ConfigError, RunConfig, to_json
 from experiments.folder import CONFIG, read_config, write_atomically
-from experiments.registry import ByteModel, Found, build_estimator
-from experiments.weights import WEIGHTS, read_weights, write_weights
+from experiments.registry import ByteModel, Found
+from experiments.weights import WEIGHTS, read_model, write_weights
 from unet import UNet
 from unet.model import plain_layout
 
@@ -38,7 +38,7 @@ def find(config: RunConfig, split: Split) -> Found:
             return Found(vocabulary=_find_vocabulary(config, split))
         if config.estimator == "entropy" and config.entropy.model is not None:
             byte_model = read_byte_model(config.entropy.model)
-            return Found(byte_model=byte_model, threshold=_find_threshold(config, byte_model.model, split))
+            return Found(byte_model=byte_model, threshold=threshold_of(config, byte_model.model, split))
     except (ImportError, ValueError) as error:
         raise ConfigError(f"--estimator {config.estimator}: {error}") from error
     return Found()
@@ -79,8 +79,20 @@ def read_byte_model(folder: Path) -> ByteModel:
         raise ConfigError(
             f"{folder} holds a run of --estimator {config.estimator}; the entropy of bytes needs one of isotropic"
         )
-    model = UNet(config.unet, build_estimator(config, jax.random.key(0)), key=jax.random.key(0))
-    return ByteModel(config, read_weights(folder, model))
+    return ByteModel(config, read_model(folder, config))
+
+
+def threshold_of(config: RunConfig, model: UNet, split: Split) -> float:
+    """The threshold at which the entropy of `model` makes boundaries at the rate asked for, on training text.
+
+    Raises `ValueError` where there is none.
+    """
+    unsure = eqx.filter_jit(surprise)
+    layouts = [_layout_of(batch) for batch in _batches(config, split, RATE_BYTES)]
+    measured = np.concatenate([np.asarray(unsure(model, layout)) for layout in layouts])
+    starts = np.concatenate([np.asarray(layout.starts) for layout in layouts])
+    increase = config.entropy.increase if config.entropy.rule == "combined" else None
+    return find_threshold(measured, starts, config.rate, increase)
 
 
 def _find_vocabulary(config: RunConfig, split: Split) -> tuple[bytes, ...]:
@@ -88,15 +100,6 @@ def _find_vocabulary(config: RunConfig, split: Split) -> tuple[bytes, ...]:
     layout = _layout(config, split)
     size = find_size(PrefixTree(vocabulary), layout, config.rate)
     return tuple(vocabulary[:size])
-
-
-def _find_threshold(config: RunConfig, model: UNet, split: Split) -> float:
-    unsure = eqx.filter_jit(surprise)
-    layouts = [_layout_of(batch) for batch in _batches(config, split, RATE_BYTES)]
-    measured = np.concatenate([np.asarray(unsure(model, layout)) for layout in layouts])
-    starts = np.concatenate([np.asarray(layout.starts) for layout in layouts])
-    increase = config.entropy.increase if config.entropy.rule == "combined" else None
-    return find_threshold(measured, starts, config.rate, increase)
 
 
 def _texts(config: RunConfig, split: Split) -> Iterator[bytes]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-
 from experiments.config import ConfigError
 from experiments.folder import read_config
 from experiments.found import read_found
-from experiments.registry import build_estimator
-from experiments.weights import read_weights
+from experiments.weights import read_model
 from unet import UNet
 
 
@@ -20,5 +17,4 @@ def load_model(folder: Path) -> UNet:
     found = read_found(folder, config)
     if found is None:
         raise ConfigError(f"{folder} lacks what its estimator took from the data: its run is not finished")
-    key = jax.random.key(0)
-    return read_weights(folder, UNet(config.unet, build_estimator(config, key, found), key=key))
+    return read_model(folder, config, found)

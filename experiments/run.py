@@ -16,7 +16,7 @@ import tyro
 from data import DataError
 from experiments.config import ConfigError, RunConfig, check
 from experiments.display import Display
-from experiments.folder import SUMMARY, held, prepare_new, read_config, write_atomically
+from experiments.folder import SUMMARY, differing, held, prepare_new, read_config, write_atomically
 from experiments.found import write_found
 from experiments.launch import with_large_pages
 from experiments.presets import PRESETS
@@ -25,9 +25,6 @@ from experiments.shading import shade
 from experiments.summary import summary_of
 from experiments.train import Interrupted, NonFiniteError, Outcome, Prepared, prepare, train
 from experiments.weights import write_weights
-
-MAY_CHANGE = ("out", "resume", "overwrite", "log_every")
-"""Settings that a resumed run may be given anew: none of them moves its curve."""
 
 SAMPLE_ROWS = 6
 
@@ -50,12 +47,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     config = tyro.cli(RunConfig, prog="python -m experiments.run", args=list(arguments), default=default)
     if config.resume:
         saved = read_config(config.folder)
-        changed = [
-            field.name
-            for field in dataclasses.fields(RunConfig)
-            if field.name not in MAY_CHANGE and getattr(config, field.name) != getattr(saved, field.name)
-        ]
-        if changed:
+        if changed := differing(config, saved):
             raise ConfigError(
                 f"the run in {config.folder} has other settings for {', '.join(changed)}: resume it without changing them, "
                 "or start a new run in another --out"

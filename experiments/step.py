@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from estimators import Frozen
+from experiments.config import RunConfig
 from experiments.sections import OptimizerConfig
 from experiments.target import TargetSchedule, TargetState
 from unet import UNet
@@ -39,6 +40,9 @@ class StepMetrics(eqx.Module):
     target_rate: Float[Array, ""]
 
 
+Step = Callable[[TrainState, dict[str, Array], PRNGKeyArray], tuple[TrainState, StepMetrics]]
+
+
 def frozen_or_not(params: PyTree[Float[Array, ...]]) -> PyTree[bool]:
     """False for every leaf inside a `Frozen`, True for those that train."""
 
@@ -58,19 +62,9 @@ def make_optimizer(config: OptimizerConfig, warmup_steps: int, total_steps: int)
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.masked(adamw, frozen_or_not))
 
 
-def make_step(
-    static: UNet,
-    optimizer: optax.GradientTransformation,
-    *,
-    capacity: int,
-    schedule: TargetSchedule,
-    accumulate: int = 1,
-    samples: int = 1,
-):
-    """The jitted training step: `(state, batch, key) -> (state, metrics)`; the given state's buffers are reused.
-
-    A batch is cut into `accumulate` parts, boundaries are drawn `samples` times for each sequence.
-    """
+def make_step(config: RunConfig, static: UNet, optimizer: optax.GradientTransformation, *, capacity: int) -> Step:
+    """The training step of a run, with `capacity` token rows per sequence."""
+    schedule, accumulate, samples = TargetSchedule.of(config), config.optimizer.accumulate, config.samples
 
     def loss(
         params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray, target_rate: Float[Array, ""]
@@ -107,7 +101,6 @@ def make_step(
         total, _ = jax.lax.scan(add, first, rest)
         return jax.tree.map(lambda value: value / accumulate, total)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=_compiler_options())
     def step(state: TrainState, batch: dict[str, Array], key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
         target_rate = schedule.target(state.target)
         gradients, output = accumulated(state.params, batch, key, target_rate)
@@ -117,6 +110,11 @@ def make_step(
         return moved, StepMetrics(output, optax.tree.norm(gradients), target_rate)
 
     return step
+
+
+def compiled(step: Step) -> Step:
+    """The step jitted; the buffers of the state that it is given are reused."""
+    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options())
 
 
 def _compiler_options() -> dict[str, bool] | None:

@@ -9,6 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from experiments.config import RunConfig
 
+MOST = 1.5
+"""Log-odds, at most, that the controller adds: an estimator that it cannot bring to the rate must not be pushed ever further,
+or it would overshoot for as long once it moves."""
+
 
 class TargetState(eqx.Module):
     """Steps taken, and the log-odds that the controller has added to the rate asked for."""
@@ -25,7 +29,7 @@ class TargetSchedule(eqx.Module):
 
     Asked: a straight line from `start` to `rate` over `steps` steps, then `rate`. Aimed at:
     $\sigma(\mathrm{logit}(\pi_t) + o_t)$, where a `control` above 0 moves the offset by
-    $o_{t+1} = o_t + c\,(1 - r_t/\pi_t)$ for a measured rate r, within $\pm 4$: an estimator that draws too many boundaries is
+    $o_{t+1} = o_t + c\,(1 - r_t/\pi_t)$ for a measured rate r, within $\pm 1.5$: an estimator that draws too many boundaries is
     told to aim lower, slowly, until it draws as many as were asked for.
     """
 
@@ -62,5 +66,5 @@ class TargetSchedule(eqx.Module):
         """The state after a step in which boundaries were drawn at `rate`."""
         offset = state.offset
         if self.control:
-            offset = jnp.clip(offset + self.control * (1.0 - rate / self.asked(state)), -4.0, 4.0)
+            offset = jnp.clip(offset + self.control * (1.0 - rate / self.asked(state)), -MOST, MOST)
         return eqx.tree_at(lambda s: (s.step, s.offset), state, (state.step + 1, offset))

@@ -28,7 +28,7 @@ from experiments.evaluate import Validation, evaluate, stack_rows
 from experiments.folder import CHECKPOINTS, METRICS, MetricsLog, read_metrics
 from experiments.found import find, read_found
 from experiments.registry import Found, build_estimator
-from experiments.step import StepMetrics, TrainState, fresh_state, frozen_or_not, make_optimizer, make_step
+from experiments.step import StepMetrics, TrainState, compiled, fresh_state, frozen_or_not, make_optimizer, make_step
 from experiments.target import TargetSchedule
 from unet import UNet
 from unet.ops import boundary_scan
@@ -100,7 +100,7 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Read the data and build the model. Raises `DataError` and `ConfigError`."""
-    place_batch, replicate = _placement(config)
+    place_batch, replicate = placement(config)
     split = load_split(config)
     check_workers(split, config.data.workers)
     key_estimator, key_model, key_steps, key_evaluate = jax.random.split(jax.random.key(config.seed), 4)
@@ -124,14 +124,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(params, frozen_or_not(params))))
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
     capacity = training_capacity(config, routers[0] if routers else None, split)
-    step_function = make_step(
-        static,
-        optimizer,
-        capacity=capacity,
-        schedule=TargetSchedule.of(config),
-        accumulate=config.optimizer.accumulate,
-        samples=config.samples,
-    )
+    step_function = compiled(make_step(config, static, optimizer, capacity=capacity))
     # Fresh trees share equal buffers between leaves, which donation forbids.
     state = replicate(jax.tree.map(jnp.copy, fresh_state(params, optimizer)))
     rows = split.held_out_rows(config.evaluation.bytes)
@@ -256,7 +249,7 @@ def load_split(config: RunConfig) -> Split:
     )
 
 
-def _placement(config: RunConfig):
+def placement(config: RunConfig):
     """Functions that put a batch on the devices, row by row, and a tree on each of them."""
     part = config.batch // config.optimizer.accumulate
     available = jax.devices()

@@ -13,8 +13,10 @@ import safetensors.numpy
 from jaxtyping import PyTree
 from safetensors import SafetensorError
 
-from experiments.config import ConfigError
+from experiments.config import ConfigError, RunConfig
 from experiments.folder import write_atomically
+from experiments.registry import Found, build_estimator
+from unet import UNet
 
 WEIGHTS = "model.safetensors"
 
@@ -54,6 +56,15 @@ def read_weights(folder: Path, like: Model) -> Model:
         return jnp.asarray(saved[jax.tree_util.keystr(keys)]) if eqx.is_inexact_array(leaf) else leaf
 
     return jax.tree_util.tree_map_with_path(replaced, like)
+
+
+def read_model(folder: Path, config: RunConfig, found: Found | None = None) -> UNet:
+    """The model of `config` with the weights that `folder` holds; `found` is what its estimator took from data.
+
+    Raises `ConfigError` as `read_weights` does.
+    """
+    key = jax.random.key(0)
+    return read_weights(folder, UNet(config.unet, build_estimator(config, key, found), key=key))
 
 
 def _named(model: PyTree) -> dict[str, np.ndarray]:

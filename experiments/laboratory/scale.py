@@ -27,8 +27,7 @@ from estimators.equations import discounted_returns
 from experiments.config import RunConfig
 from experiments.laboratory.results import Noise
 from experiments.registry import build_estimator
-from experiments.step import fresh_state, make_optimizer, make_step
-from experiments.target import TargetSchedule
+from experiments.step import compiled, fresh_state, make_optimizer, make_step
 from experiments.train import load_split
 from unet import UNet, next_byte_log_lik
 from unet.flops import matrix_flops
@@ -95,7 +94,7 @@ def _trained(config: RunConfig, steps: int, key: PRNGKeyArray) -> tuple[UNet, li
     # A constant learning rate: this is the beginning of a longer run.
     optimizer = make_optimizer(dataclasses.replace(config.optimizer, final_fraction=1.0), 1, max(steps, 2))
     capacity = config.length
-    step = make_step(static, optimizer, capacity=capacity, schedule=TargetSchedule.of(config))
+    step = compiled(make_step(config, static, optimizer, capacity=capacity))
     state = jax.tree.map(jnp.copy, fresh_state(params, optimizer))
     batches = open_batches(load_split(config), batch=config.batch, seed=config.seed)
     for number in range(steps):

@@ -1,10 +1,19 @@
 """Drawing boundaries one after another from a policy that remembers its last few."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from estimators.base import BoundaryScan
+from unet.ops.mosaic import LANES, Implementation, declare, dispatch
+
+AHEAD = 8
+"""Rows that the kernel reads at once: their loads wait for nothing, only the decisions wait for each other."""
+
+MOST_TAPS = 17
+"""A memory of so many bits less one is what the kernel is compiled for."""
 
 
 def boundary_scan(
@@ -12,32 +21,99 @@ def boundary_scan(
     uniforms: Float[Array, "batch length"],
     starts: Bool[Array, "batch length"] | None = None,
     cap: float | None = None,
+    *,
+    implementation: Implementation | None = None,
 ) -> BoundaryScan:
     r"""$l_i = q_{i,0} + \sum_{j=1}^{w} a_{i-j} q_{i,j}$, $a_i = 1[u_i < \sigma(l_i)]$, in order of i (SFE eq. 16-19).
 
     `projections` are q, with w = taps - 1. Where `starts` is True a document begins: the action is 1 and nothing before
     it is remembered (None: only row 0). `cap` bounds the logits by `cap·tanh(l/cap)`. Uniforms of exactly one half give
     the likelier action of each row. No gradient: actions are discrete; recompute the logits of given actions with
-    `estimators.equations.windowed_logits`.
+    `estimators.equations.windowed_logits`. Raises `ValueError` where a kernel asked for by name cannot run.
+
+    The kernel adds the taps in another order than XLA, and its exponential may differ in the last bit: an action can
+    differ where u and σ(l) agree to about seven digits.
     """
     if starts is None:
         starts = jnp.zeros(uniforms.shape, bool).at[:, 0].set(True)
     projections, uniforms = jax.lax.stop_gradient((projections, uniforms))
 
-    def decide(logits, uniform, start):
+    def decide(logits: Array, uniform: Array, start: Array) -> tuple[Array, Array]:
         logits = logits if cap is None else cap * jnp.tanh(logits / cap)
         return (uniform < jax.nn.sigmoid(logits)) | start, logits
 
     if projections.shape[-1] == 1:
+        # Nothing is remembered, so that there is nothing to scan.
         return BoundaryScan(*decide(projections[..., 0], uniforms, starts))
 
-    def step(memory, row):
-        taps, uniform, start = row
-        memory = memory & ~start[:, None]
-        action, logits = decide(taps[:, 0] + jnp.sum(jnp.where(memory, taps[:, 1:], 0.0), axis=1), uniform, start)
-        return jnp.concatenate([action[:, None], memory[:, :-1]], axis=1), (action, logits)
+    def xla(projections: Array, uniforms: Array, starts: Array) -> tuple[Array, Array]:
+        def step(memory, row):
+            taps, uniform, start = row
+            memory = memory & ~start[:, None]
+            action, logits = decide(taps[:, 0] + jnp.sum(jnp.where(memory, taps[:, 1:], 0.0), axis=1), uniform, start)
+            return jnp.concatenate([action[:, None], memory[:, :-1]], axis=1), (action, logits)
 
-    batch, _, taps = projections.shape
-    by_row = (jnp.swapaxes(projections, 0, 1), uniforms.T, starts.T)
-    _, (actions, logits) = jax.lax.scan(step, jnp.zeros((batch, taps - 1), bool), by_row)
-    return BoundaryScan(actions.T, logits.T)
+        batch, _, taps = projections.shape
+        by_row = (jnp.swapaxes(projections, 0, 1), uniforms.T, starts.T)
+        _, (actions, logits) = jax.lax.scan(step, jnp.zeros((batch, taps - 1), bool), by_row)
+        return actions.T, logits.T
+
+    def kernel(interpret: bool):
+        return lambda *args: _scan_kernel(*args, cap=cap, interpret=interpret)
+
+    args = projections, uniforms, starts
+    return BoundaryScan(
+        *dispatch("boundary_scan", _refusal(projections), implementation, *args, xla=xla, kernel=kernel)
+    )
+
+
+def _refusal(projections: Array) -> str | None:
+    if projections.shape[-1] > MOST_TAPS:
+        return f"a memory of {projections.shape[-1] - 1} actions is longer than {MOST_TAPS - 1}"
+    if projections.dtype != jnp.float32:
+        return f"projections are {projections.dtype.name}, not float32"
+    return None
+
+
+def _scan_kernel(
+    projections: Array, uniforms: Array, starts: Array, *, cap: float | None, interpret: bool
+) -> tuple[Array, Array]:
+    """Every thread draws the boundaries of one sequence, its memory the bits of one integer."""
+    from jax.experimental import pallas as pl
+
+    batch, length, taps = projections.shape
+    rows, blocks = -length % AHEAD, -batch % LANES
+    # Sequences side by side, so that neighbouring threads read neighbouring addresses.
+    q = jnp.pad(jnp.transpose(projections, (1, 2, 0)), ((0, rows), (0, 0), (0, blocks)))
+    u = jnp.pad(uniforms.T, ((0, rows), (0, blocks)))
+    s = jnp.pad(starts.T.astype(jnp.int32), ((0, rows), (0, blocks)))
+    shape = (length + rows, batch + blocks)
+    remembered = (1 << (taps - 1)) - 1
+
+    def body(q_ref, u_ref, s_ref, action_ref, logit_ref):
+        lanes = pl.ds(jax.lax.axis_index("x") * LANES, LANES)
+
+        def some(block, memory):
+            first = block * AHEAD
+            loaded = [
+                ([q_ref[first + i, j, lanes] for j in range(taps)], u_ref[first + i, lanes], s_ref[first + i, lanes])
+                for i in range(AHEAD)
+            ]
+            for i, (q_row, uniform, start) in enumerate(loaded):
+                memory = jnp.where(start != 0, jnp.zeros((LANES,), jnp.int32), memory)
+                logits = q_row[0]
+                for j in range(1, taps):
+                    logits = logits + jnp.where((memory & (1 << (j - 1))) != 0, q_row[j], jnp.zeros((LANES,)))
+                logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+                drawn = uniform < 1.0 / (1.0 + jnp.exp(-logits))
+                action = jnp.where(drawn | (start != 0), jnp.ones((LANES,), jnp.int32), jnp.zeros((LANES,), jnp.int32))
+                action_ref[first + i, lanes] = action
+                logit_ref[first + i, lanes] = logits
+                memory = ((memory * 2) | action) & remembered
+            return memory
+
+        jax.lax.fori_loop(0, shape[0] // AHEAD, some, jnp.zeros((LANES,), jnp.int32))
+
+    out = [jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)]
+    actions, logits = declare(body, out, (shape[1] // LANES,), interpret=interpret)(q, u, s)
+    return actions[:length, :batch].T != 0, logits[:length, :batch].T

@@ -1,29 +1,57 @@
 """Byte rows to token rows: select the rows at which a token closes."""
 
+from __future__ import annotations
+
+import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from estimators.base import TokenRows
+from unet.ops.mosaic import Implementation
+from unet.ops.rows import pick_rows
 
 
-def downsample(
-    hidden: Float[Array, "batch length dim"], actions: Bool[Array, "batch length"], capacity: int
-) -> TokenRows:
-    r"""$X'_m = X_{i_m}$ with $i_m$ the m-th row where `actions` is True (SFE eq. 7).
+class Places(eqx.Module):
+    """Where tokens close: the byte row of each token (`index`, -1 past the last) and the token that closes at each byte row
+    (`back`, -1 for none); tokens in each sequence, and boundaries for which no row was left."""
 
-    At most `capacity` rows a sequence, the first ones; boundaries past them are counted in `overflow`. Rows past a
-    sequence's own count are zero. Raises `ValueError` for a capacity below 1.
-    """
+    index: Int[Array, "batch tokens"]
+    back: Int[Array, "batch length"]
+    lengths: Int[Array, " batch"]
+    overflow: Int[Array, " batch"]
+
+    def rows(self, values: Float[Array, "batch tokens dim"]) -> TokenRows:
+        """Token rows of these `values`."""
+        return TokenRows(values, jnp.maximum(self.index, 0), self.lengths, self.overflow)
+
+
+def places_of(actions: Bool[Array, "batch length"], capacity: int) -> Places:
+    """The first `capacity` boundaries of each sequence. Raises `ValueError` for a capacity below 1."""
     if capacity < 1:
         raise ValueError(f"a capacity is at least 1 token row; got {capacity}")
     batch, length = actions.shape
     total = jnp.sum(actions, axis=1, dtype=jnp.int32)
-    row = jnp.where(actions, jnp.cumsum(actions, axis=1, dtype=jnp.int32) - 1, capacity)
+    number = jnp.cumsum(actions, axis=1, dtype=jnp.int32) - 1
+    row = jnp.where(actions, number, capacity)
     place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), actions.shape)
-    positions = jnp.zeros((batch, capacity), jnp.int32)
-    positions = positions.at[jnp.arange(batch)[:, None], row].set(place, mode="drop")
+    index = jnp.full((batch, capacity), -1, jnp.int32)
+    index = index.at[jnp.arange(batch)[:, None], row].set(place, mode="drop")
     lengths = jnp.minimum(total, capacity)
-    kept = jnp.arange(capacity)[None, :] < lengths[:, None]
-    values = jnp.take_along_axis(hidden, positions[..., None], axis=1, mode="clip")
-    values = jnp.where(kept[..., None], values, jnp.zeros((), hidden.dtype))
-    return TokenRows(values, positions, lengths, total - lengths)
+    return Places(index, jnp.where(row < capacity, row, -1), lengths, total - lengths)
+
+
+def downsample(
+    hidden: Float[Array, "batch length dim"],
+    actions: Bool[Array, "batch length"],
+    capacity: int,
+    *,
+    implementation: Implementation | None = None,
+) -> TokenRows:
+    r"""$X'_m = X_{i_m}$ with $i_m$ the m-th row where `actions` is True (SFE eq. 7).
+
+    At most `capacity` rows a sequence, the first ones; boundaries past them are counted in `overflow`. Rows past a
+    sequence's own count are zero. Raises `ValueError` for a capacity below 1, and where a kernel asked for by name cannot
+    run.
+    """
+    places = places_of(actions, capacity)
+    return places.rows(pick_rows(hidden, places.index, places.back, implementation))

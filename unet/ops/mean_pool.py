@@ -1,5 +1,7 @@
 """Byte rows to token rows: the mean of each group of rows that a boundary closes."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax
@@ -7,7 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from estimators.base import TokenRows
-from unet.ops.downsample import downsample
+from unet.ops.downsample import places_of
+from unet.ops.mosaic import Implementation
+from unet.ops.rows import bounds_of, pool_rows
 
 
 def mean_pool(
@@ -17,15 +21,16 @@ def mean_pool(
     *,
     starts: Bool[Array, "batch length"] | None = None,
     relaxed: Float[Array, "batch length"] | None = None,
+    implementation: Implementation | None = None,
 ) -> TokenRows:
     r"""$X'_m = \sum_{l \in g_m} w_l X_l / \sum_{l \in g_m} w_l$, the group $g_m$ ending at the m-th boundary (DPT).
 
     The weights $w_l = 1 + c_l - \mathrm{sg}(c_l)$, $c_l = \sum_{k<l} h_k$, are 1 and carry the gradient to `relaxed` ($h$),
     the boundaries as numbers; None leaves them without. The boundary at a document's start (`starts`) closes an empty group
     and leaves its row to the group after it. Empty groups are zero, rows after the last boundary are in no group, and
-    sums are float32. Raises `ValueError` for a capacity below 1.
+    sums are float32. Raises `ValueError` for a capacity below 1, and where a kernel asked for by name cannot run.
     """
-    rows = downsample(hidden, actions, capacity)
+    places = places_of(actions, capacity)
     starts = jnp.zeros(actions.shape, bool) if starts is None else starts
     closed = actions.astype(jnp.int32)
     group = jnp.cumsum(closed, axis=1) - closed + starts.astype(jnp.int32)
@@ -34,14 +39,13 @@ def mean_pool(
         before = jnp.cumsum(relaxed.astype(jnp.float32), axis=1) - relaxed.astype(jnp.float32)
         weights = weights + (before - jax.lax.stop_gradient(before))
 
-    # The row past the last closed group gathers what no boundary closes, and is cut off.
-    place = jnp.where(group < rows.lengths[:, None], group, capacity)
-    batch = jnp.arange(actions.shape[0])[:, None]
-    dim = hidden.shape[-1]
-    sums = jnp.zeros((actions.shape[0], capacity + 1, dim), jnp.float32)
-    sums = sums.at[batch, place].add(weights[..., None] * hidden.astype(jnp.float32))[:, :capacity]
-    counts = jnp.zeros((actions.shape[0], capacity + 1), jnp.float32).at[batch, place].add(weights)[:, :capacity]
+    # What no boundary closes, or closes past the capacity, lies beyond the last bound.
+    bounds = bounds_of(jnp.where(group < places.lengths[:, None], group, capacity), capacity)
+    span = jnp.where(group < places.lengths[:, None], group, -1)
+    sums = pool_rows(weights[..., None] * hidden.astype(jnp.float32), bounds, span, implementation)
+    counts = pool_rows(weights[..., None], bounds, span, "xla")
     # What the document before left unclosed falls to the boundary at a start, which takes nothing.
-    taken = (counts > 0) & ~jnp.take_along_axis(starts, rows.positions, axis=1, mode="clip")
-    means = jnp.where(taken[..., None], sums / jnp.where(taken, counts, 1.0)[..., None], 0.0)
+    rows = places.rows(sums)
+    taken = (counts[..., 0] > 0) & ~jnp.take_along_axis(starts, rows.positions, axis=1, mode="clip")
+    means = jnp.where(taken[..., None], sums / jnp.where(taken[..., None], counts, 1.0), 0.0)
     return dataclasses.replace(rows, values=means.astype(hidden.dtype))

@@ -1,7 +1,12 @@
 """Token rows to byte rows: each byte gets the last token that closed at or before it."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from unet.ops.mosaic import Implementation
+from unet.ops.rows import bounds_of, spread_rows
 
 
 def token_of(actions: Bool[Array, "batch length"]) -> Int[Array, "batch length"]:
@@ -10,12 +15,15 @@ def token_of(actions: Bool[Array, "batch length"]) -> Int[Array, "batch length"]
 
 
 def upsample(
-    values: Float[Array, "batch tokens dim"], actions: Bool[Array, "batch length"]
+    values: Float[Array, "batch tokens dim"],
+    actions: Bool[Array, "batch length"],
+    *,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "batch length dim"]:
     r"""$Y_i = Y'_{\mathrm{token\_of}(i)}$ (SFE eq. 8, without the residual); zero before the first boundary.
 
-    Where there are more boundaries than token rows, the bytes past the last row keep that row.
+    Where there are more boundaries than token rows, the bytes past the last row keep that row. A token's gradient is the sum
+    over its bytes, in float32 and in their order. Raises `ValueError` where a kernel asked for by name cannot run.
     """
-    token = token_of(actions)
-    rows = jnp.take_along_axis(values, jnp.maximum(token, 0)[..., None], axis=1, mode="clip")
-    return jnp.where(token[..., None] >= 0, rows, jnp.zeros((), values.dtype))
+    token = jnp.minimum(token_of(actions), values.shape[1] - 1)
+    return spread_rows(values, token, bounds_of(token, values.shape[1]), implementation)

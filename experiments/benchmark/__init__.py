@@ -1,0 +1,1 @@
+"""Measurements on this machine, each against an alternative in the same run."""

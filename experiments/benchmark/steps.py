@@ -1,0 +1,66 @@
+"""Training steps of whole models, as `experiments.run` takes them, ready to be timed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from data import Split, open_batches
+from experiments.benchmark.timing import Work
+from experiments.config import EstimatorName, RunConfig
+from experiments.found import find, threshold_of
+from experiments.registry import ByteModel, Found, build_estimator
+from experiments.step import compiled, fresh_state, make_optimizer, make_step
+from experiments.train import placement, training_capacity
+from unet import UNet
+
+
+def fresh_model(config: RunConfig, split: Split) -> UNet:
+    """The untrained model of a run; an entropy router without `--entropy.model` watches an untrained byte model."""
+    key_estimator, key_model = jax.random.split(jax.random.key(config.seed))
+    found = find(config, split)
+    if config.estimator == "entropy" and config.entropy.model is None:
+        isotropic = dataclasses.replace(config, estimator="isotropic")
+        byte_model = UNet(config.unet, None, key=key_estimator)
+        found = Found(byte_model=ByteModel(isotropic, byte_model), threshold=threshold_of(config, byte_model, split))
+    return UNet(config.unet, build_estimator(config, key_estimator, found), key=key_model)
+
+
+def training_step(config: RunConfig, split: Split) -> Work:
+    """One training step after another, each on the next of a few batches of `split` that already lie in memory."""
+    place_batch, replicate = placement(config)
+    model = fresh_model(config, split)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
+    routers = [estimator.router for estimator in model.stage.estimators]
+    capacity = training_capacity(config, routers[0] if routers else None, split)
+    step = compiled(make_step(config, static, optimizer, capacity=capacity))
+    stream = open_batches(split, batch=config.batch, seed=config.seed)
+    batches = [place_batch(next(stream)) for _ in range(4)]
+    stream.close()
+    state = replicate(jax.tree.map(jnp.copy, fresh_state(params, optimizer)))
+    done, key = 0, jax.random.key(config.seed)
+
+    def work() -> PyTree[Array]:
+        nonlocal state, done
+        state, metrics = step(state, batches[done % len(batches)], jax.random.fold_in(key, done))
+        done += 1
+        return metrics
+
+    return work
+
+
+def of_estimators(config: RunConfig, names: Sequence[EstimatorName], split: Split) -> dict[str, Work]:
+    """A training step of every estimator in the model of `config`."""
+    works: dict[str, Work] = {}
+    for name in names:
+        one = dataclasses.replace(config, estimator=name)
+        if name == "isotropic":
+            one = dataclasses.replace(one, isotropic=dataclasses.replace(one.isotropic, token_level=True))
+        works[name] = training_step(one, split)
+    return works

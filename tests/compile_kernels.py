@@ -1,0 +1,49 @@
+"""Compiles every kernel for one GPU that is not there, and prints what it is called: `python compile_kernels.py h100`."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmark.deviceless import TARGETS, compile_for, machine_program, mesh_of
+from unet.ops import boundary_scan, downsample, smooth, upsample
+
+BATCH, LENGTH, TOKENS = 2, 64, 24
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def down(hidden, actions):
+    out, back = jax.vjp(lambda rows: downsample(rows, actions, TOKENS).values, hidden)
+    return out, back(out)
+
+
+def up(hidden, actions):
+    out, back = jax.vjp(lambda rows: upsample(rows, actions), hidden[:, :TOKENS])
+    return out, back(out)
+
+
+def average(hidden, actions):
+    out, back = jax.vjp(smooth, hidden, jnp.where(actions, 0.75, 0.25))
+    return out, back(out)
+
+
+def report(mesh, name, op, *args):
+    kernels = machine_program(compile_for(mesh, op, *args)).count('custom_call_target="mosaic_gpu')
+    print(f"{name} {kernels}", flush=True)
+
+
+def main(target):
+    mesh = mesh_of(TARGETS[target])
+    report(mesh, "boundary_scan", boundary_scan, shape(BATCH, LENGTH, 5), shape(BATCH, LENGTH))
+    for op in (down, up, average):
+        for dim in (384, 512, 768, 1024):
+            for dtype in (jnp.bfloat16, jnp.float32):
+                rows, actions = shape(BATCH, LENGTH, dim, dtype=dtype), shape(BATCH, LENGTH, dtype=bool)
+                report(mesh, f"{op.__name__}-{dim}-{jnp.dtype(dtype).name}", op, rows, actions)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,185 @@
+"""Moving rows: gathering them by index, and summing those of neighbouring spans.
+
+Each is the other's backward pass, so that gradients are sums in float32 and in a fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from unet.ops.mosaic import LANES, Implementation, declare, dispatch, refusal
+
+
+def gather_rows(
+    values: Float[Array, "batch rows dim"],
+    index: Int[Array, "batch length"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "batch length dim"]:
+    """Row `index[b, i]` of each sequence; zeros where the index is negative. No gradient is defined: see `spread_rows`.
+
+    Indices beyond the rows read the last one. Raises `ValueError` where a kernel asked for by name cannot run.
+    """
+    refused = refusal(values.shape[2], values.dtype)
+    return dispatch("gather_rows", refused, implementation, values, index, xla=_gather_xla, kernel=_gather_kernel)
+
+
+def sum_spans(
+    values: Float[Array, "batch length dim"],
+    bounds: Int[Array, "batch edges"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "batch spans dim"]:
+    r"""$S_m = \sum_{l = b_m}^{b_{m+1} - 1} X_l$ in float32, rounded once at the end; `bounds` never fall.
+
+    Raises `ValueError` where a kernel asked for by name cannot run.
+    """
+    refused = refusal(values.shape[2], values.dtype)
+    return dispatch("sum_spans", refused, implementation, values, bounds, xla=_sum_xla, kernel=_sum_kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def spread_rows(
+    values: Float[Array, "batch rows dim"],
+    index: Int[Array, "batch length"],
+    bounds: Int[Array, "batch edges"],
+    implementation: Implementation | None,
+) -> Float[Array, "batch length dim"]:
+    """`gather_rows` by an index that never falls; its gradient sums, for row m, over bytes `bounds[m]` to `bounds[m + 1]`."""
+    return gather_rows(values, index, implementation=implementation)
+
+
+def _spread_forward(values, index, bounds, implementation):
+    return spread_rows(values, index, bounds, implementation), (index, bounds)
+
+
+def _spread_backward(implementation, saved, gradient):
+    _, bounds = saved
+    return sum_spans(gradient, bounds, implementation=implementation), None, None
+
+
+spread_rows.defvjp(_spread_forward, _spread_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def pick_rows(
+    values: Float[Array, "batch length dim"],
+    index: Int[Array, "batch rows"],
+    back: Int[Array, "batch length"],
+    implementation: Implementation | None,
+) -> Float[Array, "batch rows dim"]:
+    """`gather_rows` by an index that takes no row twice; `back` says where each row went, -1 for nowhere."""
+    return gather_rows(values, index, implementation=implementation)
+
+
+def _pick_forward(values, index, back, implementation):
+    return pick_rows(values, index, back, implementation), back
+
+
+def _pick_backward(implementation, back, gradient):
+    return gather_rows(gradient, back, implementation=implementation), None, None
+
+
+pick_rows.defvjp(_pick_forward, _pick_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def pool_rows(
+    values: Float[Array, "batch length dim"],
+    bounds: Int[Array, "batch edges"],
+    span: Int[Array, "batch length"],
+    implementation: Implementation | None,
+) -> Float[Array, "batch spans dim"]:
+    """`sum_spans`; `span` says which one each row is in, -1 for none."""
+    return sum_spans(values, bounds, implementation=implementation)
+
+
+def _pool_forward(values, bounds, span, implementation):
+    return pool_rows(values, bounds, span, implementation), span
+
+
+def _pool_backward(implementation, span, gradient):
+    return gather_rows(gradient, span, implementation=implementation), None, None
+
+
+pool_rows.defvjp(_pool_forward, _pool_backward)
+
+
+def bounds_of(index: Int[Array, "batch length"], rows: int) -> Int[Array, "batch edges"]:
+    """Where each of `rows` values of an index that never falls begins, and one more for the end; negative ones lie before."""
+    batch = jnp.arange(index.shape[0])[:, None]
+    counts = jnp.zeros((index.shape[0], rows + 1), jnp.int32).at[batch, index + 1].add(1, mode="drop")
+    return jnp.cumsum(counts, axis=1)
+
+
+def _gather_xla(values: Array, index: Array) -> Array:
+    found = jnp.take_along_axis(values, jnp.maximum(index, 0)[..., None], axis=1, mode="clip")
+    return jnp.where(index[..., None] >= 0, found, jnp.zeros((), values.dtype))
+
+
+def _sum_xla(values: Array, bounds: Array) -> Array:
+    batch, length, dim = values.shape
+    spans = bounds.shape[1] - 1
+    rows = jnp.arange(batch)[:, None]
+    edges = jnp.zeros((batch, length + 1), jnp.int32).at[rows, bounds].add(1, mode="drop")
+    # Before the first bound: -1, past the last one: out of range, both dropped below.
+    span = jnp.cumsum(edges[:, :length], axis=1) - 1
+    span = jnp.where(span < 0, spans, span)
+    sums = jnp.zeros((batch, spans, dim), jnp.float32).at[rows, span].add(values.astype(jnp.float32), mode="drop")
+    return sums.astype(values.dtype)
+
+
+def _gather_kernel(interpret: bool):
+    def run(values: Array, index: Array) -> Array:
+        from jax.experimental import pallas as pl
+
+        batch, rows, dim = values.shape
+        length = index.shape[1]
+
+        def body(values_ref, index_ref, out_ref):
+            b, i = jax.lax.axis_index("x"), jax.lax.axis_index("y")
+            row = index_ref[b, i]
+            there = jnp.minimum(row, rows - 1)
+            for column in range(0, dim, LANES):
+                lanes = pl.ds(column, LANES)
+
+                @pl.when(row >= 0)
+                def _(lanes=lanes):
+                    out_ref[b, i, lanes] = values_ref[b, there, lanes]
+
+                @pl.when(row < 0)
+                def _(lanes=lanes):
+                    out_ref[b, i, lanes] = jnp.zeros((LANES,), values.dtype)
+
+        out = jax.ShapeDtypeStruct((batch, length, dim), values.dtype)
+        return declare(body, [out], (batch, length), interpret=interpret)(values, index)[0]
+
+    return run
+
+
+def _sum_kernel(interpret: bool):
+    def run(values: Array, bounds: Array) -> Array:
+        from jax.experimental import pallas as pl
+
+        batch, length, dim = values.shape
+        spans = bounds.shape[1] - 1
+
+        def body(values_ref, bounds_ref, out_ref):
+            b, m = jax.lax.axis_index("x"), jax.lax.axis_index("y")
+            lanes = pl.ds(jax.lax.axis_index("z") * LANES, LANES)
+
+            def add(i, total):
+                return total + values_ref[b, i, lanes].astype(jnp.float32)
+
+            last = jnp.minimum(bounds_ref[b, m + 1], length)
+            total = jax.lax.fori_loop(bounds_ref[b, m], last, add, jnp.zeros((LANES,), jnp.float32))
+            out_ref[b, m, lanes] = total.astype(values.dtype)
+
+        out = jax.ShapeDtypeStruct((batch, spans, dim), values.dtype)
+        return declare(body, [out], (batch, spans, dim // LANES), interpret=interpret)(values, bounds)[0]
+
+    return run
