@@ -8,20 +8,24 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import tyro
 
 from data import DataError
+from experiments.benchmark.roofline import Share
 from experiments.benchmark.steps import of_estimators
 from experiments.benchmark.timing import Timing, in_turns
-from experiments.config import ConfigError, EstimatorName, ModelName, check
+from experiments.benchmark.whole_step import StepReport, compile_elsewhere
+from experiments.config import ConfigError, EstimatorName, ModelName, RunConfig, check
 from experiments.display import Display
 from experiments.folder import json_text, write_atomically
 from experiments.launch import with_large_pages
 from experiments.presets import PRESETS
 from experiments.registry import REGISTRY
 from experiments.train import load_split
+from unet.ops import Implementation
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,14 @@ class BenchConfig:
     """Sequences per step, instead of the preset's."""
     length: int | None = None
     """Bytes per sequence, instead of the preset's."""
+    compile_for: Literal["h100", "b200"] | None = None
+    """Instead of timing anything: compile the training step for this GPU, which need not be there, and say what it needs."""
+    estimator: EstimatorName = "sfe"
+    """Estimator whose step is compiled."""
+    compute: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of the matrix products that are compiled."""
+    implementation: Literal["both", "kernels", "xla"] = "both"
+    """Compile with the kernels, without them, or once each."""
     rounds: int = 7
     """Times that every alternative is measured, in turns; medians are reported."""
     calls: int = 5
@@ -48,9 +60,7 @@ class BenchConfig:
 
 def bench_estimators(config: BenchConfig, display: Display) -> dict[str, Timing]:
     """The training step of every estimator, against uniform boundaries. Raises `ConfigError` and `DataError`."""
-    run = dataclasses.replace(PRESETS[config.model], dataset=config.dataset)
-    run = dataclasses.replace(run, batch=config.batch or run.batch, length=config.length or run.length)
-    check(run)
+    run = preset(config)
     others = [name for name in config.estimators if name != "uniform"]
     names: list[EstimatorName] = ["uniform", *others]
     display.note(f"compiling a training step of {config.model} for {len(names)} estimators")
@@ -58,6 +68,52 @@ def bench_estimators(config: BenchConfig, display: Display) -> dict[str, Timing]
     timings = in_turns(works, baseline="uniform", rounds=config.rounds, calls=config.calls)
     display.note(timing_table(timings, "estimator", run.bytes_per_step))
     return timings
+
+
+def bench_compilation(config: BenchConfig, target: str, display: Display) -> dict[str, StepReport]:
+    """What a training step needs on a GPU that is not there. Raises `ConfigError`."""
+    run = preset(config)
+    ways: dict[str, Implementation | None] = {"kernels": None, "xla": "xla"}
+    found = {}
+    for name, way in ways.items():
+        if config.implementation not in ("both", name):
+            continue
+        unet = dataclasses.replace(run.unet, compute=config.compute, implementation=way)
+        display.note(f"compiling a step of {config.model} for {target}, {name}; minutes")
+        one = dataclasses.replace(run, estimator=config.estimator, unet=unet)
+        found[name] = compile_elsewhere(one, target)
+        display.note(step_table(found[name], run.bytes_per_step))
+    return found
+
+
+def step_table(report: StepReport, bytes_per_step: int) -> str:
+    """A compiled step, part by part, in Markdown."""
+    total = sum(part.seconds for part in report.parts)
+    lines = ["| part | kernels | GFLOP | GB moved | at best, ms | share |", "|---|---|---|---|---|---|"]
+    whole = Share(
+        "all", *(sum(getattr(p, name) for p in report.parts) for name in ("kernels", "flops", "bytes", "seconds"))
+    )
+    for part in (*report.parts, whole):
+        numbers = (
+            f"{part.flops / 1e9:.1f} | {part.bytes / 1e9:.2f} | {part.seconds * 1e3:.3f} | {part.seconds / total:.0%}"
+        )
+        lines.append(f"| {part.part} | {part.kernels} | {numbers} |")
+    notes = (
+        f"{report.target}: {report.peak_bytes / 2**30:.2f} GiB at the peak, {report.state_bytes / 2**30:.2f} of it parameters "
+        f"and moments; at best {bytes_per_step / total / 1e6:.1f} MB/s; compiled in {report.compile_seconds:.0f} s."
+    )
+    return "\n".join([*lines, "", notes]) + "\n"
+
+
+def preset(config: BenchConfig) -> RunConfig:
+    """The run whose step is looked at. Raises `ConfigError`."""
+    run = dataclasses.replace(PRESETS[config.model], dataset=config.dataset)
+    if config.batch is not None:
+        run = dataclasses.replace(run, batch=config.batch)
+    if config.length is not None:
+        run = dataclasses.replace(run, length=config.length)
+    check(run)
+    return run
 
 
 def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int) -> str:
@@ -72,10 +128,13 @@ def bench(config: BenchConfig, display: Display) -> None:
     """Measure, say what was measured, and write it down where asked. Raises `ConfigError` and `DataError`."""
     if config.rounds < 1 or config.calls < 1:
         raise ConfigError("--rounds and --calls must be at least 1")
-    timings = bench_estimators(config, display)
+    if config.compile_for is not None:
+        what, found = "compiled", bench_compilation(config, config.compile_for, display)
+    else:
+        what, found = "estimators", bench_estimators(config, display)
     if config.json is not None:
-        found = {name: dataclasses.asdict(timing) for name, timing in timings.items()}
-        write_atomically(config.json, json_text({"settings": dataclasses.asdict(config), "estimators": found}))
+        plain = {name: dataclasses.asdict(one) for name, one in found.items()}
+        write_atomically(config.json, json_text({"settings": dataclasses.asdict(config), what: plain}))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,8 +140,9 @@ def work_off(jobs: list[Job], at_once: int, logs: Path, display: Display) -> lis
             while len(running) < at_once and (job := next((job for job in waiting if job.may_start), None)):
                 waiting.remove(job)
                 free = [core for core in cores if core not in {other.core for other in running}]
-                _launch(job, free[0] if at_once > 1 and free else None, logs)
+                # Before it has a process, or an interrupt between the two would leave that behind.
                 running.append(job)
+                _launch(job, free[0] if at_once > 1 and free else None, logs)
             time.sleep(0.2)
             for job in [job for job in running if job.process is not None and job.process.poll() is not None]:
                 running.remove(job)
@@ -151,10 +153,11 @@ def work_off(jobs: list[Job], at_once: int, logs: Path, display: Display) -> lis
                 else:
                     display.note(f"{job.name} finished, {done} of {len(jobs)}: {_last_line(job, logs)}")
     except KeyboardInterrupt:
-        for job in running:
-            if job.process is not None:
-                job.process.send_signal(signal.SIGTERM)
-                job.process.wait()
+        processes = [job.process for job in running if job.process is not None]
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait()
         raise
     return failed
 
@@ -199,11 +202,27 @@ def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     return 1 if failed else 0
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """`KeyboardInterrupt` on `kill` too, and on Ctrl-C where a shell that started this in the background has it ignored: the
+    runs have sessions of their own and would stay behind."""
+    watched = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in watched}
+    for number in watched:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, 1 where a run failed, 2 for a user's error, 130 after Ctrl-C."""
+    """The command line. Returns 0, 1 where a run failed, 2 for a user's error, 130 after Ctrl-C or `kill`."""
     display = Display()
     try:
-        return compare(*parse_compare(sys.argv[1:] if arguments is None else arguments), display)
+        with _interruptible():
+            return compare(*parse_compare(sys.argv[1:] if arguments is None else arguments), display)
     except (ConfigError, DataError) as error:
         display.note(f"error: {error}")
         return 2

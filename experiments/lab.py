@@ -117,7 +117,9 @@ def run(config: LabConfig, display: Display) -> None:
     note("gradient flows")
     ways = flows(subjects, time=config.time)
     note("gradient flows with noise")
-    paths = noisy_flows(subjects, time=config.time, rates=config.learning_rates, key=jax.random.fold_in(key, 11))
+    paths = noisy_flows(
+        subjects.distribute, time=config.time, rates=config.learning_rates, key=jax.random.fold_in(key, 11)
+    )
     noises: dict[str, list[Noise]] = {}
     tiny = dataclasses.replace(PRESETS["tiny"], dataset=config.dataset, seed=config.seed)
     for steps in config.after:
@@ -200,7 +202,8 @@ def flow_picture(ways: Sequence[Flow], paths: Sequence[Flow]) -> bytes:
         part.axhline(0.0, color="#888888", linewidth=0.8)
         part.set_xlabel("time")
         part.grid(alpha=0.25)
-        part.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        if part.get_legend_handles_labels()[0]:
+            part.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     axes[0].set_ylabel("loss above the best string's, nats per byte")
     return picture(figure)
 

@@ -208,15 +208,17 @@ REGISTRY: dict[EstimatorName, Builder] = {
 
 def build_chunker(config: RunConfig, key: PRNGKeyArray) -> AbstractChunker:
     """The chunker that a configuration asks for, or else its estimator's own."""
-    dim, smooth = config.unet.dim, config.smooth
+    dim, way, smooth = config.unet.dim, config.unet.implementation, config.smooth
     name = CHUNKERS.get(config.estimator, "distribute") if config.chunker is None else config.chunker
     if name == "mean":
-        return MeanPool(dim, key=key)
+        return MeanPool(dim, key=key, implementation=way)
     if name == "smooth":
         published = "straight-through" if config.estimator == "hnet" else "none"
         weighting = published if smooth.weighting is None else smooth.weighting
-        return SelectSmooth(Projection(dim) if smooth.residual == "projected" else None, smooth.smoothing, weighting)
-    return SelectDeviate() if name == "deviate" else SelectDistribute()
+        return SelectSmooth(
+            Projection(dim) if smooth.residual == "projected" else None, smooth.smoothing, weighting, way
+        )
+    return SelectDeviate(way) if name == "deviate" else SelectDistribute(way)
 
 
 def build_estimator(config: RunConfig, key: PRNGKeyArray, found: Found | None = None) -> AbstractEstimator | None:

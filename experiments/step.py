@@ -104,8 +104,9 @@ def make_step(config: RunConfig, static: UNet, optimizer: optax.GradientTransfor
     def step(state: TrainState, batch: dict[str, Array], key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
         target_rate = schedule.target(state.target)
         gradients, output = accumulated(state.params, batch, key, target_rate)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
         moved = TrainState(params, moments, schedule.moved(state.target, output.rate))
         return moved, StepMetrics(output, optax.tree.norm(gradients), target_rate)
 

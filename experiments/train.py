@@ -62,6 +62,16 @@ class Outcome:
     parameters: int
 
 
+def slack_capacity(config: RunConfig, rate: float) -> int:
+    """`capacity_slack` times the token rows that are expected of a sequence, where its rate is held at `rate`."""
+    slack = 1.0 if rate == 1.0 else config.capacity_slack
+    return _rounded(slack * max(rate, TargetSchedule.of(config).highest) * config.length, config.length)
+
+
+def _rounded(rows: float, length: int) -> int:
+    return min(length, 8 * math.ceil(rows / 8))
+
+
 def training_capacity(config: RunConfig, router: AbstractRouter | None, split: Split) -> int:
     """Token rows per sequence in training.
 
@@ -72,15 +82,12 @@ def training_capacity(config: RunConfig, router: AbstractRouter | None, split: S
     if router is None:
         return length
     if router.rate is not None:
-        slack = 1.0 if router.rate == 1.0 else config.capacity_slack
-        expected = slack * max(router.rate, TargetSchedule.of(config).highest) * length
-    else:
-        rows = split.held_out_rows(config.evaluation.bytes)
-        layout = stack_rows(rows, len(rows))
-        nothing = jnp.zeros((*layout.bytes.shape, 1))
-        drawn = router(nothing, layout, Draw(boundary_scan)).actions
-        expected = 1.25 * int(jnp.max(jnp.sum(drawn, axis=1)))
-    return min(length, 8 * math.ceil(expected / 8))
+        return slack_capacity(config, router.rate)
+    rows = split.held_out_rows(config.evaluation.bytes)
+    layout = stack_rows(rows, len(rows))
+    nothing = jnp.zeros((*layout.bytes.shape, 1))
+    drawn = router(nothing, layout, Draw(boundary_scan)).actions
+    return _rounded(1.25 * int(jnp.max(jnp.sum(drawn, axis=1))), length)
 
 
 @dataclass(frozen=True)

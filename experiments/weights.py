@@ -25,7 +25,8 @@ Model = TypeVar("Model", bound=PyTree)
 
 def write_weights(folder: Path, model: Model) -> None:
     """Write every floating-point array of `model` to `folder`, each by its path in the tree."""
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in _named(model).items()}
+    # Not np.ascontiguousarray, which makes vectors of numbers.
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in _named(model).items()}
     write_atomically(folder / WEIGHTS, safetensors.numpy.save(arrays, {"format": "caesura"}))
 
 

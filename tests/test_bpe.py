@@ -7,7 +7,7 @@ import pytest
 
 from estimators import BPEGuided, Distilled, Draw, PrefixTree, WindowedPolicy
 from estimators.bpe import find_size, train_vocabulary
-from tests.conftest import small_model, text_bytes
+from tests.conftest import losses, small_model, text_bytes
 from unet import SelectDistribute
 from unet.model import plain_layout
 from unet.ops import boundary_scan
@@ -105,7 +105,7 @@ def test_distillation_teaches_the_guides_boundaries():
         estimator.router(hidden, layout, draw).actions, guide.router(hidden, layout, draw).actions
     )
     model = small_model(estimator)
-    output = model.loss(text_bytes(2, 16), key=jax.random.key(0))
+    output = losses(model, text_bytes(2, 16), key=jax.random.key(0))
     # At zero weights the student gives every boundary its target rate.
     drawn = guide.router(hidden[:2, :16], plain_layout(text_bytes(2, 16)), draw).actions[:, 1:]
     expected = -float(jnp.mean(jnp.where(drawn, jnp.log(0.3), jnp.log(0.7))))

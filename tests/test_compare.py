@@ -2,17 +2,22 @@
 
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from experiments import compare as compare_module
 from experiments.comparison import markdown, remarks, table
+from experiments.display import Display
 from tests.test_run import SMALL
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
 
-ARGUMENTS = ("--estimators", "uniform", "sfe", "hnet", "--seeds", "0", "1")
+ARGUMENTS = ("--estimators", "uniform", "sfe", "--seeds", "0", "1")
 
 
 def start(*arguments):
@@ -67,11 +72,11 @@ def finished(corpus, tmp_path_factory):
 
 def test_a_comparison_leaves_its_table_its_curves_and_its_page(finished):
     lines = json.loads((finished / "table.json").read_text())
-    assert [line["estimator"] for line in lines] == ["uniform", "sfe", "hnet"]
+    assert [line["estimator"] for line in lines] == ["uniform", "sfe"]
     assert all(line["seeds"] == [0, 1] for line in lines)
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     page = (finished / "report.html").read_text()
-    assert page.count('<pre class="text">') == 9
+    assert page.count('<pre class="text">') == 6
     assert "http://" not in page
     assert (finished / "table.md").read_text().startswith("| estimator |")
 
@@ -95,6 +100,24 @@ def test_what_is_finished_is_not_done_again_and_what_is_missing_is(finished, cor
     assert {path: path.stat().st_mtime_ns for path in before} == before
     again, first = (json.loads((folder / "sfe-1" / "summary.json").read_text()) for folder in (out, finished))
     assert again["val_bpb"] == first["val_bpb"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_comparison_stops_its_runs(tmp_path, number, monkeypatch):
+    job = compare_module.Job("run", tmp_path)
+    started = []
+
+    def launch(job, core, logs):
+        started.append(job)
+        job.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(compare_module, "_launch", launch)
+    before = signal.getsignal(number)
+    with compare_module._interruptible(), pytest.raises(KeyboardInterrupt):
+        compare_module.work_off([job], 1, tmp_path, Display(quiet=True))
+    assert started[0].process.poll() == -signal.SIGTERM
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from estimators.entropy import find_threshold, surprise
 from experiments.config import EstimatorName
 from experiments.presets import PRESETS
 from experiments.registry import REGISTRY, ByteModel, Found, build_estimator
+from experiments.weights import read_weights, write_weights
 from tests.conftest import text_bytes
 from unet import UNet, UNetConfig
 from unet.model import plain_layout
@@ -172,6 +173,14 @@ def test_documents_in_one_row_do_not_see_each_other(model):
         actions=(actions.at[0, :length].set(actions[1, 11:]),),
     )
     np.testing.assert_allclose(together.logits[1, 11:], alone.logits[0, :length], **BOUNDED)
+
+
+def test_weights_go_out_and_come_back(model, tmp_path):
+    write_weights(tmp_path, model)
+    emptied = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if eqx.is_inexact_array(leaf) else leaf, model)
+    back = read_weights(tmp_path, emptied)
+    for one, other in zip(jax.tree.leaves(model), jax.tree.leaves(back), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_losses_and_gradients_are_finite_and_reach_what_they_should(model):

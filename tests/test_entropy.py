@@ -9,7 +9,7 @@ import pytest
 from estimators import Draw, Entropy, EntropyRouter
 from estimators import equations as eq
 from estimators.entropy import find_threshold, over_both, over_threshold, surprise
-from tests.conftest import small_model, text_bytes
+from tests.conftest import predict, small_model, text_bytes
 from unet import SelectDistribute
 from unet.model import plain_layout
 from unet.ops import boundary_scan
@@ -24,8 +24,8 @@ def test_entropy_of_known_distributions():
 
 def test_surprise_is_the_entropy_of_the_prediction_of_the_byte_itself():
     model, layout = small_model(), plain_layout(text_bytes(2, 10))
-    found = surprise(model, layout)
-    logits = np.asarray(model(layout.bytes).logits, np.float64)
+    found = eqx.filter_jit(surprise)(model, layout)
+    logits = np.asarray(predict(model, layout.bytes).logits, np.float64)
     probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(found[:, 1:], -(probs * np.log(probs)).sum(-1)[:, :-1], rtol=1e-4)
     assert jnp.all(jnp.isinf(found[:, 0]))
@@ -67,14 +67,14 @@ def test_a_rate_that_no_threshold_reaches_is_refused():
 def test_the_byte_model_is_left_alone():
     router = EntropyRouter(small_model(seed=4), 5.4, target_rate=0.3)
     model = small_model(Entropy(router, chunker=SelectDistribute()))
-    gradients = eqx.filter_grad(lambda m: m.loss(text_bytes(2, 12), key=None).loss)(model)
+    gradients = eqx.filter_jit(eqx.filter_grad(lambda m: m.loss(text_bytes(2, 12), key=None).loss))(model)
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(gradients.stage.estimator))
     assert any(jnp.any(leaf) for leaf in jax.tree.leaves(gradients.stage.encoder))
 
 
 def test_boundaries_stand_where_the_byte_model_was_unsure():
     byte_model, layout = small_model(seed=4), plain_layout(text_bytes(2, 12))
-    unsure = surprise(byte_model, layout)
+    unsure = eqx.filter_jit(surprise)(byte_model, layout)
     threshold = float(jnp.median(unsure))
     router = EntropyRouter(byte_model, threshold, target_rate=0.5)
     boundaries = router(jnp.zeros((2, 12, 1)), layout, Draw(boundary_scan))

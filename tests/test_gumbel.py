@@ -78,6 +78,7 @@ def test_gradients_are_those_of_the_original(z, parts):
     cotangent = jnp.swapaxes(jnp.asarray(z["cotangent"]), 0, 1)
     hidden = jnp.swapaxes(jnp.asarray(z["hidden"]), 0, 1)
 
+    @eqx.filter_jit
     @eqx.filter_grad
     def gradient(inputs):
         router, chunker, hidden = inputs

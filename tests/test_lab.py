@@ -1,5 +1,6 @@
 """The laboratory against itself: unbiased estimators come out unbiased, sampling agrees with enumeration."""
 
+import dataclasses
 import itertools
 import json
 
@@ -20,7 +21,9 @@ from experiments.laboratory.moments import (
     score_moments,
     string_probs,
 )
+from experiments.laboratory.scale import noise
 from experiments.laboratory.subjects import Tables
+from experiments.presets import PRESETS
 
 TEXTS, DECISIONS = 3, 4
 STRINGS = jnp.asarray([[True, *rest] for rest in itertools.product([False, True], repeat=DECISIONS)])
@@ -135,7 +138,7 @@ def test_the_command_leaves_a_table_and_a_figure(tmp_path):
     out = tmp_path / "lab"
     arguments = (
         *("--out", out, "--length", "5", "--texts", "2", "--steps", "3", "--time", "20", "--draws", "8"),
-        *("--learning-rates", "4", "--after", "0"),
+        *("--learning-rates", "--after"),
     )
     with jax.numpy_dtype_promotion("standard"):
         assert lab.main([str(argument) for argument in arguments]) == 0
@@ -149,6 +152,39 @@ def test_the_command_leaves_a_table_and_a_figure(tmp_path):
     assert exact["end"] < exact["start"]
     assert (out / "lab.png").read_bytes().startswith(b"\x89PNG")
     assert lab.main([str(argument) for argument in arguments]) == 2
+
+
+def test_noise_carries_a_flow_about_and_no_noise_leaves_it(logits, tables):
+    pytest.importorskip("diffrax")
+    from experiments.laboratory.flow import landscape, wander
+
+    ground, returns = landscape(tables, STRINGS), credit(tables.log_lik, 1.0)
+
+    def moments(scale):
+        def scaled(logits):
+            exact = score_moments(logits, STRINGS, returns)
+            return dataclasses.replace(exact, covariance=scale * exact.covariance)
+
+        return scaled
+
+    with jax.numpy_dtype_promotion("standard"):
+        still, moved, again = (
+            wander("one", moments(scale), ground, logits, 4.0, 0.5, jax.random.key(0)) for scale in (0.0, 1.0, 1.0)
+        )
+    assert moved.losses == again.losses
+    assert moved.start == still.start
+    assert abs(moved.end - still.end) > 1e-3
+    assert still.end < still.start
+
+
+def test_noise_is_counted_relative_to_the_papers_estimator():
+    tiny = PRESETS["tiny"]
+    unet = dataclasses.replace(tiny.unet, dim=16, heads=2, main_layers=1, window=4)
+    small = dataclasses.replace(tiny, unet=unet, length=32, batch=4)
+    with jax.numpy_dtype_promotion("standard"):
+        found = {one.name: one for one in noise(small, steps=1, draws=8, key=jax.random.key(0))}
+    assert found["early exit, γ = .99, batch centring (the paper)"].variance == 1.0
+    assert found["γ = .8"].variance < 1.0 < found["none of the three"].variance
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from unet.ops import boundary_scan, downsample, token_of, upsample
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 12), st.integers(1, 14), st.floats(0, 1), st.integers(0, 10_000))
+@given(st.sampled_from([1, 7, 12]), st.sampled_from([1, 5, 14]), st.floats(0, 1), st.integers(0, 10_000))
 def test_downsample_keeps_the_first_rows_and_counts_the_rest(length, capacity, rate, seed):
     rng = np.random.default_rng(seed)
     hidden = rng.normal(size=(3, length, 2)).astype(np.float32)
     actions = rng.random((3, length)) < rate
-    rows = downsample(jnp.asarray(hidden), jnp.asarray(actions), capacity)
+    rows = jax.jit(downsample, static_argnums=2)(jnp.asarray(hidden), jnp.asarray(actions), capacity)
     for b in range(3):
         places = np.flatnonzero(actions[b])
         kept = places[:capacity]
@@ -29,16 +29,17 @@ def test_downsample_keeps_the_first_rows_and_counts_the_rest(length, capacity, r
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 12), st.integers(1, 14), st.floats(0, 1), st.integers(0, 10_000))
+@given(st.sampled_from([1, 7, 12]), st.sampled_from([1, 5, 14]), st.floats(0, 1), st.integers(0, 10_000))
 def test_upsample_repeats_the_last_closed_token(length, capacity, rate, seed):
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(3, capacity, 2)).astype(np.float32)
     actions = rng.random((3, length)) < rate
-    got = upsample(jnp.asarray(values), jnp.asarray(actions))
+    got = jax.jit(upsample)(jnp.asarray(values), jnp.asarray(actions))
+    number = jax.jit(token_of)(jnp.asarray(actions))
     for b in range(3):
         for i in range(length):
             token = int(actions[b, : i + 1].sum()) - 1
-            assert int(token_of(jnp.asarray(actions))[b, i]) == token
+            assert int(number[b, i]) == token
             expected = np.zeros(2) if token < 0 else values[b, min(token, capacity - 1)]
             np.testing.assert_array_equal(got[b, i], expected)
 

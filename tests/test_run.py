@@ -134,7 +134,7 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(finished, corpus, tmp_
     assert summary(out) == summary(finished)
 
 
-@pytest.mark.parametrize("share", [0.03, 0.3, 0.55, 0.85])
+@pytest.mark.parametrize("share", [0.03, 0.6])
 def test_a_killed_run_resumes_bit_for_bit(finished, corpus, tmp_path, share):
     """SIGKILL at changes of the run's files spread over its whole life."""
     out = tmp_path / "run"
@@ -283,8 +283,8 @@ def test_help_says_what_every_setting_does(capsys):
         assert phrase in text
 
 
-@pytest.mark.parametrize("estimator", ["uniform", "stride", "whitespace", "spacelike", "isotropic"])
-def test_every_rule_runs_to_the_end(corpus, tmp_path, estimator):
+@pytest.mark.parametrize("estimator", ["whitespace", "isotropic"])
+def test_a_rule_runs_to_the_end(corpus, tmp_path, estimator):
     assert (
         start(
             "--dataset", corpus, "--out", tmp_path / "run", "--estimator", estimator, *SMALL, "--data.protocol", "pack"

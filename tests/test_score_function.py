@@ -10,7 +10,7 @@ import pytest
 
 from estimators import BatchCentre, Discount, Draw, EarlyExit, ScoreFunctionObjective, Signal
 from estimators import equations as eq
-from tests.conftest import small_model, small_score_function, text_bytes
+from tests.conftest import predict, small_model, small_score_function, text_bytes
 from unet.model import continues, next_byte_log_lik, plain_layout
 from unet.ops import boundary_scan
 
@@ -54,8 +54,9 @@ def with_policy(model, weight):
 def signal_of(model, bytes, actions):
     """What the objective sees when the boundaries are `actions`."""
     layout = plain_layout(bytes)
-    prediction = model(bytes, actions=(actions,), training=True)
+    prediction = predict(model, bytes, actions=(actions,), training=True)
     log_lik = next_byte_log_lik(prediction.logits, bytes)
+    assert prediction.early_logits is not None
     early = next_byte_log_lik(prediction.early_logits, bytes)
     mask = continues(layout)
     level = prediction.levels[0]
@@ -247,7 +248,7 @@ def test_suppressed_rows_are_in_no_policy_term():
     model = small_model(small_score_function())
     bytes = text_bytes(2, 12)
     everywhere = jnp.ones((2, 12), bool)
-    boundaries = model(bytes, actions=(everywhere,), capacities=(5,)).levels[0].boundaries
+    boundaries = predict(model, bytes, actions=(everywhere,), capacities=(5,)).levels[0].boundaries
     np.testing.assert_array_equal(jnp.sum(boundaries.actions, axis=1), [5, 5])
     np.testing.assert_array_equal(boundaries.decided[0], [False] + [True] * 4 + [False] * 7)
 

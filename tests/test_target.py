@@ -9,7 +9,7 @@ import pytest
 
 from estimators import RatioObjective, ScoreFunctionObjective, Uniform
 from experiments.target import TargetSchedule, TargetState
-from tests.conftest import small_model, small_score_function, text_bytes
+from tests.conftest import losses, predict, small_model, small_score_function, text_bytes
 from tests.test_reductions import toy_signal
 from unet import SelectDistribute
 
@@ -44,7 +44,7 @@ def test_without_control_the_target_stays():
 def test_uniform_boundaries_follow_the_target_at_once():
     model, bytes = small_model(Uniform(chunker=SelectDistribute(), target_rate=0.2)), text_bytes(2, 40)
     for rate in (0.2, 0.5):
-        output = model.loss(bytes, key=jax.random.key(0), target_rate=jnp.asarray(rate))
+        output = losses(model, bytes, key=jax.random.key(0), target_rate=jnp.asarray(rate))
         assert float(output.rate) == pytest.approx(rate, abs=1e-6)
 
 
@@ -59,13 +59,12 @@ def test_objectives_aim_at_the_rate_of_the_signal(objective):
 
 def test_several_samples_share_one_encoder_pass_and_differ_in_their_boundaries():
     model, bytes = small_model(small_score_function()), text_bytes(2, 24)
-    prediction = model(bytes, key=jax.random.key(0), samples=3, training=True)
+    prediction = predict(model, bytes, key=jax.random.key(0), samples=3, training=True)
     assert prediction.logits.shape == (6, 24, 256)
     level = prediction.levels[0]
     np.testing.assert_array_equal(level.hidden[0], level.hidden[2])
     np.testing.assert_array_equal(level.hidden[3], level.hidden[5])
     assert not np.array_equal(level.boundaries.actions[0], level.boundaries.actions[1])
-    one = model(bytes[:1], actions=(level.boundaries.actions[1:2],), training=True)
+    one = predict(model, bytes[:1], actions=(level.boundaries.actions[1:2],), training=True)
     np.testing.assert_allclose(prediction.logits[1], one.logits[0], rtol=1e-4, atol=1e-5)
-    losses = model.loss(bytes, key=jax.random.key(0), samples=3)
-    assert jnp.isfinite(losses.loss)
+    assert jnp.isfinite(losses(model, bytes, key=jax.random.key(0), samples=3).loss)

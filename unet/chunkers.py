@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import AbstractChunker, Boundaries, TokenRows
-from unet.ops import downsample, mean_pool, smooth, token_of, upsample
+from unet.ops import Implementation, downsample, mean_pool, smooth, token_of, upsample
 
 
 class SelectDistribute(AbstractChunker):
@@ -18,8 +18,10 @@ class SelectDistribute(AbstractChunker):
     $X'_m = X_{i_m}$, $Y_i = X_i + Y'_{\mathrm{token\_of}(i)}$. No gradient reaches the boundaries.
     """
 
+    implementation: Implementation | None = eqx.field(static=True, default=None)
+
     def down(self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, *, capacity: int) -> TokenRows:
-        return downsample(hidden, boundaries.actions, capacity)
+        return downsample(hidden, boundaries.actions, capacity, implementation=self.implementation)
 
     def up(
         self,
@@ -28,7 +30,7 @@ class SelectDistribute(AbstractChunker):
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
     ) -> Float[Array, "batch length dim"]:
-        return hidden + upsample(outputs, boundaries.actions)
+        return hidden + upsample(outputs, boundaries.actions, implementation=self.implementation)
 
 
 class SelectDeviate(AbstractChunker):
@@ -37,8 +39,10 @@ class SelectDeviate(AbstractChunker):
     $Y_i = X_i + (Y' - X')_{\mathrm{token\_of}(i)}$.
     """
 
+    implementation: Implementation | None = eqx.field(static=True, default=None)
+
     def down(self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, *, capacity: int) -> TokenRows:
-        return downsample(hidden, boundaries.actions, capacity)
+        return downsample(hidden, boundaries.actions, capacity, implementation=self.implementation)
 
     def up(
         self,
@@ -47,7 +51,7 @@ class SelectDeviate(AbstractChunker):
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
     ) -> Float[Array, "batch length dim"]:
-        return hidden + upsample(outputs - rows.values, boundaries.actions)
+        return hidden + upsample(outputs - rows.values, boundaries.actions, implementation=self.implementation)
 
 
 class MeanPool(AbstractChunker):
@@ -59,14 +63,23 @@ class MeanPool(AbstractChunker):
     """
 
     null: Float[Array, " dim"]
+    implementation: Implementation | None = eqx.field(static=True)
 
-    def __init__(self, dim: int, *, key: PRNGKeyArray):
+    def __init__(self, dim: int, *, key: PRNGKeyArray, implementation: Implementation | None = None):
         """The null group of states of width `dim` is drawn from a standard normal: where it stands alone, norms would
         multiply the gradient of a zero a thousandfold, block after block."""
         self.null = jax.random.normal(key, (dim,))
+        self.implementation = implementation
 
     def down(self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, *, capacity: int) -> TokenRows:
-        rows = mean_pool(hidden, boundaries.actions, capacity, starts=boundaries.starts, relaxed=boundaries.relaxed)
+        rows = mean_pool(
+            hidden,
+            boundaries.actions,
+            capacity,
+            starts=boundaries.starts,
+            relaxed=boundaries.relaxed,
+            implementation=self.implementation,
+        )
         first = jnp.take_along_axis(boundaries.starts, rows.positions, axis=1, mode="clip") & rows.mask
         values = jnp.where(first[..., None], self.null.astype(hidden.dtype), rows.values)
         return dataclasses.replace(rows, values=values)
@@ -79,7 +92,8 @@ class MeanPool(AbstractChunker):
         boundaries: Boundaries,
     ) -> Float[Array, "batch length dim"]:
         closed = token_of(boundaries.actions)[..., None] >= 0
-        return hidden + jnp.where(closed, upsample(outputs, boundaries.actions), self.null.astype(hidden.dtype))
+        back = upsample(outputs, boundaries.actions, implementation=self.implementation)
+        return hidden + jnp.where(closed, back, self.null.astype(hidden.dtype))
 
 
 class Projection(eqx.Module):
@@ -109,9 +123,10 @@ class SelectSmooth(AbstractChunker):
     projection: Projection | None = None
     smoothing: bool = eqx.field(static=True, default=True)
     weighting: Literal["straight-through", "confidence", "none"] = eqx.field(static=True, default="straight-through")
+    implementation: Implementation | None = eqx.field(static=True, default=None)
 
     def down(self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, *, capacity: int) -> TokenRows:
-        return downsample(hidden, boundaries.actions, capacity)
+        return downsample(hidden, boundaries.actions, capacity, implementation=self.implementation)
 
     def up(
         self,
@@ -123,8 +138,8 @@ class SelectSmooth(AbstractChunker):
         if self.smoothing:
             probs = jnp.take_along_axis(boundaries.probs, rows.positions, axis=1, mode="clip")
             starts = jnp.take_along_axis(boundaries.starts, rows.positions, axis=1, mode="clip")
-            outputs = smooth(outputs, probs, starts)
-        back = upsample(outputs, boundaries.actions)
+            outputs = smooth(outputs, probs, starts, implementation=self.implementation)
+        back = upsample(outputs, boundaries.actions, implementation=self.implementation)
         if self.weighting != "none":
             sure = boundaries.confidence
             if self.weighting == "straight-through":

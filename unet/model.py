@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 from estimators.base import VOCAB, AbstractEstimator, Layout, Signal
 from unet.blocks import Stack
 from unet.layers import Linear, RMSNorm
+from unet.ops import Implementation
 from unet.stage import AbstractStage, Drawing, Flat, Hierarchy, Level, repeated
 
 
@@ -42,6 +43,9 @@ class UNetConfig:
     """Dtype of hidden states and matrix products; parameters, losses and the insides of norms and softmax stay float32."""
     remat: bool = False
     """Recompute each block in the backward pass, to save memory."""
+    implementation: Implementation | None = None
+    """How ragged operations run: as kernels on CUDA and in XLA elsewhere (None), always in `xla`, always as `pallas` kernels, or
+    `interpret` those on the host, slowly."""
 
     def __post_init__(self):
         for name in ("dim", "heads", "window"):
@@ -147,6 +151,7 @@ class UNet(eqx.Module):
                 Flat(main),
                 byte_level(config.decoder_layers, key_decode),
                 chunk_positions=config.token_positions == "chunk",
+                implementation=config.implementation,
             )
         self.norm = RMSNorm(dim)
         self.head = Linear(dim, VOCAB, key=key_head)
@@ -177,11 +182,14 @@ class UNet(eqx.Module):
         """
         layout = plain_layout(bytes, segments, mask)
         drawing = Drawing(key, tuple(actions), target_rate, tuple(capacities), samples, training)
-        output = self.stage(self.embed(layout), layout, drawing)
+        with jax.named_scope("embed"):
+            embedded = self.embed(layout)
+        output = self.stage(embedded, layout, drawing)
         early_logits = None
-        if self.early_head is not None and self.early_norm is not None:
-            early_logits = self.early_head.wide(self.early_norm(output.levels[0].hidden))
-        return Prediction(self.head.wide(self.norm(output.hidden)), early_logits, output.levels)
+        with jax.named_scope("heads"):
+            if self.early_head is not None and self.early_norm is not None:
+                early_logits = self.early_head.wide(self.early_norm(output.levels[0].hidden))
+            return Prediction(self.head.wide(self.norm(output.hidden)), early_logits, output.levels)
 
     def embed(self, layout: Layout) -> Float[Array, "batch length dim"]:
         """One vector a byte, in the compute dtype."""
@@ -211,7 +219,8 @@ class UNet(eqx.Module):
             samples=samples,
             training=training,
         )
-        return self.losses(prediction, repeated(layout, samples), target_rate=target_rate, samples=samples)
+        with jax.named_scope("loss"):
+            return self.losses(prediction, repeated(layout, samples), target_rate=target_rate, samples=samples)
 
     def losses(
         self,

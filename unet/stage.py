@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from estimators.base import AbstractEstimator, Boundaries, Draw, Layout, TokenRows
 from unet.blocks import Stack
-from unet.ops import boundary_scan
+from unet.ops import Implementation, boundary_scan
 
 Rows = TypeVar("Rows")
 """Any tree of arrays whose first axis is the batch."""
@@ -53,10 +54,11 @@ class Drawing(eqx.Module):
     samples: int = eqx.field(static=True, default=1)
     training: bool = eqx.field(static=True, default=False)
 
-    def here(self) -> Draw:
-        """What the router of the outermost level is asked."""
+    def here(self, implementation: Implementation | None = None) -> Draw:
+        """What the router of the outermost level is asked; `implementation` is that of the scan over boundaries."""
         actions = self.actions[0] if self.actions else None
-        return Draw(boundary_scan, self.key, actions, self.target_rate, self.training)
+        scan = functools.partial(boundary_scan, implementation=implementation)
+        return Draw(scan, self.key, actions, self.target_rate, self.training)
 
     def inner(self) -> Drawing:
         """The same for the level inside this one."""
@@ -110,28 +112,36 @@ class Hierarchy(AbstractStage):
     inner: AbstractStage
     decoder: Stack
     chunk_positions: bool = eqx.field(static=True, default=False)
+    implementation: Implementation | None = eqx.field(static=True, default=None)
 
     @property
     def estimators(self) -> tuple[AbstractEstimator, ...]:
         return (self.estimator, *self.inner.estimators)
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> StageOutput:
-        encoded = self.encoder(hidden, layout)
-        encoded, layout = repeated((encoded, layout), drawing.samples)
+        with jax.named_scope("encode"):
+            encoded = self.encoder(hidden, layout)
+            encoded, layout = repeated((encoded, layout), drawing.samples)
         capacity = drawing.capacities[0] if drawing.capacities else hidden.shape[1]
-        drawn = self.route(encoded, layout, drawing)
-        boundaries = drawn.limited(capacity)
+        with jax.named_scope("boundary"):
+            drawn = self.route(encoded, layout, drawing)
+            boundaries = drawn.limited(capacity)
         chunker = self.estimator.chunker
-        rows = chunker.down(encoded, boundaries, capacity=capacity)
-        inner = self.inner(rows.values, self.token_layout(rows, layout), drawing.inner())
-        joined = chunker.up(inner.hidden, rows, encoded, boundaries)
+        with jax.named_scope("downsample"):
+            rows = chunker.down(encoded, boundaries, capacity=capacity)
+            token_layout = self.token_layout(rows, layout)
+        with jax.named_scope("mid"):
+            inner = self.inner(rows.values, token_layout, drawing.inner())
+        with jax.named_scope("upsample"):
+            joined = chunker.up(inner.hidden, rows, encoded, boundaries)
         overflow = jnp.sum(drawn.actions, axis=1, dtype=jnp.int32) - rows.lengths
         level = Level(encoded, layout, drawn.actions, boundaries, rows.lengths, overflow)
-        return StageOutput(self.decoder(joined, layout), (level, *inner.levels))
+        with jax.named_scope("decode"):
+            return StageOutput(self.decoder(joined, layout), (level, *inner.levels))
 
     def route(self, encoded: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Boundaries:
         """The boundaries of this level, drawn from the encoder's states."""
-        return self.estimator.router(encoded, layout, drawing.here())
+        return self.estimator.router(encoded, layout, drawing.here(self.implementation))
 
     def token_layout(self, rows: TokenRows, layout: Layout) -> Layout:
         """What each token row stands for."""

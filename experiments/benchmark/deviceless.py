@@ -84,10 +84,13 @@ def machine_program(compiled: jax.stages.Compiled) -> str:
     return text
 
 
-def compile_for(mesh: Mesh, function: Callable[..., PyTree], *args: PyTree) -> jax.stages.Compiled:
-    """`function` compiled for the device of `mesh`; of `args` only shapes and dtypes matter."""
+def compile_for(
+    mesh: Mesh, function: Callable[..., PyTree], *args: PyTree, donate: int | None = None
+) -> jax.stages.Compiled:
+    """`function` compiled for the device of `mesh`; of `args` only shapes and dtypes matter, the buffers of the one numbered
+    `donate` are reused."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(lambda arg: jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=everywhere), args)
     # Kernels ask the default device what it can do.
     with jax.default_device(mesh.devices.flat[0]), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function).trace(*shapes).lower().compile()
+        return jax.jit(function, donate_argnums=donate).trace(*shapes).lower().compile()

@@ -74,10 +74,15 @@ def landscape(tables: Tables, strings: Bool[Array, "strings length"], rate: floa
     return Landscape(tables, strings, jnp.asarray(0.5 * (low + high)))
 
 
+def start_of(subject: Subject) -> Float[Array, "texts decisions"]:
+    """Decisions at the rate that the models were trained with."""
+    texts, length = subject.texts.shape
+    return jnp.full((texts, length - 1), jax.scipy.special.logit(RATE))
+
+
 def flows(subjects: Subjects, *, time: float) -> list[Flow]:
-    """The flow of every estimator for `time` units from decisions at the rate that the models were trained with."""
-    shape = (subjects.distribute.texts.shape[0], subjects.distribute.texts.shape[1] - 1)
-    start = jnp.full(shape, jax.scipy.special.logit(RATE))
+    """The flow of every estimator for `time` units from `start_of` the subjects."""
+    start = start_of(subjects.distribute)
     plain = tabulate(subjects.distribute, start)
     pooled = tabulate(subjects.mean, start)
     strings = subjects.distribute.strings
@@ -218,15 +223,13 @@ def _read_off(
     )
 
 
-def noisy_flows(subjects: Subjects, *, time: float, rates: tuple[float, ...], key: PRNGKeyArray) -> list[Flow]:
+def noisy_flows(subject: Subject, *, time: float, rates: tuple[float, ...], key: PRNGKeyArray) -> list[Flow]:
     r"""The same for finite learning rates η: $d\theta = -E[\hat g]\,dt + \sqrt{\eta\,\mathrm{Cov}[\hat g]}\,dW$.
 
     Steps of length η make it stochastic gradient descent with Gaussian noise of the estimator's own covariance.
     """
-    shape = (subjects.distribute.texts.shape[0], subjects.distribute.texts.shape[1] - 1)
-    start = jnp.full(shape, jax.scipy.special.logit(RATE))
-    plain = tabulate(subjects.distribute, start)
-    strings = subjects.distribute.strings
+    start = start_of(subject)
+    plain, strings = tabulate(subject, start), subject.strings
     ground = landscape(plain, strings)
     raw, early = plain.log_lik, plain.log_lik - plain.early_log_lik[:, None]
     critic = linear_critic(start, plain, strings, credit(early, 0.99))
@@ -242,11 +245,11 @@ def noisy_flows(subjects: Subjects, *, time: float, rates: tuple[float, ...], ke
     found = []
     for rate in rates:
         for number, (name, moments) in enumerate(estimators.items()):
-            found.append(_wander(name, moments, ground, start, time, rate, jax.random.fold_in(key, number)))
+            found.append(wander(name, moments, ground, start, time, rate, jax.random.fold_in(key, number)))
     return found
 
 
-def _wander(
+def wander(
     name: str,
     moments: Callable[[Array], Moments],
     ground: Landscape,

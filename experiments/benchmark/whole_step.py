@@ -1,0 +1,117 @@
+"""Compiles a whole training step for a GPU that is not there and says what it needs: a program of its own, one target each.
+
+`experiments.bench --compile-for` starts it in the right environment: `python -m experiments.benchmark.whole_step REQUEST.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmark.deviceless import ENVIRONMENT, TARGETS, compile_for, machine_program, mesh_of, missing
+from experiments.benchmark.roofline import Share, kernels_of, shares
+from experiments.config import ConfigError, RunConfig, from_json, to_json
+from experiments.registry import build_estimator
+from experiments.step import fresh_state, make_optimizer, make_step
+from experiments.train import slack_capacity
+from unet import UNet
+
+FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+"""Nothing can be timed on a GPU that is not there, so that products go to cuBLAS, whose kernels the roofline can read."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A training step of `config` on one GPU: seconds to compile, bytes of memory (parameters and moments, and at the peak),
+    and its kernels, part by part."""
+
+    target: str
+    compile_seconds: float
+    state_bytes: int
+    peak_bytes: int
+    parts: tuple[Share, ...]
+
+
+def compile_step(config: RunConfig, target: str) -> StepReport:
+    """Compile in this process, which must have been started for it. Raises `ConfigError` for estimators read off data."""
+
+    def model_of() -> UNet:
+        key = jax.random.key(0)
+        return UNet(config.unet, build_estimator(config, key), key=key)
+
+    try:
+        model = eqx.filter_eval_shape(model_of)
+    except ValueError as error:
+        raise ConfigError(f"--estimators {config.estimator} needs data to be built from: {error}") from error
+    params, static = eqx.partition(
+        model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    )
+    optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
+    step = make_step(config, static, optimizer, capacity=slack_capacity(config, config.rate))
+    state = eqx.filter_eval_shape(lambda: fresh_state(params, optimizer))
+    shape = config.batch, config.length
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype)
+        for name, dtype in {"bytes": jnp.uint8, "segments": jnp.int32, "mask": bool}.items()
+    }
+    gpu = TARGETS[target]
+    started = time.perf_counter()
+    compiled = compile_for(
+        mesh_of(gpu),
+        lambda state, batch, key: step(state, batch, jax.random.wrap_key_data(key)),
+        state,
+        batch,
+        jax.ShapeDtypeStruct((2,), jnp.uint32),
+        donate=0,
+    )
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return StepReport(
+        target=gpu.name,
+        compile_seconds=seconds,
+        state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept,
+        parts=tuple(shares(kernels_of(machine_program(compiled)), gpu)),
+    )
+
+
+def compile_elsewhere(config: RunConfig, target: str) -> StepReport:
+    """`compile_step` in a process of its own. Raises `ConfigError` where the compiler is missing or gives up."""
+    if lack := missing():
+        raise ConfigError(lack)
+    with tempfile.TemporaryDirectory() as folder:
+        request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        request.write_text(json.dumps({"config": to_json(config), "target": target, "answer": str(answer)}))
+        environment = {**os.environ, **ENVIRONMENT, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"}
+        command = [sys.executable, "-m", "experiments.benchmark.whole_step", str(request)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if not answer.is_file():
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise ConfigError(f"compiling for {target} failed: {lines[-1]}")
+        found = json.loads(answer.read_text())
+    parts = tuple(Share(**part) for part in found.pop("parts"))
+    return StepReport(**found, parts=parts)
+
+
+def main(path: str) -> None:
+    """Answer one request."""
+    request = json.loads(Path(path).read_text())
+    report = compile_step(from_json(request["config"], path), request["target"])
+    Path(request["answer"]).write_text(json.dumps(dataclasses.asdict(report)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

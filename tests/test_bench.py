@@ -1,0 +1,114 @@
+"""The benchmark: timing in turns, reading a compiled program, and what the command leaves."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from experiments import bench
+from experiments.benchmark import timing, whole_step
+from experiments.benchmark.deviceless import TARGETS, missing
+from experiments.benchmark.roofline import Kernel, kernels_of, shares
+from experiments.benchmark.timing import in_turns
+from experiments.benchmark.whole_step import compile_elsewhere
+from experiments.config import ConfigError
+from experiments.presets import PRESETS
+from tests.test_run import corpus as corpus
+from tests.test_run import usual_promotion as usual_promotion
+
+PROGRAM = """
+%fused (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %n = f32[4]{0} negate(%p)
+}
+
+ENTRY %main (x: bf16[8,32], w: bf16[16,32]) -> (f32[8,16]) {
+  %x = bf16[8,32]{1,0} parameter(0)
+  %w = bf16[16,32]{1,0} parameter(1)
+  %b = bf16[8,32]{1,0} bitcast(%x)
+  %mm.1 = (f32[8,16]{1,0}, s8[33554432]{0}) custom-call(%b, %w), custom_call_target="__cublas$lt$matmul", \
+metadata={op_name="jit(f)/transpose(jvp(mid))/checkpoint/dot_general"}, backend_config={"gemm_backend_config":\
+{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}}}
+  %g = f32[8,16]{1,0} get-tuple-element(%mm.1), index=0
+  %loop = f32[8,16]{1,0} fusion(%g), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/jvp(loss)/jvp(heads)/mul"}
+  %scan = (s32[4,8]{1,0}, pred[8]{0}) custom-call(%loop), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/cond"}
+  ROOT %out = (f32[8,16]{1,0}) tuple(%loop)
+}
+"""
+
+
+def test_a_program_is_read_kernel_by_kernel():
+    assert kernels_of(PROGRAM) == [
+        Kernel("mid", "__cublas$lt$matmul", 2.0 * 8 * 16 * 32, 2.0 * 8 * 32 + 2 * 16 * 32 + 4 * 8 * 16),
+        Kernel("heads", "fusion", 0.0, 2.0 * 4 * 8 * 16),
+        Kernel("other", "mosaic_gpu_v2", 0.0, 4.0 * 8 * 16 + 4 * 4 * 8 + 8),
+    ]
+    with pytest.raises(ValueError, match="no ENTRY"):
+        kernels_of("HloModule empty")
+
+
+def test_a_kernel_takes_as_long_as_what_binds_it():
+    gpu = dataclasses.replace(TARGETS["h100"], bandwidth=10.0, bfloat16=100.0)
+    kernels = [Kernel("mid", "a", 1000.0, 20.0), Kernel("mid", "b", 0.0, 50.0), Kernel("other", "c", 0.0, 10.0)]
+    assert [(one.part, one.kernels, one.seconds) for one in shares(kernels, gpu)] == [
+        ("mid", 2, 15.0),
+        ("other", 1, 1.0),
+    ]
+
+
+def test_alternatives_take_turns_and_ratios_are_within_rounds(monkeypatch):
+    calls, clock = [], iter([0, 1, 1, 3, 10, 12, 12, 14, 20, 23, 23, 24])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+
+    def work(name):
+        return lambda: calls.append(name) or jnp.zeros(())
+
+    found = in_turns({"a": work("a"), "b": work("b")}, baseline="a", rounds=3)
+    assert calls == ["a", "b"] * 4
+    assert (found["a"].seconds, found["b"].seconds) == (2, 2)
+    assert found["b"].speedup == 1.0
+    with pytest.raises(ValueError, match="none of a"):
+        in_turns({"a": work("a")}, baseline="c")
+
+
+def test_the_command_times_estimators_against_uniform(corpus, tmp_path):
+    path = tmp_path / "bench.json"
+    arguments = ("--estimators", "sfe", "--dataset", str(corpus), "--batch", "2", "--length", "32", "--rounds", "1")
+    assert bench.main([*arguments, "--calls", "1", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["estimators"]
+    assert list(found) == ["uniform", "sfe"]
+    assert found["uniform"]["speedup"] == 1.0
+    assert all(one["seconds"] > 0 for one in found.values())
+
+
+def test_mistakes_are_one_sentence(corpus, capsys):
+    assert bench.main(["--rounds", "0"]) == 2
+    assert "--rounds" in capsys.readouterr().err
+    assert bench.main(["--dataset", str(corpus), "--length", "0"]) == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(whole_step, "missing", lambda: "install it")
+    assert bench.main(["--compile-for", "h100"]) == 2
+    assert "install it" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(missing() is not None, reason=missing() or "")
+def test_a_whole_step_compiles_for_a_gpu_that_is_not_there():
+    tiny = PRESETS["tiny"]
+    unet = dataclasses.replace(tiny.unet, dim=128, main_layers=1, compute="bfloat16")
+    config = dataclasses.replace(tiny, unet=unet, batch=2, length=128)
+    config = dataclasses.replace(config, sfe=dataclasses.replace(config.sfe, window=2))
+    report = compile_elsewhere(config, "h100")
+    assert [part.part for part in report.parts][:7] == [
+        *("embed", "encode", "boundary", "downsample", "mid", "upsample", "decode")
+    ]
+    products = {part.part: part.flops for part in report.parts}
+    # Forward and backward of the one token-level block: 6 for every weight and token row.
+    rows, weights = 2 * 40, 128 * (4 * 128) + 3 * 128 * 512
+    assert products["mid"] == pytest.approx(6 * rows * weights, rel=0.25)
+    assert report.peak_bytes > report.state_bytes > 0
+    with pytest.raises(ConfigError, match="needs data"):
+        compile_elsewhere(dataclasses.replace(config, estimator="bpe"), "h100")
