@@ -23,9 +23,9 @@ from estimators.fixed import certain
 from estimators.objectives import Imitation, NoObjective
 from estimators.routers import Guided
 
-WORDS = r" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s"
-"""What no token crosses: a word, a number or a run of signs, each with the space before it; other white space is alone.
-Written for bytes read as Latin-1, so that every byte from 128 up counts as part of a letter."""
+WORDS = r" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s+"
+"""What no token crosses: a word, a number or a run of signs, each with the one space before it, or a run of other white
+space, such as an indentation. Written for bytes read as Latin-1, so that every byte from 128 up counts as part of a letter."""
 
 
 def train_vocabulary(texts: Iterable[bytes], size: int) -> list[bytes]:

@@ -38,6 +38,8 @@ class BenchConfig:
     """Text to work on: anything that --dataset of experiments.run takes."""
     model: ModelName = "tiny"
     """Preset whose training step is timed."""
+    rate: float = 0.2
+    """Target rate of the estimators."""
     batch: int | None = None
     """Sequences per step, instead of the preset's."""
     length: int | None = None
@@ -64,8 +66,10 @@ def bench_estimators(config: BenchConfig, display: Display) -> dict[str, Timing]
     others = [name for name in config.estimators if name != "uniform"]
     names: list[EstimatorName] = ["uniform", *others]
     display.note(f"compiling a training step of {config.model} for {len(names)} estimators")
-    works = of_estimators(run, names, load_split(run))
-    timings = in_turns(works, baseline="uniform", rounds=config.rounds, calls=config.calls)
+    steps = of_estimators(run, names, load_split(run))
+    for name, reason in steps.left_out.items():
+        display.note(f"{name} is left out: {reason}")
+    timings = in_turns(steps.works, baseline="uniform", rounds=config.rounds, calls=config.calls)
     display.note(timing_table(timings, "estimator", run.bytes_per_step))
     return timings
 
@@ -107,7 +111,7 @@ def step_table(report: StepReport, bytes_per_step: int) -> str:
 
 def preset(config: BenchConfig) -> RunConfig:
     """The run whose step is looked at. Raises `ConfigError`."""
-    run = dataclasses.replace(PRESETS[config.model], dataset=config.dataset)
+    run = dataclasses.replace(PRESETS[config.model], dataset=config.dataset, rate=config.rate)
     if config.batch is not None:
         run = dataclasses.replace(run, batch=config.batch)
     if config.length is not None:

@@ -103,6 +103,9 @@ def reductions(config: RunConfig) -> tuple[AbstractReduction, ...]:
 
 def _score_function(given: Ingredients) -> AbstractEstimator:
     config, sfe = given.config, given.config.sfe
+    rate_weight = sfe.rate_weight
+    if rate_weight is None:
+        rate_weight = 0.3 if isinstance(given.chunker, SelectSmooth) else 1e-2
     return ScoreFunction(
         given.dim,
         chunker=given.chunker,
@@ -112,7 +115,7 @@ def _score_function(given: Ingredients) -> AbstractEstimator:
         scale=sfe.scale,
         cap=sfe.cap,
         policy_weight=sfe.policy_weight,
-        rate_weight=sfe.rate_weight,
+        rate_weight=rate_weight,
     )
 
 

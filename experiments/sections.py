@@ -30,8 +30,9 @@ class ScoreFunctionConfig:
     """Draws of boundaries for each sequence and encoder pass; --sfe.centring samples needs 2 or more."""
     policy_weight: float = 1e-2
     """Weight of the policy loss (eq. 22)."""
-    rate_weight: float = 1e-2
-    """Weight of the rate loss (eq. 22)."""
+    rate_weight: float | None = None
+    """Weight of the loss that holds the rate; by default 0.01, and 0.3 for a chunker that smooths, whose own gradient pulls at
+    the probabilities as hard as the likelihood does."""
     scale: float = 16.0
     """Divisor of the policy's raw logits (eq. 18); a smaller one makes the policy move faster."""
     cap: float = 6.0

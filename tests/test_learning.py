@@ -14,8 +14,11 @@ from experiments.train import prepare, train
 
 @pytest.fixture(autouse=True)
 def usual_promotion_at_full_speed():
+    # A hundred steps of a real model: here running fast beats compiling fast.
+    jax.config.update("jax_disable_most_optimizations", False)
     with jax.numpy_dtype_promotion("standard"):
         yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def trained(tmp_path, policy_weight: float = 1e-2) -> tuple[float, float]:

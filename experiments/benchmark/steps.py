@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from data import Split, open_batches
 from experiments.benchmark.timing import Work
-from experiments.config import EstimatorName, RunConfig
+from experiments.config import ConfigError, EstimatorName, RunConfig
 from experiments.found import find, threshold_of
 from experiments.registry import ByteModel, Found, build_estimator
 from experiments.step import compiled, fresh_state, make_optimizer, make_step
@@ -55,12 +56,23 @@ def training_step(config: RunConfig, split: Split) -> Work:
     return work
 
 
-def of_estimators(config: RunConfig, names: Sequence[EstimatorName], split: Split) -> dict[str, Work]:
+@dataclass(frozen=True)
+class Steps:
+    """Training steps by estimator, and of those that could not be built, why."""
+
+    works: dict[str, Work]
+    left_out: dict[str, str]
+
+
+def of_estimators(config: RunConfig, names: Sequence[EstimatorName], split: Split) -> Steps:
     """A training step of every estimator in the model of `config`."""
-    works: dict[str, Work] = {}
+    steps = Steps({}, {})
     for name in names:
         one = dataclasses.replace(config, estimator=name)
         if name == "isotropic":
             one = dataclasses.replace(one, isotropic=dataclasses.replace(one.isotropic, token_level=True))
-        works[name] = training_step(one, split)
-    return works
+        try:
+            steps.works[name] = training_step(one, split)
+        except ConfigError as error:
+            steps.left_out[name] = str(error)
+    return steps
