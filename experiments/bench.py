@@ -62,7 +62,7 @@ class BenchConfig:
 
 def bench_estimators(config: BenchConfig, display: Display) -> dict[str, Timing]:
     """The training step of every estimator, against uniform boundaries. Raises `ConfigError` and `DataError`."""
-    run = preset(config)
+    run = preset(config, "uniform")
     others = [name for name in config.estimators if name != "uniform"]
     names: list[EstimatorName] = ["uniform", *others]
     display.note(f"compiling a training step of {config.model} for {len(names)} estimators")
@@ -76,7 +76,7 @@ def bench_estimators(config: BenchConfig, display: Display) -> dict[str, Timing]
 
 def bench_compilation(config: BenchConfig, target: str, display: Display) -> dict[str, StepReport]:
     """What a training step needs on a GPU that is not there. Raises `ConfigError`."""
-    run = preset(config)
+    run = preset(config, config.estimator)
     ways: dict[str, Implementation | None] = {"kernels": None, "xla": "xla"}
     found = {}
     for name, way in ways.items():
@@ -84,8 +84,7 @@ def bench_compilation(config: BenchConfig, target: str, display: Display) -> dic
             continue
         unet = dataclasses.replace(run.unet, compute=config.compute, implementation=way)
         display.note(f"compiling a step of {config.model} for {target}, {name}; minutes")
-        one = dataclasses.replace(run, estimator=config.estimator, unet=unet)
-        found[name] = compile_elsewhere(one, target)
+        found[name] = compile_elsewhere(dataclasses.replace(run, unet=unet), target)
         display.note(step_table(found[name], run.bytes_per_step))
     return found
 
@@ -93,7 +92,7 @@ def bench_compilation(config: BenchConfig, target: str, display: Display) -> dic
 def step_table(report: StepReport, bytes_per_step: int) -> str:
     """A compiled step, part by part, in Markdown."""
     total = sum(part.seconds for part in report.parts)
-    lines = ["| part | kernels | GFLOP | GB moved | at best, ms | share |", "|---|---|---|---|---|---|"]
+    lines = ["| part | kernels | GFLOP | GB moved | estimate, ms | share |", "|---|---|---|---|---|---|"]
     whole = Share(
         "all", *(sum(getattr(p, name) for p in report.parts) for name in ("kernels", "flops", "bytes", "seconds"))
     )
@@ -104,14 +103,16 @@ def step_table(report: StepReport, bytes_per_step: int) -> str:
         lines.append(f"| {part.part} | {part.kernels} | {numbers} |")
     notes = (
         f"{report.target}: {report.peak_bytes / 2**30:.2f} GiB at the peak, {report.state_bytes / 2**30:.2f} of it parameters "
-        f"and moments; at best {bytes_per_step / total / 1e6:.1f} MB/s; compiled in {report.compile_seconds:.0f} s."
+        f"and moments; {bytes_per_step / total / 1e6:.1f} MB/s by the estimate; {report.pallas} kernels of this library"
+        + (f"; {report.loops} loops, counted as one pass each" if report.loops else "")
+        + f"; compiled in {report.compile_seconds:.0f} s."
     )
     return "\n".join([*lines, "", notes]) + "\n"
 
 
-def preset(config: BenchConfig) -> RunConfig:
+def preset(config: BenchConfig, estimator: EstimatorName) -> RunConfig:
     """The run whose step is looked at. Raises `ConfigError`."""
-    run = dataclasses.replace(PRESETS[config.model], dataset=config.dataset, rate=config.rate)
+    run = dataclasses.replace(PRESETS[config.model], estimator=estimator, dataset=config.dataset, rate=config.rate)
     if config.batch is not None:
         run = dataclasses.replace(run, batch=config.batch)
     if config.length is not None:
@@ -137,6 +138,7 @@ def bench(config: BenchConfig, display: Display) -> None:
     else:
         what, found = "estimators", bench_estimators(config, display)
     if config.json is not None:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
         plain = {name: dataclasses.asdict(one) for name, one in found.items()}
         write_atomically(config.json, json_text({"settings": dataclasses.asdict(config), what: plain}))
 

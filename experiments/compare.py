@@ -125,7 +125,7 @@ def ready(run: RunConfig) -> Job:
 def work_off(jobs: list[Job], at_once: int, logs: Path, display: Display) -> list[str]:
     """Run the jobs, `at_once` at a time; returns the names of those that failed.
 
-    A job waits for the one whose model it reads; where that one fails it says so itself. An interrupt stops all of
+    A job waits for the one whose model it reads; where that one fails it says so itself. An interrupt or an error stops all of
     them, each with a checkpoint, and is raised again.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -152,7 +152,7 @@ def work_off(jobs: list[Job], at_once: int, logs: Path, display: Display) -> lis
                     display.note(f"{job.name} failed; the end of {logs / job.name}.log: {_last_line(job, logs)}")
                 else:
                     display.note(f"{job.name} finished, {done} of {len(jobs)}: {_last_line(job, logs)}")
-    except KeyboardInterrupt:
+    except BaseException:
         processes = [job.process for job in running if job.process is not None]
         for process in processes:
             process.send_signal(signal.SIGTERM)

@@ -32,6 +32,7 @@ from experiments.step import StepMetrics, TrainState, compiled, fresh_state, fro
 from experiments.target import TargetSchedule
 from unet import UNet
 from unet.ops import boundary_scan
+from unet.ops.mosaic import refusal
 
 
 class NonFiniteError(Exception):
@@ -108,6 +109,7 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Read the data and build the model. Raises `DataError` and `ConfigError`."""
     place_batch, replicate = placement(config)
+    config = _with_implementation(config)
     split = load_split(config)
     check_workers(split, config.data.workers)
     key_estimator, key_model, key_steps, key_evaluate = jax.random.split(jax.random.key(config.seed), 4)
@@ -115,6 +117,23 @@ def prepare(config: RunConfig) -> Prepared:
     found = find(config, split) if found is None else found
     model = UNet(config.unet, build_estimator(config, key_estimator, found), key=key_model)
     return Prepared(split, found, model, key_steps, key_evaluate, place_batch, replicate)
+
+
+def _with_implementation(config: RunConfig) -> RunConfig:
+    """The run with ragged operations in XLA where its batch is spread over devices, which kernels cannot be.
+
+    Raises `ConfigError` where kernels were asked for by name and cannot run.
+    """
+    way, spread = config.unet.implementation, _device_count(config) > 1
+    if way == "pallas":
+        refused = "there is no CUDA device" if jax.default_backend() != "gpu" else None
+        refused = refused or refusal(config.unet.dim, jnp.dtype(config.unet.compute))
+        refused = refused or ("they run on one device only: add --devices 1" if spread else None)
+        if refused:
+            raise ConfigError(f"--unet.implementation pallas: kernels cannot run here: {refused}")
+    if way is None and spread:
+        return dataclasses.replace(config, unet=dataclasses.replace(config.unet, implementation="xla"))
+    return config
 
 
 def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display) -> Outcome:
@@ -256,13 +275,19 @@ def load_split(config: RunConfig) -> Split:
     )
 
 
+def _device_count(config: RunConfig) -> int:
+    """The devices asked for, or else as many as can share a batch evenly."""
+    if config.devices is not None:
+        return config.devices
+    part = config.batch // config.optimizer.accumulate
+    return max(n for n in range(1, len(jax.devices()) + 1) if part % n == 0)
+
+
 def placement(config: RunConfig):
     """Functions that put a batch on the devices, row by row, and a tree on each of them."""
     part = config.batch // config.optimizer.accumulate
     available = jax.devices()
-    count = config.devices
-    if count is None:
-        count = max(n for n in range(1, len(available) + 1) if part % n == 0)
+    count = _device_count(config)
     if count > len(available) or part % count:
         raise ConfigError(
             f"--devices {count} cannot share a batch of {part}: it must divide it, and there are {len(available)} device(s)"

@@ -110,5 +110,13 @@ def test_a_whole_step_compiles_for_a_gpu_that_is_not_there():
     rows, weights = 2 * 40, 128 * (4 * 128) + 3 * 128 * 512
     assert products["mid"] == pytest.approx(6 * rows * weights, rel=0.25)
     assert report.peak_bytes > report.state_bytes > 0
-    with pytest.raises(ConfigError, match="needs data"):
-        compile_elsewhere(dataclasses.replace(config, estimator="bpe"), "h100")
+    # Scan, row gathers and span sum, forward and backward.
+    assert report.pallas >= 4
+    assert report.loops == 0
+
+
+@pytest.mark.skipif(missing() is not None, reason=missing() or "")
+@pytest.mark.parametrize(("estimator", "message"), [("bpe", "built from data"), ("spacelike", "the data's own")])
+def test_steps_that_depend_on_data_are_not_compiled(estimator, message):
+    with pytest.raises(ConfigError, match=message):
+        whole_step.compile_step(dataclasses.replace(PRESETS["tiny"], estimator=estimator), "h100")

@@ -62,12 +62,27 @@ def value_and_gradient(op, rows, implementation):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OPS)
 def test_an_interpreted_kernel_equals_xla_in_value_and_gradient(name, dtype):
-    rows = normal(2, 16 if name == "smooth" else 13, 256, dtype=dtype)
+    # Five token rows are fewer than there are boundaries.
+    rows = normal(2, {"smooth": 16, "upsample": 5}.get(name, 13), 256, dtype=dtype)
     for found, wanted in zip(
         value_and_gradient(OPS[name], rows, "interpret"), value_and_gradient(OPS[name], rows, "xla"), strict=True
     ):
         assert found.dtype == wanted.dtype
         np.testing.assert_allclose(found.astype("float32"), wanted.astype("float32"), **CLOSE[dtype])
+
+
+def test_the_kernel_of_smoothing_has_the_gradient_of_its_probabilities():
+    tokens = normal(2, 8, 128)
+    probs = jax.nn.sigmoid(normal(2, 8, seed=2))
+    starts = jnp.zeros(probs.shape, bool).at[0, 3].set(True)
+
+    def total(probs, implementation):
+        return jnp.sum(smooth(tokens, probs, starts, implementation=implementation) * normal(2, 8, 128, seed=3))
+
+    found, wanted = (
+        jax.jit(jax.grad(functools.partial(total, implementation=way)))(probs) for way in ("interpret", "xla")
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
@@ -169,5 +184,6 @@ def test_every_kernel_compiles_to_machine_code_without_spilling_registers(target
     assert len(found) == 3 * 4 * 2
     assert set(found.values()) == {"2"}
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stdout + done.stderr)
-    assert len(spills) >= 3
+    # Some of the programs share a kernel, which is compiled once.
+    assert len(spills) >= 30
     assert set(spills) == {("0", "0")}

@@ -14,7 +14,7 @@ from experiments.train import prepare, train
 
 @pytest.fixture(autouse=True)
 def usual_promotion_at_full_speed():
-    # A hundred steps of a real model: here running fast beats compiling fast.
+    # Hundreds of steps of a real model: here running fast beats compiling fast.
     jax.config.update("jax_disable_most_optimizations", False)
     with jax.numpy_dtype_promotion("standard"):
         yield
@@ -22,12 +22,12 @@ def usual_promotion_at_full_speed():
 
 
 def trained(tmp_path, policy_weight: float = 1e-2) -> tuple[float, float]:
-    """AUC of the boundary probability against white space, and the rate, after 0.2 MB of English."""
+    """AUC of the boundary probability against white space, and the rate, after 0.6 MB of English."""
     preset: RunConfig = PRESETS["tiny"]
     config = dataclasses.replace(
         preset,
         length=128,
-        steps=100,
+        steps=300,
         out=tmp_path / "run",
         devices=1,
         sfe=dataclasses.replace(preset.sfe, policy_weight=policy_weight),

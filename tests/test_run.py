@@ -189,7 +189,9 @@ def test_what_is_there_is_not_overwritten_unless_told(finished, corpus, tmp_path
     assert (copy / "summary.json").exists()
 
 
-@pytest.mark.parametrize("mistake", [("--dataset", "no/such/file"), ("--devices", "3")])
+@pytest.mark.parametrize(
+    "mistake", [("--dataset", "no/such/file"), ("--devices", "3"), ("--unet.implementation", "pallas")]
+)
 def test_a_mistake_costs_no_finished_run_and_leaves_no_folder(finished, corpus, tmp_path, mistake):
     copy, fresh = tmp_path / "copy", tmp_path / "fresh"
     shutil.copytree(finished, copy)

@@ -33,7 +33,7 @@ class Target:
     bfloat16: float
     """Floating-point operations per second in tensor cores, bfloat16."""
     float32: float
-    """The same in float32, tensor cores at TF32 left out."""
+    """The same on float32 numbers, which XLA rounds to TF32 for it."""
 
     @property
     def description(self) -> str:
@@ -59,8 +59,8 @@ class Target:
 
 
 TARGETS = {
-    "h100": Target("NVIDIA H100 80GB HBM3", 9, 132, 84_942_979_072, 52_428_800, 3.35e12, 989e12, 67e12),
-    "b200": Target("NVIDIA B200", 10, 148, 191_514_411_008, 132_644_864, 7.67e12, 2250e12, 75e12),
+    "h100": Target("NVIDIA H100 80GB HBM3", 9, 132, 84_942_979_072, 52_428_800, 3.35e12, 989e12, 494e12),
+    "b200": Target("NVIDIA B200", 10, 148, 191_514_411_008, 132_644_864, 7.67e12, 2250e12, 1125e12),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a compiled GPU program would cost at best: its kernels one by one, each bound by arithmetic or by memory."""
+"""An estimate of what a compiled GPU program costs: its kernels one by one, each bound by arithmetic or by memory."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ class Kernel:
     kind: str
     flops: float
     bytes: float
+    float32: bool = False
+    """Whether the products are of float32 numbers."""
 
     def seconds(self, target: Target) -> float:
         """At the peak of what binds it; launching costs nothing."""
-        return max(self.flops / target.bfloat16, self.bytes / target.bandwidth)
+        return max(self.flops / (target.float32 if self.float32 else target.bfloat16), self.bytes / target.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def kernels_of(program: str) -> list[Kernel]:
         moved = sum(map(_bytes, operands), _bytes(match["shape"]))
         target = re.search(r'custom_call_target="([^"]+)"', line)
         kind = match["opcode"] if target is None else target[1]
-        found.append(Kernel(part_of(line), kind, _product_flops(line, match["shape"], operands), moved))
+        flops = _product_flops(line, match["shape"], operands)
+        wide = flops > 0 and operands[0].startswith("f32")
+        found.append(Kernel(part_of(line), kind, flops, moved, wide))
     return found
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from data import Split, open_batches
 from experiments.benchmark.timing import Work
-from experiments.config import ConfigError, EstimatorName, RunConfig
+from experiments.config import ConfigError, EstimatorName, RunConfig, check
 from experiments.found import find, threshold_of
 from experiments.registry import ByteModel, Found, build_estimator
 from experiments.step import compiled, fresh_state, make_optimizer, make_step
@@ -72,7 +72,9 @@ def of_estimators(config: RunConfig, names: Sequence[EstimatorName], split: Spli
         if name == "isotropic":
             one = dataclasses.replace(one, isotropic=dataclasses.replace(one.isotropic, token_level=True))
         try:
+            if name != "entropy":
+                check(one)
             steps.works[name] = training_step(one, split)
-        except ConfigError as error:
+        except (ConfigError, ValueError) as error:
             steps.left_out[name] = str(error)
     return steps

@@ -34,12 +34,14 @@ FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 @dataclass(frozen=True)
 class StepReport:
     """A training step of `config` on one GPU: seconds to compile, bytes of memory (parameters and moments, and at the peak),
-    and its kernels, part by part."""
+    its kernels part by part, how many of them are this library's own, and loops, which are counted as one pass each."""
 
     target: str
     compile_seconds: float
     state_bytes: int
     peak_bytes: int
+    pallas: int
+    loops: int
     parts: tuple[Share, ...]
 
 
@@ -50,15 +52,17 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
         key = jax.random.key(0)
         return UNet(config.unet, build_estimator(config, key), key=key)
 
-    try:
-        model = eqx.filter_eval_shape(model_of)
-    except ValueError as error:
-        raise ConfigError(f"--estimators {config.estimator} needs data to be built from: {error}") from error
+    if config.estimator in ("entropy", "bpe", "bpe-distilled"):
+        raise ConfigError(f"--estimator {config.estimator} is built from data, of which a compiler sees none")
+    model = eqx.filter_eval_shape(model_of)
+    rate = next((estimator.router.rate for estimator in model.stage.estimators), 1.0)
+    if rate is None:
+        raise ConfigError(f"--estimator {config.estimator} has a rate of the data's own, of which a compiler sees none")
     params, static = eqx.partition(
         model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.inexact)
     )
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
-    step = make_step(config, static, optimizer, capacity=slack_capacity(config, config.rate))
+    step = make_step(config, static, optimizer, capacity=slack_capacity(config, rate))
     state = eqx.filter_eval_shape(lambda: fresh_state(params, optimizer))
     shape = config.batch, config.length
     batch = {
@@ -79,12 +83,15 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
     memory = compiled.memory_analysis()
     assert memory is not None
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    kernels = kernels_of(machine_program(compiled))
     return StepReport(
         target=gpu.name,
         compile_seconds=seconds,
         state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept,
-        parts=tuple(shares(kernels_of(machine_program(compiled)), gpu)),
+        pallas=sum(kernel.kind.startswith("mosaic_gpu") for kernel in kernels),
+        loops=sum(kernel.kind == "while" for kernel in kernels),
+        parts=tuple(shares(kernels, gpu)),
     )
 
 
@@ -95,13 +102,20 @@ def compile_elsewhere(config: RunConfig, target: str) -> StepReport:
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         request.write_text(json.dumps({"config": to_json(config), "target": target, "answer": str(answer)}))
-        environment = {**os.environ, **ENVIRONMENT, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"}
+        environment = {
+            **os.environ,
+            **ENVIRONMENT,
+            "JAX_TRACEBACK_FILTERING": "off",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}",
+        }
         command = [sys.executable, "-m", "experiments.benchmark.whole_step", str(request)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if not answer.is_file():
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise ConfigError(f"compiling for {target} failed: {lines[-1]}")
         found = json.loads(answer.read_text())
+    if "error" in found:
+        raise ConfigError(found["error"])
     parts = tuple(Share(**part) for part in found.pop("parts"))
     return StepReport(**found, parts=parts)
 
@@ -109,8 +123,11 @@ def compile_elsewhere(config: RunConfig, target: str) -> StepReport:
 def main(path: str) -> None:
     """Answer one request."""
     request = json.loads(Path(path).read_text())
-    report = compile_step(from_json(request["config"], path), request["target"])
-    Path(request["answer"]).write_text(json.dumps(dataclasses.asdict(report)))
+    try:
+        found = dataclasses.asdict(compile_step(from_json(request["config"], path), request["target"]))
+    except ConfigError as error:
+        found = {"error": str(error)}
+    Path(request["answer"]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

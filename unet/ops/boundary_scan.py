@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from estimators.base import BoundaryScan
-from unet.ops.mosaic import LANES, Implementation, declare, dispatch
+from unet.ops.mosaic import LANES, Implementation, declare, dispatch, refusal
 
 AHEAD = 8
 """Rows that the kernel reads at once: their loads wait for nothing, only the decisions wait for each other."""
@@ -68,6 +68,8 @@ def boundary_scan(
 
 
 def _refusal(projections: Array) -> str | None:
+    if unable := refusal(LANES, projections.dtype):
+        return unable
     if projections.shape[-1] > MOST_TAPS:
         return f"a memory of {projections.shape[-1] - 1} actions is longer than {MOST_TAPS - 1}"
     if projections.dtype != jnp.float32:

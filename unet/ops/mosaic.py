@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
@@ -19,13 +21,30 @@ Where an argument takes None as well, that is the kernel on CUDA if it takes the
 LANES = 128
 """Threads of a warpgroup: rows are worked on in pieces of so many columns."""
 
+OLDEST = 9.0
+"""Compute capability (Hopper) that the kernels were compiled for at least."""
+
 Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
 
+@functools.cache
+def _unable() -> str | None:
+    """What keeps this process from kernels of any shape."""
+    try:
+        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    except ImportError as error:
+        return f"this build of jax has no Mosaic GPU ({error})"
+    if jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < OLDEST:
+        return f"the GPU has compute capability {jax.devices()[0].compute_capability}, below {OLDEST}"
+    return None
+
+
 def refusal(dim: int, dtype: jnp.dtype) -> str | None:
-    """Why rows of `dim` values of `dtype` are not for the kernels; None where they are."""
+    """Why rows of `dim` values of `dtype` are not for the kernels, or this process is not; None where they are."""
+    if unable := _unable():
+        return unable
     if dim % LANES:
         return f"rows of {dim} values are not a multiple of {LANES}"
     if dtype not in (jnp.float32, jnp.bfloat16):
@@ -43,7 +62,8 @@ def dispatch(
 ) -> Result:
     """Run `xla` or `kernel(interpret)` on `args`, as `implementation` says; the choice by platform falls at lowering.
 
-    Raises `ValueError` where the kernel was asked for by name and refuses.
+    Raises `ValueError` where the kernel was asked for by name and refuses; `pallas` on another platform than CUDA fails when
+    it is lowered. XLA cannot cut a kernel into parts for several devices: a batch that is spread over them needs `xla`.
     """
     if implementation == "xla":
         return xla(*args)
@@ -66,7 +86,6 @@ def declare(
 
     The axes of the grid are called `x`, `y`, … in `jax.lax.axis_index`.
     """
-    # Only those who run kernels wait for this import.
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     interpreter = None

@@ -1,6 +1,7 @@
 """Moving rows: gathering them by index, and summing those of neighbouring spans.
 
-Each is the other's backward pass, so that gradients are sums in float32 and in a fixed order.
+Each is the other's backward pass, so that gradients are sums in float32: in a fixed order in the kernels and on a CPU, while
+XLA on a GPU adds them as they come.
 """
 
 from __future__ import annotations
@@ -54,11 +55,10 @@ def spread_rows(
 
 
 def _spread_forward(values, index, bounds, implementation):
-    return spread_rows(values, index, bounds, implementation), (index, bounds)
+    return spread_rows(values, index, bounds, implementation), bounds
 
 
-def _spread_backward(implementation, saved, gradient):
-    _, bounds = saved
+def _spread_backward(implementation, bounds, gradient):
     return sum_spans(gradient, bounds, implementation=implementation), None, None
 
 
@@ -169,8 +169,9 @@ def _sum_kernel(interpret: bool):
         spans = bounds.shape[1] - 1
 
         def body(values_ref, bounds_ref, out_ref):
-            b, m = jax.lax.axis_index("x"), jax.lax.axis_index("y")
-            lanes = pl.ds(jax.lax.axis_index("z") * LANES, LANES)
+            # The last axis of a grid is the one that CUDA does not limit to 65535.
+            b, m = jax.lax.axis_index("x"), jax.lax.axis_index("z")
+            lanes = pl.ds(jax.lax.axis_index("y") * LANES, LANES)
 
             def add(i, total):
                 return total + values_ref[b, i, lanes].astype(jnp.float32)
@@ -180,6 +181,6 @@ def _sum_kernel(interpret: bool):
             out_ref[b, m, lanes] = total.astype(values.dtype)
 
         out = jax.ShapeDtypeStruct((batch, spans, dim), values.dtype)
-        return declare(body, [out], (batch, spans, dim // LANES), interpret=interpret)(values, bounds)[0]
+        return declare(body, [out], (batch, dim // LANES, spans), interpret=interpret)(values, bounds)[0]
 
     return run

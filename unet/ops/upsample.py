@@ -23,7 +23,7 @@ def upsample(
     r"""$Y_i = Y'_{\mathrm{token\_of}(i)}$ (SFE eq. 8, without the residual); zero before the first boundary.
 
     Where there are more boundaries than token rows, the bytes past the last row keep that row. A token's gradient is the sum
-    over its bytes, in float32 and in their order. Raises `ValueError` where a kernel asked for by name cannot run.
+    over its bytes, in float32. Raises `ValueError` where a kernel asked for by name cannot run.
     """
     token = jnp.minimum(token_of(actions), values.shape[1] - 1)
     return spread_rows(values, token, bounds_of(token, values.shape[1]), implementation)
