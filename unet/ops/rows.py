@@ -7,6 +7,7 @@ XLA on a GPU adds them as they come.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -43,70 +44,38 @@ def sum_spans(
     return dispatch("sum_spans", refused, implementation, values, bounds, xla=_sum_xla, kernel=_sum_kernel)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def spread_rows(
-    values: Float[Array, "batch rows dim"],
-    index: Int[Array, "batch length"],
-    bounds: Int[Array, "batch edges"],
-    implementation: Implementation | None,
-) -> Float[Array, "batch length dim"]:
-    """`gather_rows` by an index that never falls; its gradient sums, for row m, over bytes `bounds[m]` to `bounds[m + 1]`."""
-    return gather_rows(values, index, implementation=implementation)
+Move = Callable[
+    [Float[Array, "batch _ dim"], Int[Array, "batch _"], Int[Array, "batch _"], Implementation | None],
+    Float[Array, "batch _ dim"],
+]
+"""`(values, where, back, implementation)`: values are moved as `where` says, their gradients as `back` says."""
 
 
-def _spread_forward(values, index, bounds, implementation):
-    return spread_rows(values, index, bounds, implementation), bounds
+def _moving(forward: Callable[..., Array], backward: Callable[..., Array]) -> Move:
+    """`forward` by its first index, with the gradient that is `backward` by the second."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+    def move(values: Array, where: Array, back: Array, implementation: Implementation | None) -> Array:
+        return forward(values, where, implementation=implementation)
+
+    def value(values: Array, where: Array, back: Array, implementation: Implementation | None) -> tuple[Array, Array]:
+        return move(values, where, back, implementation), back
+
+    def gradient(implementation: Implementation | None, back: Array, given: Array) -> tuple[Array, None, None]:
+        return backward(given, back, implementation=implementation), None, None
+
+    move.defvjp(value, gradient)
+    return move
 
 
-def _spread_backward(implementation, bounds, gradient):
-    return sum_spans(gradient, bounds, implementation=implementation), None, None
+spread_rows = _moving(gather_rows, sum_spans)
+"""`gather_rows` by an index that never falls; `back` is its `bounds_of`."""
 
+pick_rows = _moving(gather_rows, gather_rows)
+"""`gather_rows` by an index that takes no row twice; `back` says where each row went, -1 for nowhere."""
 
-spread_rows.defvjp(_spread_forward, _spread_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def pick_rows(
-    values: Float[Array, "batch length dim"],
-    index: Int[Array, "batch rows"],
-    back: Int[Array, "batch length"],
-    implementation: Implementation | None,
-) -> Float[Array, "batch rows dim"]:
-    """`gather_rows` by an index that takes no row twice; `back` says where each row went, -1 for nowhere."""
-    return gather_rows(values, index, implementation=implementation)
-
-
-def _pick_forward(values, index, back, implementation):
-    return pick_rows(values, index, back, implementation), back
-
-
-def _pick_backward(implementation, back, gradient):
-    return gather_rows(gradient, back, implementation=implementation), None, None
-
-
-pick_rows.defvjp(_pick_forward, _pick_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def pool_rows(
-    values: Float[Array, "batch length dim"],
-    bounds: Int[Array, "batch edges"],
-    span: Int[Array, "batch length"],
-    implementation: Implementation | None,
-) -> Float[Array, "batch spans dim"]:
-    """`sum_spans`; `span` says which one each row is in, -1 for none."""
-    return sum_spans(values, bounds, implementation=implementation)
-
-
-def _pool_forward(values, bounds, span, implementation):
-    return pool_rows(values, bounds, span, implementation), span
-
-
-def _pool_backward(implementation, span, gradient):
-    return gather_rows(gradient, span, implementation=implementation), None, None
-
-
-pool_rows.defvjp(_pool_forward, _pool_backward)
+pool_rows = _moving(sum_spans, gather_rows)
+"""`sum_spans`; `back` says which span each row is in, -1 for none."""
 
 
 def bounds_of(index: Int[Array, "batch length"], rows: int) -> Int[Array, "batch edges"]:
