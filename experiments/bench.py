@@ -13,13 +13,12 @@ from typing import Literal
 import jax
 import tyro
 
-from data import DataError
 from experiments.benchmark.roofline import Share
 from experiments.benchmark.steps import of_estimators
 from experiments.benchmark.timing import Timing, in_turns
 from experiments.benchmark.whole_step import StepReport, compile_elsewhere
 from experiments.config import ConfigError, EstimatorName, ModelName, RunConfig, check
-from experiments.display import Display
+from experiments.display import Display, exit_code
 from experiments.folder import json_text, write_atomically
 from experiments.launch import with_large_pages
 from experiments.presets import PRESETS
@@ -147,13 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 2 for a user's error."""
     display = Display()
     jax.config.update("jax_num_cpu_devices", min(2, os.cpu_count() or 1))
-    try:
-        given = sys.argv[1:] if arguments is None else list(arguments)
-        bench(tyro.cli(BenchConfig, prog="python -m experiments.bench", args=given), display)
-    except (ConfigError, DataError) as error:
-        display.note(f"error: {error}")
-        return 2
-    return 0
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return exit_code(
+        display, lambda: bench(tyro.cli(BenchConfig, prog="python -m experiments.bench", args=given), display)
+    )
 
 
 if __name__ == "__main__":

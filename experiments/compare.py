@@ -15,10 +15,9 @@ from pathlib import Path
 
 import tyro
 
-from data import DataError
 from experiments.comparison import write_comparison
 from experiments.config import ConfigError, EstimatorName, RunConfig, check, from_json
-from experiments.display import Display
+from experiments.display import Display, exit_code
 from experiments.folder import CONFIG, SUMMARY, differing, prepare_new
 from experiments.launch import with_large_pages
 from experiments.run import parse
@@ -222,10 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     display = Display()
     try:
         with _interruptible():
-            return compare(*parse_compare(sys.argv[1:] if arguments is None else arguments), display)
-    except (ConfigError, DataError) as error:
-        display.note(f"error: {error}")
-        return 2
+            given = sys.argv[1:] if arguments is None else arguments
+            return exit_code(display, lambda: compare(*parse_compare(given), display))
     except KeyboardInterrupt:
         display.note("stopped; the same command goes on from here")
         return 130

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from experiments.config import RunConfig
+from data import DataError
+from experiments.config import ConfigError, RunConfig
 from experiments.evaluate import Validation
 from experiments.shading import Character, colour_of
 
@@ -81,3 +83,12 @@ class Display:
 
 def _megabytes(num_bytes: float | int | None) -> str:
     return f"{np.nan if num_bytes is None else num_bytes / 1e6:.2f}"
+
+
+def exit_code(display: Display, command: Callable[[], int | None]) -> int:
+    """What a command line ends with: 2 where the user has to change something, said in a sentence, or what `command` returns."""
+    try:
+        return command() or 0
+    except (ConfigError, DataError) as error:
+        display.note(f"error: {error}")
+        return 2

@@ -14,9 +14,9 @@ import jax
 import tyro
 from matplotlib.figure import Figure
 
-from data import DataError, load, open_source
+from data import load, open_source
 from experiments.config import ConfigError
-from experiments.display import Display
+from experiments.display import Display, exit_code
 from experiments.folder import json_text, write_atomically
 from experiments.laboratory.gradients import Subjects, findings
 from experiments.laboratory.results import Finding, Flow, Noise
@@ -215,13 +215,8 @@ def _short(value: float) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 2 for a user's error."""
     display = Display()
-    try:
-        given = sys.argv[1:] if arguments is None else list(arguments)
-        run(tyro.cli(LabConfig, prog="python -m experiments.lab", args=given), display)
-    except (ConfigError, DataError) as error:
-        display.note(f"error: {error}")
-        return 2
-    return 0
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return exit_code(display, lambda: run(tyro.cli(LabConfig, prog="python -m experiments.lab", args=given), display))
 
 
 if __name__ == "__main__":

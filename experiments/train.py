@@ -109,7 +109,7 @@ class Prepared:
 def prepare(config: RunConfig) -> Prepared:
     """Read the data and build the model. Raises `DataError` and `ConfigError`."""
     place_batch, replicate = placement(config)
-    config = _with_implementation(config)
+    config = with_implementation(config)
     split = load_split(config)
     check_workers(split, config.data.workers)
     key_estimator, key_model, key_steps, key_evaluate = jax.random.split(jax.random.key(config.seed), 4)
@@ -119,7 +119,7 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(split, found, model, key_steps, key_evaluate, place_batch, replicate)
 
 
-def _with_implementation(config: RunConfig) -> RunConfig:
+def with_implementation(config: RunConfig) -> RunConfig:
     """The run with ragged operations in XLA where its batch is spread over devices, which kernels cannot be.
 
     Raises `ConfigError` where kernels were asked for by name and cannot run.

@@ -17,7 +17,7 @@ from experiments.config import ConfigError, EstimatorName, RunConfig, check
 from experiments.found import find, threshold_of
 from experiments.registry import ByteModel, Found, build_estimator
 from experiments.step import compiled, fresh_state, make_optimizer, make_step
-from experiments.train import placement, training_capacity
+from experiments.train import placement, training_capacity, with_implementation
 from unet import UNet
 
 
@@ -35,6 +35,7 @@ def fresh_model(config: RunConfig, split: Split) -> UNet:
 def training_step(config: RunConfig, split: Split) -> Work:
     """One training step after another, each on the next of a few batches of `split` that already lie in memory."""
     place_batch, replicate = placement(config)
+    config = with_implementation(config)
     model = fresh_model(config, split)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)

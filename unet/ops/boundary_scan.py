@@ -7,10 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from estimators.base import BoundaryScan
-from unet.ops.mosaic import LANES, Implementation, declare, dispatch, refusal
-
-AHEAD = 8
-"""Rows that the kernel reads at once: their loads wait for nothing, only the decisions wait for each other."""
+from unet.ops.mosaic import AHEAD, LANES, Implementation, declare, dispatch, refusal
 
 MOST_TAPS = 17
 """A memory of so many bits less one is what the kernel is compiled for."""

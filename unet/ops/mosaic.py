@@ -24,6 +24,9 @@ LANES = 128
 OLDEST = 9.0
 """Compute capability (Hopper) that the kernels were compiled for at least."""
 
+AHEAD = 8
+"""Rows that a kernel in sequence reads at once: their loads wait for nothing, only what is made of them does."""
+
 Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)

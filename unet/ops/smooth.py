@@ -8,10 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from unet.ops.mosaic import LANES, Implementation, declare, dispatch, refusal
-
-AHEAD = 8
-"""Rows that the kernel reads at once, where their number is a multiple."""
+from unet.ops.mosaic import AHEAD, LANES, Implementation, declare, dispatch, refusal
 
 
 def smooth(
