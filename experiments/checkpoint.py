@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -14,8 +16,11 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
 from experiments.config import ConfigError
+from experiments.folder import write_atomically
 
 _TRASH = "trash"
+_FILES = "files.json"
+"""SHA-256 of every file of a checkpoint, beside them."""
 
 Arrays = TypeVar("Arrays", bound=PyTree[Array])
 
@@ -63,6 +68,7 @@ class Checkpoints:
             args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
             force=True,
         )
+        self._list_files(progress.step)
         self._sweep()
 
     def restore(self, like: Arrays) -> Restored[Arrays] | None:
@@ -75,6 +81,7 @@ class Checkpoints:
             return None
         where = f"the checkpoint {self._folder / str(step)}"
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        self._check_files(step, where)
         try:
             meta = self._read(step, "meta", ocp.args.JsonRestore())
             saved, expected = meta["leaves"], _describe(like)
@@ -87,15 +94,36 @@ class Checkpoints:
         except ConfigError:
             raise
         except Exception as error:  # orbax lets whatever its readers raise through, bare Exceptions among them
-            raise ConfigError(
-                f"{where} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
-                "delete that folder to go on from the one before it"
-            ) from error
+            raise _damaged(where, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
         if _describe(arrays) != saved:
-            raise ConfigError(
-                f"{where} is damaged: its bits are not those written; delete that folder to use an older one"
-            )
+            raise _damaged(where, "its bits are not those written")
         return Restored(arrays, Progress(meta["step"], meta["seconds"], meta["data"], meta["fingerprint"]))
+
+    def _list_files(self, step: int) -> None:
+        folder = self._folder / str(step)
+        digests = {str(path.relative_to(folder)): _digest(path) for path in sorted(_files(folder))}
+        write_atomically(folder / _FILES, json.dumps(digests, indent=1) + "\n")
+
+    def _check_files(self, step: int, where: str) -> None:
+        """Raises `ConfigError` naming the first file that is not as it was written.
+
+        Orbax would notice most of it too, but the threads of its readers go on complaining after it has given up. A
+        process killed between the checkpoint's rename and its list leaves no list: what is read is checked even so.
+        """
+        folder = self._folder / str(step)
+        try:
+            digests = json.loads((folder / _FILES).read_text())
+        except FileNotFoundError:
+            return
+        except ValueError as error:
+            raise _damaged(where, f"{_FILES} is no JSON") from error
+        for name, digest in digests.items():
+            try:
+                same = _digest(folder / name) == digest
+            except FileNotFoundError as error:
+                raise _damaged(where, f"{name} is missing") from error
+            if not same:
+                raise _damaged(where, f"{name} is not as it was written")
 
     def _read(self, step: int, item: str, how: ocp.args.CheckpointArgs):
         """One part of a checkpoint; its type is whatever `how` reads."""
@@ -106,6 +134,19 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         shutil.rmtree(self._folder / _TRASH, ignore_errors=True)
+
+
+def _damaged(where: str, what: str) -> ConfigError:
+    return ConfigError(f"{where} is damaged ({what}); delete that folder to go on from the one before it")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and path.name != _FILES)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _describe(arrays: PyTree[Array]) -> dict[str, list[object]]:

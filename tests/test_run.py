@@ -211,14 +211,31 @@ def test_a_run_is_resumed_with_its_own_settings(finished, capsys):
     assert "has other settings for seed" in message(capsys)
 
 
-def test_a_damaged_checkpoint_is_named(finished, tmp_path, capsys):
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda folder: cut(largest(folder / "state")), "is not as it was written"),
+        (lambda folder: largest(folder / "state").unlink(), "is missing"),
+        (lambda folder: cut(folder / "files.json"), "files.json is no JSON"),
+        (lambda folder: ((folder / "files.json").unlink(), cut(folder / "meta" / "metadata")), "JSONDecodeError"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(finished, tmp_path, capsys, damage, found):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    for path in (copy / "checkpoints" / "8" / "state").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            path.write_bytes(path.read_bytes()[:-40])
+    damage(copy / "checkpoints" / "8")
     assert start("--resume", "--out", copy) == 2
-    assert f"checkpoint {copy / 'checkpoints' / '8'} is damaged" in message(capsys)
+    text = message(capsys)
+    assert f"checkpoint {copy / 'checkpoints' / '8'} is damaged" in text
+    assert found in text
 
 
 def test_changed_data_is_noticed(corpus, tmp_path, capsys, monkeypatch):
