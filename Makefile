@@ -1,5 +1,5 @@
 # make run: train on the text that Python carries, a few minutes on a laptop; make test: everything that CI checks.
-# Both set up .venv by themselves; only Python >= 3.11, git and make must be there.
+# Both set up .venv by themselves; only Python >= 3.11, git and make must be there. What was compiled once is kept in .cache.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ ARGS ?=
 .PHONY: run test clean
 
 run: $(VENV)/installed-run
-	$(BIN)/python -m experiments.run --estimator sfe --dataset docs --bytes 3000000 --out runs/first --overwrite $(ARGS)
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax $(BIN)/python -m experiments.run --estimator sfe --dataset docs --bytes 3000000 --out runs/first --overwrite $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
@@ -29,4 +29,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .cache build *.egg-info

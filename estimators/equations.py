@@ -5,6 +5,7 @@ Hwang, Wang and Gu, "Dynamic chunking for end-to-end hierarchical sequence model
 transformers with dynamic token pooling"; "BLT" is Pagnoni et al., "Byte latent transformer: patches scale better than tokens".
 """
 
+import functools
 import math
 
 import jax
@@ -61,6 +62,7 @@ def bernoulli_entropy(logits: Float[Array, "batch length"]) -> Float[Array, "bat
     return -jax.nn.sigmoid(logits) * jax.nn.log_sigmoid(logits) - jax.nn.sigmoid(-logits) * jax.nn.log_sigmoid(-logits)
 
 
+@functools.partial(jax.jit, static_argnames="discount")
 def discounted_returns(
     rewards: Float[Array, "batch length"],
     discount: float,

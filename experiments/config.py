@@ -85,7 +85,10 @@ class RunConfig:
     """How bytes become tokens and come back: select and add the token level's output (distribute) or its change (deviate), the
     means of groups (mean), select and smooth (smooth); by default what the estimator was published with."""
     capacity_slack: float = 1.35
-    """Token rows per sequence in training, as a multiple of rate x length; boundaries beyond are dropped and counted."""
+    """Most token rows per sequence in training, as a multiple of rate x length; boundaries beyond are dropped and counted."""
+    buckets: int = 4
+    """Sizes, up to that bound, of which each step runs the token level in the smallest with room for its fullest sequence; each
+    takes its time to compile."""
     devices: int | None = None
     """Devices that share a batch; by default all there are (a CPU counts as up to two)."""
     log_every: int = 1
@@ -144,6 +147,7 @@ def check(config: RunConfig) -> None:
         f"--bytes {config.bytes} is less than one step of {config.batch} x {config.length} bytes",
     )
     _require(0 < config.rate < 1, f"--rate is a share of bytes strictly between 0 and 1; got {config.rate}")
+    _require(config.buckets >= 1, "--buckets must be at least 1")
     _require(config.capacity_slack >= 1, "--capacity-slack below 1 would drop boundaries at the target rate")
     optimizer = config.optimizer
     _require(optimizer.learning_rate > 0, "--optimizer.learning-rate must be positive")

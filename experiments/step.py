@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -62,8 +62,10 @@ def make_optimizer(config: OptimizerConfig, warmup_steps: int, total_steps: int)
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.masked(adamw, frozen_or_not))
 
 
-def make_step(config: RunConfig, static: UNet, optimizer: optax.GradientTransformation, *, capacity: int) -> Step:
-    """The training step of a run, with `capacity` token rows per sequence."""
+def make_step(
+    config: RunConfig, static: UNet, optimizer: optax.GradientTransformation, *, capacities: Sequence[int]
+) -> Step:
+    """The training step of a run, with as many token rows per sequence as the smallest of `capacities` that has room."""
     schedule, accumulate, samples = TargetSchedule.of(config), config.optimizer.accumulate, config.samples
 
     def loss(
@@ -76,7 +78,7 @@ def make_step(config: RunConfig, static: UNet, optimizer: optax.GradientTransfor
             segments=batch["segments"],
             mask=batch["mask"],
             target_rate=target_rate,
-            capacities=(capacity,),
+            capacities=(capacities,),
             samples=samples,
         )
         return output.loss, output

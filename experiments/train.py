@@ -63,32 +63,38 @@ class Outcome:
     parameters: int
 
 
-def slack_capacity(config: RunConfig, rate: float) -> int:
-    """`capacity_slack` times the token rows that are expected of a sequence, where its rate is held at `rate`."""
+def slack_capacities(config: RunConfig, rate: float) -> tuple[int, ...]:
+    """The token rows per sequence that a step can choose from, where `rate` is held: up to `capacity_slack` times the
+    expected count."""
+    expected = max(rate, TargetSchedule.of(config).highest) * config.length
     slack = 1.0 if rate == 1.0 else config.capacity_slack
-    return _rounded(slack * max(rate, TargetSchedule.of(config).highest) * config.length, config.length)
+    return _sizes(config, expected, slack * expected)
 
 
-def _rounded(rows: float, length: int) -> int:
-    return min(length, 8 * math.ceil(rows / 8))
+def _sizes(config: RunConfig, expected: float, bound: float) -> tuple[int, ...]:
+    """`buckets` sizes in equal ratios from a little over `expected` to `bound`, multiples of 4."""
+    least, count = min(1.03 * expected, bound), config.buckets
+    ratios = [step / max(count - 1, 1) for step in range(count)] if count > 1 else [1.0]
+    sizes = {min(config.length, 4 * math.ceil(least * (bound / least) ** ratio / 4 - 1e-9)) for ratio in ratios}
+    return tuple(sorted(sizes))
 
 
-def training_capacity(config: RunConfig, router: AbstractRouter | None, split: Split) -> int:
-    """Token rows per sequence in training.
+def training_capacities(config: RunConfig, router: AbstractRouter | None, split: Split) -> tuple[int, ...]:
+    """The token rows per sequence that a step in training can choose from; the largest is the bound.
 
-    `capacity_slack` times the expected count. A rule that aims at no rate is measured on held-out text instead, and gets a
-    quarter more than the fullest row needed there.
+    `capacity_slack` times the expected count. A rule that aims at no rate is measured on held-out text instead, and its bound
+    is a quarter more than the fullest row needed there.
     """
     length = config.length
     if router is None:
-        return length
+        return (length,)
     if router.rate is not None:
-        return slack_capacity(config, router.rate)
+        return slack_capacities(config, router.rate)
     rows = split.held_out_rows(config.evaluation.bytes)
     layout = stack_rows(rows, len(rows))
     nothing = jnp.zeros((*layout.bytes.shape, 1))
-    drawn = router(nothing, layout, Draw(boundary_scan)).actions
-    return _rounded(1.25 * int(jnp.max(jnp.sum(drawn, axis=1))), length)
+    drawn = jnp.sum(router(nothing, layout, Draw(boundary_scan)).actions, axis=1)
+    return _sizes(config, float(jnp.mean(drawn)), 1.25 * float(jnp.max(drawn)))
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ def prepare(config: RunConfig) -> Prepared:
     key_estimator, key_model, key_steps, key_evaluate = jax.random.split(jax.random.key(config.seed), 4)
     found = read_found(config.folder, config) if config.resume else None
     found = find(config, split) if found is None else found
-    model = UNet(config.unet, build_estimator(config, key_estimator, found), key=key_model)
+    # Compiled whole: a fraction of the time that its operations take to be compiled one by one.
+    model = eqx.filter_jit(lambda: UNet(config.unet, build_estimator(config, key_estimator, found), key=key_model))()
     return Prepared(split, found, model, key_steps, key_evaluate, place_batch, replicate)
 
 
@@ -149,8 +156,9 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(params, frozen_or_not(params))))
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
-    capacity = training_capacity(config, routers[0] if routers else None, split)
-    step_function = compiled(make_step(config, static, optimizer, capacity=capacity))
+    capacities = training_capacities(config, routers[0] if routers else None, split)
+    capacity = capacities[-1]
+    step_function = compiled(make_step(config, static, optimizer, capacities=capacities))
     # Fresh trees share equal buffers between leaves, which donation forbids.
     state = replicate(jax.tree.map(jnp.copy, fresh_state(params, optimizer)))
     rows = split.held_out_rows(config.evaluation.bytes)
@@ -336,6 +344,7 @@ def _record(step: int, num_bytes: int, metrics: StepMetrics) -> dict[str, float 
         "rate": float(output.rate),
         "target_rate": float(metrics.target_rate),
         "overflow": float(output.overflow),
+        "padding": float(output.padding),
         "gradient_norm": float(metrics.gradient_norm),
     }
     for level, values in enumerate(output.metrics):

@@ -28,6 +28,7 @@ class Block(eqx.Module):
         self.attention = Attention(dim, heads, key=key_attention)
         self.mlp = GeGLU(dim, mlp_dim, key=key_mlp)
 
+    @eqx.filter_jit
     def __call__(
         self, x: Float[Array, "batch length dim"], rotary: Rotary, visibility: Visibility
     ) -> Float[Array, "batch length dim"]:

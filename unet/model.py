@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from estimators.base import VOCAB, AbstractEstimator, Layout, Signal
 from unet.blocks import Stack
+from unet.buckets import chosen, smallest_with_room
 from unet.layers import Linear, RMSNorm
 from unet.ops import Implementation
-from unet.stage import AbstractStage, Drawing, Flat, Hierarchy, Level, repeated
+from unet.stage import AbstractStage, Begun, Drawing, Flat, Hierarchy, Level, StageOutput, repeated
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class LossOutput(eqx.Module):
     """`loss` to descend: the mean negative log-likelihood in nats per byte plus the objectives' losses; and what to watch.
 
     `log_lik` is the mean log-likelihood per predicted byte, `early_log_lik` that of the early head (NaN without one),
-    `rate` the share of valid bytes with a boundary, `overflow` the share of valid bytes whose boundary was dropped; `metrics`
-    holds what each level's objective reports.
+    `rate` the share of valid bytes with a boundary, `overflow` the share of valid bytes whose boundary was dropped, `padding`
+    the share of the token level's rows that held no token; `metrics` holds what each level's objective reports.
     """
 
     loss: Float[Array, ""]
@@ -81,6 +83,7 @@ class LossOutput(eqx.Module):
     early_log_lik: Float[Array, ""]
     rate: Float[Array, ""]
     overflow: Float[Array, ""]
+    padding: Float[Array, ""]
     metrics: tuple[dict[str, Float[Array, ""]], ...]
 
 
@@ -113,6 +116,19 @@ def continues(layout: Layout) -> Bool[Array, "batch length"]:
     """True where the next row holds a byte of the same document, which is where a prediction can be scored."""
     same = layout.segments[:, 1:] == layout.segments[:, :-1]
     return jnp.pad(same & layout.mask[:, 1:] & layout.mask[:, :-1], ((0, 0), (0, 1)))
+
+
+def _sizes(capacities: Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes that the outermost level may choose from (none: no bound), and the bound of every level.
+
+    Raises `ValueError` where they do not ascend, and for several at an inner level.
+    """
+    levels = [(size,) if isinstance(size, int) else tuple(size) for size in capacities]
+    if any(len(sizes) > 1 for sizes in levels[1:]):
+        raise ValueError("only the outermost level can choose between several capacities")
+    if any(not sizes or list(sizes) != sorted(set(sizes)) for sizes in levels):
+        raise ValueError(f"capacities to choose from must ascend; got {levels}")
+    return (levels[0] if levels else ()), tuple(sizes[-1] for sizes in levels)
 
 
 class UNet(eqx.Module):
@@ -182,9 +198,10 @@ class UNet(eqx.Module):
         """
         layout = plain_layout(bytes, segments, mask)
         drawing = Drawing(key, tuple(actions), target_rate, tuple(capacities), samples, training)
-        with jax.named_scope("embed"):
-            embedded = self.embed(layout)
-        output = self.stage(embedded, layout, drawing)
+        return self.predict(self.stage(self.embed(layout), layout, drawing))
+
+    def predict(self, output: StageOutput) -> Prediction:
+        """The two heads on top of what the stage returned."""
         early_logits = None
         with jax.named_scope("heads"):
             if self.early_head is not None and self.early_norm is not None:
@@ -193,7 +210,8 @@ class UNet(eqx.Module):
 
     def embed(self, layout: Layout) -> Float[Array, "batch length dim"]:
         """One vector a byte, in the compute dtype."""
-        return self.embedding[layout.bytes].astype(self.compute)
+        with jax.named_scope("embed"):
+            return self.embedding[layout.bytes].astype(self.compute)
 
     def loss(
         self,
@@ -203,24 +221,42 @@ class UNet(eqx.Module):
         segments: Int[Array, "batch length"] | None = None,
         mask: Bool[Array, "batch length"] | None = None,
         target_rate: Float[Array, ""] | None = None,
-        capacities: Sequence[int] = (),
+        capacities: Sequence[int | Sequence[int]] = (),
         samples: int = 1,
         training: bool = True,
     ) -> LossOutput:
-        """The language-model loss plus the losses of the objectives of all levels (SFE eq. 22)."""
+        """The language-model loss plus the losses of the objectives of all levels (SFE eq. 22).
+
+        Where the outermost of `capacities` is not one bound but several in ascending order, the token level runs in as many
+        rows as the smallest of them that has room for every sequence of the batch; only the largest drops boundaries. The
+        program holds all of them, so one compilation serves every rate. With several, the loss can be differentiated once.
+        """
+        sizes, bounds = _sizes(capacities)
         layout = plain_layout(bytes, segments, mask)
-        prediction = self(
-            bytes,
-            key=key,
-            segments=segments,
-            mask=mask,
-            target_rate=target_rate,
-            capacities=capacities,
-            samples=samples,
-            training=training,
-        )
-        with jax.named_scope("loss"):
-            return self.losses(prediction, repeated(layout, samples), target_rate=target_rate, samples=samples)
+        drawing = Drawing(key, (), target_rate, bounds, samples, training)
+        begun = self.stage.begin(self.embed(layout), layout, drawing)
+
+        def finish(capacity: int | None):
+            def way(operands: tuple[UNet, Begun, Drawing, Layout]) -> tuple[Float[Array, ""], LossOutput]:
+                model, begun, drawing, layout = operands
+                prediction = model.predict(model.stage.finish(begun, drawing, capacity=capacity))
+                with jax.named_scope("loss"):
+                    output = model.losses(
+                        prediction,
+                        repeated(layout, samples),
+                        target_rate=drawing.target_rate,
+                        samples=samples,
+                        capacity=capacity,
+                    )
+                return output.loss, output
+
+            return way
+
+        which = smallest_with_room(begun.fullest, sizes) if len(sizes) > 1 else jnp.zeros((), jnp.int32)
+        ending = eqx.tree_at(lambda model: (model.embedding, model.stage), self, (None, self.stage.ending()))
+        ways = [finish(size) for size in sizes or (None,)]
+        loss, output = chosen(which, ways, (ending, begun, drawing, layout))
+        return dataclasses.replace(output, loss=loss)
 
     def losses(
         self,
@@ -229,8 +265,10 @@ class UNet(eqx.Module):
         *,
         target_rate: Float[Array, ""] | None = None,
         samples: int = 1,
+        capacity: int | None = None,
     ) -> LossOutput:
-        """The losses of a prediction that has been made; `layout` has a row for each of its rows.
+        """The losses of a prediction that has been made; `layout` has a row for each of its rows, and the token level had
+        `capacity` rows for each sequence (None: as many as there are bytes).
 
         Raises `ValueError` for more than one level of tokens: what a token of an inner level is rewarded with is not defined.
         """
@@ -254,15 +292,17 @@ class UNet(eqx.Module):
             loss = loss + output.loss
             metrics.append(output.metrics)
         valid = jnp.maximum(jnp.sum(layout.mask), 1).astype(jnp.float32)
-        tokens, dropped = valid, jnp.zeros(())
+        tokens, dropped, room = valid, jnp.zeros(()), valid
         if prediction.levels:
             tokens = jnp.sum(prediction.levels[0].lengths).astype(jnp.float32)
             dropped = jnp.sum(prediction.levels[0].overflow).astype(jnp.float32)
+            room = jnp.asarray(layout.bytes.shape[0] * (capacity or layout.bytes.shape[1]), jnp.float32)
         return LossOutput(
             loss=loss,
             log_lik=mean(log_lik),
             early_log_lik=jnp.full((), jnp.nan) if early is None else mean(early),
             rate=tokens / valid,
             overflow=dropped / valid,
+            padding=1.0 - tokens / room,
             metrics=tuple(metrics),
         )

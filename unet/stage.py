@@ -60,6 +60,10 @@ class Drawing(eqx.Module):
         scan = functools.partial(boundary_scan, implementation=implementation)
         return Draw(scan, self.key, actions, self.target_rate, self.training)
 
+    def capacity(self, length: int) -> int:
+        """Token rows per sequence of `length` rows at the outermost level."""
+        return self.capacities[0] if self.capacities else length
+
     def inner(self) -> Drawing:
         """The same for the level inside this one."""
         key = None if self.key is None else jax.random.fold_in(self.key, 1)
@@ -71,8 +75,25 @@ def repeated(rows: Rows, samples: int) -> Rows:
     return rows if samples == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), rows)
 
 
+class Begun(eqx.Module):
+    """A stage as far as its boundaries: the encoder's states, the actions drawn from them, and the boundaries for which there
+    was room (both None where a stage draws none)."""
+
+    encoded: Float[Array, "batch length dim"]
+    layout: Layout
+    drawn: Bool[Array, "batch length"] | None
+    boundaries: Boundaries | None
+
+    @property
+    def fullest(self) -> Int[Array, ""]:
+        """The token rows that the sequence with most of them needs."""
+        if self.boundaries is None:
+            return jnp.zeros((), jnp.int32)
+        return jnp.max(jnp.sum(self.boundaries.actions, axis=1, dtype=jnp.int32))
+
+
 class AbstractStage(eqx.Module):
-    """A causal map of hidden states to hidden states."""
+    """A causal map of hidden states to hidden states, in two steps: what decides how many tokens there are, and the rest."""
 
     @property
     @abstractmethod
@@ -80,9 +101,20 @@ class AbstractStage(eqx.Module):
         """The estimators of the levels inside, the outermost first."""
 
     @abstractmethod
+    def begin(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Begun:
+        """Encode and draw the boundaries. With several `samples` of them there are that many rows for each sequence."""
+
+    @abstractmethod
+    def finish(self, begun: Begun, drawing: Drawing, *, capacity: int | None = None) -> StageOutput:
+        """The rest, in `capacity` token rows per sequence where it is given: at least `begun.fullest`, or tokens are lost."""
+
+    @abstractmethod
+    def ending(self) -> AbstractStage:
+        """This stage without the parameters that only `begin` needs: enough to `finish` and for the objectives."""
+
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> StageOutput:
-        """Row i of the output depends on the rows up to i of its own document only. With several `samples` of boundaries the
-        output has that many rows for each sequence."""
+        """Row i of the output depends on the rows up to i of its own document only."""
+        return self.finish(self.begin(hidden, layout, drawing), drawing)
 
 
 class Flat(AbstractStage):
@@ -94,10 +126,16 @@ class Flat(AbstractStage):
     def estimators(self) -> tuple[AbstractEstimator, ...]:
         return ()
 
-    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> StageOutput:
+    def begin(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Begun:
         if drawing.samples > 1:
             raise ValueError("there are no boundaries to draw several samples of: the model has no token level")
-        return StageOutput(self.stack(hidden, layout), ())
+        return Begun(hidden, layout, None, None)
+
+    def finish(self, begun: Begun, drawing: Drawing, *, capacity: int | None = None) -> StageOutput:
+        return StageOutput(self.stack(begun.encoded, begun.layout), ())
+
+    def ending(self) -> Flat:
+        return self
 
 
 class Hierarchy(AbstractStage):
@@ -118,26 +156,34 @@ class Hierarchy(AbstractStage):
     def estimators(self) -> tuple[AbstractEstimator, ...]:
         return (self.estimator, *self.inner.estimators)
 
-    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> StageOutput:
+    def begin(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Begun:
         with jax.named_scope("encode"):
             encoded = self.encoder(hidden, layout)
             encoded, layout = repeated((encoded, layout), drawing.samples)
-        capacity = drawing.capacities[0] if drawing.capacities else hidden.shape[1]
         with jax.named_scope("boundary"):
             drawn = self.route(encoded, layout, drawing)
-            boundaries = drawn.limited(capacity)
+            boundaries = drawn.limited(drawing.capacity(hidden.shape[1]))
+        return Begun(encoded, layout, drawn.actions, boundaries)
+
+    def finish(self, begun: Begun, drawing: Drawing, *, capacity: int | None = None) -> StageOutput:
+        encoded, layout, boundaries = begun.encoded, begun.layout, begun.boundaries
+        assert boundaries is not None
+        assert begun.drawn is not None
         chunker = self.estimator.chunker
         with jax.named_scope("downsample"):
-            rows = chunker.down(encoded, boundaries, capacity=capacity)
+            rows = chunker.down(encoded, boundaries, capacity=capacity or drawing.capacity(encoded.shape[1]))
             token_layout = self.token_layout(rows, layout)
         with jax.named_scope("mid"):
             inner = self.inner(rows.values, token_layout, drawing.inner())
         with jax.named_scope("upsample"):
             joined = chunker.up(inner.hidden, rows, encoded, boundaries)
-        overflow = jnp.sum(drawn.actions, axis=1, dtype=jnp.int32) - rows.lengths
-        level = Level(encoded, layout, drawn.actions, boundaries, rows.lengths, overflow)
+        overflow = jnp.sum(begun.drawn, axis=1, dtype=jnp.int32) - rows.lengths
+        level = Level(encoded, layout, begun.drawn, boundaries, rows.lengths, overflow)
         with jax.named_scope("decode"):
             return StageOutput(self.decoder(joined, layout), (level, *inner.levels))
+
+    def ending(self) -> Hierarchy:
+        return eqx.tree_at(lambda stage: (stage.encoder, stage.estimator.router), self, (None, None))
 
     def route(self, encoded: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Boundaries:
         """The boundaries of this level, drawn from the encoder's states."""

@@ -17,7 +17,7 @@ from experiments.config import ConfigError, EstimatorName, RunConfig, check
 from experiments.found import find, threshold_of
 from experiments.registry import ByteModel, Found, build_estimator
 from experiments.step import compiled, fresh_state, make_optimizer, make_step
-from experiments.train import placement, training_capacity, with_implementation
+from experiments.train import placement, training_capacities, with_implementation
 from unet import UNet
 
 
@@ -40,8 +40,8 @@ def training_step(config: RunConfig, split: Split) -> Work:
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
     routers = [estimator.router for estimator in model.stage.estimators]
-    capacity = training_capacity(config, routers[0] if routers else None, split)
-    step = compiled(make_step(config, static, optimizer, capacity=capacity))
+    capacities = training_capacities(config, routers[0] if routers else None, split)
+    step = compiled(make_step(config, static, optimizer, capacities=capacities))
     stream = open_batches(split, batch=config.batch, seed=config.seed)
     batches = [place_batch(next(stream)) for _ in range(4)]
     stream.close()

@@ -24,7 +24,7 @@ from experiments.benchmark.roofline import Share, kernels_of, shares
 from experiments.config import ConfigError, RunConfig, from_json, to_json
 from experiments.registry import build_estimator
 from experiments.step import fresh_state, make_optimizer, make_step
-from experiments.train import slack_capacity
+from experiments.train import slack_capacities
 from unet import UNet
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
@@ -62,7 +62,7 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
         model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.inexact)
     )
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
-    step = make_step(config, static, optimizer, capacity=slack_capacity(config, rate))
+    step = make_step(config, static, optimizer, capacities=slack_capacities(config, rate))
     state = eqx.filter_eval_shape(lambda: fresh_state(params, optimizer))
     shape = config.batch, config.length
     batch = {

@@ -94,7 +94,7 @@ def _trained(config: RunConfig, steps: int, key: PRNGKeyArray) -> tuple[UNet, li
     # A constant learning rate: this is the beginning of a longer run.
     optimizer = make_optimizer(dataclasses.replace(config.optimizer, final_fraction=1.0), 1, max(steps, 2))
     capacity = config.length
-    step = compiled(make_step(config, static, optimizer, capacity=capacity))
+    step = compiled(make_step(config, static, optimizer, capacities=(capacity,)))
     state = jax.tree.map(jnp.copy, fresh_state(params, optimizer))
     batches = open_batches(load_split(config), batch=config.batch, seed=config.seed)
     for number in range(steps):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from estimators.base import TokenRows
 from unet.ops.mosaic import Implementation
-from unet.ops.rows import pick_rows
+from unet.ops.rows import add_at, pick_rows
 
 
 class Places(eqx.Module):
@@ -29,13 +29,12 @@ def places_of(actions: Bool[Array, "batch length"], capacity: int) -> Places:
     """The first `capacity` boundaries of each sequence. Raises `ValueError` for a capacity below 1."""
     if capacity < 1:
         raise ValueError(f"a capacity is at least 1 token row; got {capacity}")
-    batch, length = actions.shape
+    length = actions.shape[1]
     total = jnp.sum(actions, axis=1, dtype=jnp.int32)
     number = jnp.cumsum(actions, axis=1, dtype=jnp.int32) - 1
     row = jnp.where(actions, number, capacity)
     place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), actions.shape)
-    index = jnp.full((batch, capacity), -1, jnp.int32)
-    index = index.at[jnp.arange(batch)[:, None], row].set(place, mode="drop")
+    index = add_at(row, place + 1, capacity) - 1
     lengths = jnp.minimum(total, capacity)
     return Places(index, jnp.where(row < capacity, row, -1), lengths, total - lengths)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from unet.ops.mosaic import LANES, Implementation, declare, dispatch, refusal
 
@@ -80,9 +80,20 @@ pool_rows = _moving(sum_spans, gather_rows)
 
 def bounds_of(index: Int[Array, "batch length"], rows: int) -> Int[Array, "batch edges"]:
     """Where each of `rows` values of an index that never falls begins, and one more for the end; negative ones lie before."""
-    batch = jnp.arange(index.shape[0])[:, None]
-    counts = jnp.zeros((index.shape[0], rows + 1), jnp.int32).at[batch, index + 1].add(1, mode="drop")
+    counts = add_at(index + 1, jnp.ones(index.shape, jnp.int32), rows + 1)
     return jnp.cumsum(counts, axis=1)
+
+
+def add_at(
+    index: Int[Array, "batch length"], values: Shaped[Array, "batch length *rest"], rows: int
+) -> Shaped[Array, "batch rows *rest"]:
+    """`rows` sums for each sequence, of the values that `index` sends there; those it sends beyond are dropped."""
+
+    def add(index: Array, values: Array) -> Array:
+        return jnp.zeros((rows, *values.shape[1:]), values.dtype).at[index].add(values, mode="drop")
+
+    # Mapped over the batch, XLA can see that devices which share it need nothing from each other.
+    return jax.vmap(add)(index, values)
 
 
 def _gather_xla(values: Array, index: Array) -> Array:
@@ -91,15 +102,12 @@ def _gather_xla(values: Array, index: Array) -> Array:
 
 
 def _sum_xla(values: Array, bounds: Array) -> Array:
-    batch, length, dim = values.shape
-    spans = bounds.shape[1] - 1
-    rows = jnp.arange(batch)[:, None]
-    edges = jnp.zeros((batch, length + 1), jnp.int32).at[rows, bounds].add(1, mode="drop")
+    length, spans = values.shape[1], bounds.shape[1] - 1
+    edges = add_at(bounds, jnp.ones(bounds.shape, jnp.int32), length + 1)
     # Before the first bound: -1, past the last one: out of range, both dropped below.
     span = jnp.cumsum(edges[:, :length], axis=1) - 1
     span = jnp.where(span < 0, spans, span)
-    sums = jnp.zeros((batch, spans, dim), jnp.float32).at[rows, span].add(values.astype(jnp.float32), mode="drop")
-    return sums.astype(values.dtype)
+    return add_at(span, values.astype(jnp.float32), spans).astype(values.dtype)
 
 
 def _gather_kernel(interpret: bool):
