@@ -13,8 +13,9 @@ from typing import Literal
 import jax
 import tyro
 
+from experiments.benchmark.overhead import Overhead, overhead
 from experiments.benchmark.roofline import Share
-from experiments.benchmark.steps import of_estimators
+from experiments.benchmark.steps import against_alternatives, of_estimators
 from experiments.benchmark.timing import Timing, in_turns
 from experiments.benchmark.whole_step import StepReport, compile_elsewhere
 from experiments.config import ConfigError, EstimatorName, ModelName, RunConfig, check
@@ -45,6 +46,14 @@ class BenchConfig:
     """Bytes per sequence, instead of the preset's."""
     compile_for: Literal["h100", "b200"] | None = None
     """Instead of timing anything: compile the training step for this GPU, which need not be there, and say what it needs."""
+    alternatives: bool = False
+    """Instead: the training step of --estimator sfe against plainer ways to the same end, PyTorch among them where it is
+    installed."""
+    remat: bool | None = None
+    """Recompute blocks in the backward pass, instead of what the preset says."""
+    overhead: bool = False
+    """Instead: what the score function adds to a step whose boundaries are given, in operations for every preset and in time for
+    --model."""
     estimator: EstimatorName = "sfe"
     """Estimator whose step is compiled."""
     compute: Literal["float32", "bfloat16"] = "bfloat16"
@@ -73,6 +82,18 @@ def bench_estimators(config: BenchConfig, display: Display) -> dict[str, Timing]
     return timings
 
 
+def bench_alternatives(config: BenchConfig, display: Display) -> dict[str, Timing]:
+    """The training step against plainer ways to the same end. Raises `ConfigError` and `DataError`."""
+    run = preset(config, "sfe")
+    display.note(f"compiling a training step of {config.model}, {run.batch} x {run.length} bytes, in every way")
+    steps = against_alternatives(run, load_split(run))
+    for name, reason in steps.left_out.items():
+        display.note(f"{name} is left out: {reason}")
+    timings = in_turns(steps.works, baseline="caesura", rounds=config.rounds, calls=config.calls)
+    display.note(timing_table(timings, "way", run.bytes_per_step, baseline="caesura"))
+    return timings
+
+
 def bench_compilation(config: BenchConfig, target: str, display: Display) -> dict[str, StepReport]:
     """What a training step needs on a GPU that is not there. Raises `ConfigError`."""
     run = preset(config, config.estimator)
@@ -86,6 +107,29 @@ def bench_compilation(config: BenchConfig, target: str, display: Display) -> dic
         found[name] = compile_elsewhere(dataclasses.replace(run, unet=unet), target)
         display.note(step_table(found[name], run.bytes_per_step))
     return found
+
+
+def bench_overhead(config: BenchConfig, display: Display) -> dict[str, Overhead | Timing]:
+    """What learning the boundaries costs. Raises `ConfigError` and `DataError`."""
+    found: dict[str, Overhead | Timing] = {}
+    lines = ["| preset | MFLOP a byte | policy | objective | early head | all |", "|---|---|---|---|---|---|"]
+    for name in PRESETS:
+        one = overhead(preset(dataclasses.replace(config, model=name), "sfe"))
+        shares = (one.policy, one.objective, one.early_head)
+        percent = " | ".join(f"{part / one.prescribed:.3%}" for part in shares)
+        lines.append(f"| `{name}` | {one.prescribed / 1e6:.2f} | {percent} | {one.share:.3%} |")
+        found[name] = one
+    display.note("\n".join(lines) + "\n")
+    run = preset(config, "stride")
+    display.note(f"compiling a training step of {config.model} with given boundaries and with learned ones")
+    steps = of_estimators(run, ["stride", "sfe"], load_split(run))
+    if steps.left_out:
+        raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in steps.left_out.items()))
+    timings = in_turns(steps.works, baseline="stride", rounds=config.rounds, calls=config.calls)
+    display.note(
+        f"a step with learned boundaries takes {1 / timings['sfe'].speedup:.3f} times as long as one with given ones"
+    )
+    return {**found, f"seconds of {config.model}": timings["sfe"]}
 
 
 def step_table(report: StepReport, bytes_per_step: int) -> str:
@@ -116,13 +160,15 @@ def preset(config: BenchConfig, estimator: EstimatorName) -> RunConfig:
         run = dataclasses.replace(run, batch=config.batch)
     if config.length is not None:
         run = dataclasses.replace(run, length=config.length)
+    if config.remat is not None:
+        run = dataclasses.replace(run, unet=dataclasses.replace(run.unet, remat=config.remat))
     check(run)
     return run
 
 
-def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int) -> str:
+def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int, baseline: str = "uniform") -> str:
     """Speeds and ratios in Markdown."""
-    lines = [f"| {what} | kB/s | times the speed of `uniform` |", "|---|---|---|"]
+    lines = [f"| {what} | kB/s | times the speed of `{baseline}` |", "|---|---|---|"]
     for name, timing in timings.items():
         lines.append(f"| `{name}` | {bytes_per_call / timing.seconds / 1e3:.1f} | {timing.speedup:.2f} |")
     return "\n".join(lines) + "\n"
@@ -132,8 +178,14 @@ def bench(config: BenchConfig, display: Display) -> None:
     """Measure, say what was measured, and write it down where asked. Raises `ConfigError` and `DataError`."""
     if config.rounds < 1 or config.calls < 1:
         raise ConfigError("--rounds and --calls must be at least 1")
+    if sum((config.alternatives, config.overhead, config.compile_for is not None)) > 1:
+        raise ConfigError("--alternatives, --overhead and --compile-for are measured one at a time")
     if config.compile_for is not None:
         what, found = "compiled", bench_compilation(config, config.compile_for, display)
+    elif config.alternatives:
+        what, found = "alternatives", bench_alternatives(config, display)
+    elif config.overhead:
+        what, found = "overhead", bench_overhead(config, display)
     else:
         what, found = "estimators", bench_estimators(config, display)
     if config.json is not None:

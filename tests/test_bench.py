@@ -9,6 +9,7 @@ import pytest
 from experiments import bench
 from experiments.benchmark import timing, whole_step
 from experiments.benchmark.deviceless import TARGETS, missing
+from experiments.benchmark.overhead import overhead
 from experiments.benchmark.roofline import Kernel, kernels_of, shares
 from experiments.benchmark.timing import in_turns
 from experiments.benchmark.whole_step import compile_elsewhere
@@ -120,3 +121,28 @@ def test_a_whole_step_compiles_for_a_gpu_that_is_not_there():
 def test_steps_that_depend_on_data_are_not_compiled(estimator, message):
     with pytest.raises(ConfigError, match=message):
         whole_step.compile_step(dataclasses.replace(PRESETS["tiny"], estimator=estimator), "h100")
+
+
+def test_the_overhead_is_the_policy_and_the_early_head():
+    config = dataclasses.replace(PRESETS["18M"], length=512)
+    one = overhead(config)
+    dim, vocab = 384, 256
+    assert one.early_head == pytest.approx(6 * dim * vocab, rel=0.05)
+    assert 6 * dim * 8 < one.policy < 8 * dim * 8
+    assert abs(one.objective) < 1e-4 * one.prescribed
+    assert one.share_without_early_head < 1e-3
+
+
+def test_the_command_measures_alternatives(corpus, tmp_path, capsys):
+    """PyTorch among them where it is installed, which the tests do not ask for."""
+    out = tmp_path / "bench.json"
+    small = ("--dataset", corpus, "--length", "32", "--batch", "4", "--rounds", "1", "--calls", "1", "--json", out)
+    assert bench.main([str(word) for word in ("--alternatives", *small)]) == 0
+    ways = json.loads(out.read_text())["alternatives"]
+    assert {"caesura", "token level as long as the text", "attention over masked squares"} <= ways.keys()
+    assert "PyTorch" in ways or "pip install 'caesura-lm[bench]'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_one_thing_is_measured_at_a_time(capsys):
+    assert bench.main(["--alternatives", "--overhead"]) == 2
+    assert "one at a time" in " ".join(capsys.readouterr().err.split())

@@ -26,9 +26,11 @@ class Visibility(eqx.Module):
 
         `window`: how many rows a query sees, itself included; None for all before it.
         """
-        self.window = window
         length = layout.mask.shape[1]
-        block = length if window is None else min(window, length)
+        # A window over everything is none, and needs no block before its only one.
+        window = None if window is not None and window >= length else window
+        self.window = window
+        block = length if window is None else window
         segments = jnp.where(layout.mask, layout.segments, -1)
         place = jnp.broadcast_to(jnp.arange(length), segments.shape)
         queries, keys = _blocks(segments, block, fill=-1), _spans(segments, block, window, fill=-2)

@@ -32,15 +32,19 @@ def fresh_model(config: RunConfig, split: Split) -> UNet:
     return UNet(config.unet, build_estimator(config, key_estimator, found), key=key_model)
 
 
-def training_step(config: RunConfig, split: Split) -> Work:
-    """One training step after another, each on the next of a few batches of `split` that already lie in memory."""
+def training_step(config: RunConfig, split: Split, *, capacities: Sequence[int] | None = None) -> Work:
+    """One training step after another, each on the next of a few batches of `split` that already lie in memory.
+
+    `capacities` take the place of those a run would choose from.
+    """
     place_batch, replicate = placement(config)
     config = with_implementation(config)
     model = fresh_model(config, split)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
     routers = [estimator.router for estimator in model.stage.estimators]
-    capacities = training_capacities(config, routers[0] if routers else None, split)
+    if capacities is None:
+        capacities = training_capacities(config, routers[0] if routers else None, split)
     step = compiled(make_step(config, static, optimizer, capacities=capacities))
     stream = open_batches(split, batch=config.batch, seed=config.seed)
     batches = [place_batch(next(stream)) for _ in range(4)]
@@ -79,3 +83,24 @@ def of_estimators(config: RunConfig, names: Sequence[EstimatorName], split: Spli
         except (ConfigError, ValueError) as error:
             steps.left_out[name] = str(error)
     return steps
+
+
+PEER, PEER_AT_ONCE = "PyTorch", "PyTorch, boundaries at once"
+
+
+def against_alternatives(config: RunConfig, split: Split) -> Steps:
+    """The training step of a run beside plainer ways to the same end: a token level as long as the text, attention over masked
+    squares, and the same model in eager PyTorch, with a policy that draws byte by byte and with one that need not."""
+
+    square = dataclasses.replace(config, unet=dataclasses.replace(config.unet, window=config.length))
+    works = {
+        "caesura": training_step(config, split),
+        "token level as long as the text": training_step(config, split, capacities=(config.length,)),
+        "attention over masked squares": training_step(square, split),
+    }
+    try:
+        from experiments.benchmark.torch_unet import torch_step
+    except ModuleNotFoundError:
+        return Steps(works, {PEER: "it is not installed: pip install 'caesura-lm[bench]'"})
+    peers = {PEER: torch_step(config), PEER_AT_ONCE: torch_step(config, at_once=True)}
+    return Steps({**works, **peers}, {})

@@ -1,0 +1,157 @@
+"""The same model in eager PyTorch, written the plain way, as a peer to be timed against: square masks at every level, the token
+level padded to the longest sequence, which the host asks for, and a policy that draws byte by byte."""
+
+from __future__ import annotations
+
+import torch  # pyrefly: ignore[missing-import] -- of the extra `bench`, which no checker needs
+import torch.nn.functional as F  # pyrefly: ignore[missing-import] -- the same
+from torch import nn  # pyrefly: ignore[missing-import] -- the same
+
+from experiments.benchmark.timing import Work
+from experiments.config import RunConfig
+
+
+class Norm(nn.Module):
+    """RMSNorm with a gain of 1 + weight."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+class Block(nn.Module):
+    """A block after Gemma 2: capped attention and GeGLU, each between two norms."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, cap: float = 50.0):
+        super().__init__()
+        self.heads, self.cap = heads, cap
+        self.norms = nn.ModuleList(Norm(dim) for _ in range(4))
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.gate_up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        batch, length, dim = x.shape
+        shape = batch, length, self.heads, dim // self.heads
+        query, key, value = (
+            part.reshape(shape).transpose(1, 2) for part in self.qkv(self.norms[0](x)).chunk(3, dim=-1)
+        )
+        logits = _turned(query, cos, sin) @ _turned(key, cos, sin).transpose(-1, -2) * shape[-1] ** -0.5
+        logits = (self.cap * torch.tanh(logits / self.cap)).masked_fill(~mask[:, None], -torch.inf)
+        mixed = (logits.softmax(-1) @ value).transpose(1, 2).reshape(batch, length, dim)
+        x = x + self.norms[1](self.out(mixed))
+        gate, up = self.gate_up(self.norms[2](x)).chunk(2, dim=-1)
+        return x + self.norms[3](self.down(F.gelu(gate, approximate="tanh") * up))
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+class TorchUNet(nn.Module):
+    """The autoregressive U-Net of `config`, its windowed policy and the score-function loss.
+
+    `at_once` forgets what was drawn before, so that the boundaries of a sequence need no loop.
+    """
+
+    def __init__(self, config: RunConfig, *, at_once: bool):
+        super().__init__()
+        unet, self.config, self.at_once = config.unet, config, at_once
+        dim = unet.dim
+
+        def blocks(layers: int, hidden: int) -> nn.ModuleList:
+            return nn.ModuleList(Block(dim, unet.heads, hidden) for _ in range(layers))
+
+        self.embedding = nn.Embedding(256, dim)
+        self.encoder, self.decoder = blocks(unet.encoder_layers, dim), blocks(unet.decoder_layers, dim)
+        self.main = blocks(unet.main_layers, 4 * dim)
+        self.policy = nn.Linear(dim, 1 + config.sfe.window, bias=False)
+        nn.init.zeros_(self.policy.weight)
+        self.norm, self.early_norm = Norm(dim), Norm(dim)
+        self.head, self.early_head = nn.Linear(dim, 256, bias=False), nn.Linear(dim, 256, bias=False)
+
+    def loss(self, text: torch.Tensor) -> torch.Tensor:
+        """Of a batch of bytes."""
+        length = text.shape[1]
+        sfe, rate = self.config.sfe, self.config.rate
+        place = torch.arange(length)
+        distance = place[:, None] - place[None, :]
+        mask = ((distance >= 0) & (distance < self.config.unet.window))[None]
+        angles = self._angles(place[None])
+        hidden = self.embedding(text)
+        for block in self.encoder:
+            hidden = block(hidden, *angles, mask)
+        actions, logits = self._draw(hidden, rate)
+        counts = actions.sum(1)
+        longest = int(counts.max())
+        order = torch.argsort((~actions).int(), dim=1, stable=True)[:, :longest]
+        tokens = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
+        causal = torch.ones(longest, longest, dtype=torch.bool).tril()[None]
+        angles_of_tokens = self._angles(order)
+        for block in self.main:
+            tokens = block(tokens, *angles_of_tokens, causal)
+        token_of = actions.long().cumsum(1) - 1
+        joined = hidden + tokens.gather(1, token_of[..., None].expand_as(hidden))
+        for block in self.decoder:
+            joined = block(joined, *angles, mask)
+        late = self._log_lik(self.head(self.norm(joined)), text)
+        early = self._log_lik(self.early_head(self.early_norm(hidden)), text)
+        rewards = (late - early).detach()
+        powers = torch.where(distance <= 0, sfe.discount ** (-distance).clamp(min=0).float(), 0.0)
+        returns = rewards @ powers.T[: length - 1, : length - 1]
+        advantages = returns - returns.mean(0)
+        log_prob = F.logsigmoid(torch.where(actions, logits, -logits))[:, :-1]
+        policy = -(advantages * log_prob)[:, 1:].mean()
+        drift = (torch.sigmoid(logits).mean() - rate).square()
+        return -late.mean() - early.mean() + 1e-2 * policy + 1e-2 * drift
+
+    def _draw(self, hidden: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, length, _ = hidden.shape
+        taps = self.config.sfe.scale * self.policy(hidden)
+        base = taps[..., 0] + torch.logit(torch.tensor(rate))
+        uniforms = torch.rand(batch, length)
+        if self.at_once:
+            return (uniforms < torch.sigmoid(base)) | (torch.arange(length) == 0), base
+        memory = torch.zeros(batch, taps.shape[-1] - 1)
+        actions, logits = [], []
+        for i in range(length):
+            logit = base[:, i] + (memory * taps[:, i, 1:]).sum(-1)
+            action = (uniforms[:, i] < torch.sigmoid(logit)) | (i == 0)
+            memory = torch.cat([action[:, None].float(), memory[:, :-1]], dim=1)[:, : memory.shape[1]]
+            actions.append(action)
+            logits.append(logit)
+        return torch.stack(actions, 1), torch.stack(logits, 1)
+
+    def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        head = self.config.unet.dim // self.config.unet.heads
+        angles = positions[..., None].float() * 10_000.0 ** (-torch.arange(0, head, 2).float() / head)
+        return angles.cos()[:, None], angles.sin()[:, None]
+
+    def _log_lik(self, logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return -F.cross_entropy(logits[:, :-1].transpose(1, 2), text[:, 1:], reduction="none")
+
+
+def torch_step(config: RunConfig, *, at_once: bool = False) -> Work:
+    """A training step on random bytes: loss, gradient, clipping, AdamW."""
+    torch.manual_seed(config.seed)
+    model = TorchUNet(config, at_once=at_once)
+    settings = config.optimizer
+    adamw = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+    )
+    text = torch.randint(0, 256, (config.batch, config.length))
+
+    def work() -> tuple[()]:
+        adamw.zero_grad()
+        model.loss(text).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        adamw.step()
+        return ()
+
+    return work
