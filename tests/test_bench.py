@@ -139,7 +139,7 @@ def test_the_command_measures_alternatives(corpus, tmp_path, capsys):
     small = ("--dataset", corpus, "--length", "32", "--batch", "4", "--rounds", "1", "--calls", "1", "--json", out)
     assert bench.main([str(word) for word in ("--alternatives", *small)]) == 0
     ways = json.loads(out.read_text())["alternatives"]
-    assert {"caesura", "token level as long as the text", "attention over masked squares"} <= ways.keys()
+    assert {"token level as long as the text", "attention over masked squares"} <= ways.keys()
     assert "PyTorch" in ways or "pip install 'caesura-lm[bench]'" in " ".join(capsys.readouterr().err.split())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -85,22 +85,26 @@ def of_estimators(config: RunConfig, names: Sequence[EstimatorName], split: Spli
     return steps
 
 
-PEER, PEER_AT_ONCE = "PyTorch", "PyTorch, boundaries at once"
-
-
-def against_alternatives(config: RunConfig, split: Split) -> Steps:
-    """The training step of a run beside plainer ways to the same end: a token level as long as the text, attention over masked
-    squares, and the same model in eager PyTorch, with a policy that draws byte by byte and with one that need not."""
-
+def plainer_ways(config: RunConfig, split: Split) -> dict[str, Callable[[], Work]]:
+    """Plainer ways to the training step of a run, each to be built when it is needed: a token level as long as the text, and
+    attention over masked squares at the byte level."""
     square = dataclasses.replace(config, unet=dataclasses.replace(config.unet, window=config.length))
-    works = {
-        "caesura": training_step(config, split),
-        "token level as long as the text": training_step(config, split, capacities=(config.length,)),
-        "attention over masked squares": training_step(square, split),
+    return {
+        "token level as long as the text": lambda: training_step(config, split, capacities=(config.length,)),
+        "attention over masked squares": lambda: training_step(square, split),
     }
+
+
+def peers(config: RunConfig) -> dict[str, Callable[[], Work]]:
+    """The same model in eager PyTorch, with a policy that draws byte by byte and with one that need not.
+
+    Raises `ConfigError` where PyTorch is not installed.
+    """
     try:
         from experiments.benchmark.torch_unet import torch_step
-    except ModuleNotFoundError:
-        return Steps(works, {PEER: "it is not installed: pip install 'caesura-lm[bench]'"})
-    peers = {PEER: torch_step(config), PEER_AT_ONCE: torch_step(config, at_once=True)}
-    return Steps({**works, **peers}, {})
+    except ModuleNotFoundError as error:
+        raise ConfigError("PyTorch is left out, since it is not installed: pip install 'caesura-lm[bench]'") from error
+    return {
+        "PyTorch": lambda: torch_step(config),
+        "PyTorch, boundaries at once": lambda: torch_step(config, at_once=True),
+    }
