@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -19,6 +20,8 @@ from experiments.registry import ByteModel, Found, build_estimator
 from experiments.step import compiled, fresh_state, make_optimizer, make_step
 from experiments.train import placement, training_capacities, with_implementation
 from unet import UNet
+
+WayName = Literal["padded", "square", "pytorch", "pytorch-at-once"]
 
 
 def fresh_model(config: RunConfig, split: Split) -> UNet:
@@ -85,26 +88,20 @@ def of_estimators(config: RunConfig, names: Sequence[EstimatorName], split: Spli
     return steps
 
 
-def plainer_ways(config: RunConfig, split: Split) -> dict[str, Callable[[], Work]]:
-    """Plainer ways to the training step of a run, each to be built when it is needed: a token level as long as the text, and
-    attention over masked squares at the byte level."""
-    square = dataclasses.replace(config, unet=dataclasses.replace(config.unet, window=config.length))
-    return {
-        "token level as long as the text": lambda: training_step(config, split, capacities=(config.length,)),
-        "attention over masked squares": lambda: training_step(square, split),
-    }
-
-
-def peers(config: RunConfig) -> dict[str, Callable[[], Work]]:
-    """The same model in eager PyTorch, with a policy that draws byte by byte and with one that need not.
+def plainer_way(name: WayName, config: RunConfig, split: Split) -> Work:
+    """A plainer way to the training step of a run: a token level as long as the text (`padded`), attention over masked squares
+    at the byte level (`square`), or the same model in eager PyTorch, with a policy that draws byte by byte (`pytorch`) and
+    with one that need not (`pytorch-at-once`).
 
     Raises `ConfigError` where PyTorch is not installed.
     """
+    if name == "padded":
+        return training_step(config, split, capacities=(config.length,))
+    if name == "square":
+        unet = dataclasses.replace(config.unet, window=config.length)
+        return training_step(dataclasses.replace(config, unet=unet), split)
     try:
         from experiments.benchmark.torch_unet import torch_step
     except ModuleNotFoundError as error:
-        raise ConfigError("PyTorch is left out, since it is not installed: pip install 'caesura-lm[bench]'") from error
-    return {
-        "PyTorch": lambda: torch_step(config),
-        "PyTorch, boundaries at once": lambda: torch_step(config, at_once=True),
-    }
+        raise ConfigError(f"{name} is left out, since PyTorch is not there: pip install 'caesura-lm[bench]'") from error
+    return torch_step(config, at_once=name == "pytorch-at-once")
