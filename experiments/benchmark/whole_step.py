@@ -62,7 +62,8 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
         model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.inexact)
     )
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
-    step = make_step(config, static, optimizer, capacities=slack_capacities(config, rate))
+    # One size, the largest: kernels of branches that may not be taken would have to be weighed.
+    step = make_step(config, static, optimizer, capacities=slack_capacities(config, rate)[-1:])
     state = eqx.filter_eval_shape(lambda: fresh_state(params, optimizer))
     shape = config.batch, config.length
     batch = {
