@@ -38,8 +38,8 @@ class BenchConfig:
     """Text to work on: anything that --dataset of experiments.run takes."""
     model: ModelName = "tiny"
     """Preset whose training step is timed."""
-    rate: float = 0.2
-    """Target rate of the estimators."""
+    rate: float | None = None
+    """Target rate of the estimators, instead of the preset's."""
     batch: int | None = None
     """Sequences per step, instead of the preset's."""
     length: int | None = None
@@ -164,7 +164,9 @@ def step_table(report: StepReport, bytes_per_step: int) -> str:
 
 def preset(config: BenchConfig, estimator: EstimatorName) -> RunConfig:
     """The run whose step is looked at. Raises `ConfigError`."""
-    run = dataclasses.replace(PRESETS[config.model], estimator=estimator, dataset=config.dataset, rate=config.rate)
+    run = dataclasses.replace(PRESETS[config.model], estimator=estimator, dataset=config.dataset)
+    if config.rate is not None:
+        run = dataclasses.replace(run, rate=config.rate)
     if config.batch is not None:
         run = dataclasses.replace(run, batch=config.batch)
     if config.length is not None:

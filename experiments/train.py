@@ -73,10 +73,8 @@ def slack_capacities(config: RunConfig, rate: float) -> tuple[int, ...]:
 
 def _sizes(config: RunConfig, expected: float, bound: float) -> tuple[int, ...]:
     """`buckets` sizes in equal ratios from a little over `expected` to `bound`, multiples of 4."""
-    least, count = min(1.03 * expected, bound), config.buckets
-    ratios = [step / max(count - 1, 1) for step in range(count)] if count > 1 else [1.0]
-    sizes = {min(config.length, 4 * math.ceil(least * (bound / least) ** ratio / 4 - 1e-9)) for ratio in ratios}
-    return tuple(sorted(sizes))
+    sizes = np.geomspace(bound, min(1.03 * expected, bound), config.buckets)
+    return tuple(sorted({min(config.length, 4 * math.ceil(size / 4 - 1e-9)) for size in sizes}))
 
 
 def training_capacities(config: RunConfig, router: AbstractRouter | None, split: Split) -> tuple[int, ...]:

@@ -252,10 +252,11 @@ class UNet(eqx.Module):
 
             return way
 
-        which = smallest_with_room(begun.fullest, sizes) if len(sizes) > 1 else jnp.zeros((), jnp.int32)
+        which = smallest_with_room(begun.fullest, sizes)
         ending = eqx.tree_at(lambda model: (model.embedding, model.stage), self, (None, self.stage.ending()))
         ways = [finish(size) for size in sizes or (None,)]
         loss, output = chosen(which, ways, (ending, begun, drawing, layout))
+        # The loss inside `output` stands beside what is differentiated and carries no gradient.
         return dataclasses.replace(output, loss=loss)
 
     def losses(

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from estimators import AbstractRouter, Boundaries, Draw
+from experiments.benchmark.shapes import is_trained, shapes_of
 from experiments.config import EstimatorName, RunConfig
-from experiments.registry import build_estimator
 from unet import UNet
 from unet.model import plain_layout
 from unet.ops import boundary_scan
@@ -60,10 +60,7 @@ def overhead(config: RunConfig) -> Overhead:
 
 def _loss_flops(config: RunConfig) -> float:
     """Of the whole loss and its gradient, per byte."""
-    model = eqx.filter_eval_shape(
-        lambda key: UNet(config.unet, build_estimator(config, key), key=key), jax.random.key(0)
-    )
-    params, static = eqx.partition(model, _trainable)
+    params, static = eqx.partition(shapes_of(config), is_trained)
     capacity = round(config.rate * config.length)
 
     def loss(params: UNet, bytes: jax.Array, key: jax.Array) -> jax.Array:
@@ -88,8 +85,7 @@ def _drawing_flops(config: RunConfig) -> float:
 
 
 def _router_flops(config: RunConfig, wrapped: Callable[..., Callable[..., PyTree]]) -> float:
-    estimator = eqx.filter_eval_shape(lambda key: build_estimator(config, key), jax.random.key(0))
-    params, static = eqx.partition(estimator.router, _trainable)
+    params, static = eqx.partition(shapes_of(config).stage.estimators[0].router, is_trained)
     hidden = jax.ShapeDtypeStruct((config.batch, config.length, config.unet.dim), jnp.dtype(config.unet.compute))
 
     def run(both: tuple[AbstractRouter, jax.Array], bytes: jax.Array, key: jax.Array) -> PyTree:
@@ -110,7 +106,3 @@ def _flops(function: Callable[..., PyTree], *arguments: PyTree) -> float:
 
 def _bytes(config: RunConfig) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((config.batch, config.length), jnp.int32)
-
-
-def _trainable(leaf: object) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct) and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))

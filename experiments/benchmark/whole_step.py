@@ -21,11 +21,10 @@ import jax.numpy as jnp
 
 from experiments.benchmark.deviceless import ENVIRONMENT, TARGETS, compile_for, machine_program, mesh_of, missing
 from experiments.benchmark.roofline import Share, kernels_of, shares
+from experiments.benchmark.shapes import is_trained, shapes_of
 from experiments.config import ConfigError, RunConfig, from_json, to_json
-from experiments.registry import build_estimator
 from experiments.step import fresh_state, make_optimizer, make_step
 from experiments.train import slack_capacities
-from unet import UNet
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 """Nothing can be timed on a GPU that is not there, so that products go to cuBLAS, whose kernels the roofline can read."""
@@ -48,19 +47,13 @@ class StepReport:
 def compile_step(config: RunConfig, target: str) -> StepReport:
     """Compile in this process, which must have been started for it. Raises `ConfigError` for estimators read off data."""
 
-    def model_of() -> UNet:
-        key = jax.random.key(0)
-        return UNet(config.unet, build_estimator(config, key), key=key)
-
     if config.estimator in ("entropy", "bpe", "bpe-distilled"):
         raise ConfigError(f"--estimator {config.estimator} is built from data, of which a compiler sees none")
-    model = eqx.filter_eval_shape(model_of)
+    model = shapes_of(config)
     rate = next((estimator.router.rate for estimator in model.stage.estimators), 1.0)
     if rate is None:
         raise ConfigError(f"--estimator {config.estimator} has a rate of the data's own, of which a compiler sees none")
-    params, static = eqx.partition(
-        model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.inexact)
-    )
+    params, static = eqx.partition(model, is_trained)
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
     # One size, the largest: kernels of branches that may not be taken would have to be weighed.
     step = make_step(config, static, optimizer, capacities=slack_capacities(config, rate)[-1:])

@@ -1,0 +1,26 @@
+"""Models of shapes without numbers: enough to compile or to count, whatever their size."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from experiments.config import RunConfig
+from experiments.registry import build_estimator
+from unet import UNet
+
+
+def shapes_of(config: RunConfig) -> UNet:
+    """The model of a run with a `jax.ShapeDtypeStruct` for every array. Raises `ValueError` for estimators read off data."""
+
+    def build() -> UNet:
+        key = jax.random.key(0)
+        return UNet(config.unet, build_estimator(config, key), key=key)
+
+    return eqx.filter_eval_shape(build)
+
+
+def is_trained(leaf: object) -> bool:
+    """True for the shapes of what has a gradient."""
+    return isinstance(leaf, jax.ShapeDtypeStruct) and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
