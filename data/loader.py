@@ -160,7 +160,9 @@ def open_batches(
     else:
         rows = MemoryRows(split.training, split.length, split.protocol, random=True, order_seed=seed)
         # Batches are made before the work is dealt out, so that the number of workers cannot change them.
-        batches = grain.MapDataset.source(rows).shuffle(seed=seed).repeat().random_map(rows.row, seed=seed + 1)
+        # As good as without end, which grain cannot cut into batches of one.
+        repeated = grain.MapDataset.source(rows).shuffle(seed=seed).repeat(2**60 // len(rows))
+        batches = repeated.random_map(rows.row, seed=seed + 1)
         dataset = batches.batch(batch)[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     if workers:
         _parse_worker_flags()

@@ -101,6 +101,16 @@ def test_the_number_of_workers_changes_nothing():
     assert_equal(none, two)
 
 
+def test_batches_of_one_sequence_are_the_rows_of_larger_ones():
+    def rows(batch: int):
+        batches = open_batches(split_of(), batch=batch, seed=0)
+        read = [next(batches)["bytes"] for _ in range(8 // batch)]
+        batches.close()
+        return np.concatenate(read)
+
+    np.testing.assert_array_equal(rows(1), rows(4))
+
+
 def test_a_stream_has_one_reader():
     with pytest.raises(DataError, match="one worker process at most"):
         open_batches(split_of(streamed=True), batch=2, seed=0, workers=2)

@@ -47,11 +47,37 @@ def test_block_local_attention_equals_the_masked_square(window, length):
     np.testing.assert_allclose(got, dense_attention(query, key, value, layout, window, 5.0), rtol=1e-5, atol=1e-6)
 
 
-def test_windowed_attention_needs_memory_in_proportion_to_length():
+@pytest.mark.parametrize("length", [9, 16, 23])
+def test_full_attention_in_turns_equals_the_square_in_value_and_gradient(length, monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value, weight = (jax.random.normal(k, (2, length, 2, 4)) for k in keys)
+    segments = jnp.zeros((2, length), jnp.int32).at[1, length // 2 :].set(1)
+    mask = jnp.ones((2, length), bool).at[0, length - length // 4 :].set(False)
+    layout = plain_layout(jnp.zeros((2, length), jnp.int32), segments, mask)
+
+    def both():
+        def scored(q, k, v):
+            mixed = attend(q, k, v, Visibility(layout, None), cap=5.0)
+            return jnp.sum(mixed * weight), mixed
+
+        return jax.jit(jax.value_and_grad(scored, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+
+    square = both()
+    monkeypatch.setattr("unet.attention.QUERIES", 8)
+    in_turns = both()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), in_turns, square)
+
+
+@pytest.mark.parametrize("window", [16, None])
+def test_attention_needs_memory_in_proportion_to_length(window):
     def bytes_at(length):
         shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
         layout = plain_layout(jnp.zeros((1, length), jnp.int32))
-        compiled = jax.jit(lambda q, k, v: attend(q, k, v, Visibility(layout, 16), cap=50.0)).lower(shape, shape, shape)
+
+        def scored(q, k, v):
+            return jnp.sum(attend(q, k, v, Visibility(layout, window), cap=50.0))
+
+        compiled = jax.jit(jax.grad(scored, argnums=(0, 1, 2))).lower(shape, shape, shape)
         analysis = compiled.compile().memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes

@@ -5,20 +5,24 @@ from __future__ import annotations
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from estimators.base import Layout
 from unet.layers import Linear, Rotary
+
+QUERIES = 2048
+"""Rows that full attention over a longer text takes at a time, so that its memory grows with the length and not its square."""
 
 
 class Visibility(eqx.Module):
     """Which keys each query sees, in the block form that `attend` works in.
 
-    The rows are cut into `blocks` of `block` queries; each block sees `span` keys: itself and, where attention is
-    windowed, the block before it.
+    The rows are cut into blocks of queries. Where attention is windowed, a block is as long as the window and sees itself and
+    the block before it; where it is full, a block sees all rows, and there is one block up to a length of `QUERIES`.
     """
 
-    mask: Bool[Array, "batch blocks block span"]
+    segments: Int[Array, "batch length"]
+    mask: Bool[Array, "batch blocks block span"] | None
     window: int | None = eqx.field(static=True)
 
     def __init__(self, layout: Layout, window: int | None):
@@ -27,20 +31,36 @@ class Visibility(eqx.Module):
         `window`: how many rows a query sees, itself included; None for all before it.
         """
         length = layout.mask.shape[1]
+        self.segments = jnp.where(layout.mask, layout.segments, -1)
         # A window over everything is none, and needs no block before its only one.
-        window = None if window is not None and window >= length else window
-        self.window = window
-        block = length if window is None else window
-        segments = jnp.where(layout.mask, layout.segments, -1)
-        place = jnp.broadcast_to(jnp.arange(length), segments.shape)
-        queries, keys = _blocks(segments, block, fill=-1), _spans(segments, block, window, fill=-2)
+        self.window = None if window is not None and window >= length else window
+        block = length if self.window is None else self.window
+        # Full attention over a long text makes the mask of each block when it comes to it.
+        self.mask = self._blockwise(block) if self.window is not None or length <= QUERIES else None
+
+    def _blockwise(self, block: int) -> Bool[Array, "batch blocks block span"]:
+        length = self.segments.shape[1]
+        place = jnp.broadcast_to(jnp.arange(length), self.segments.shape)
+        queries, keys = _blocks(self.segments, block, fill=-1), _spans(self.segments, block, self.window, fill=-2)
         # Rows added to fill the last block lie beyond every query, so no query sees them.
-        here, there = _blocks(place, block, fill=length), _spans(place, block, window, fill=length)
-        distance = here[..., :, None] - there[..., None, :]
-        allowed = (queries[..., :, None] == keys[..., None, :]) & (distance >= 0) & (queries[..., :, None] >= 0)
-        if window is not None:
-            allowed = allowed & (distance < window)
-        self.mask = allowed | (distance == 0)
+        here, there = _blocks(place, block, fill=length), _spans(place, block, self.window, fill=length)
+        return visible(queries, here, keys, there, self.window)
+
+
+def visible(
+    queries: Int[Array, "*rows block"],
+    here: Int[Array, "*rows block"],
+    keys: Int[Array, "*rows span"],
+    there: Int[Array, "*rows span"],
+    window: int | None,
+) -> Bool[Array, "*rows block span"]:
+    """Whether each query sees each key, from their documents (`queries`, `keys`; negative for padding) and places (`here`,
+    `there`)."""
+    distance = here[..., :, None] - there[..., None, :]
+    allowed = (queries[..., :, None] == keys[..., None, :]) & (distance >= 0) & (queries[..., :, None] >= 0)
+    if window is not None:
+        allowed = allowed & (distance < window)
+    return allowed | (distance == 0)
 
 
 def attend(
@@ -53,19 +73,55 @@ def attend(
 ) -> Float[Array, "batch length heads head_dim"]:
     r"""$\mathrm{softmax}\big(c\tanh(qk^\top/(c\sqrt{d}))\big)v$ over the visible keys (Gemma 2).
 
-    Time and memory are `length · window` where attention is windowed, `length²` where it is full. Logits and softmax are
-    float32, the result has the dtype of `value`.
+    Where attention is windowed, time and memory are `length · window`. Where it is full, time is `length²`, and memory
+    `length · QUERIES`: over longer texts the weights of a block of queries are computed again in the backward pass. Logits
+    and softmax are float32, the result has the dtype of `value`.
     """
     batch, length, heads, head_dim = query.shape
-    block = visibility.mask.shape[2]
-    query = _blocks(query * jnp.asarray(head_dim**-0.5, query.dtype), block, fill=0)
-    key, value = (_spans(rows, block, visibility.window, fill=0) for rows in (key, value))
+    query = query * jnp.asarray(head_dim**-0.5, query.dtype)
+    if visibility.mask is None:
+        return _attend_in_turns(query, key, value, visibility.segments, cap)
+    query = _blocks(query, visibility.mask.shape[2], fill=0)
+    key, value = (_spans(rows, query.shape[2], visibility.window, fill=0) for rows in (key, value))
+    return _mix(query, key, value, visibility.mask, cap).reshape(batch, -1, heads, head_dim)[:, :length]
+
+
+def _mix(
+    query: Float[Array, "batch blocks block heads head_dim"],
+    key: Float[Array, "batch blocks span heads head_dim"],
+    value: Float[Array, "batch blocks span heads head_dim"],
+    mask: Bool[Array, "batch blocks block span"],
+    cap: float,
+) -> Float[Array, "batch blocks block heads head_dim"]:
     logits = jnp.einsum("bnqhd,bnkhd->bnhqk", query, key, preferred_element_type=jnp.float32)
     logits = cap * jnp.tanh(logits / cap)
-    logits = jnp.where(visibility.mask[:, :, None], logits, -jnp.inf)
+    logits = jnp.where(mask[:, :, None], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, value)
-    return mixed.reshape(batch, -1, heads, head_dim)[:, :length]
+    return jnp.einsum("bnhqk,bnkhd->bnqhd", weights, value)
+
+
+def _attend_in_turns(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length heads head_dim"],
+    value: Float[Array, "batch length heads head_dim"],
+    segments: Int[Array, "batch length"],
+    cap: float,
+) -> Float[Array, "batch length heads head_dim"]:
+    """Full attention, one block of queries after another."""
+    batch, length, heads, head_dim = query.shape
+    place = jnp.broadcast_to(jnp.arange(length), segments.shape)
+
+    @jax.checkpoint
+    def one(block: tuple[Array, Array, Array]) -> Array:
+        query, queries, here = block
+        mask = visible(queries, here, segments, place, None)
+        return _mix(query[:, None], key[:, None], value[:, None], mask[:, None], cap)[:, 0]
+
+    size = -(-length // -(-length // QUERIES))
+    # Rows added to fill the last block belong to no document; each of them sees the first row, since a softmax needs one key.
+    blocks = _blocks(query, size, fill=0), _blocks(segments, size, fill=-1), _blocks(place, size, fill=0)
+    mixed = jax.lax.map(one, jax.tree.map(lambda rows: jnp.moveaxis(rows, 1, 0), blocks))
+    return jnp.moveaxis(mixed, 0, 1).reshape(batch, -1, heads, head_dim)[:, :length]
 
 
 class Attention(eqx.Module):
