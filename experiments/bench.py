@@ -13,6 +13,8 @@ from typing import Literal
 import jax
 import tyro
 
+from experiments.benchmark.models import ModelReport, measure
+from experiments.benchmark.ops import BATCH, DIM, LENGTH, RATE, Compared, compare_operations
 from experiments.benchmark.overhead import Overhead, overhead
 from experiments.benchmark.roofline import Share
 from experiments.benchmark.steps import WayName, of_estimators, plainer_way, training_step
@@ -54,11 +56,16 @@ class BenchConfig:
     needs much memory slows down those after it, so that long sequences are best measured one way at a time."""
     remat: bool | None = None
     """Recompute blocks in the backward pass, instead of what the preset says."""
+    models: tuple[ModelName, ...] = ()
+    """Instead: what each of these presets takes to compile, in memory, to train and to evaluate, with --estimator."""
+    ops: bool = False
+    """Instead: every ragged operation against a plain way to the same result, and dynamic chunking against that of the package
+    h-net-dynamic-chunking where it is installed."""
     overhead: bool = False
     """Instead: what the score function adds to a step whose boundaries are given, in operations for every preset and in time for
     --model."""
     estimator: EstimatorName = "sfe"
-    """Estimator whose step is compiled."""
+    """Estimator of the steps of --compile-for and --models."""
     compute: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the matrix products that are compiled."""
     implementation: Literal["both", "kernels", "xla"] = "both"
@@ -100,6 +107,36 @@ def bench_alternatives(config: BenchConfig, display: Display) -> dict[str, Timin
         pair = in_turns({"caesura": own, name: other}, baseline="caesura", rounds=config.rounds, calls=config.calls)
         display.note(timing_table(pair, "way", run.bytes_per_step, baseline="caesura"))
         found[name] = pair[name]
+    return found
+
+
+def bench_operations(config: BenchConfig, display: Display) -> dict[str, Compared]:
+    """Ragged operations against plain ways, one pair at a time."""
+    display.note(f"operations on {BATCH} x {LENGTH} rows of {DIM}, {RATE:.2f} boundaries a row, forward and backward")
+    found = compare_operations(rounds=config.rounds, calls=config.calls)
+    lines = ["| operation | ms | instead of | times its speed |", "|---|---|---|---|"]
+    for name, one in found.items():
+        lines.append(f"| {name} | {one.own.seconds * 1e3:.1f} | {one.other} | {one.own.speedup:.1f} |")
+    display.note("\n".join(lines) + "\n")
+    return found
+
+
+def bench_models(config: BenchConfig, display: Display) -> dict[str, ModelReport]:
+    """Whole models on this machine. Raises `ConfigError` and `DataError`."""
+    found: dict[str, ModelReport] = {}
+    lines = [
+        "| preset | parameters | batch | to compile | memory | training | evaluation |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in config.models:
+        run = preset(dataclasses.replace(config, model=name), config.estimator)
+        display.note(f"measuring {name}, {run.batch} x {run.length} bytes")
+        one = found[name] = measure(run, load_split(run), rounds=config.rounds, calls=config.calls)
+        lines.append(
+            f"| `{name}` | {one.parameters / 1e6:.1f} M | {run.batch} × {run.length} | {one.compile_seconds:.0f} s "
+            f"| {one.peak_bytes / 2**30:.2f} GiB | {one.training / 1e3:.1f} kB/s | {one.evaluation / 1e3:.1f} kB/s |"
+        )
+    display.note("\n".join(lines) + "\n")
     return found
 
 
@@ -189,12 +226,16 @@ def bench(config: BenchConfig, display: Display) -> None:
     """Measure, say what was measured, and write it down where asked. Raises `ConfigError` and `DataError`."""
     if config.rounds < 1 or config.calls < 1:
         raise ConfigError("--rounds and --calls must be at least 1")
-    if sum((config.alternatives, config.overhead, config.compile_for is not None)) > 1:
-        raise ConfigError("--alternatives, --overhead and --compile-for are measured one at a time")
+    if sum(map(bool, (config.alternatives, config.models, config.ops, config.overhead, config.compile_for))) > 1:
+        raise ConfigError("--alternatives, --models, --ops, --overhead and --compile-for are measured one at a time")
     if config.compile_for is not None:
         what, found = "compiled", bench_compilation(config, config.compile_for, display)
     elif config.alternatives:
         what, found = "alternatives", bench_alternatives(config, display)
+    elif config.models:
+        what, found = "models", bench_models(config, display)
+    elif config.ops:
+        what, found = "operations", bench_operations(config, display)
     elif config.overhead:
         what, found = "overhead", bench_overhead(config, display)
     else:

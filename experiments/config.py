@@ -89,6 +89,9 @@ class RunConfig:
     buckets: int = 4
     """Sizes, up to that bound, of which each step runs the token level in the smallest with room for its fullest sequence; each
     takes its time to compile."""
+    fold: bool = True
+    """Lay the token rows of all sequences of a device one after another in training: then the sum of their tokens decides which
+    size has room, not the fullest of them."""
     devices: int | None = None
     """Devices that share a batch; by default all there are (a CPU counts as up to two)."""
     log_every: int = 1

@@ -14,6 +14,7 @@ MEMORY_SETTINGS = ":".join(
         "mmap_threshold": 8 << 30,
         "trim_threshold": 8 << 30,  # … and never give it back
         "top_pad": 256 << 20,
+        "arena_max": 1,  # and one heap for all threads, or each fills its own and gives it back
     }.items()
 )
 

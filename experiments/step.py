@@ -63,9 +63,15 @@ def make_optimizer(config: OptimizerConfig, warmup_steps: int, total_steps: int)
 
 
 def make_step(
-    config: RunConfig, static: UNet, optimizer: optax.GradientTransformation, *, capacities: Sequence[int]
+    config: RunConfig,
+    static: UNet,
+    optimizer: optax.GradientTransformation,
+    *,
+    capacities: Sequence[int],
+    groups: int = 0,
 ) -> Step:
-    """The training step of a run, with as many token rows per sequence as the smallest of `capacities` that has room."""
+    """The training step of a run, with as many token rows per sequence as the smallest of `capacities` that has room; `groups` as
+    `UNet.loss` takes it."""
     schedule, accumulate, samples = TargetSchedule.of(config), config.optimizer.accumulate, config.samples
 
     def loss(
@@ -80,6 +86,7 @@ def make_step(
             target_rate=target_rate,
             capacities=(capacities,),
             samples=samples,
+            groups=groups,
         )
         return output.loss, output
 
@@ -115,7 +122,7 @@ def make_step(
     return step
 
 
-def compiled(step: Step) -> Step:
+def compiled(step: Step) -> jax.stages.Wrapped:
     """The step jitted; the buffers of the state that it is given are reused."""
     return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options())
 

@@ -7,7 +7,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +95,11 @@ def training_capacities(config: RunConfig, router: AbstractRouter | None, split:
     return _sizes(config, float(jnp.mean(drawn)), 1.25 * float(jnp.max(drawn)))
 
 
+def token_groups(config: RunConfig, capacities: Sequence[int]) -> int:
+    """The groups of sequences, one on each device, that share their token rows; 0 where each sequence has its own."""
+    return _device_count(config) if config.fold and capacities[-1] < config.length else 0
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Everything that can turn out to be impossible, done before a run touches its folder: the data, the fresh model, the
@@ -156,7 +161,8 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
     capacities = training_capacities(config, routers[0] if routers else None, split)
     capacity = capacities[-1]
-    step_function = compiled(make_step(config, static, optimizer, capacities=capacities))
+    groups = token_groups(config, capacities)
+    step_function = compiled(make_step(config, static, optimizer, capacities=capacities, groups=groups))
     # Fresh trees share equal buffers between leaves, which donation forbids.
     state = replicate(jax.tree.map(jnp.copy, fresh_state(params, optimizer)))
     rows = split.held_out_rows(config.evaluation.bytes)

@@ -12,6 +12,9 @@ from experiments.train import slack_capacities
 from tests.conftest import losses, small_model, small_score_function, text_bytes
 from unet import UNet, UNetConfig
 from unet.buckets import chosen, smallest_with_room
+from unet.folding import fold
+from unet.model import plain_layout
+from unet.stage import Drawing
 
 SHAPE = UNetConfig(dim=16, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=4)
 
@@ -55,6 +58,56 @@ def test_losses_and_gradients_do_not_depend_on_the_sizes_to_choose_from(name):
     for name in ("loss", "log_lik", "rate", "overflow"):
         np.testing.assert_allclose(getattr(output, name), getattr(plain, name), rtol=1e-5, atol=1e-7)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected)
+
+
+@pytest.mark.parametrize("name", ["sfe", "gumbel", "hnet"])
+def test_losses_and_gradients_do_not_depend_on_whether_rows_are_folded(name):
+    config = RunConfig(SHAPE, estimator=name, length=24, rate=0.3)
+    model = UNet(SHAPE, build_estimator(config, jax.random.key(3)), key=jax.random.key(4))
+    segments = jnp.zeros((4, 24), jnp.int32).at[1, 9:].set(1).at[2, 20:].set(1)
+    mask = jnp.ones((4, 24), bool).at[3, 15:].set(False)
+
+    @eqx.filter_jit
+    def gradient(model, capacities, groups):
+        def loss(model):
+            output = model.loss(
+                text_bytes(4, 24),
+                key=jax.random.key(1),
+                segments=segments,
+                mask=mask,
+                capacities=(capacities,),
+                groups=groups,
+            )
+            return output.loss, output
+
+        return eqx.filter_grad(loss, has_aux=True)(model)
+
+    expected, plain = gradient(model, (16,), 0)
+    got, output = gradient(model, (9, 12, 16), 2)
+    assert output.padding < plain.padding
+    for name in ("loss", "log_lik", "rate", "overflow"):
+        np.testing.assert_allclose(getattr(output, name), getattr(plain, name), rtol=1e-5, atol=1e-7)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected)
+
+
+def test_folded_sequences_do_not_see_each_other():
+    config = RunConfig(SHAPE, estimator="sfe", length=24, rate=0.3)
+    model = UNet(SHAPE, build_estimator(config, jax.random.key(3)), key=jax.random.key(4))
+
+    @jax.jit
+    def log_lik(bytes):
+        layout = plain_layout(bytes)
+        drawing = Drawing(jax.random.key(1), (), None, (16,), groups=1)
+        return model.predict(model.stage(model.embed(layout), layout, drawing)).logits
+
+    bytes = text_bytes(4, 24)
+    moved = jnp.any(log_lik(bytes) != log_lik(bytes.at[1].set(97)), axis=(1, 2))
+    assert moved.tolist() == [False, True, False, False]
+
+
+def test_folding_needs_groups_of_equal_size():
+    with pytest.raises(ValueError, match="4 sequences are not 3 groups of equal size"):
+        fold(text_bytes(4, 24), 3)
 
 
 def test_only_the_largest_size_drops_boundaries():

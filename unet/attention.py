@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from estimators.base import Layout
+from unet.folding import Squares
 from unet.layers import Linear, Rotary
 
 QUERIES = 2048
@@ -143,12 +144,18 @@ class Attention(eqx.Module):
         self.cap = cap
 
     def __call__(
-        self, x: Float[Array, "batch length dim"], rotary: Rotary, visibility: Visibility
+        self,
+        x: Float[Array, "batch length dim"],
+        rotary: Rotary,
+        visibility: Visibility,
+        squares: Squares | None = None,
     ) -> Float[Array, "batch length dim"]:
-        batch, length, dim = x.shape
-        query, key, value = (part.reshape(batch, length, self.heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        mixed = attend(rotary(query), rotary(key), value, visibility, cap=self.cap)
-        return self.out(mixed.reshape(batch, length, dim))
+        """Rows that are folded come apart by `squares`, which `rotary` and `visibility` then describe."""
+        qkv = self.qkv(x) if squares is None else squares.apart(self.qkv(x))
+        batch, length, _ = qkv.shape
+        query, key, value = (part.reshape(batch, length, self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+        mixed = attend(rotary(query), rotary(key), value, visibility, cap=self.cap).reshape(batch, length, -1)
+        return self.out(mixed if squares is None else squares.together(mixed))
 
 
 def _blocks(rows: Array, block: int, *, fill: int) -> Array:

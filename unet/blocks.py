@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import Layout
 from unet.attention import Attention, Visibility
+from unet.folding import Squares
 from unet.layers import GeGLU, RMSNorm, Rotary
 
 
@@ -30,9 +31,14 @@ class Block(eqx.Module):
 
     @eqx.filter_jit
     def __call__(
-        self, x: Float[Array, "batch length dim"], rotary: Rotary, visibility: Visibility
+        self,
+        x: Float[Array, "batch length dim"],
+        rotary: Rotary,
+        visibility: Visibility,
+        squares: Squares | None = None,
     ) -> Float[Array, "batch length dim"]:
-        x = x + self.after_attention(self.attention(self.before_attention(x), rotary, visibility))
+        """Rows that are folded come apart for attention by `squares`, which `rotary` and `visibility` then describe."""
+        x = x + self.after_attention(self.attention(self.before_attention(x), rotary, visibility, squares))
         return x + self.after_mlp(self.mlp(self.before_mlp(x)))
 
 
@@ -65,11 +71,16 @@ class Stack(eqx.Module):
         self.window = window
         self.remat = remat
 
-    def __call__(self, x: Float[Array, "batch length dim"], layout: Layout) -> Float[Array, "batch length dim"]:
+    def __call__(
+        self, x: Float[Array, "batch length dim"], layout: Layout, squares: Squares | None = None
+    ) -> Float[Array, "batch length dim"]:
+        """`squares`: how rows of several sequences come apart, where they are folded."""
         if not self.blocks:
             return x
-        rotary = Rotary(layout.positions, x.shape[-1] // self.blocks[0].attention.heads)
-        visibility = Visibility(layout, self.window)
+        attended = layout if squares is None else squares.layout(layout)
+        rotary = Rotary(attended.positions, x.shape[-1] // self.blocks[0].attention.heads)
+        visibility = Visibility(attended, self.window)
         for block in self.blocks:
-            x = eqx.filter_checkpoint(block)(x, rotary, visibility) if self.remat else block(x, rotary, visibility)
+            call = eqx.filter_checkpoint(block) if self.remat else block
+            x = call(x, rotary, visibility, squares)
         return x

@@ -197,7 +197,7 @@ class UNet(eqx.Module):
         `samples` draws boundaries so often for each sequence and returns that many neighbouring rows for it.
         """
         layout = plain_layout(bytes, segments, mask)
-        drawing = Drawing(key, tuple(actions), target_rate, tuple(capacities), samples, training)
+        drawing = Drawing(key, tuple(actions), target_rate, tuple(capacities), samples, training=training)
         return self.predict(self.stage(self.embed(layout), layout, drawing))
 
     def predict(self, output: StageOutput) -> Prediction:
@@ -223,6 +223,7 @@ class UNet(eqx.Module):
         target_rate: Float[Array, ""] | None = None,
         capacities: Sequence[int | Sequence[int]] = (),
         samples: int = 1,
+        groups: int = 0,
         training: bool = True,
     ) -> LossOutput:
         """The language-model loss plus the losses of the objectives of all levels (SFE eq. 22).
@@ -230,10 +231,15 @@ class UNet(eqx.Module):
         Where the outermost of `capacities` is not one bound but several in ascending order, the token level runs in as many
         rows as the smallest of them that has room for every sequence of the batch; only the largest drops boundaries. The
         program holds all of them, so one compilation serves every rate. With several, the loss can be differentiated once.
+
+        `groups`, where it is not 0, cuts the batch into so many groups of neighbouring sequences and lays the token rows of each
+        group one after another: then their sum decides which size has room. Of every capacity there are as many rows as it has
+        sequences, of which one can take more than its share, but never more than the largest. Only attention still works in
+        as many rows for each sequence as the largest.
         """
         sizes, bounds = _sizes(capacities)
         layout = plain_layout(bytes, segments, mask)
-        drawing = Drawing(key, (), target_rate, bounds, samples, training)
+        drawing = Drawing(key, (), target_rate, bounds, samples, groups, training)
         begun = self.stage.begin(self.embed(layout), layout, drawing)
 
         def finish(capacity: int | None):
@@ -252,7 +258,7 @@ class UNet(eqx.Module):
 
             return way
 
-        which = smallest_with_room(begun.fullest, sizes)
+        which = smallest_with_room(begun.fullest(groups), sizes)
         ending = eqx.tree_at(lambda model: (model.embedding, model.stage), self, (None, self.stage.ending()))
         ways = [finish(size) for size in sizes or (None,)]
         loss, output = chosen(which, ways, (ending, begun, drawing, layout))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from estimators.base import AbstractEstimator, Boundaries, Draw, Layout, TokenRows
 from unet.blocks import Stack
+from unet.folding import Squares, fold, fold_layout, unfold
 from unet.ops import Implementation, boundary_scan
 
 Rows = TypeVar("Rows")
@@ -44,7 +45,8 @@ class Drawing(eqx.Module):
     `key` draws them (None: the likelier action of each row); `actions`, where given, are taken as they are; `target_rate`,
     where given, takes the place of the rate that the outermost level was built for; `capacities` bound the tokens of each
     level (empty: as many as there are rows, so none is ever dropped); `samples` draws so many times for each sequence at the
-    outermost level, from one pass of its encoder.
+    outermost level, from one pass of its encoder; `groups`, where it is not 0, folds the token rows of that level: those of
+    each of so many groups of neighbouring sequences lie one after another. `squares` says how rows that are folded come apart.
     """
 
     key: PRNGKeyArray | None = None
@@ -52,7 +54,9 @@ class Drawing(eqx.Module):
     target_rate: Float[Array, ""] | None = None
     capacities: tuple[int, ...] = eqx.field(static=True, default=())
     samples: int = eqx.field(static=True, default=1)
+    groups: int = eqx.field(static=True, default=0)
     training: bool = eqx.field(static=True, default=False)
+    squares: Squares | None = None
 
     def here(self, implementation: Implementation | None = None) -> Draw:
         """What the router of the outermost level is asked; `implementation` is that of the scan over boundaries."""
@@ -64,10 +68,10 @@ class Drawing(eqx.Module):
         """Token rows per sequence of `length` rows at the outermost level."""
         return self.capacities[0] if self.capacities else length
 
-    def inner(self) -> Drawing:
-        """The same for the level inside this one."""
+    def inner(self, squares: Squares | None = None) -> Drawing:
+        """The same for the level inside this one, whose rows come apart by `squares`."""
         key = None if self.key is None else jax.random.fold_in(self.key, 1)
-        return Drawing(key, self.actions[1:], None, self.capacities[1:], 1, self.training)
+        return Drawing(key, self.actions[1:], None, self.capacities[1:], 1, 0, self.training, squares)
 
 
 def repeated(rows: Rows, samples: int) -> Rows:
@@ -84,12 +88,13 @@ class Begun(eqx.Module):
     drawn: Bool[Array, "batch length"] | None
     boundaries: Boundaries | None
 
-    @property
-    def fullest(self) -> Int[Array, ""]:
-        """The token rows that the sequence with most of them needs."""
+    def fullest(self, groups: int) -> Int[Array, ""]:
+        """The token rows that the sequence with most of them needs; where the sequences of `groups` share theirs, the most that
+        those of a group need on average."""
         if self.boundaries is None:
             return jnp.zeros((), jnp.int32)
-        return jnp.max(jnp.sum(self.boundaries.actions, axis=1, dtype=jnp.int32))
+        needed = jnp.sum(self.boundaries.actions, axis=1, dtype=jnp.int32).reshape(groups or self.encoded.shape[0], -1)
+        return -(-jnp.max(jnp.sum(needed, axis=1)) // needed.shape[1])
 
 
 class AbstractStage(eqx.Module):
@@ -106,7 +111,7 @@ class AbstractStage(eqx.Module):
 
     @abstractmethod
     def finish(self, begun: Begun, drawing: Drawing, *, capacity: int | None = None) -> StageOutput:
-        """The rest, in `capacity` token rows per sequence where it is given: at least `begun.fullest`, or tokens are lost."""
+        """The rest, in `capacity` token rows per sequence where it is given: at least `begun.fullest(…)`, or tokens are lost."""
 
     @abstractmethod
     def ending(self) -> AbstractStage:
@@ -132,7 +137,7 @@ class Flat(AbstractStage):
         return Begun(hidden, layout, None, None)
 
     def finish(self, begun: Begun, drawing: Drawing, *, capacity: int | None = None) -> StageOutput:
-        return StageOutput(self.stack(begun.encoded, begun.layout), ())
+        return StageOutput(self.stack(begun.encoded, begun.layout, drawing.squares), ())
 
     def ending(self) -> Flat:
         return self
@@ -158,7 +163,7 @@ class Hierarchy(AbstractStage):
 
     def begin(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Begun:
         with jax.named_scope("encode"):
-            encoded = self.encoder(hidden, layout)
+            encoded = self.encoder(hidden, layout, drawing.squares)
             encoded, layout = repeated((encoded, layout), drawing.samples)
         with jax.named_scope("boundary"):
             drawn = self.route(encoded, layout, drawing)
@@ -166,21 +171,29 @@ class Hierarchy(AbstractStage):
         return Begun(encoded, layout, drawn.actions, boundaries)
 
     def finish(self, begun: Begun, drawing: Drawing, *, capacity: int | None = None) -> StageOutput:
-        encoded, layout, boundaries = begun.encoded, begun.layout, begun.boundaries
-        assert boundaries is not None
         assert begun.drawn is not None
-        chunker = self.estimator.chunker
+        assert begun.boundaries is not None
+        encoded, layout, boundaries = begun.encoded, begun.layout, begun.boundaries
+        (batch, length), chunker, squares = encoded.shape[:2], self.estimator.chunker, None
+        bound = drawing.capacity(length)
+        capacity = capacity or bound
+        lengths = jnp.sum(boundaries.actions, axis=1, dtype=jnp.int32)
         with jax.named_scope("downsample"):
-            rows = chunker.down(encoded, boundaries, capacity=capacity or drawing.capacity(encoded.shape[1]))
+            if drawing.groups:
+                encoded, boundaries = fold((encoded, boundaries), drawing.groups)
+                layout, capacity = fold_layout(layout, drawing.groups), capacity * (batch // drawing.groups)
+            rows = chunker.down(encoded, boundaries, capacity=capacity)
             token_layout = self.token_layout(rows, layout)
+            if drawing.groups:
+                squares = Squares(rows, lengths, length=length, capacity=bound, implementation=self.implementation)
         with jax.named_scope("mid"):
-            inner = self.inner(rows.values, token_layout, drawing.inner())
+            inner = self.inner(rows.values, token_layout, drawing.inner(squares))
         with jax.named_scope("upsample"):
-            joined = chunker.up(inner.hidden, rows, encoded, boundaries)
-        overflow = jnp.sum(begun.drawn, axis=1, dtype=jnp.int32) - rows.lengths
-        level = Level(encoded, layout, begun.drawn, boundaries, rows.lengths, overflow)
+            joined = unfold(chunker.up(inner.hidden, rows, encoded, boundaries), batch)
+        overflow = jnp.sum(begun.drawn, axis=1, dtype=jnp.int32) - lengths
+        level = Level(begun.encoded, begun.layout, begun.drawn, begun.boundaries, lengths, overflow)
         with jax.named_scope("decode"):
-            return StageOutput(self.decoder(joined, layout), (level, *inner.levels))
+            return StageOutput(self.decoder(joined, begun.layout, drawing.squares), (level, *inner.levels))
 
     def ending(self) -> Hierarchy:
         return eqx.tree_at(lambda stage: (stage.encoder, stage.estimator.router), self, (None, None))

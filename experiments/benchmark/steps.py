@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from data import Split, open_batches
 from experiments.benchmark.timing import Work
 from experiments.config import ConfigError, EstimatorName, RunConfig, check
 from experiments.found import find, threshold_of
 from experiments.registry import ByteModel, Found, build_estimator
-from experiments.step import compiled, fresh_state, make_optimizer, make_step
-from experiments.train import placement, training_capacities, with_implementation
+from experiments.step import StepMetrics, TrainState, compiled, fresh_state, make_optimizer, make_step
+from experiments.train import placement, token_groups, training_capacities, with_implementation
 from unet import UNet
 
 WayName = Literal["padded", "square", "pytorch", "pytorch-at-once"]
@@ -35,11 +35,20 @@ def fresh_model(config: RunConfig, split: Split) -> UNet:
     return UNet(config.unet, build_estimator(config, key_estimator, found), key=key_model)
 
 
-def training_step(config: RunConfig, split: Split, *, capacities: Sequence[int] | None = None) -> Work:
-    """One training step after another, each on the next of a few batches of `split` that already lie in memory.
+@dataclass(frozen=True)
+class Ready:
+    """A training step before it is compiled, its first state, batches that lie on the devices, and the most token rows that a
+    sequence can have."""
 
-    `capacities` take the place of those a run would choose from.
-    """
+    step: jax.stages.Wrapped
+    model: UNet
+    state: TrainState
+    batches: list[dict[str, Array]]
+    capacity: int
+
+
+def ready(config: RunConfig, split: Split, *, capacities: Sequence[int] | None = None) -> Ready:
+    """The step of a run; `capacities` take the place of those it would choose from."""
     place_batch, replicate = placement(config)
     config = with_implementation(config)
     model = fresh_model(config, split)
@@ -48,16 +57,28 @@ def training_step(config: RunConfig, split: Split, *, capacities: Sequence[int] 
     routers = [estimator.router for estimator in model.stage.estimators]
     if capacities is None:
         capacities = training_capacities(config, routers[0] if routers else None, split)
-    step = compiled(make_step(config, static, optimizer, capacities=capacities))
+    groups = token_groups(config, capacities)
+    step = compiled(make_step(config, static, optimizer, capacities=capacities, groups=groups))
     stream = open_batches(split, batch=config.batch, seed=config.seed)
     batches = [place_batch(next(stream)) for _ in range(4)]
     stream.close()
     state = replicate(jax.tree.map(jnp.copy, fresh_state(params, optimizer)))
-    done, key = 0, jax.random.key(config.seed)
+    return Ready(step, model, state, batches, capacities[-1])
+
+
+def training_step(config: RunConfig, split: Split, *, capacities: Sequence[int] | None = None) -> Work:
+    """One training step after another, each on the next of a few batches of `split` that already lie in memory."""
+    one = ready(config, split, capacities=capacities)
+    return in_a_row(one.step, one, jax.random.key(config.seed))
+
+
+def in_a_row(step: Callable[..., tuple[TrainState, StepMetrics]], one: Ready, key: PRNGKeyArray) -> Work:
+    """One step after another, from the first state on."""
+    state, done = one.state, 0
 
     def work() -> PyTree[Array]:
         nonlocal state, done
-        state, metrics = step(state, batches[done % len(batches)], jax.random.fold_in(key, done))
+        state, metrics = step(state, one.batches[done % len(one.batches)], jax.random.fold_in(key, done))
         done += 1
         return metrics
 

@@ -70,13 +70,33 @@ def _recur(
 
 
 def _xla(values: Array, scale: Array, keep: Array, *, reverse: bool) -> Array:
+    inputs = scale[..., None] * values.astype(jnp.float32)
+    # A few cores have nothing to gain from doing more work in fewer steps.
+    return jax.lax.platform_dependent(
+        keep[..., None],
+        inputs,
+        cpu=functools.partial(_one_by_one, reverse=reverse),
+        default=functools.partial(_by_halves, reverse=reverse),
+    )
+
+
+def _one_by_one(keep: Array, inputs: Array, *, reverse: bool) -> Array:
+    def step(state: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
+        kept, value = row
+        state = kept * state + value
+        return state, state
+
+    rows = jnp.swapaxes(keep, 0, 1), jnp.swapaxes(inputs, 0, 1)
+    return jnp.swapaxes(jax.lax.scan(step, jnp.zeros_like(inputs[:, 0]), rows, reverse=reverse)[1], 0, 1)
+
+
+def _by_halves(keep: Array, inputs: Array, *, reverse: bool) -> Array:
     def compose(earlier, later):
         keep_earlier, sum_earlier = earlier
         keep_later, sum_later = later
         return keep_earlier * keep_later, sum_later + keep_later * sum_earlier
 
-    inputs = scale[..., None] * values.astype(jnp.float32)
-    return jax.lax.associative_scan(compose, (keep[..., None], inputs), axis=1, reverse=reverse)[1]
+    return jax.lax.associative_scan(compose, (keep, inputs), axis=1, reverse=reverse)[1]
 
 
 def _kernel(values: Array, scale: Array, keep: Array, *, reverse: bool, interpret: bool) -> Array:

@@ -1,0 +1,45 @@
+"""How the time of the token level follows the rate of boundaries."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, PyTree
+
+from experiments.benchmark.timing import Work, in_turns
+from experiments.config import RunConfig
+from experiments.registry import build_estimator
+from unet import UNet
+
+RATES = (1.0, 1 / 2, 1 / 4, 1 / 8)
+
+
+def token_level(config: RunConfig, *, rounds: int, calls: int) -> dict[str, float]:
+    """Seconds that the token level of a model takes at each of `RATES`, forward and backward: those of a loss and its gradient
+    less those of the same without token-level blocks. Boundaries are evenly spaced; all rates and both models take turns."""
+    works = {f"{rate} {blocks}": _work(config, rate, blocks) for rate in RATES for blocks in (config.unet.main_layers, 0)}
+    timings = in_turns(works, baseline=next(iter(works)), rounds=rounds, calls=calls)
+    return {
+        f"{rate:g}": timings[f"{rate} {config.unet.main_layers}"].seconds - timings[f"{rate} 0"].seconds for rate in RATES
+    }
+
+
+def _work(config: RunConfig, rate: float, blocks: int) -> Work:
+    unet = dataclasses.replace(config.unet, main_layers=blocks)
+    config = dataclasses.replace(config, unet=unet, estimator="stride" if rate < 1 else "isotropic", rate=min(rate, 0.5))
+    key = jax.random.key(config.seed)
+    model = UNet(unet, build_estimator(config, key), key=key)
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    bytes = jax.random.randint(key, (config.batch, config.length), 32, 127)
+    capacity = round(rate * config.length)
+
+    @jax.jit
+    def gradient(params: PyTree[Array]) -> PyTree[Array]:
+        def loss(params: PyTree[Array]) -> Array:
+            return eqx.combine(params, static).loss(bytes, key=key, capacities=(capacity,)).loss
+
+        return jax.grad(loss)(params)
+
+    return lambda: gradient(params)
