@@ -19,16 +19,21 @@ RATES = (1.0, 1 / 2, 1 / 4, 1 / 8)
 def token_level(config: RunConfig, *, rounds: int, calls: int) -> dict[str, float]:
     """Seconds that the token level of a model takes at each of `RATES`, forward and backward: those of a loss and its gradient
     less those of the same without token-level blocks. Boundaries are evenly spaced; all rates and both models take turns."""
-    works = {f"{rate} {blocks}": _work(config, rate, blocks) for rate in RATES for blocks in (config.unet.main_layers, 0)}
+    works = {
+        f"{rate} {blocks}": _work(config, rate, blocks) for rate in RATES for blocks in (config.unet.main_layers, 0)
+    }
     timings = in_turns(works, baseline=next(iter(works)), rounds=rounds, calls=calls)
     return {
-        f"{rate:g}": timings[f"{rate} {config.unet.main_layers}"].seconds - timings[f"{rate} 0"].seconds for rate in RATES
+        f"{rate:g}": timings[f"{rate} {config.unet.main_layers}"].seconds - timings[f"{rate} 0"].seconds
+        for rate in RATES
     }
 
 
 def _work(config: RunConfig, rate: float, blocks: int) -> Work:
     unet = dataclasses.replace(config.unet, main_layers=blocks)
-    config = dataclasses.replace(config, unet=unet, estimator="stride" if rate < 1 else "isotropic", rate=min(rate, 0.5))
+    config = dataclasses.replace(
+        config, unet=unet, estimator="stride" if rate < 1 else "isotropic", rate=min(rate, 0.5)
+    )
     key = jax.random.key(config.seed)
     model = UNet(unet, build_estimator(config, key), key=key)
     params, static = eqx.partition(model, eqx.is_inexact_array)
