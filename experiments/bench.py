@@ -42,6 +42,8 @@ class BenchConfig:
     """Preset whose training step is timed."""
     rate: float | None = None
     """Target rate of the estimators, instead of the preset's."""
+    early_share: float | None = None
+    """Share of rows at which the early head predicts, instead of the preset's."""
     batch: int | None = None
     """Sequences per step, instead of the preset's."""
     length: int | None = None
@@ -208,6 +210,8 @@ def preset(config: BenchConfig, estimator: EstimatorName) -> RunConfig:
         run = dataclasses.replace(run, batch=config.batch)
     if config.length is not None:
         run = dataclasses.replace(run, length=config.length)
+    if config.early_share is not None:
+        run = dataclasses.replace(run, unet=dataclasses.replace(run.unet, early_share=config.early_share))
     if config.remat is not None:
         run = dataclasses.replace(run, unet=dataclasses.replace(run.unet, remat=config.remat))
     check(run)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from data import Row
 from estimators import Layout, equations
 from estimators.fixed import is_spacelike, is_whitespace
-from unet.model import UNet, continues, next_byte_log_lik, plain_layout
+from unet.model import UNet, continues, early_log_lik, next_byte_log_lik, plain_layout
 from unet.stage import Drawing, Hierarchy
 
 
@@ -84,9 +84,8 @@ def evaluate_batch(
         layout.bytes, key=key, actions=actions, segments=layout.segments, mask=mask, capacities=capacities
     )
     log_lik = next_byte_log_lik(prediction.logits, layout.bytes)
-    early = jnp.full_like(log_lik, jnp.nan)
-    if prediction.early_logits is not None:
-        early = next_byte_log_lik(prediction.early_logits, layout.bytes)
+    early = early_log_lik(prediction, layout)
+    early = jnp.full_like(log_lik, jnp.nan) if early is None else early
     scored, nothing = continues(layout), jnp.zeros_like(mask)
     if not prediction.levels or not isinstance(model.stage, Hierarchy):
         zeros, none = jnp.zeros_like(log_lik), jnp.zeros(mask.shape[0], jnp.int32)

@@ -1,5 +1,7 @@
 """The model: attention, presets, dtypes, memory."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from experiments.registry import build_estimator
 from tests.conftest import small_model, small_score_function, text_bytes
 from unet import SelectDeviate, SelectDistribute, UNet, UNetConfig, next_byte_log_lik
 from unet.attention import Visibility, attend
-from unet.model import plain_layout
+from unet.model import Prediction, early_log_lik, plain_layout
 from unet.stage import Flat, Hierarchy
 
 
@@ -91,6 +93,49 @@ def test_log_likelihoods_are_those_of_the_next_byte():
     expected = jax.nn.log_softmax(logits)[jnp.arange(2)[:, None], jnp.arange(5)[None, :], bytes[:, 1:]]
     np.testing.assert_allclose(got[:, :-1], expected, rtol=1e-5)
     assert not jnp.any(got[:, -1])
+
+
+def test_an_early_head_on_some_rows_has_their_mean_at_the_others():
+    bytes, rows = text_bytes(2, 6), jnp.asarray([4, 1, 5])
+    layout = plain_layout(bytes)
+    logits = jax.random.normal(jax.random.key(0), (2, 6, 256))
+    everywhere = Prediction(logits, logits, ())
+    somewhere = Prediction(logits, logits[:, rows], (), rows)
+    full = next_byte_log_lik(logits, bytes)
+    np.testing.assert_array_equal(early_log_lik(everywhere, layout), full)
+    got = early_log_lik(somewhere, layout)
+    assert got is not None
+    # Row 5 is the last, which predicts nothing.
+    mean = jnp.mean(full[:, jnp.asarray([4, 1])])
+    np.testing.assert_allclose(got[:, jnp.asarray([4, 1])], full[:, jnp.asarray([4, 1])], rtol=1e-6)
+    np.testing.assert_allclose(got[:, jnp.asarray([0, 2, 3])], jnp.full((2, 3), mean), rtol=1e-6)
+    np.testing.assert_allclose(jnp.mean(got[:, :5]), mean, rtol=1e-6)
+
+
+def test_the_share_of_the_early_head_changes_neither_what_it_learns_on_average_nor_the_rest():
+    config = UNetConfig(16, 2, 1, 1, 1, window=4)
+    key = jax.random.key(0)
+    models = [
+        UNet(dataclasses.replace(config, early_share=share), small_score_function(), key=key) for share in (1.0, 0.5)
+    ]
+
+    @eqx.filter_jit
+    def early_gradient(model, key):
+        def early(head):
+            output = eqx.tree_at(lambda model: model.early_head, model, head).loss(text_bytes(2, 16), key=key)
+            return output.early_log_lik, output.log_lik
+
+        return eqx.filter_grad(early, has_aux=True)(model.early_head)
+
+    whole, log_lik = early_gradient(models[0], jax.random.key(1))
+    parts = [early_gradient(models[1], jax.random.key(seed)) for seed in range(1, 161)]
+    np.testing.assert_array_equal(log_lik, parts[0][1])
+    mean = jnp.mean(jnp.stack([gradient.weight for gradient, _ in parts]), axis=0)
+    distance = jnp.linalg.norm(mean - whole.weight) / jnp.linalg.norm(whole.weight)
+    one = jnp.linalg.norm(parts[0][0].weight - whole.weight) / jnp.linalg.norm(whole.weight)
+    assert distance < 0.15 < one
+    with pytest.raises(ValueError, match="early_share"):
+        dataclasses.replace(config, early_share=0.0)
 
 
 SIZES = {"18M": 18, "32M": 32, "73M": 73, "90M": 90, "130M": 130, "147M": 147}

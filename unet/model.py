@@ -43,6 +43,9 @@ class UNetConfig:
     """Rotary positions of a token: the byte position of its boundary, or its own number."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Dtype of hidden states and matrix products; parameters, losses and the insides of norms and softmax stay float32."""
+    early_share: float = 1.0
+    """Share of the rows, drawn anew every step, at which the early head predicts in training; at the others its mean over these
+    stands for it."""
     remat: bool = False
     """Recompute each block in the backward pass, to save memory."""
     implementation: Implementation | None = None
@@ -56,6 +59,8 @@ class UNetConfig:
         for name in ("encoder_layers", "main_layers", "decoder_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} cannot be negative; got {getattr(self, name)}")
+        if not 0 < self.early_share <= 1:
+            raise ValueError(f"early_share is a share of rows above 0, at most 1; got {self.early_share}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(
                 f"heads must divide dim into heads of even width; got dim {self.dim} and heads {self.heads}"
@@ -63,11 +68,15 @@ class UNetConfig:
 
 
 class Prediction(eqx.Module):
-    """Logits of the next byte at each row, the early head's where it was asked for, and the levels of the hierarchy."""
+    """Logits of the next byte at each row, the early head's where it was asked for, and the levels of the hierarchy.
+
+    `early_rows`, where given, are those that the early head predicted at, the same in every sequence.
+    """
 
     logits: Float[Array, "batch length vocab"]
-    early_logits: Float[Array, "batch length vocab"] | None
+    early_logits: Float[Array, "batch rows vocab"] | None
     levels: tuple[Level, ...]
+    early_rows: Int[Array, " rows"] | None = None
 
 
 class LossOutput(eqx.Module):
@@ -103,13 +112,34 @@ def next_byte_log_lik(
     logits: Float[Array, "batch length vocab"], bytes: Integer[Array, "batch length"]
 ) -> Float[Array, "batch length"]:
     r"""$\log p(x_{i+1} \mid x_{\le i})$ in nats and float32; 0 at the last row, which predicts nothing that is there."""
-    logits = logits.astype(jnp.float32)
-    target = jnp.roll(bytes.astype(jnp.int32), -1, axis=1)
-    # A comparison instead of a gather: it fuses, forward and backward.
-    is_target = jnp.arange(logits.shape[-1]) == target[..., None]
-    picked = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    log_lik = picked - jax.nn.logsumexp(logits, axis=-1)
+    log_lik = log_lik_of(logits, jnp.roll(bytes.astype(jnp.int32), -1, axis=1))
     return jnp.where(jnp.arange(bytes.shape[1]) < bytes.shape[1] - 1, log_lik, 0.0)
+
+
+def log_lik_of(
+    logits: Float[Array, "batch rows vocab"], targets: Int[Array, "batch rows"]
+) -> Float[Array, "batch rows"]:
+    """The log-likelihood of each target in nats, in float32."""
+    logits = logits.astype(jnp.float32)
+    # A comparison instead of a gather: it fuses, forward and backward.
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def early_log_lik(prediction: Prediction, layout: Layout) -> Float[Array, "batch length"] | None:
+    r"""$\log p^{early}(x_{i+1} \mid x_{\le i})$ in nats and float32; None where there is no early head.
+
+    Where it predicted at some rows only, the mean over those stands for it at the others. What it stands for is subtracted
+    from rewards and depends on no action either way, so that gradients of the policy stay unbiased; the mean over all rows
+    is that over the rows predicted at, so that those of the early head do as well.
+    """
+    if prediction.early_logits is None or prediction.early_rows is None:
+        return None if prediction.early_logits is None else next_byte_log_lik(prediction.early_logits, layout.bytes)
+    rows = prediction.early_rows
+    there = log_lik_of(prediction.early_logits, jnp.roll(layout.bytes, -1, axis=1)[:, rows])
+    scored = continues(layout)[:, rows]
+    mean = jnp.sum(jnp.where(scored, there, 0.0)) / jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
+    return jnp.broadcast_to(mean, layout.bytes.shape).at[:, rows].set(there)
 
 
 def continues(layout: Layout) -> Bool[Array, "batch length"]:
@@ -144,6 +174,7 @@ class UNet(eqx.Module):
     early_norm: RMSNorm | None
     early_head: Linear | None
     compute: Literal["float32", "bfloat16"] = eqx.field(static=True)
+    early_share: float = eqx.field(static=True)
 
     def __init__(self, config: UNetConfig, estimator: AbstractEstimator | None, *, key: PRNGKeyArray):
         """`estimator` None leaves the token level out: encoder and decoder blocks alone, a purely byte-level model.
@@ -175,6 +206,7 @@ class UNet(eqx.Module):
         self.early_norm = RMSNorm(dim) if early else None
         self.early_head = Linear(dim, VOCAB, key=key_head) if early else None
         self.compute = config.compute
+        self.early_share = config.early_share
 
     def __call__(
         self,
@@ -200,13 +232,22 @@ class UNet(eqx.Module):
         drawing = Drawing(key, tuple(actions), target_rate, tuple(capacities), samples, training=training)
         return self.predict(self.stage(self.embed(layout), layout, drawing))
 
-    def predict(self, output: StageOutput) -> Prediction:
-        """The two heads on top of what the stage returned."""
+    def predict(self, output: StageOutput, *, early_rows: Int[Array, " rows"] | None = None) -> Prediction:
+        """The two heads on top of what the stage returned, the early one at `early_rows` only where they are given."""
         early_logits = None
         with jax.named_scope("heads"):
             if self.early_head is not None and self.early_norm is not None:
-                early_logits = self.early_head.wide(self.early_norm(output.levels[0].hidden))
-            return Prediction(self.head.wide(self.norm(output.hidden)), early_logits, output.levels)
+                hidden = output.levels[0].hidden
+                hidden = hidden if early_rows is None else hidden[:, early_rows]
+                early_logits = self.early_head.wide(self.early_norm(hidden))
+            return Prediction(self.head.wide(self.norm(output.hidden)), early_logits, output.levels, early_rows)
+
+    def some_rows(self, length: int, key: PRNGKeyArray | None) -> Int[Array, " rows"] | None:
+        """The rows of `length` at which the early head predicts in a training step; None for all, which it is without a key."""
+        count = round(self.early_share * length)
+        if self.early_head is None or key is None or count >= length:
+            return None
+        return jax.random.permutation(jax.random.fold_in(key, 2), length)[: max(count, 1)]
 
     def embed(self, layout: Layout) -> Float[Array, "batch length dim"]:
         """One vector a byte, in the compute dtype."""
@@ -245,16 +286,18 @@ class UNet(eqx.Module):
         def finish(capacity: int | None):
             def way(operands: tuple[UNet, Begun, Drawing, Layout]) -> tuple[Float[Array, ""], LossOutput]:
                 model, begun, drawing, layout = operands
-                prediction = model.predict(model.stage.finish(begun, drawing, capacity=capacity))
+                early_rows = model.some_rows(layout.bytes.shape[1], drawing.key) if drawing.training else None
+                output = model.stage.finish(begun, drawing, capacity=capacity)
+                prediction = model.predict(output, early_rows=early_rows)
                 with jax.named_scope("loss"):
-                    output = model.losses(
+                    losses = model.losses(
                         prediction,
                         repeated(layout, samples),
                         target_rate=drawing.target_rate,
                         samples=samples,
                         capacity=capacity,
                     )
-                return output.loss, output
+                return losses.loss, losses
 
             return way
 
@@ -284,9 +327,7 @@ class UNet(eqx.Module):
         scored = continues(layout)
         count = jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
         log_lik = next_byte_log_lik(prediction.logits, layout.bytes)
-        early = None
-        if prediction.early_logits is not None:
-            early = next_byte_log_lik(prediction.early_logits, layout.bytes)
+        early = early_log_lik(prediction, layout)
 
         def mean(values: Float[Array, "batch length"]) -> Float[Array, ""]:
             return jnp.sum(jnp.where(scored, values, 0.0)) / count
