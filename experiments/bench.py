@@ -14,8 +14,9 @@ import jax
 import tyro
 
 from experiments.benchmark.models import ModelReport, measure
-from experiments.benchmark.ops import BATCH, DIM, LENGTH, RATE, Compared, compare_operations
+from experiments.benchmark.ops import Compared, Sizes, compare_operations
 from experiments.benchmark.overhead import Overhead, overhead
+from experiments.benchmark.rates import RateReport, token_level
 from experiments.benchmark.roofline import Share
 from experiments.benchmark.steps import WayName, of_estimators, plainer_way, training_step
 from experiments.benchmark.timing import Timing, in_turns
@@ -60,6 +61,8 @@ class BenchConfig:
     """Recompute blocks in the backward pass, instead of what the preset says."""
     models: tuple[ModelName, ...] = ()
     """Instead: what each of these presets takes to compile, in memory, to train and to evaluate, with --estimator."""
+    rates: bool = False
+    """Instead: how the time of the token level of --model follows the rate of boundaries."""
     ops: bool = False
     """Instead: every ragged operation against a plain way to the same result, and dynamic chunking against that of the package
     h-net-dynamic-chunking where it is installed."""
@@ -112,10 +115,23 @@ def bench_alternatives(config: BenchConfig, display: Display) -> dict[str, Timin
     return found
 
 
+def bench_rates(config: BenchConfig, display: Display) -> dict[str, RateReport]:
+    """The token level at several rates. Raises `ConfigError`."""
+    run = preset(config, "stride")
+    display.note(f"the token level of {config.model}, {run.batch} x {run.length} bytes, forward and backward; minutes")
+    found = token_level(run, rounds=config.rounds, calls=config.calls)
+    lines = ["| rate | ms | per token, relative to a rate of 0.5 |", "|---|---|---|"]
+    lines += [f"| {name} | {one.seconds * 1e3:.0f} | {one.per_token:.2f} |" for name, one in found.items()]
+    display.note("\n".join(lines) + "\n")
+    return found
+
+
 def bench_operations(config: BenchConfig, display: Display) -> dict[str, Compared]:
     """Ragged operations against plain ways, one pair at a time."""
-    display.note(f"operations on {BATCH} x {LENGTH} rows of {DIM}, {RATE:.2f} boundaries a row, forward and backward")
-    found = compare_operations(rounds=config.rounds, calls=config.calls)
+    sizes = Sizes()
+    what = f"{sizes.batch} x {sizes.length} rows of {sizes.dim}, {sizes.rate:.2f} boundaries a row"
+    display.note(f"operations on {what}, forward and backward")
+    found = compare_operations(sizes, rounds=config.rounds, calls=config.calls)
     lines = ["| operation | ms | instead of | times its speed |", "|---|---|---|---|"]
     for name, one in found.items():
         lines.append(f"| {name} | {one.own.seconds * 1e3:.1f} | {one.other} | {one.own.speedup:.1f} |")
@@ -230,14 +246,19 @@ def bench(config: BenchConfig, display: Display) -> None:
     """Measure, say what was measured, and write it down where asked. Raises `ConfigError` and `DataError`."""
     if config.rounds < 1 or config.calls < 1:
         raise ConfigError("--rounds and --calls must be at least 1")
-    if sum(map(bool, (config.alternatives, config.models, config.ops, config.overhead, config.compile_for))) > 1:
-        raise ConfigError("--alternatives, --models, --ops, --overhead and --compile-for are measured one at a time")
+    asked = config.alternatives, config.models, config.ops, config.rates, config.overhead, config.compile_for
+    if sum(map(bool, asked)) > 1:
+        raise ConfigError(
+            "--alternatives, --models, --ops, --rates, --overhead and --compile-for are measured one at a time"
+        )
     if config.compile_for is not None:
         what, found = "compiled", bench_compilation(config, config.compile_for, display)
     elif config.alternatives:
         what, found = "alternatives", bench_alternatives(config, display)
     elif config.models:
         what, found = "models", bench_models(config, display)
+    elif config.rates:
+        what, found = "rates", bench_rates(config, display)
     elif config.ops:
         what, found = "operations", bench_operations(config, display)
     elif config.overhead:

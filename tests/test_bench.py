@@ -3,12 +3,15 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import bench
-from experiments.benchmark import timing, whole_step
+from experiments.benchmark import rates, timing, whole_step
 from experiments.benchmark.deviceless import TARGETS, missing
+from experiments.benchmark.ops import Sizes, operations
 from experiments.benchmark.overhead import overhead
 from experiments.benchmark.roofline import Kernel, kernels_of, shares
 from experiments.benchmark.timing import in_turns
@@ -17,6 +20,7 @@ from experiments.config import ConfigError
 from experiments.presets import PRESETS
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
+from unet import UNetConfig
 
 PROGRAM = """
 %fused (p: f32[4]) -> f32[4] {
@@ -141,6 +145,42 @@ def test_the_command_measures_alternatives(corpus, tmp_path, capsys):
     ways = json.loads(out.read_text())["alternatives"]
     assert {"padded", "square"} <= ways.keys()
     assert "pytorch" in ways or "pip install 'caesura-lm[bench]'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_operations_and_their_plain_ways_agree():
+    sizes = Sizes(batch=2, length=96, dim=16)
+    pairs = operations(sizes, jax.random.key(0))
+    assert len(pairs) == 6
+    for name, (_, works) in pairs.items():
+        own, other = works["own"](), works["other"]()
+        jax.tree.map(
+            lambda a, b, name=name: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name), own, other
+        )
+
+
+def test_the_command_measures_operations(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "Sizes", lambda: Sizes(batch=2, length=32, dim=16))
+    out = tmp_path / "bench.json"
+    assert bench.main(["--ops", "--rounds", "1", "--calls", "1", "--json", str(out)]) == 0
+    assert {"downsample", "smoothing"} <= json.loads(out.read_text())["operations"].keys()
+
+
+def test_the_command_measures_models(corpus, tmp_path):
+    out = tmp_path / "bench.json"
+    small = ["--batch", "2", "--length", "32", "--rounds", "1", "--calls", "1", "--json", str(out)]
+    assert bench.main(["--models", "tiny", "--estimator", "uniform", "--dataset", str(corpus), *small]) == 0
+    tiny = json.loads(out.read_text())["models"]["tiny"]
+    assert all(tiny[name] > 0 for name in ("parameters", "compile_seconds", "peak_bytes", "training", "evaluation"))
+
+
+def test_the_token_level_is_measured_at_several_rates(monkeypatch, tmp_path):
+    monkeypatch.setattr(rates, "RATES", (0.5, 0.25))
+    unet = UNetConfig(dim=16, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=4)
+    monkeypatch.setitem(bench.PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], unet=unet))
+    out = tmp_path / "bench.json"
+    small = ["--batch", "2", "--length", "32", "--rounds", "1", "--calls", "1", "--json", str(out)]
+    assert bench.main(["--rates", *small]) == 0
+    assert list(json.loads(out.read_text())["rates"]) == ["0.5", "0.25"]
 
 
 def test_one_thing_is_measured_at_a_time(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,10 +18,20 @@ from unet.chunkers import SelectSmooth
 from unet.model import plain_layout
 from unet.ops import boundary_scan, downsample, mean_pool, smooth, token_of, upsample
 
-BATCH, LENGTH, DIM, RATE = 8, 4096, 512, 1 / 6
-"""What every operation is measured at: sequences, rows, width, and the share of rows with a boundary."""
 
-CAPACITY = round(1.35 * RATE * LENGTH)
+@dataclass(frozen=True)
+class Sizes:
+    """What operations are measured at: sequences, rows, width, and the share of rows with a boundary."""
+
+    batch: int = 8
+    length: int = 4096
+    dim: int = 512
+    rate: float = 1 / 6
+
+    @property
+    def capacity(self) -> int:
+        """Token rows of each sequence."""
+        return round(1.35 * self.rate * self.length)
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,10 @@ class Compared:
     other: str
 
 
-def compare_operations(*, rounds: int, calls: int) -> dict[str, Compared]:
+def compare_operations(sizes: Sizes, *, rounds: int, calls: int) -> dict[str, Compared]:
     """Every operation, one after another; those against PyTorch only where it is installed."""
     found = {}
-    for name, pair in {**_operations(jax.random.key(0)), **_peers()}.items():
-        other, works = pair
+    for name, (other, works) in {**operations(sizes, jax.random.key(0)), **_peers(sizes)}.items():
         timings = in_turns(works, baseline="other", rounds=rounds, calls=calls)
         found[name] = Compared(timings["own"], other)
     return found
@@ -45,22 +55,24 @@ Pair = tuple[str, dict[str, Work]]
 """What the other way is, and the two pieces of work, `own` and `other`."""
 
 
-def _operations(key: PRNGKeyArray) -> dict[str, Pair]:
+def operations(sizes: Sizes, key: PRNGKeyArray) -> dict[str, Pair]:
+    """Each operation of this library beside a plain way; both return the same value and gradient."""
+    batch, length, capacity = sizes.batch, sizes.length, sizes.capacity
     key_hidden, key_actions, key_probs, key_uniforms = jax.random.split(key, 4)
-    hidden = jax.random.normal(key_hidden, (BATCH, LENGTH, DIM))
-    actions = jax.random.uniform(key_actions, (BATCH, LENGTH)) < RATE
-    tokens = downsample(hidden, actions, CAPACITY).values
-    probs = jax.random.uniform(key_probs, (BATCH, CAPACITY))
-    projections = jax.random.normal(key_probs, (BATCH, LENGTH, 8))
-    uniforms = jax.random.uniform(key_uniforms, (BATCH, LENGTH))
-    heads = hidden[:1].reshape(1, LENGTH, 8, -1)
-    layout = plain_layout(jnp.zeros((1, LENGTH), jnp.int32))
+    hidden = jax.random.normal(key_hidden, (batch, length, sizes.dim))
+    actions = jax.random.uniform(key_actions, (batch, length)) < sizes.rate
+    tokens = downsample(hidden, actions, capacity).values
+    probs = jax.random.uniform(key_probs, (batch, capacity))
+    projections = jax.random.normal(key_probs, (batch, length, 8))
+    uniforms = jax.random.uniform(key_uniforms, (batch, length))
+    heads = hidden[:1].reshape(1, length, 8, -1)
+    layout = plain_layout(jnp.zeros((1, length), jnp.int32))
     return {
         "downsample": (
             "a product with one-hot rows",
             _both(
-                lambda x: downsample(x, actions, CAPACITY).values,
-                lambda x: jnp.einsum("btl,bld->btd", _one_hot(actions), x),
+                lambda x: downsample(x, actions, capacity).values,
+                lambda x: jnp.einsum("btl,bld->btd", _one_hot(actions, capacity), x),
                 hidden,
             ),
         ),
@@ -68,15 +80,17 @@ def _operations(key: PRNGKeyArray) -> dict[str, Pair]:
             "a product with one-hot rows",
             _both(
                 lambda y: upsample(y, actions),
-                lambda y: jnp.einsum("blt,btd->bld", jax.nn.one_hot(token_of(actions), CAPACITY), y),
+                lambda y: jnp.einsum(
+                    "blt,btd->bld", jax.nn.one_hot(jnp.minimum(token_of(actions), capacity - 1), capacity), y
+                ),
                 tokens,
             ),
         ),
         "mean pooling": (
             "a product with the matrix of groups",
             _both(
-                lambda x: mean_pool(x, actions, CAPACITY).values,
-                lambda x: jnp.einsum("btl,bld->btd", _groups(actions), x),
+                lambda x: mean_pool(x, actions, capacity).values,
+                lambda x: jnp.einsum("btl,bld->btd", _groups(actions, capacity), x),
                 hidden,
             ),
         ),
@@ -102,23 +116,25 @@ def _operations(key: PRNGKeyArray) -> dict[str, Pair]:
     }
 
 
-def _peers() -> dict[str, Pair]:
+def _peers(sizes: Sizes) -> dict[str, Pair]:
     """Dynamic chunking against the module of the package h-net-dynamic-chunking, where that is installed."""
     try:
         from experiments.benchmark.torch_chunking import torch_chunking
     except ModuleNotFoundError:
         return {}
-    hidden = changing_signs(jax.random.key(1))
-    router = Likelier(CosineRouter(DIM, target_rate=RATE))
+    hidden = changing_signs(sizes, jax.random.key(1))
+    router = Likelier(CosineRouter(sizes.dim, target_rate=sizes.rate))
     found = {}
     for what, projected in {"dynamic chunking": router, "the same without the two projections": None}.items():
-        own = _jitted(jax.grad(_chunking_loss), (projected, hidden))
-        other = torch_chunking(np.asarray(hidden), RATE, projected=projected is not None)
+        own = _jitted(jax.grad(functools.partial(_chunking_loss, sizes=sizes)), (projected, hidden))
+        other = torch_chunking(np.asarray(hidden), sizes.rate, projected=projected is not None)
         found[what] = "h-net-dynamic-chunking", {"own": own, "other": other}
     return found
 
 
-def _chunking_loss(both: tuple[AbstractRouter | None, Float[Array, "batch length dim"]]) -> Float[Array, ""]:
+def _chunking_loss(
+    both: tuple[AbstractRouter | None, Float[Array, "batch length dim"]], sizes: Sizes
+) -> Float[Array, ""]:
     """Down, up and the ratio loss; without a router boundaries lie where the rows themselves are unlike."""
     router, hidden = both
     layout = plain_layout(jnp.zeros(hidden.shape[:2], jnp.int32))
@@ -128,19 +144,19 @@ def _chunking_loss(both: tuple[AbstractRouter | None, Float[Array, "batch length
     else:
         boundaries = router(hidden, layout, Draw(boundary_scan))
     chunker = SelectSmooth()
-    rows = chunker.down(hidden, boundaries, capacity=CAPACITY)
+    rows = chunker.down(hidden, boundaries, capacity=sizes.capacity)
     back = chunker.up(rows.values, rows, hidden, boundaries)
-    ratio = equations.ratio_loss(boundaries.actions, boundaries.probs, 1 / RATE)
+    ratio = equations.ratio_loss(boundaries.actions, boundaries.probs, 1 / sizes.rate)
     return jnp.mean(back * hidden) + 0.03 * ratio
 
 
-def changing_signs(key: PRNGKeyArray) -> Float[Array, "batch length dim"]:
-    """Rows that stay nearly the same and turn into their opposite at `RATE` of them, where a cosine router sees boundaries."""
+def changing_signs(sizes: Sizes, key: PRNGKeyArray) -> Float[Array, "batch length dim"]:
+    """Rows that stay nearly the same and turn into their opposite at `rate` of them, where a cosine router sees boundaries."""
     key_base, key_turns, key_noise = jax.random.split(key, 3)
-    turns = jax.random.uniform(key_turns, (BATCH, LENGTH, 1)) < RATE
+    turns = jax.random.uniform(key_turns, (sizes.batch, sizes.length, 1)) < sizes.rate
     signs = 1.0 - 2.0 * (jnp.cumsum(turns, axis=1) % 2)
-    noise = 0.1 * jax.random.normal(key_noise, (BATCH, LENGTH, DIM))
-    return signs * jax.random.normal(key_base, (BATCH, 1, DIM)) + noise
+    noise = 0.1 * jax.random.normal(key_noise, (sizes.batch, sizes.length, sizes.dim))
+    return signs * jax.random.normal(key_base, (sizes.batch, 1, sizes.dim)) + noise
 
 
 def _both(own: Callable[[Array], Array], other: Callable[[Array], Array], x: Array) -> dict[str, Work]:
@@ -157,15 +173,17 @@ def _jitted(function: Callable[..., PyTree], *arguments: PyTree) -> Work:
     return lambda: jitted(*arguments)
 
 
-def _one_hot(actions: Bool[Array, "batch length"]) -> Float[Array, "batch tokens length"]:
+def _one_hot(actions: Bool[Array, "batch length"], capacity: int) -> Float[Array, "batch tokens length"]:
     """1 where a row is that at which a token closes."""
     token = jnp.where(actions, token_of(actions), -1)
-    return jnp.swapaxes(jax.nn.one_hot(token, CAPACITY), 1, 2)
+    return jnp.swapaxes(jax.nn.one_hot(token, capacity), 1, 2)
 
 
-def _groups(actions: Bool[Array, "batch length"]) -> Float[Array, "batch tokens length"]:
+def _groups(actions: Bool[Array, "batch length"], capacity: int) -> Float[Array, "batch tokens length"]:
     """1 / size where a row is in the group that a token closes."""
-    member = jnp.swapaxes(jax.nn.one_hot(token_of(actions) + 1 - actions, CAPACITY), 1, 2)
+    group = token_of(actions) + 1 - actions
+    closed = group < jnp.sum(actions, axis=1, keepdims=True)
+    member = jnp.swapaxes(jax.nn.one_hot(jnp.where(closed, group, -1), capacity), 1, 2)
     return member / jnp.maximum(jnp.sum(member, axis=2, keepdims=True), 1.0)
 
 
@@ -196,15 +214,16 @@ def _call_by_call(projections: Float[Array, "batch length taps"], uniforms: Floa
     """A policy that is asked row by row from Python."""
 
     @jax.jit
-    def step(past: Array, number: Array) -> Array:
+    def step(past: Array, number: Array) -> tuple[Array, Array]:
         q, u = projections[:, number], uniforms[:, number]
-        action = u < jax.nn.sigmoid(q[:, 0] + jnp.sum(q[:, 1:] * past, axis=1))
-        return jnp.concatenate([action[:, None].astype(q.dtype), past[:, :-1]], axis=1)
+        action = (u < jax.nn.sigmoid(q[:, 0] + jnp.sum(q[:, 1:] * past, axis=1))) | (number == 0)
+        return jnp.concatenate([action[:, None].astype(q.dtype), past[:, :-1]], axis=1), action
 
     def work() -> Array:
-        past = jnp.zeros((projections.shape[0], projections.shape[-1] - 1))
+        past, actions = jnp.zeros((projections.shape[0], projections.shape[-1] - 1)), []
         for number in range(projections.shape[1]):
-            past = step(past, jnp.asarray(number))
-        return past
+            past, action = step(past, jnp.asarray(number))
+            actions.append(action)
+        return jnp.stack(actions, axis=1)
 
     return work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax
@@ -16,17 +17,26 @@ from unet import UNet
 RATES = (1.0, 1 / 2, 1 / 4, 1 / 8)
 
 
-def token_level(config: RunConfig, *, rounds: int, calls: int) -> dict[str, float]:
-    """Seconds that the token level of a model takes at each of `RATES`, forward and backward: those of a loss and its gradient
-    less those of the same without token-level blocks. Boundaries are evenly spaced; all rates and both models take turns."""
+@dataclass(frozen=True)
+class RateReport:
+    """`seconds` of the token level at a rate, and what each token takes relative to a rate of one half."""
+
+    seconds: float
+    per_token: float
+
+
+def token_level(config: RunConfig, *, rounds: int, calls: int) -> dict[str, RateReport]:
+    """What the token level of a model takes at each of `RATES`, forward and backward: a loss and its gradient less the same
+    without token-level blocks. Boundaries are evenly spaced; all rates and both models take turns."""
     works = {
         f"{rate} {blocks}": _work(config, rate, blocks) for rate in RATES for blocks in (config.unet.main_layers, 0)
     }
     timings = in_turns(works, baseline=next(iter(works)), rounds=rounds, calls=calls)
-    return {
-        f"{rate:g}": timings[f"{rate} {config.unet.main_layers}"].seconds - timings[f"{rate} 0"].seconds
-        for rate in RATES
+    seconds = {
+        rate: timings[f"{rate} {config.unet.main_layers}"].seconds - timings[f"{rate} 0"].seconds for rate in RATES
     }
+    half = seconds[0.5] / 0.5
+    return {f"{rate:g}": RateReport(taken, taken / rate / half) for rate, taken in seconds.items()}
 
 
 def _work(config: RunConfig, rate: float, blocks: int) -> Work:
