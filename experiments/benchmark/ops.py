@@ -190,7 +190,7 @@ def _groups(actions: Bool[Array, "batch length"], capacity: int) -> Float[Array,
 def _smooth_by_scan(
     values: Float[Array, "batch tokens dim"], probs: Float[Array, "batch tokens"]
 ) -> Float[Array, "batch tokens dim"]:
-    inside = jnp.clip(probs, 1e-4, 1.0 - 1e-4).at[:, 0].set(1.0)
+    inside = jnp.clip(probs, 1e-4, 1.0 - 1e-4)
 
     def step(state: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
         value, p = row
