@@ -37,7 +37,7 @@ PRESETS: dict[ModelName, RunConfig] = {
         model="tiny",
         length=256,
         batch=16,
-        buckets=3,
+        buckets=2,
         bytes=6_000_000,
         sfe=ScoreFunctionConfig(window=0, discount=0.9, scale=2.4),
         optimizer=OptimizerConfig(learning_rate=3e-3),

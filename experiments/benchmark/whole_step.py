@@ -56,7 +56,9 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
     params, static = eqx.partition(model, is_trained)
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
     # One size, the largest: kernels of branches that may not be taken would have to be weighed.
-    step = make_step(config, static, optimizer, capacities=slack_capacities(config, rate)[-1:])
+    capacities = slack_capacities(config, rate)[-1:]
+    groups = int(config.fold and capacities[-1] < config.length)
+    step = make_step(config, static, optimizer, capacities=capacities, groups=groups)
     state = eqx.filter_eval_shape(lambda: fresh_state(params, optimizer))
     shape = config.batch, config.length
     batch = {

@@ -46,13 +46,12 @@ def _unable() -> str | None:
 
 def refusal(dim: int, dtype: jnp.dtype) -> str | None:
     """Why rows of `dim` values of `dtype` are not for the kernels, or this process is not; None where they are."""
-    if unable := _unable():
-        return unable
     if dim % LANES:
         return f"rows of {dim} values are not a multiple of {LANES}"
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"rows are {jnp.dtype(dtype).name}, neither float32 nor bfloat16"
-    return None
+    # Last, since it imports the kernels' language: half a second for whoever has no use for it.
+    return _unable()
 
 
 def dispatch(
