@@ -130,7 +130,7 @@ def bench_operations(config: BenchConfig, display: Display) -> dict[str, Compare
     """Ragged operations against plain ways, one pair at a time."""
     sizes = Sizes()
     what = f"{sizes.batch} x {sizes.length} rows of {sizes.dim}, {sizes.rate:.2f} boundaries a row"
-    display.note(f"operations on {what}, forward and backward")
+    display.note(f"operations on {what}, with their gradients where they have one")
     found = compare_operations(sizes, rounds=config.rounds, calls=config.calls)
     lines = ["| operation | ms | instead of | times its speed |", "|---|---|---|---|"]
     for name, one in found.items():
@@ -227,7 +227,10 @@ def preset(config: BenchConfig, estimator: EstimatorName) -> RunConfig:
     if config.length is not None:
         run = dataclasses.replace(run, length=config.length)
     if config.early_share is not None:
-        run = dataclasses.replace(run, unet=dataclasses.replace(run.unet, early_share=config.early_share))
+        try:
+            run = dataclasses.replace(run, unet=dataclasses.replace(run.unet, early_share=config.early_share))
+        except ValueError as error:
+            raise ConfigError(f"--early-share: {error}") from error
     if config.remat is not None:
         run = dataclasses.replace(run, unet=dataclasses.replace(run.unet, remat=config.remat))
     check(run)

@@ -30,7 +30,7 @@ from experiments.found import find, read_found
 from experiments.registry import Found, build_estimator
 from experiments.step import StepMetrics, TrainState, compiled, fresh_state, frozen_or_not, make_optimizer, make_step
 from experiments.target import TargetSchedule
-from unet import UNet
+from unet import SelectSmooth, UNet
 from unet.ops import boundary_scan
 from unet.ops.mosaic import refusal
 
@@ -95,9 +95,13 @@ def training_capacities(config: RunConfig, router: AbstractRouter | None, split:
     return _sizes(config, float(jnp.mean(drawn)), 1.25 * float(jnp.max(drawn)))
 
 
-def token_groups(config: RunConfig, capacities: Sequence[int]) -> int:
-    """The groups of sequences, one on each device, that share their token rows; 0 where each sequence has its own."""
-    return _device_count(config) if config.fold and capacities[-1] < config.length else 0
+def token_groups(config: RunConfig, model: UNet, capacities: Sequence[int], devices: int | None = None) -> int:
+    """The groups of sequences, one on each of the `devices` (None: those of the run), that share their token rows; 0 for none."""
+    # Smoothing goes from row to row: over sequences one after another it would have no two to do at once.
+    smooths = any(isinstance(one.chunker, SelectSmooth) and one.chunker.smoothing for one in model.stage.estimators)
+    if smooths or not config.fold or capacities[-1] == config.length:
+        return 0
+    return _device_count(config) if devices is None else devices
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
     capacities = training_capacities(config, routers[0] if routers else None, split)
     capacity = capacities[-1]
-    groups = token_groups(config, capacities)
+    groups = token_groups(config, model, capacities)
     step_function = compiled(make_step(config, static, optimizer, capacities=capacities, groups=groups))
     # Fresh trees share equal buffers between leaves, which donation forbids.
     state = replicate(jax.tree.map(jnp.copy, fresh_state(params, optimizer)))

@@ -137,7 +137,7 @@ def test_the_command_leaves_a_table_and_a_figure(tmp_path):
     pytest.importorskip("diffrax")
     out = tmp_path / "lab"
     arguments = (
-        *("--out", out, "--length", "5", "--texts", "2", "--steps", "3", "--time", "20", "--draws", "8"),
+        *("--out", out, "--length", "4", "--texts", "2", "--steps", "3", "--time", "20", "--draws", "8"),
         *("--learning-rates", "--after"),
     )
     with jax.numpy_dtype_promotion("standard"):

@@ -18,7 +18,7 @@ from experiments.folder import held, read_metrics
 ROOT = Path(__file__).parent.parent
 SMALL = (
     *("--unet.dim", "8", "--unet.heads", "2", "--unet.main-layers", "1", "--unet.window", "4"),
-    *("--length", "16", "--batch", "4", "--steps", "8", "--devices", "1"),
+    *("--length", "16", "--batch", "4", "--steps", "8", "--devices", "1", "--buckets", "1"),
     *("--evaluation.bytes", "64", "--evaluation.times", "2", "--checkpoint.times", "4"),
 )
 TIMES = ("seconds", "bytes_per_second")
@@ -316,7 +316,8 @@ def test_a_rule_runs_to_the_end(corpus, tmp_path, estimator):
 
 
 def test_accumulation_two_devices_and_no_token_level_run_too(corpus, tmp_path):
-    extra = ("--optimizer.accumulate", "2", "--devices", "2", "--unet.compute", "bfloat16", "--chunker", "deviate")
+    extra = ("--optimizer.accumulate", "2", "--devices", "2", "--buckets", "2", "--unet.compute", "bfloat16")
+    extra = (*extra, "--chunker", "deviate", "--unet.early-share", "0.5")
     assert start("--dataset", corpus, "--out", tmp_path / "a", *SMALL, *extra) == 0
     flat = ("--estimator", "isotropic", "--isotropic.no-token-level")
     assert start("--dataset", corpus, "--out", tmp_path / "b", *SMALL, *flat) == 0

@@ -15,7 +15,8 @@ QUERIES = 2048
 """Rows that full attention over a longer text takes at a time, so that its memory grows with the length and not its square."""
 
 STRIP = 128
-"""Rows of a strip of full attention over a shorter text, which leaves out the keys after it; there are four strips at most."""
+"""Fewest rows of a strip of full attention over a shorter text, which leaves out the keys after it; there are four strips at
+most."""
 
 
 class Visibility(eqx.Module):

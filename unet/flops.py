@@ -53,7 +53,9 @@ def matrix_flops(model: UNet, *, rate: float, samples: int = 1) -> Flops:
         boundary=6.0 * trained + 2.0 * frozen,
         mid=6.0 * after * rate * _size(mid),
         decode=6.0 * after * _size(decode),
-        heads=6.0 * after * (_size((model.norm, model.head)) + _size((model.early_norm, model.early_head))),
+        heads=6.0
+        * after
+        * (_size((model.norm, model.head)) + model.early_share * _size((model.early_norm, model.early_head))),
     )
 
 
@@ -68,7 +70,7 @@ def layer_flops(model: UNet, *, length: int, rate: float, samples: int = 1) -> F
     after = float(samples)
     vocab, dim = model.embedding.shape
     trained, frozen = _sizes(model.stage.estimators)
-    heads = 1 + (model.early_head is not None)
+    heads = 1 + (0.0 if model.early_head is None else model.early_share)
     return Flops(
         embed=3 * 2.0 * vocab * dim,
         encode=3 * _stack_forward(encode, float(length)),

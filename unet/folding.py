@@ -49,11 +49,12 @@ class Squares(eqx.Module):
     only work in which every sequence has as many rows as the longest may need.
 
     `index`: the folded row of each row of each sequence, -1 where there is none; `back`: the other way round, with the
-    sequences of a group counted through.
+    sequences of a group counted through; `number`: what number a folded row has in its own sequence.
     """
 
     index: Int[Array, "groups size*rows"]
     back: Int[Array, "groups tokens"]
+    number: Int[Array, "groups tokens"]
     size: int = eqx.field(static=True)
     implementation: Implementation | None = eqx.field(static=True)
 
@@ -70,13 +71,12 @@ class Squares(eqx.Module):
         groups, tokens = rows.positions.shape
         counts = lengths.reshape(groups, -1)
         first = jnp.cumsum(counts, axis=1) - counts
-        number = jnp.arange(capacity, dtype=jnp.int32)
-        index = jnp.where(number < counts[..., None], first[..., None] + number, -1)
+        place = jnp.arange(capacity, dtype=jnp.int32)
+        index = jnp.where(place < counts[..., None], first[..., None] + place, -1)
         sequence = rows.positions // length
-        place = jnp.arange(tokens, dtype=jnp.int32) - jnp.take_along_axis(first, sequence, axis=1)
-        there = rows.mask & (place < capacity)
         self.index = index.reshape(groups, -1)
-        self.back = jnp.where(there, sequence * capacity + place, -1)
+        self.number = jnp.arange(tokens, dtype=jnp.int32) - jnp.take_along_axis(first, sequence, axis=1)
+        self.back = jnp.where(rows.mask, sequence * capacity + self.number, -1)
         self.size = counts.shape[1]
         self.implementation = implementation
 

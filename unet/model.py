@@ -131,7 +131,8 @@ def early_log_lik(prediction: Prediction, layout: Layout) -> Float[Array, "batch
 
     Where it predicted at some rows only, the mean over those stands for it at the others. What it stands for is subtracted
     from rewards and depends on no action either way, so that gradients of the policy stay unbiased; the mean over all rows
-    is that over the rows predicted at, so that those of the early head do as well.
+    is that over the rows predicted at, so that those of the early head do as well (but for padding and packing, which make
+    it a ratio of two random numbers).
     """
     if prediction.early_logits is None or prediction.early_rows is None:
         return None if prediction.early_logits is None else next_byte_log_lik(prediction.early_logits, layout.bytes)
@@ -274,9 +275,9 @@ class UNet(eqx.Module):
         program holds all of them, so one compilation serves every rate. With several, the loss can be differentiated once.
 
         `groups`, where it is not 0, cuts the batch into so many groups of neighbouring sequences and lays the token rows of each
-        group one after another: then their sum decides which size has room. Of every capacity there are as many rows as it has
-        sequences, of which one can take more than its share, but never more than the largest. Only attention still works in
-        as many rows for each sequence as the largest.
+        group one after another: then their sum decides which size has room. A group has that many rows for each of its
+        sequences, which share them freely, but for none has more tokens than the largest size. Attention alone still works in
+        as many rows for each sequence as that. Raises `ValueError` where `groups` does not divide the batch.
         """
         sizes, bounds = _sizes(capacities)
         layout = plain_layout(bytes, segments, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import abstractmethod
 from typing import TypeVar
@@ -46,7 +47,8 @@ class Drawing(eqx.Module):
     where given, takes the place of the rate that the outermost level was built for; `capacities` bound the tokens of each
     level (empty: as many as there are rows, so none is ever dropped); `samples` draws so many times for each sequence at the
     outermost level, from one pass of its encoder; `groups`, where it is not 0, folds the token rows of that level: those of
-    each of so many groups of neighbouring sequences lie one after another. `squares` says how rows that are folded come apart.
+    each of so many groups of neighbouring sequences lie one after another, and are one row to the levels inside. `squares` says
+    how rows that are folded come apart.
     """
 
     key: PRNGKeyArray | None = None
@@ -90,11 +92,12 @@ class Begun(eqx.Module):
 
     def fullest(self, groups: int) -> Int[Array, ""]:
         """The token rows that the sequence with most of them needs; where the sequences of `groups` share theirs, the most that
-        those of a group need on average."""
+        those of a group need on average. Raises `ValueError` where these are not of equal size."""
         if self.boundaries is None:
             return jnp.zeros((), jnp.int32)
-        needed = jnp.sum(self.boundaries.actions, axis=1, dtype=jnp.int32).reshape(groups or self.encoded.shape[0], -1)
-        return -(-jnp.max(jnp.sum(needed, axis=1)) // needed.shape[1])
+        batch = self.encoded.shape[0]
+        needed = jnp.sum(fold(self.boundaries.actions, groups or batch), axis=1, dtype=jnp.int32)
+        return -(-jnp.max(needed) * needed.shape[0] // batch)
 
 
 class AbstractStage(eqx.Module):
@@ -186,6 +189,8 @@ class Hierarchy(AbstractStage):
             token_layout = self.token_layout(rows, layout)
             if drawing.groups:
                 squares = Squares(rows, lengths, length=length, capacity=bound, implementation=self.implementation)
+                if self.chunk_positions:
+                    token_layout = dataclasses.replace(token_layout, positions=squares.number)
         with jax.named_scope("mid"):
             inner = self.inner(rows.values, token_layout, drawing.inner(squares))
         with jax.named_scope("upsample"):

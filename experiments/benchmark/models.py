@@ -18,8 +18,8 @@ from unet.model import plain_layout
 
 @dataclass(frozen=True)
 class ModelReport:
-    """`parameters`; seconds to trace, lower and compile a training step, and bytes that it takes at its peak, by XLA's account;
-    bytes of text per second in training and in evaluation."""
+    """`parameters`; seconds to trace, lower and compile a training step, and bytes that it takes at its peak on each device, by
+    XLA's account; bytes of text per second in training and in evaluation, both of batches spread over the devices."""
 
     parameters: int
     compile_seconds: float

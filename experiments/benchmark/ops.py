@@ -1,4 +1,4 @@
-"""Each ragged operation against a plain way to the same result, forward and backward."""
+"""Each ragged operation against a plain way to the same result, with its gradient where it has one."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from experiments.registry import build_estimator
 from unet import UNet
 
 RATES = (1.0, 1 / 2, 1 / 4, 1 / 8)
+"""Shares of rows with a boundary."""
 
 
 @dataclass(frozen=True)

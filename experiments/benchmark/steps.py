@@ -57,7 +57,7 @@ def ready(config: RunConfig, split: Split, *, capacities: Sequence[int] | None =
     routers = [estimator.router for estimator in model.stage.estimators]
     if capacities is None:
         capacities = training_capacities(config, routers[0] if routers else None, split)
-    groups = token_groups(config, capacities)
+    groups = token_groups(config, model, capacities)
     step = compiled(make_step(config, static, optimizer, capacities=capacities, groups=groups))
     stream = open_batches(split, batch=config.batch, seed=config.seed)
     batches = [place_batch(next(stream)) for _ in range(4)]

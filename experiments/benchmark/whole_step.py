@@ -24,7 +24,7 @@ from experiments.benchmark.roofline import Share, kernels_of, shares
 from experiments.benchmark.shapes import is_trained, shapes_of
 from experiments.config import ConfigError, RunConfig, from_json, to_json
 from experiments.step import fresh_state, make_optimizer, make_step
-from experiments.train import slack_capacities
+from experiments.train import slack_capacities, token_groups
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 """Nothing can be timed on a GPU that is not there, so that products go to cuBLAS, whose kernels the roofline can read."""
@@ -57,7 +57,7 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
     optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
     # One size, the largest: kernels of branches that may not be taken would have to be weighed.
     capacities = slack_capacities(config, rate)[-1:]
-    groups = int(config.fold and capacities[-1] < config.length)
+    groups = token_groups(config, model, capacities, devices=1)
     step = make_step(config, static, optimizer, capacities=capacities, groups=groups)
     state = eqx.filter_eval_shape(lambda: fresh_state(params, optimizer))
     shape = config.batch, config.length
