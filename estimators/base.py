@@ -92,8 +92,9 @@ class Boundaries(eqx.Module):
         """The same boundaries with those suppressed, and no longer `decided`, for which `capacity` rows are too few.
 
         The `starts` of documents keep their rows, so that no document is left with a token of the one before it; the first
-        of the other boundaries share the rest. Of more starts than rows the last go without. A row is dropped from the policy terms whenever no token row was left for
-        it, whether or not it drew a boundary: keeping only the zeros there would bias the policy towards fewer boundaries.
+        of the other boundaries share the rest. Of more starts than rows the last go without. A row is dropped from the
+        policy terms whenever no token row was left for it, whether or not it drew a boundary: keeping only the zeros there
+        would bias the policy towards fewer boundaries.
         """
         free = (self.actions & ~self.starts).astype(jnp.int32)
         before = jnp.cumsum(free, axis=1) - free

@@ -87,7 +87,8 @@ class RunConfig:
     capacity_slack: float = 1.35
     """Most token rows per sequence in training, as a multiple of rate x length; boundaries beyond are dropped and counted."""
     buckets: int = 4
-    """Sizes, up to that bound, of which each step runs the token level in the smallest with room; each takes its time to compile."""
+    """Sizes, up to that bound, of which each step runs the token level in the smallest with room; each takes time to
+    compile."""
     fold: bool = True
     """Lay the token rows of all sequences of a device one after another in training: then the sum of their tokens decides which
     size has room, not the fullest of them; attention alone always works in the largest. Not where tokens are smoothed."""
