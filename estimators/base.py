@@ -25,11 +25,15 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
-from estimators.equations import confidence
+from estimators.equations import confidence, start_of
 
 Value = TypeVar("Value")
+State = TypeVar("State", bound=PyTree[Array])
+
+Keys = PRNGKeyArray | Key[Array, " batch"]
+"""One key for a batch, or one for each of its sequences."""
 
 VOCAB = 256
 BOS = 254
@@ -43,16 +47,28 @@ class Layout(eqx.Module):
     `bytes`: the byte a row was read from (for a token: the byte that closed it). `positions`: its place in the sequence,
     in bytes. `segments`: the number of its document; rows of different documents never see each other. `mask`: False
     where the row is padding.
+
+    `before`, where given, says how many rows of the same document came before the first of these, so that they go on with it;
+    each sequence is then one document. Below 0 so many rows of padding come first.
     """
 
     bytes: Int[Array, "batch length"]
     positions: Int[Array, "batch length"]
     segments: Int[Array, "batch length"]
     mask: Bool[Array, "batch length"]
+    before: Int[Array, " batch"] | None = None
+
+    @property
+    def numbers(self) -> Int[Array, "batch length"]:
+        """The place of each row in its document, from 0."""
+        place = jnp.arange(self.mask.shape[1], dtype=jnp.int32)[None, :]
+        return place - start_of(self.starts) if self.before is None else place + self.before[:, None]
 
     @property
     def starts(self) -> Bool[Array, "batch length"]:
         """True at the first row of each document, where a boundary is forced."""
+        if self.before is not None:
+            return (self.numbers == 0) & self.mask
         previous = jnp.pad(self.segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
         return (self.segments != previous) & self.mask
 
@@ -146,29 +162,82 @@ class Sampler(Protocol):
 class Draw(eqx.Module):
     """How a router is asked to draw.
 
-    `key` draws the boundaries (None: the likelier action of each row, `probs > 0.5`); `actions`, where given, are scored
-    instead of drawn. `target_rate`, where given, takes the place of the rate that a router or an objective was built for,
-    so that it can move during training.
+    `key` draws the boundaries (None: the likelier action of each row, `probs > 0.5`). Where there is a key for each sequence,
+    what a row draws depends on nothing but that key and the row's number, whatever stands beside or after it. `actions`,
+    where given, are scored instead of drawn. `target_rate`, where given, takes the place of the rate that a router or an
+    objective was built for, so that it can move during training.
     """
 
     sampler: Sampler = eqx.field(static=True)
-    key: PRNGKeyArray | None = None
+    key: Keys | None = None
     actions: Bool[Array, "batch length"] | None = None
     target_rate: Float[Array, ""] | None = None
     training: bool = eqx.field(static=True, default=False)
 
-    def uniforms(self, shape: tuple[int, ...]) -> Float[Array, ...]:
+    def uniforms(self, layout: Layout) -> Float[Array, "batch length"]:
         """What to compare probabilities with: uniform numbers, or one half everywhere without a key."""
-        return jnp.full(shape, 0.5) if self.key is None else jax.random.uniform(self.key, shape)
+        batch, length = layout.mask.shape
+        if self.key is None:
+            return jnp.full((batch, length), 0.5)
+        if not self.by_sequence:
+            return jax.random.uniform(self.key, (batch, length))
+        first = jnp.zeros((batch,), jnp.int32) if layout.before is None else layout.before
+        numbers = first[:, None] + jnp.arange(length, dtype=jnp.int32)
+        keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(self.key, numbers)
+        return jax.vmap(jax.vmap(jax.random.uniform))(keys)
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether each sequence has a key of its own."""
+        return self.key is not None and has_many(self.key)
 
     def bernoulli(self, probs: Float[Array, "batch length"], layout: Layout) -> Bool[Array, "batch length"]:
         """Independent actions with these probabilities, or those given; forced at starts, none on padding."""
-        drawn = self.uniforms(probs.shape) < probs if self.actions is None else self.actions
+        drawn = self.uniforms(layout) < probs if self.actions is None else self.actions
         return (drawn | layout.starts) & layout.mask
 
 
+def has_many(key: Keys) -> bool:
+    """Whether there is one key for each sequence."""
+    return bool(jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) and key.ndim == 1
+
+
+class AbstractMemory(eqx.Module):
+    """What is kept of earlier rows in a form of its own; arrays that begin with `batch` need none."""
+
+    @abstractmethod
+    def written(self, change: PyTree[Array], advance: Bool[Array, " batch"]) -> AbstractMemory:
+        """The memory after one more row of the sequences that advance."""
+
+
+def written(memory: State, change: PyTree[Array], advance: Bool[Array, " batch"]) -> State:
+    """`memory` after one more row of the sequences that advance; the others keep theirs.
+
+    `change` has the structure of `memory`: a new array for each array, and whatever an `AbstractMemory` takes for each of
+    those. A step reads a memory and returns a change, so that large memories can be written in place.
+    """
+
+    def write(old: Array | AbstractMemory, new: PyTree[Array]) -> Array | AbstractMemory:
+        if isinstance(old, AbstractMemory):
+            return old.written(new, advance)
+        return jnp.where(advance.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(write, memory, change, is_leaf=lambda part: isinstance(part, AbstractMemory))
+
+
+class Routed(eqx.Module):
+    """The `boundaries` of some rows; and what the router keeps of them for the rows after them, or how that changes."""
+
+    boundaries: Boundaries
+    memory: PyTree[Array]
+
+
 class AbstractRouter(eqx.Module):
-    """Decides where a boundary may be drawn: hidden states and bytes to logits and hard actions."""
+    """Decides where a boundary may be drawn: hidden states and bytes to logits and hard actions.
+
+    A text can also be routed row by row: `prefill` takes its first rows, `step` one more. Together they draw what a call
+    draws for all rows at once, if each sequence has a key of its own.
+    """
 
     @property
     @abstractmethod
@@ -179,9 +248,39 @@ class AbstractRouter(eqx.Module):
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         """Boundaries drawn as asked. Row i may use rows up to i and actions before i, nothing later."""
 
+    @abstractmethod
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
+        """The same, and the memory after the rows of each sequence: those where `layout.mask` is True, which come first and
+        are of one document."""
+
+    @abstractmethod
+    def step(self, hidden: Float[Array, "batch 1 dim"], layout: Layout, draw: Draw, memory: PyTree[Array]) -> Routed:
+        """The next row of each sequence, and how the memory of the rows before it changes (see `written`)."""
+
+
+class AbstractRowRouter(AbstractRouter):
+    """A router whose row i looks at nothing but row i, so that nothing has to be remembered."""
+
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
+        return Routed(self(hidden, layout, draw), None)
+
+    def step(self, hidden: Float[Array, "batch 1 dim"], layout: Layout, draw: Draw, memory: PyTree[Array]) -> Routed:
+        return Routed(self(hidden, layout, draw), None)
+
+
+class Joined(eqx.Module):
+    """A byte row with what the token level says to it, and the chunker's memory after it."""
+
+    hidden: Float[Array, "batch 1 dim"]
+    memory: PyTree[Array]
+
 
 class AbstractChunker(eqx.Module):
-    """Turns byte rows into token rows and back; which gradient flows to the router on the way is its affair."""
+    """Turns byte rows into token rows and back; which gradient flows to the router on the way is its affair.
+
+    Row by row: `remember` follows `down` and `up` over the first rows; then for each row `down_step`, the token level where a
+    boundary was drawn, and `up_step`.
+    """
 
     @abstractmethod
     def down(self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, *, capacity: int) -> TokenRows:
@@ -196,6 +295,34 @@ class AbstractChunker(eqx.Module):
         boundaries: Boundaries,
     ) -> Float[Array, "batch length dim"]:
         """What the token level made of `rows`, brought back to the byte rows `hidden` it came from."""
+
+    @abstractmethod
+    def remember(
+        self,
+        outputs: Float[Array, "batch tokens dim"],
+        rows: TokenRows,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        mask: Bool[Array, "batch length"],
+    ) -> PyTree[Array]:
+        """What the rows after these need; `mask` is True where there is one. Every sequence is one document."""
+
+    @abstractmethod
+    def down_step(
+        self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: PyTree[Array]
+    ) -> Float[Array, "batch 1 dim"]:
+        """The token row that a boundary at the next row closes; means nothing where there is no boundary."""
+
+    @abstractmethod
+    def up_step(
+        self,
+        output: Float[Array, "batch 1 dim"],
+        value: Float[Array, "batch 1 dim"],
+        hidden: Float[Array, "batch 1 dim"],
+        boundaries: Boundaries,
+        memory: PyTree[Array],
+    ) -> Joined:
+        """The next row after the token level has made `output` of `value`, which is there where it has a boundary."""
 
 
 class Signal(eqx.Module):

@@ -18,6 +18,7 @@ from estimators.base import (
     Boundaries,
     Draw,
     Layout,
+    Routed,
 )
 from estimators.fixed import certain
 from estimators.objectives import Imitation, NoObjective
@@ -47,6 +48,13 @@ def train_vocabulary(texts: Iterable[bytes], size: int) -> list[bytes]:
     tokenizer.train_from_iterator((text.decode("latin-1") for text in texts), trainer)
     ranked = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return [token.encode("latin-1") for token, _ in ranked]
+
+
+class Read(eqx.Module):
+    """Where tokens begin in some rows, and the `node` of the prefix tree that each sequence is at after them."""
+
+    begins: Bool[Array, "batch length"]
+    node: Int[Array, " batch"]
 
 
 class PrefixTree(eqx.Module):
@@ -91,20 +99,26 @@ class PrefixTree(eqx.Module):
 
         Greedy from left to right and causal. `size` reads the first so many tokens of the vocabulary only.
         """
+        return self.read(layout, size=size).begins
+
+    def read(
+        self, layout: Layout, node: Int[Array, " batch"] | None = None, *, size: int | Int[Array, ""] | None = None
+    ) -> Read:
+        """The same with where it ends, from where earlier rows ended (`node`, None where there are none)."""
 
         def step(node, row):
-            byte, start = row
+            byte, start, there = row
             wanted = jnp.where(start, 0, node) * 256 + byte
             place = jnp.minimum(jnp.searchsorted(self.edges, wanted), self.edges.shape[0] - 1)
             goes_on = (self.edges[place] == wanted) & ~start
             if size is not None:
                 goes_on &= self.rank[place] < size
             # The first 256 edges are those of the root, in the order of the bytes.
-            return jnp.where(goes_on, place + 1, byte + 1), ~goes_on
+            return jnp.where(there, jnp.where(goes_on, place + 1, byte + 1), node), ~goes_on
 
-        nodes = jnp.zeros(layout.bytes.shape[0], jnp.int32)
-        _, begins = jax.lax.scan(step, nodes, (layout.bytes.T, layout.starts.T))
-        return begins.T
+        node = jnp.zeros(layout.bytes.shape[0], jnp.int32) if node is None else node
+        node, begins = jax.lax.scan(step, node, (layout.bytes.T, layout.starts.T, layout.mask.T))
+        return Read(begins.T, node)
 
 
 def find_size(tree: PrefixTree, layout: Layout, rate: float) -> int:
@@ -145,6 +159,17 @@ class PrefixRouter(AbstractRouter):
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         return certain(self.tree.begins(layout) if draw.actions is None else draw.actions, layout)
+
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
+        """The memory is the node of the tree that the text so far has come to."""
+        read = self.tree.read(layout)
+        return Routed(certain(read.begins if draw.actions is None else draw.actions, layout), read.node)
+
+    def step(
+        self, hidden: Float[Array, "batch 1 dim"], layout: Layout, draw: Draw, memory: Int[Array, " batch"]
+    ) -> Routed:
+        read = self.tree.read(layout, memory)
+        return Routed(certain(read.begins if draw.actions is None else draw.actions, layout), read.node)
 
 
 class BPEGuided(AbstractEstimator):

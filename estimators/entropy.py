@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from estimators.base import (
     AbstractChunker,
@@ -22,6 +22,7 @@ from estimators.base import (
     Draw,
     Frozen,
     Layout,
+    Routed,
 )
 from estimators.equations import entropy
 from estimators.fixed import certain
@@ -48,17 +49,46 @@ class ByteModel(Protocol):
         mask: Bool[Array, "batch length"] | None = None,
     ) -> HasLogits: ...
 
+    def prefill(self, bytes: Int[Array, "batch length"], *, mask: Bool[Array, "batch length"]) -> HasState:
+        """The same for the first bytes of some texts, and what `step` needs."""
+        ...
+
+    def step(self, bytes: Int[Array, " batch"], state: PyTree[Array], advance: Bool[Array, " batch"]) -> HasChange:
+        """The next byte of the texts that advance."""
+        ...
+
+
+class HasState(Protocol):
+    """A prediction at every row, and what is kept of the rows."""
+
+    @property
+    def logits(self) -> Float[Array, "batch length vocab"]: ...
+
+    @property
+    def state(self) -> PyTree[Array]: ...
+
+
+class HasChange(Protocol):
+    """A prediction at the next row, and how what is kept changes."""
+
+    @property
+    def logits(self) -> Float[Array, "batch vocab"]: ...
+
+    @property
+    def change(self) -> PyTree[Array]: ...
+
 
 def surprise(model: ByteModel, layout: Layout) -> Float[Array, "batch length"]:
     """$H_{i-1}$: the entropy in nats of the prediction of byte i, made at row i - 1; infinite where a document starts."""
-    prediction = model(layout.bytes, segments=layout.segments, mask=layout.mask)
-    before = jnp.pad(entropy(prediction.logits)[:, :-1], ((0, 0), (1, 0)))
+    return _surprise(model(layout.bytes, segments=layout.segments, mask=layout.mask).logits, layout)
+
+
+def _surprise(logits: Float[Array, "batch length vocab"], layout: Layout) -> Float[Array, "batch length"]:
+    before = jnp.pad(entropy(logits)[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(layout.starts, jnp.inf, before)
 
 
-def over_threshold(
-    surprise: Float[Array, "batch length"], threshold: float | Float[Array, ""]
-) -> Bool[Array, "batch length"]:
+def over_threshold(surprise: Float[Array, "*shape"], threshold: float | Float[Array, ""]) -> Bool[Array, "*shape"]:
     r"""$H_{i-1} > \theta_g$: the global rule (BLT)."""
     return surprise > threshold
 
@@ -74,13 +104,32 @@ def over_both(
     Of several candidates in a row every second one is taken, the first included. The row after a document's start has no
     rise to go by, and a boundary just before it.
     """
+    return candidate_runs(surprise, starts, threshold, increase) % 2 == 1
+
+
+def candidate_runs(
+    surprise: Float[Array, "batch length"],
+    starts: Bool[Array, "batch length"],
+    threshold: float | Float[Array, ""],
+    increase: float | Float[Array, ""],
+) -> Int[Array, "batch length"]:
+    """How many candidates of the combined rule in a row end at each row, 0 where it is none itself."""
     before = jnp.pad(surprise[:, :-1], ((0, 0), (1, 0)), constant_values=jnp.inf)
     candidate = (surprise > threshold) & (surprise - before > increase) | starts
     place = jnp.arange(surprise.shape[1])[None, :]
     # The last row that is no candidate, or the start of this document: candidates are counted from there.
     since = jnp.where(~candidate, place, jnp.where(starts, place - 1, -1))
-    run = place - jax.lax.cummax(since, axis=1)
-    return candidate & (run % 2 == 1)
+    return place - jax.lax.cummax(since, axis=1)
+
+
+class EntropyMemory(eqx.Module):
+    """The byte model's `state`; the entropy of its prediction of the `next` byte; the `surprise` of the last row, and how many
+    candidates of the combined rule end there in a `run`."""
+
+    state: PyTree[Array]
+    next: Float[Array, " batch"]
+    surprise: Float[Array, " batch"]
+    run: Int[Array, " batch"]
 
 
 class EntropyRouter(AbstractRouter):
@@ -108,10 +157,38 @@ class EntropyRouter(AbstractRouter):
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         if draw.actions is not None:
             return certain(draw.actions, layout)
-        unsure = surprise(self.model(), layout)
+        return self.boundaries(surprise(self.model(), layout), layout)
+
+    def boundaries(self, surprise: Float[Array, "batch length"], layout: Layout) -> Boundaries:
+        """Those of the rule, of whole documents."""
         if self.increase is None:
-            return certain(over_threshold(unsure, self.threshold()), layout)
-        return certain(over_both(unsure, layout.starts, self.threshold(), self.increase()), layout)
+            return certain(over_threshold(surprise, self.threshold()), layout)
+        return certain(over_both(surprise, layout.starts, self.threshold(), self.increase()), layout)
+
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
+        ready = self.model().prefill(layout.bytes, mask=layout.mask)
+        unsure, last = _surprise(ready.logits, layout), jnp.maximum(jnp.sum(layout.mask, axis=1, keepdims=True) - 1, 0)
+
+        def at_last(rows: Array) -> Array:
+            return jnp.take_along_axis(rows, last, axis=1, mode="clip")[:, 0]
+
+        run = jnp.zeros(layout.mask.shape, jnp.int32)
+        if self.increase is not None:
+            run = candidate_runs(unsure, layout.starts, self.threshold(), self.increase()).astype(jnp.int32)
+        memory = EntropyMemory(ready.state, at_last(entropy(ready.logits)), at_last(unsure), at_last(run))
+        given = draw.actions
+        return Routed(self.boundaries(unsure, layout) if given is None else certain(given, layout), memory)
+
+    def step(self, hidden: Float[Array, "batch 1 dim"], layout: Layout, draw: Draw, memory: EntropyMemory) -> Routed:
+        read = self.model().step(layout.bytes[:, 0], memory.state, layout.mask[:, 0])
+        unsure, run = memory.next, memory.run
+        actions = over_threshold(unsure, self.threshold())
+        if self.increase is not None:
+            run = jnp.where(actions & (unsure - memory.surprise > self.increase()), run + 1, 0)
+            actions = run % 2 == 1
+        actions = actions[:, None] if draw.actions is None else draw.actions
+        after = EntropyMemory(read.change, entropy(read.logits[:, None])[:, 0], unsure, run)
+        return Routed(certain(actions, layout), after)
 
 
 class Entropy(AbstractEstimator):

@@ -16,11 +16,13 @@ from estimators.base import (
     AbstractEstimator,
     AbstractObjective,
     AbstractRouter,
+    AbstractRowRouter,
     Boundaries,
     Draw,
     Layout,
+    Routed,
 )
-from estimators.equations import logit, start_of
+from estimators.equations import logit
 from estimators.objectives import NoObjective
 
 CERTAIN = 20.0
@@ -69,8 +71,7 @@ class EveryNth:
             raise ValueError(f"a stride is at least 1 byte; got {self.stride}")
 
     def __call__(self, layout: Layout) -> Bool[Array, "batch length"]:
-        place = jnp.arange(layout.mask.shape[1])[None, :]
-        return (place - start_of(layout.starts)) % self.stride == 0
+        return layout.numbers % self.stride == 0
 
 
 def certain(actions: Bool[Array, "batch length"], layout: Layout) -> Boundaries:
@@ -80,11 +81,12 @@ def certain(actions: Bool[Array, "batch length"], layout: Layout) -> Boundaries:
     return Boundaries(actions, logits, actions.astype(jnp.float32), jnp.zeros_like(actions), layout.starts)
 
 
-class UniformRouter(AbstractRouter):
+class UniformRouter(AbstractRowRouter):
     r"""Exactly $\mathrm{round}(n\,\pi)$ boundaries among the n bytes of a row, drawn uniformly without replacement.
 
-    The first byte of each document and the last byte of the row are forced and count among them (authors' code). Without
-    a key: the likelier action of each byte, which is no boundary for any rate up to a half.
+    The first byte of each document and the last byte of the row are forced and count among them (authors' code). With a key
+    for each sequence, a row may depend on none after it: then each byte is drawn for itself, with probability π. Without a
+    key: the likelier action of each byte, which is no boundary for any rate up to a half.
     """
 
     target_rate: float = eqx.field(static=True)
@@ -102,7 +104,10 @@ class UniformRouter(AbstractRouter):
         probs = jnp.broadcast_to(rate.astype(jnp.float32), mask.shape)
         actions = draw.actions
         if actions is None:
-            actions = probs > 0.5 if draw.key is None else self.by_lot(layout, rate, draw.key)
+            if draw.key is None or draw.by_sequence:
+                actions = draw.uniforms(layout) < probs
+            else:
+                actions = self.by_lot(layout, rate, draw.key)
         actions = (actions | starts) & mask
         return Boundaries(actions, jnp.log(probs) - jnp.log1p(-probs), probs, jnp.zeros_like(mask), starts)
 
@@ -120,11 +125,13 @@ class UniformRouter(AbstractRouter):
 class RuleRouter(AbstractRouter):
     """Boundaries wherever a pure function of the layout asks for one.
 
-    `rule` may read bytes up to and including its own row, nothing later. `expected_rate` is the share of bytes it picks
-    where that is known beforehand, None where the text decides.
+    `rule` may read bytes up to and including its own row, nothing later, and of those before it the last `reach` only: it is
+    given as many where a text is routed row by row. `expected_rate` is the share of bytes it picks where that is known
+    beforehand, None where the text decides.
     """
 
     rule: Callable[[Layout], Bool[Array, "batch length"]] = eqx.field(static=True)
+    reach: int = eqx.field(static=True)
     expected_rate: float | None = eqx.field(static=True, default=None)
 
     @property
@@ -133,6 +140,21 @@ class RuleRouter(AbstractRouter):
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         return certain(self.rule(layout) if draw.actions is None else draw.actions, layout)
+
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
+        """The memory is the last `reach` bytes."""
+        place = jnp.sum(layout.mask, axis=1, keepdims=True) - self.reach + jnp.arange(self.reach)
+        last = jnp.take_along_axis(layout.bytes, jnp.maximum(place, 0), axis=1, mode="clip")
+        return Routed(self(hidden, layout, draw), last)
+
+    def step(
+        self, hidden: Float[Array, "batch 1 dim"], layout: Layout, draw: Draw, memory: Int[Array, "batch reach"]
+    ) -> Routed:
+        bytes, before = jnp.concatenate([memory, layout.bytes], axis=1), layout.numbers[:, 0] - self.reach
+        numbers = before[:, None] + jnp.arange(self.reach + 1, dtype=jnp.int32)
+        seen = Layout(bytes, numbers, jnp.zeros_like(bytes), numbers >= 0, before)
+        actions = self.rule(seen)[:, -1:] if draw.actions is None else draw.actions
+        return Routed(certain(actions, layout), bytes[:, 1:])
 
 
 class Uniform(AbstractEstimator):
@@ -157,7 +179,7 @@ class Stride(AbstractEstimator):
     def __init__(self, *, chunker: AbstractChunker, stride: int = 5):
         """Raises `ValueError` for a stride below 1."""
         rule = EveryNth(stride)
-        self.router, self.chunker, self.objective = RuleRouter(rule, 1.0 / stride), chunker, NoObjective()
+        self.router, self.chunker, self.objective = RuleRouter(rule, 0, 1.0 / stride), chunker, NoObjective()
 
 
 class Whitespace(AbstractEstimator):
@@ -168,7 +190,7 @@ class Whitespace(AbstractEstimator):
     objective: AbstractObjective
 
     def __init__(self, *, chunker: AbstractChunker):
-        self.router, self.chunker, self.objective = RuleRouter(whitespace), chunker, NoObjective()
+        self.router, self.chunker, self.objective = RuleRouter(whitespace, 0), chunker, NoObjective()
 
 
 class Spacelike(AbstractEstimator):
@@ -179,7 +201,7 @@ class Spacelike(AbstractEstimator):
     objective: AbstractObjective
 
     def __init__(self, *, chunker: AbstractChunker):
-        self.router, self.chunker, self.objective = RuleRouter(spacelike), chunker, NoObjective()
+        self.router, self.chunker, self.objective = RuleRouter(spacelike, 1), chunker, NoObjective()
 
 
 class Isotropic(AbstractEstimator):
@@ -190,4 +212,4 @@ class Isotropic(AbstractEstimator):
     objective: AbstractObjective
 
     def __init__(self, *, chunker: AbstractChunker):
-        self.router, self.chunker, self.objective = RuleRouter(every_byte, 1.0), chunker, NoObjective()
+        self.router, self.chunker, self.objective = RuleRouter(every_byte, 0, 1.0), chunker, NoObjective()

@@ -5,9 +5,9 @@ import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from estimators.base import AbstractRouter, Boundaries, Draw, Layout
+from estimators.base import AbstractRouter, AbstractRowRouter, Boundaries, Draw, Layout, Routed
 from estimators.equations import (
     action_log_prob,
     gumbel_sigmoid,
@@ -71,7 +71,7 @@ class WindowedPolicy(AbstractRouter):
         starts, actions = layout.starts, draw.actions
         cap = self.cap if draw.training else None
         if actions is None:
-            uniforms = draw.uniforms(layout.mask.shape)
+            uniforms = draw.uniforms(layout)
             actions = draw.sampler(jax.lax.stop_gradient(projections), uniforms, starts, cap).actions
         actions = (actions | starts) & layout.mask
         logits = windowed_logits(projections, actions, starts)
@@ -79,8 +79,28 @@ class WindowedPolicy(AbstractRouter):
             logits = soft_cap(logits, cap)
         return Boundaries(actions, logits, jax.nn.sigmoid(logits), layout.mask & ~starts, starts)
 
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
+        """The memory is the last `window` actions, the latest first."""
+        boundaries = self(hidden, layout, draw)
+        count = jnp.sum(layout.mask, axis=1, keepdims=True, dtype=jnp.int32)
+        place = count - 1 - jnp.arange(self.weight.shape[0] - 1, dtype=jnp.int32)
+        actions = jnp.take_along_axis(boundaries.actions, jnp.maximum(place, 0), axis=1, mode="clip")
+        return Routed(boundaries, actions & (place >= 0))
 
-class MLPRouter(AbstractRouter):
+    def step(
+        self, hidden: Float[Array, "batch 1 dim"], layout: Layout, draw: Draw, memory: Bool[Array, "batch window"]
+    ) -> Routed:
+        projections = self.projections(hidden)[:, 0]
+        logits = projections[:, :1] + jnp.sum(jnp.where(memory, projections[:, 1:], 0.0), axis=1, keepdims=True)
+        if draw.training:
+            logits = soft_cap(logits, self.cap)
+        probs = jax.nn.sigmoid(logits)
+        actions = draw.bernoulli(probs, layout)
+        after = jnp.concatenate([actions, memory], axis=1)[:, : memory.shape[1]]
+        return Routed(Boundaries(actions, logits, probs, layout.free, layout.starts), after)
+
+
+class MLPRouter(AbstractRowRouter):
     r"""A two-layer perceptron on each row, drawn by Gumbel noise (DPT; authors' code).
 
     $l_i = w_2 \cdot \mathrm{GELU}(W_1 X_i + b_1) + b_2$, $s_i = \sigma((l_i + \mathrm{logit}(u_i))/\tau)$, $a_i = 1[s_i > 1/2]$,
@@ -129,7 +149,7 @@ class MLPRouter(AbstractRouter):
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         logits = self.logits(hidden)
         # Given actions have no noise of their own: their relaxation is that of the likelier draw.
-        uniforms = draw.uniforms(logits.shape) if draw.actions is None else jnp.full(logits.shape, 0.5)
+        uniforms = draw.uniforms(layout) if draw.actions is None else jnp.full(logits.shape, 0.5)
         soft = gumbel_sigmoid(logits, uniforms, self.temperature)
         drawn = soft > 0.5 if draw.actions is None else draw.actions
         actions = (drawn | layout.starts) & layout.mask
@@ -161,6 +181,22 @@ class CosineRouter(AbstractRouter):
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         wide = hidden.astype(jnp.float32)
         probs = routing_probability(wide @ self.query.T, wide @ self.key.T, layout.starts)
+        return self.drawn(probs, layout, draw)
+
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
+        """The memory is the last row's hidden state."""
+        last = jnp.maximum(jnp.sum(layout.mask, axis=1, dtype=jnp.int32) - 1, 0)
+        return Routed(self(hidden, layout, draw), jnp.take_along_axis(hidden, last[:, None, None], axis=1, mode="clip"))
+
+    def step(
+        self, hidden: Float[Array, "batch 1 dim"], layout: Layout, draw: Draw, memory: Float[Array, "batch 1 dim"]
+    ) -> Routed:
+        both = jnp.concatenate([memory, hidden], axis=1).astype(jnp.float32)
+        probs = routing_probability(both @ self.query.T, both @ self.key.T)[:, 1:]
+        return Routed(self.drawn(jnp.where(layout.starts, 1.0, probs), layout, draw), hidden)
+
+    def drawn(self, probs: Float[Array, "batch length"], layout: Layout, draw: Draw) -> Boundaries:
+        """Boundaries with these probabilities."""
         actions = draw.bernoulli(probs, layout)
         # Where rows are equal or opposite the log-odds are infinite; bounded ones keep policy losses finite.
         inside = jnp.clip(probs, 1e-4, 1.0 - 1e-4)
@@ -179,6 +215,12 @@ class Likelier(AbstractRouter):
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         return self.router(hidden, layout, dataclasses.replace(draw, key=None))
+
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
+        return self.router.prefill(hidden, layout, dataclasses.replace(draw, key=None))
+
+    def step(self, hidden: Float[Array, "batch 1 dim"], layout: Layout, draw: Draw, memory: PyTree[Array]) -> Routed:
+        return self.router.step(hidden, layout, dataclasses.replace(draw, key=None), memory)
 
 
 class OffPolicy(AbstractRouter):
@@ -204,8 +246,15 @@ class OffPolicy(AbstractRouter):
         log_prob = jax.lax.stop_gradient(action_log_prob(drawn.logits, drawn.actions))
         return dataclasses.replace(scored, behaviour_log_prob=log_prob)
 
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
+        """Row by row there is no training: the boundaries are the policy's own."""
+        return self.policy.prefill(hidden, layout, dataclasses.replace(draw, training=False))
 
-class Bernoulli(AbstractRouter):
+    def step(self, hidden: Float[Array, "batch 1 dim"], layout: Layout, draw: Draw, memory: PyTree[Array]) -> Routed:
+        return self.policy.step(hidden, layout, dataclasses.replace(draw, training=False), memory)
+
+
+class Bernoulli(AbstractRowRouter):
     """A boundary at every byte with the same probability, independently of everything."""
 
     target_rate: float = eqx.field(static=True)
@@ -242,3 +291,10 @@ class Guided(AbstractRouter):
             return self.student(hidden, layout, draw)
         drawn = self.guide(hidden, layout, draw)
         return self.student(hidden, layout, dataclasses.replace(draw, actions=drawn.actions))
+
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
+        """Row by row there is no training: the boundaries are the student's own."""
+        return self.student.prefill(hidden, layout, dataclasses.replace(draw, training=False))
+
+    def step(self, hidden: Float[Array, "batch 1 dim"], layout: Layout, draw: Draw, memory: PyTree[Array]) -> Routed:
+        return self.student.step(hidden, layout, dataclasses.replace(draw, training=False), memory)

@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from data import Row
 from estimators import Layout, equations
 from estimators.fixed import is_spacelike, is_whitespace
-from unet.model import UNet, continues, early_log_lik, next_byte_log_lik, plain_layout
+from unet.likelihood import continues, next_byte_log_lik, plain_layout
+from unet.model import UNet, early_log_lik
 from unet.stage import Drawing, Hierarchy
 
 

@@ -20,7 +20,7 @@ from experiments.folder import CONFIG, read_config, write_atomically
 from experiments.registry import ByteModel, Found
 from experiments.weights import WEIGHTS, read_model, write_weights
 from unet import UNet
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 
 VOCABULARY = "vocabulary.json"
 BYTE_MODEL = "byte_model"

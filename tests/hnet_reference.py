@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from estimators import Boundaries, CosineRouter, Draw, Likelier
 from unet import Projection, SelectSmooth
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 from unet.ops import boundary_scan
 
 EPS = 1e-5

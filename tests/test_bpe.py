@@ -11,7 +11,7 @@ from estimators import BPEGuided, Distilled, Draw, PrefixTree, WindowedPolicy
 from estimators.bpe import find_size, train_vocabulary
 from tests.conftest import losses, small_model, text_bytes
 from unet import SelectDistribute
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 from unet.ops import boundary_scan
 
 BYTES = [bytes([value]) for value in range(256)]

@@ -15,7 +15,7 @@ from tests.conftest import losses, small_model, small_score_function, text_bytes
 from unet import UNet, UNetConfig
 from unet.buckets import chosen, smallest_with_room
 from unet.folding import fold
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 from unet.stage import Drawing
 
 SHAPE = UNetConfig(dim=16, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=4)

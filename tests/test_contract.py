@@ -1,6 +1,5 @@
 """One contract that every registered estimator keeps."""
 
-import dataclasses
 from typing import get_args
 
 import equinox as eqx
@@ -9,57 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import Frozen
-from estimators.entropy import find_threshold, surprise
 from experiments.config import EstimatorName
-from experiments.presets import PRESETS
-from experiments.registry import REGISTRY, ByteModel, Found, build_estimator
+from experiments.registry import REGISTRY
 from experiments.weights import read_weights, write_weights
+from tests.compositions import LENGTH, SHAPE, registered, trains
 from tests.conftest import text_bytes
-from unet import UNet, UNetConfig
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 from unet.stage import Drawing
 
-LENGTH = 24
-SHAPE = UNetConfig(dim=16, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=4)
-FROM_DATA = ("entropy", "bpe", "bpe-distilled")
 BOUNDED = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module", params=sorted(REGISTRY))
 def model(request):
-    config = dataclasses.replace(PRESETS["tiny"], unet=SHAPE, estimator=request.param, rate=0.3)
-    config = dataclasses.replace(config, sfe=dataclasses.replace(config.sfe, window=2))
-    estimator = build_estimator(config, jax.random.key(1), found(config) if request.param in FROM_DATA else Found())
-    return UNet(SHAPE, lively(estimator), key=jax.random.key(2))
-
-
-def found(config):
-    """What entropy and BPE would take from data."""
-    words = [b"th", b"he", b"in", b"an", b"ab", b"abc", b"qu", b" a", b" an"]
-    vocabulary = tuple([bytes([value]) for value in range(256)] + words)
-    byte_model = UNet(SHAPE, None, key=jax.random.key(5))
-    layout = plain_layout(text_bytes(8, LENGTH, seed=9))
-    measured = eqx.filter_jit(surprise)(byte_model, layout)
-    threshold = find_threshold(np.asarray(measured), np.asarray(layout.starts), config.rate)
-    return Found(vocabulary, ByteModel(config, byte_model), threshold)
-
-
-def trains(node):
-    """The leaves of a tree that training moves, everything else None."""
-
-    def mark(part):
-        return jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf) and not isinstance(part, Frozen), part)
-
-    return eqx.filter(node, jax.tree.map(mark, node, is_leaf=lambda part: isinstance(part, Frozen)))
-
-
-def lively(estimator):
-    """Parameters that start at zero moved a little, so that everything has an effect and a gradient."""
-    leaves, tree = jax.tree.flatten(trains(estimator))
-    keys = jax.random.split(jax.random.key(6), max(1, len(leaves)))
-    moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=False)]
-    return eqx.combine(jax.tree.unflatten(tree, moved), estimator)
+    return registered(request.param)
 
 
 def layout_inputs():

@@ -14,7 +14,7 @@ from estimators import equations as eq
 from tests.conftest import small_model, text_bytes
 from tests.hnet_reference import Weights, hnet
 from unet import Projection, SelectSmooth
-from unet.model import next_byte_log_lik, plain_layout
+from unet.likelihood import next_byte_log_lik, plain_layout
 from unet.ops import boundary_scan, smooth
 
 VALUES = {"rtol": 1e-4, "atol": 1e-4}

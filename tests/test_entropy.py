@@ -11,7 +11,7 @@ from estimators import equations as eq
 from estimators.entropy import find_threshold, over_both, over_threshold, surprise
 from tests.conftest import predict, small_model, text_bytes
 from unet import SelectDistribute
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 from unet.ops import boundary_scan
 
 

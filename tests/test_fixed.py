@@ -8,7 +8,7 @@ import pytest
 from estimators import Draw, Stride, Uniform, equations
 from estimators.fixed import EveryNth, UniformRouter, is_spacelike, is_whitespace, spacelike, whitespace
 from unet import SelectDistribute
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 from unet.ops import boundary_scan
 
 

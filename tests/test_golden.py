@@ -13,7 +13,7 @@ from estimators import equations as eq
 from unet.attention import Visibility
 from unet.blocks import Block
 from unet.layers import Rotary
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 from unet.ops import downsample, upsample
 
 VALUES = {"rtol": 1e-5, "atol": 1e-5}

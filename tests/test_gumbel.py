@@ -12,7 +12,7 @@ from estimators import Boundaries, Draw, MLPRouter
 from estimators import equations as eq
 from tests.conftest import text_bytes
 from unet import MeanPool
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 from unet.ops import boundary_scan, mean_pool
 
 VALUES = {"rtol": 1e-5, "atol": 1e-6}

@@ -13,7 +13,8 @@ from experiments.registry import build_estimator
 from tests.conftest import small_model, small_score_function, text_bytes
 from unet import SelectDeviate, SelectDistribute, UNet, UNetConfig, next_byte_log_lik
 from unet.attention import Visibility, attend
-from unet.model import Prediction, early_log_lik, plain_layout
+from unet.likelihood import plain_layout
+from unet.model import Prediction, early_log_lik
 from unet.stage import Flat, Hierarchy
 
 

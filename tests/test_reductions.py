@@ -28,7 +28,7 @@ from tests.test_score_function import BATCH, LENGTH, expected_policy_gradient, j
 from tests.test_score_function import bytes as bytes
 from tests.test_score_function import model as model
 from tests.test_score_function import outcomes as outcomes
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 from unet.ops import boundary_scan
 
 DIM = 16

@@ -11,7 +11,7 @@ import pytest
 from estimators import BatchCentre, Discount, Draw, EarlyExit, ScoreFunctionObjective, Signal
 from estimators import equations as eq
 from tests.conftest import predict, small_model, small_score_function, text_bytes
-from unet.model import continues, next_byte_log_lik, plain_layout
+from unet.likelihood import continues, next_byte_log_lik, plain_layout
 from unet.ops import boundary_scan
 
 LENGTH = 4

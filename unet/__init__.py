@@ -2,7 +2,8 @@
 
 from unet import ops
 from unet.chunkers import MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth
-from unet.model import LossOutput, Prediction, UNet, UNetConfig, next_byte_log_lik
+from unet.likelihood import next_byte_log_lik
+from unet.model import LossOutput, Prediction, UNet, UNetConfig
 from unet.stage import AbstractStage, Flat, Hierarchy, Level
 
 __all__ = [

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from estimators.base import Layout
+from unet.cache import Cached, NewRow, RowCache, attend_cached, filled_cache
 from unet.folding import Squares
 from unet.layers import Linear, Rotary
 
@@ -152,6 +153,14 @@ def _attend_in_turns(
     return jnp.moveaxis(mixed, 0, 2).reshape(*query.shape[:2], -1, query.shape[3])[:, :, :length]
 
 
+class Turned(eqx.Module):
+    """Queries, keys and values of rows, the first two turned by the positions of the rows."""
+
+    query: Float[Array, "batch length heads head_dim"]
+    key: Float[Array, "batch length heads head_dim"]
+    value: Float[Array, "batch length heads head_dim"]
+
+
 class Attention(eqx.Module):
     """Multi-head self-attention with rotary positions and no biases (Gemma 2)."""
 
@@ -179,10 +188,36 @@ class Attention(eqx.Module):
     ) -> Float[Array, "batch length dim"]:
         """Rows that are folded come apart by `squares`, which `rotary` and `visibility` then describe."""
         qkv = self.qkv(x) if squares is None else squares.apart(self.qkv(x))
-        batch, length, _ = qkv.shape
-        query, key, value = (part.reshape(batch, length, self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
-        mixed = attend(rotary(query), rotary(key), value, visibility, cap=self.cap).reshape(batch, length, -1)
+        mixed = self._mixed(self._turned(qkv, rotary), visibility)
         return self.out(mixed if squares is None else squares.together(mixed))
+
+    def prefill(
+        self,
+        x: Float[Array, "batch length dim"],
+        rotary: Rotary,
+        visibility: Visibility,
+        lengths: Int[Array, " batch"],
+        window: int | None,
+    ) -> Cached[RowCache]:
+        """The same, and a cache of the first `lengths` rows of each sequence, or of the last of them that a `window` sees."""
+        turned = self._turned(self.qkv(x), rotary)
+        keys, values = (jnp.swapaxes(rows, 1, 2) for rows in (turned.key, turned.value))
+        return Cached(self.out(self._mixed(turned, visibility)), filled_cache(keys, values, lengths, window))
+
+    def step(self, x: Float[Array, "batch 1 dim"], rotary: Rotary, cache: RowCache) -> Cached[NewRow]:
+        """The next row of each sequence."""
+        turned = self._turned(self.qkv(x), rotary)
+        row = NewRow(turned.key[:, 0], turned.value[:, 0])
+        mixed = attend_cached(turned.query[:, 0], row, cache, cap=self.cap)
+        return Cached(self.out(mixed.reshape(x.shape)), row)
+
+    def _turned(self, qkv: Float[Array, "batch length three_dims"], rotary: Rotary) -> Turned:
+        query, key, value = (part.reshape(*part.shape[:2], self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+        return Turned(rotary(query), rotary(key), value)
+
+    def _mixed(self, rows: Turned, visibility: Visibility) -> Float[Array, "batch length dim"]:
+        mixed = attend(rows.query, rows.key, rows.value, visibility, cap=self.cap)
+        return mixed.reshape(*mixed.shape[:2], -1)
 
 
 def _blocks(rows: Array, block: int, *, fill: int, axis: int = 1) -> Array:

@@ -6,10 +6,24 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from estimators.base import AbstractChunker, Boundaries, TokenRows
+from estimators.base import AbstractChunker, Boundaries, Joined, TokenRows
 from unet.ops import Implementation, downsample, mean_pool, smooth, token_of, upsample
+from unet.ops.smooth import smooth_step
+
+
+def last_of(values: Float[Array, "batch tokens dim"], rows: TokenRows) -> Float[Array, "batch 1 dim"]:
+    """The value of the last token of each sequence, zero where it has none."""
+    last = (rows.lengths - 1)[:, None, None]
+    return jnp.where(last >= 0, jnp.take_along_axis(values, jnp.maximum(last, 0), axis=1, mode="clip"), 0.0)
+
+
+def renewed(
+    boundaries: Boundaries, new: Float[Array, "batch 1 dim"], old: Float[Array, "batch 1 dim"]
+) -> Float[Array, "batch 1 dim"]:
+    """The `new` rows where there is a boundary, the `old` ones elsewhere."""
+    return jnp.where(boundaries.actions[..., None], new, old)
 
 
 class SelectDistribute(AbstractChunker):
@@ -32,6 +46,33 @@ class SelectDistribute(AbstractChunker):
     ) -> Float[Array, "batch length dim"]:
         return hidden + upsample(outputs, boundaries.actions, implementation=self.implementation)
 
+    def remember(
+        self,
+        outputs: Float[Array, "batch tokens dim"],
+        rows: TokenRows,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        mask: Bool[Array, "batch length"],
+    ) -> Float[Array, "batch 1 dim"]:
+        """The last token's output."""
+        return last_of(outputs, rows)
+
+    def down_step(
+        self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: Float[Array, "batch 1 dim"]
+    ) -> Float[Array, "batch 1 dim"]:
+        return hidden
+
+    def up_step(
+        self,
+        output: Float[Array, "batch 1 dim"],
+        value: Float[Array, "batch 1 dim"],
+        hidden: Float[Array, "batch 1 dim"],
+        boundaries: Boundaries,
+        memory: Float[Array, "batch 1 dim"],
+    ) -> Joined:
+        last = renewed(boundaries, output, memory)
+        return Joined(hidden + last, last)
+
 
 class SelectDeviate(AbstractChunker):
     r"""As `SelectDistribute`, but adds only what the token level changed (an earlier version of the authors' code).
@@ -52,6 +93,42 @@ class SelectDeviate(AbstractChunker):
         boundaries: Boundaries,
     ) -> Float[Array, "batch length dim"]:
         return hidden + upsample(outputs - rows.values, boundaries.actions, implementation=self.implementation)
+
+    def remember(
+        self,
+        outputs: Float[Array, "batch tokens dim"],
+        rows: TokenRows,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        mask: Bool[Array, "batch length"],
+    ) -> Float[Array, "batch 1 dim"]:
+        """What the token level changed in the last token."""
+        return last_of(outputs - rows.values, rows)
+
+    def down_step(
+        self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: Float[Array, "batch 1 dim"]
+    ) -> Float[Array, "batch 1 dim"]:
+        return hidden
+
+    def up_step(
+        self,
+        output: Float[Array, "batch 1 dim"],
+        value: Float[Array, "batch 1 dim"],
+        hidden: Float[Array, "batch 1 dim"],
+        boundaries: Boundaries,
+        memory: Float[Array, "batch 1 dim"],
+    ) -> Joined:
+        last = renewed(boundaries, output - value, memory)
+        return Joined(hidden + last, last)
+
+
+class OpenGroup(eqx.Module):
+    """The rows since the last boundary, which no boundary has closed yet: their float32 `total` and their `count`; and the
+    output of the `last` token."""
+
+    total: Float[Array, "batch 1 dim"]
+    count: Int[Array, " batch"]
+    last: Float[Array, "batch 1 dim"]
 
 
 class MeanPool(AbstractChunker):
@@ -95,6 +172,40 @@ class MeanPool(AbstractChunker):
         back = upsample(outputs, boundaries.actions, implementation=self.implementation)
         return hidden + jnp.where(closed, back, self.null.astype(hidden.dtype))
 
+    def remember(
+        self,
+        outputs: Float[Array, "batch tokens dim"],
+        rows: TokenRows,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        mask: Bool[Array, "batch length"],
+    ) -> OpenGroup:
+        last_boundary = jnp.max(
+            jnp.where(boundaries.actions & ~boundaries.starts, jnp.arange(mask.shape[1]), -1), axis=1
+        )
+        inside = (jnp.arange(mask.shape[1]) > last_boundary[:, None]) & mask
+        total = jnp.sum(jnp.where(inside[..., None], hidden.astype(jnp.float32), 0.0), axis=1, keepdims=True)
+        return OpenGroup(total, jnp.sum(inside, axis=1, dtype=jnp.int32), last_of(outputs, rows))
+
+    def down_step(
+        self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: OpenGroup
+    ) -> Float[Array, "batch 1 dim"]:
+        count = (memory.count + 1)[:, None, None].astype(jnp.float32)
+        return ((memory.total + hidden.astype(jnp.float32)) / count).astype(hidden.dtype)
+
+    def up_step(
+        self,
+        output: Float[Array, "batch 1 dim"],
+        value: Float[Array, "batch 1 dim"],
+        hidden: Float[Array, "batch 1 dim"],
+        boundaries: Boundaries,
+        memory: OpenGroup,
+    ) -> Joined:
+        last = renewed(boundaries, output, memory.last)
+        total = renewed(boundaries, jnp.zeros_like(memory.total), memory.total + hidden.astype(jnp.float32))
+        count = jnp.where(boundaries.actions[:, 0], 0, memory.count + 1)
+        return Joined(hidden + last, OpenGroup(total, count, last))
+
 
 class Projection(eqx.Module):
     """H-Net's residual projection: a linear layer with a bias, in float32, both zero at first (H-Net eq. 3)."""
@@ -135,14 +246,61 @@ class SelectSmooth(AbstractChunker):
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
     ) -> Float[Array, "batch length dim"]:
-        if self.smoothing:
-            probs = jnp.take_along_axis(boundaries.probs, rows.positions, axis=1, mode="clip")
-            starts = jnp.take_along_axis(boundaries.starts, rows.positions, axis=1, mode="clip")
-            outputs = smooth(outputs, probs, starts, implementation=self.implementation)
-        back = upsample(outputs, boundaries.actions, implementation=self.implementation)
+        back = upsample(
+            self.averaged(outputs, rows, boundaries), boundaries.actions, implementation=self.implementation
+        )
+        return self.joined(back, hidden, boundaries)
+
+    def averaged(
+        self, outputs: Float[Array, "batch tokens dim"], rows: TokenRows, boundaries: Boundaries
+    ) -> Float[Array, "batch tokens dim"]:
+        r"""$\bar z$."""
+        if not self.smoothing:
+            return outputs
+        probs = jnp.take_along_axis(boundaries.probs, rows.positions, axis=1, mode="clip")
+        starts = jnp.take_along_axis(boundaries.starts, rows.positions, axis=1, mode="clip")
+        return smooth(outputs, probs, starts, implementation=self.implementation)
+
+    def joined(
+        self,
+        back: Float[Array, "batch length dim"],
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+    ) -> Float[Array, "batch length dim"]:
+        """Y, from the average at every byte."""
         if self.weighting != "none":
             sure = boundaries.confidence
             if self.weighting == "straight-through":
                 sure = 1.0 + (sure - jax.lax.stop_gradient(sure))
             back = back * sure.astype(back.dtype)[..., None]
         return back + (hidden if self.projection is None else self.projection(hidden))
+
+    def remember(
+        self,
+        outputs: Float[Array, "batch tokens dim"],
+        rows: TokenRows,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        mask: Bool[Array, "batch length"],
+    ) -> Float[Array, "batch 1 dim"]:
+        """The last average, in float32."""
+        return last_of(self.averaged(outputs.astype(jnp.float32), rows, boundaries), rows)
+
+    def down_step(
+        self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: Float[Array, "batch 1 dim"]
+    ) -> Float[Array, "batch 1 dim"]:
+        return hidden
+
+    def up_step(
+        self,
+        output: Float[Array, "batch 1 dim"],
+        value: Float[Array, "batch 1 dim"],
+        hidden: Float[Array, "batch 1 dim"],
+        boundaries: Boundaries,
+        memory: Float[Array, "batch 1 dim"],
+    ) -> Joined:
+        new = output.astype(jnp.float32)
+        if self.smoothing:
+            new = smooth_step(new, boundaries.probs, memory)
+        last = renewed(boundaries, new, memory)
+        return Joined(self.joined(last.astype(output.dtype), hidden, boundaries), last)

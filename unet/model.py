@@ -10,12 +10,13 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, PRNGKeyArray, PyTree
 
-from estimators.base import VOCAB, AbstractEstimator, Layout, Signal
+from estimators.base import VOCAB, AbstractEstimator, AbstractMemory, Keys, Layout, Signal, written
 from unet.blocks import Stack
 from unet.buckets import chosen, smallest_with_room
 from unet.layers import Linear, RMSNorm
+from unet.likelihood import continues, log_lik_of, next_byte_log_lik, plain_layout
 from unet.ops import Implementation
 from unet.stage import AbstractStage, Begun, Drawing, Flat, Hierarchy, Level, StageOutput, repeated
 
@@ -79,6 +80,38 @@ class Prediction(eqx.Module):
     early_rows: Int[Array, " rows"] | None = None
 
 
+class TextState(AbstractMemory):
+    """What a model keeps of the first bytes of some texts: its `stage`'s memory, how many there were (`count`), and the `keys`
+    that draw boundaries (None: the likelier action)."""
+
+    stage: PyTree[Array]
+    count: Int[Array, " batch"]
+    keys: Key[Array, " batch"] | None
+
+    def written(self, change: PyTree[Array], advance: Bool[Array, " batch"]) -> TextState:
+        return TextState(written(self.stage, change, advance), self.count + advance.astype(jnp.int32), self.keys)
+
+
+class Prefilled(eqx.Module):
+    """What was predicted at each of the first bytes, and what `UNet.step` needs to go on."""
+
+    prediction: Prediction
+    state: TextState
+
+    @property
+    def logits(self) -> Float[Array, "batch length vocab"]:
+        return self.prediction.logits
+
+
+class NextByte(eqx.Module):
+    """Logits of the byte after the next one, whether each level closed a token (the outermost first), and how the state
+    changes: `estimators.base.written(state, change, advance)` is the state after it."""
+
+    logits: Float[Array, "batch vocab"]
+    closed: tuple[Bool[Array, " batch"], ...]
+    change: PyTree[Array]
+
+
 class LossOutput(eqx.Module):
     """`loss` to descend: the mean negative log-likelihood in nats per byte plus the objectives' losses; and what to watch.
 
@@ -94,36 +127,6 @@ class LossOutput(eqx.Module):
     overflow: Float[Array, ""]
     padding: Float[Array, ""]
     metrics: tuple[dict[str, Float[Array, ""]], ...]
-
-
-def plain_layout(
-    bytes: Integer[Array, "batch length"],
-    segments: Int[Array, "batch length"] | None = None,
-    mask: Bool[Array, "batch length"] | None = None,
-) -> Layout:
-    """The layout of byte rows: one document a row unless `segments` number several, nothing padded unless `mask` says so."""
-    positions = jnp.broadcast_to(jnp.arange(bytes.shape[1], dtype=jnp.int32), bytes.shape)
-    segments = jnp.zeros(bytes.shape, jnp.int32) if segments is None else segments.astype(jnp.int32)
-    mask = jnp.ones(bytes.shape, bool) if mask is None else mask
-    return Layout(bytes.astype(jnp.int32), positions, segments, mask)
-
-
-def next_byte_log_lik(
-    logits: Float[Array, "batch length vocab"], bytes: Integer[Array, "batch length"]
-) -> Float[Array, "batch length"]:
-    r"""$\log p(x_{i+1} \mid x_{\le i})$ in nats and float32; 0 at the last row, which predicts nothing that is there."""
-    log_lik = log_lik_of(logits, jnp.roll(bytes.astype(jnp.int32), -1, axis=1))
-    return jnp.where(jnp.arange(bytes.shape[1]) < bytes.shape[1] - 1, log_lik, 0.0)
-
-
-def log_lik_of(
-    logits: Float[Array, "batch rows vocab"], targets: Int[Array, "batch rows"]
-) -> Float[Array, "batch rows"]:
-    """The log-likelihood of each target in nats, in float32."""
-    logits = logits.astype(jnp.float32)
-    # A comparison instead of a gather: it fuses, forward and backward.
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def early_log_lik(prediction: Prediction, layout: Layout) -> Float[Array, "batch length"] | None:
@@ -143,12 +146,6 @@ def early_log_lik(prediction: Prediction, layout: Layout) -> Float[Array, "batch
     return jnp.broadcast_to(mean, layout.bytes.shape).at[:, rows].set(there)
 
 
-def continues(layout: Layout) -> Bool[Array, "batch length"]:
-    """True where the next row holds a byte of the same document, which is where a prediction can be scored."""
-    same = layout.segments[:, 1:] == layout.segments[:, :-1]
-    return jnp.pad(same & layout.mask[:, 1:] & layout.mask[:, :-1], ((0, 0), (0, 1)))
-
-
 def _sizes(capacities: Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The sizes that the outermost level may choose from (none: no bound), and the bound of every level.
 
@@ -165,7 +162,8 @@ def _sizes(capacities: Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], 
 class UNet(eqx.Module):
     """A byte-level autoregressive U-Net whose token boundaries an estimator draws (SFE section 2.2).
 
-    `model(bytes, key=key)` predicts; `model.loss(bytes, key=key)` is what to descend.
+    `model(bytes, key=key)` predicts; `model.loss(bytes, key=key)` is what to descend; `model.prefill` and `model.step` read a
+    text byte by byte, for which `unet.generate` has the loop.
     """
 
     embedding: Float[Array, "vocab dim"]
@@ -213,7 +211,7 @@ class UNet(eqx.Module):
         self,
         bytes: Integer[Array, "batch length"],
         *,
-        key: PRNGKeyArray | None = None,
+        key: Keys | None = None,
         actions: Sequence[Bool[Array, "batch _"]] = (),
         segments: Int[Array, "batch length"] | None = None,
         mask: Bool[Array, "batch length"] | None = None,
@@ -224,7 +222,8 @@ class UNet(eqx.Module):
     ) -> Prediction:
         """Predict the next byte at every row.
 
-        `key` draws the boundaries (None: the likelier action of each byte), `actions` prescribes them level by level.
+        `key` draws the boundaries (None: the likelier action of each byte; one for each sequence: see `Draw`), `actions`
+        prescribes them level by level.
         `segments` numbers the documents of a row, `mask` is False on padding. `capacities` bound the tokens of each level;
         without them no boundary is ever dropped. `target_rate` takes the place of the rate the estimator was built for.
         `samples` draws boundaries so often for each sequence and returns that many neighbouring rows for it.
@@ -232,6 +231,36 @@ class UNet(eqx.Module):
         layout = plain_layout(bytes, segments, mask)
         drawing = Drawing(key, tuple(actions), target_rate, tuple(capacities), samples, training=training)
         return self.predict(self.stage(self.embed(layout), layout, drawing))
+
+    def prefill(
+        self,
+        bytes: Integer[Array, "batch length"],
+        *,
+        mask: Bool[Array, "batch length"] | None = None,
+        keys: Key[Array, " batch"] | None = None,
+        capacities: Sequence[int] = (),
+    ) -> Prefilled:
+        """Predict at the first bytes of some texts, each as long as `mask` says (padding behind), as a call with these `keys` as
+        its key would.
+
+        The token caches have a slot for each token row: `unet.cache.with_room` makes more. Where a level overflows
+        `capacities`, the state is of no use.
+        """
+        layout = plain_layout(bytes, None, mask)
+        drawing = Drawing(keys, capacities=tuple(capacities))
+        done = self.stage.prefill(self.embed(layout), layout, drawing)
+        count = jnp.sum(layout.mask, axis=1, dtype=jnp.int32)
+        return Prefilled(self.predict(done.output), TextState(done.memory, count, keys))
+
+    def step(self, bytes: Int[Array, " batch"], state: TextState, advance: Bool[Array, " batch"]) -> NextByte:
+        """Read one more byte of the texts that advance.
+
+        Raises nothing: where a token cache has no slot left, the logits of its text are not numbers.
+        """
+        count = state.count[:, None]
+        layout = Layout(bytes[:, None], count, jnp.zeros_like(count), advance[:, None], state.count)
+        done = self.stage.step(self.embed(layout), layout, Drawing(state.keys), state.stage)
+        return NextByte(self.head.wide(self.norm(done.hidden))[:, 0], done.closed, done.change)
 
     def predict(self, output: StageOutput, *, early_rows: Int[Array, " rows"] | None = None) -> Prediction:
         """The two heads on top of what the stage returned, the early one at `early_rows` only where they are given."""

@@ -10,10 +10,21 @@ from typing import TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from estimators.base import AbstractEstimator, Boundaries, Draw, Layout, TokenRows
+from estimators.base import (
+    AbstractEstimator,
+    AbstractMemory,
+    Boundaries,
+    Draw,
+    Keys,
+    Layout,
+    TokenRows,
+    has_many,
+    written,
+)
 from unet.blocks import Stack
+from unet.cache import NewRow, RowCache
 from unet.folding import Squares, fold, fold_layout, unfold
 from unet.ops import Implementation, boundary_scan
 
@@ -43,7 +54,8 @@ class StageOutput(eqx.Module):
 class Drawing(eqx.Module):
     """How boundaries are drawn in one forward pass, level by level, the outermost first.
 
-    `key` draws them (None: the likelier action of each row); `actions`, where given, are taken as they are; `target_rate`,
+    `key` draws them (None: the likelier action of each row; one for each sequence: see `Draw`); `actions`, where given, are
+    taken as they are; `target_rate`,
     where given, takes the place of the rate that the outermost level was built for; `capacities` bound the tokens of each
     level (empty: as many as there are rows, so none is ever dropped); `samples` draws so many times for each sequence at the
     outermost level, from one pass of its encoder; `groups`, where it is not 0, folds the token rows of that level: those of
@@ -51,7 +63,7 @@ class Drawing(eqx.Module):
     how rows that are folded come apart.
     """
 
-    key: PRNGKeyArray | None = None
+    key: Keys | None = None
     actions: tuple[Bool[Array, "batch _"], ...] = ()
     target_rate: Float[Array, ""] | None = None
     capacities: tuple[int, ...] = eqx.field(static=True, default=())
@@ -72,13 +84,65 @@ class Drawing(eqx.Module):
 
     def inner(self, squares: Squares | None = None) -> Drawing:
         """The same for the level inside this one, whose rows come apart by `squares`."""
-        key = None if self.key is None else jax.random.fold_in(self.key, 1)
+        key = self.key
+        if key is not None:
+            key = jax.vmap(jax.random.fold_in, (0, None))(key, 1) if has_many(key) else jax.random.fold_in(key, 1)
         return Drawing(key, self.actions[1:], None, self.capacities[1:], 1, 0, self.training, squares)
 
 
 def repeated(rows: Rows, samples: int) -> Rows:
     """Every sequence `samples` times, the copies neighbours."""
     return rows if samples == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), rows)
+
+
+class Prefilled(eqx.Module):
+    """What a stage made of the first rows, and what it keeps of them."""
+
+    output: StageOutput
+    memory: PyTree[Array]
+
+
+class Stepped(eqx.Module):
+    """What a stage made of the next row of each sequence, whether each level closed a token with it, the outermost first, and
+    how its memory changes."""
+
+    hidden: Float[Array, "batch 1 dim"]
+    closed: tuple[Bool[Array, " batch"], ...]
+    change: PyTree[Array]
+
+
+class HierarchyChange(eqx.Module):
+    """How what a hierarchy keeps of earlier rows changes, part by part, and where a token `closed`."""
+
+    encoder: tuple[NewRow, ...]
+    router: PyTree[Array]
+    chunker: PyTree[Array]
+    inner: PyTree[Array]
+    decoder: tuple[NewRow, ...]
+    closed: Bool[Array, " batch"]
+
+
+class HierarchyMemory(AbstractMemory):
+    """What a hierarchy keeps of earlier rows, part by part, and the number of `tokens` closed so far. The stage inside goes on
+    only where one closes."""
+
+    encoder: tuple[RowCache, ...]
+    router: PyTree[Array]
+    chunker: PyTree[Array]
+    inner: PyTree[Array]
+    decoder: tuple[RowCache, ...]
+    tokens: Int[Array, " batch"]
+
+    def written(self, change: HierarchyChange, advance: Bool[Array, " batch"]) -> HierarchyMemory:
+        closed = advance & change.closed
+        return HierarchyMemory(
+            written(self.encoder, change.encoder, advance),
+            written(self.router, change.router, advance),
+            written(self.chunker, change.chunker, advance),
+            written(self.inner, change.inner, closed),
+            written(self.decoder, change.decoder, advance),
+            self.tokens + closed.astype(jnp.int32),
+        )
 
 
 class Begun(eqx.Module):
@@ -101,7 +165,12 @@ class Begun(eqx.Module):
 
 
 class AbstractStage(eqx.Module):
-    """A causal map of hidden states to hidden states, in two steps: what decides how many tokens there are, and the rest."""
+    """A causal map of hidden states to hidden states, in two steps: what decides how many tokens there are, and the rest.
+
+    Row by row, for sequences of one document each: `prefill` takes the first rows, those where `layout.mask` is True, and
+    `step` one more, whose number is `layout.before`. Drawn with a key for each sequence, the boundaries and the hidden states
+    are those of one call on all rows.
+    """
 
     @property
     @abstractmethod
@@ -119,6 +188,16 @@ class AbstractStage(eqx.Module):
     @abstractmethod
     def ending(self) -> AbstractStage:
         """This stage without the parameters that only `begin` needs: enough to `finish` and for the objectives."""
+
+    @abstractmethod
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Prefilled:
+        """All rows at once, and what `step` needs. Where a level overflows, the memory is of no use."""
+
+    @abstractmethod
+    def step(
+        self, hidden: Float[Array, "batch 1 dim"], layout: Layout, drawing: Drawing, memory: PyTree[Array]
+    ) -> Stepped:
+        """The next row of the sequences for which `layout.mask` is True."""
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> StageOutput:
         """Row i of the output depends on the rows up to i of its own document only."""
@@ -144,6 +223,16 @@ class Flat(AbstractStage):
 
     def ending(self) -> Flat:
         return self
+
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Prefilled:
+        done = self.stack.prefill(hidden, layout)
+        return Prefilled(StageOutput(done.hidden, ()), done.memory)
+
+    def step(
+        self, hidden: Float[Array, "batch 1 dim"], layout: Layout, drawing: Drawing, memory: tuple[RowCache, ...]
+    ) -> Stepped:
+        done = self.stack.step(hidden, layout.positions, memory)
+        return Stepped(done.hidden, (), done.memory)
 
 
 class Hierarchy(AbstractStage):
@@ -202,6 +291,54 @@ class Hierarchy(AbstractStage):
 
     def ending(self) -> Hierarchy:
         return eqx.tree_at(lambda stage: (stage.encoder, stage.estimator.router), self, (None, None))
+
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Prefilled:
+        chunker, capacity = self.estimator.chunker, drawing.capacity(hidden.shape[1])
+        encoded = self.encoder.prefill(hidden, layout)
+        routed = self.estimator.router.prefill(encoded.hidden, layout, drawing.here(self.implementation))
+        boundaries = routed.boundaries.limited(capacity)
+        rows = chunker.down(encoded.hidden, boundaries, capacity=capacity)
+        inner = self.inner.prefill(rows.values, self.token_layout(rows, layout), drawing.inner())
+        outputs = inner.output.hidden
+        decoded = self.decoder.prefill(chunker.up(outputs, rows, encoded.hidden, boundaries), layout)
+        drawn = routed.boundaries.actions
+        overflow = jnp.sum(drawn, axis=1, dtype=jnp.int32) - rows.lengths
+        level = Level(encoded.hidden, layout, drawn, boundaries, rows.lengths, overflow)
+        memory = HierarchyMemory(
+            encoded.memory,
+            routed.memory,
+            chunker.remember(outputs, rows, encoded.hidden, boundaries, layout.mask),
+            inner.memory,
+            decoded.memory,
+            rows.lengths,
+        )
+        return Prefilled(StageOutput(decoded.hidden, (level, *inner.output.levels)), memory)
+
+    def step(
+        self, hidden: Float[Array, "batch 1 dim"], layout: Layout, drawing: Drawing, memory: HierarchyMemory
+    ) -> Stepped:
+        """The stage inside runs only where at least one sequence of the batch closes a token."""
+        chunker = self.estimator.chunker
+        encoded = self.encoder.step(hidden, layout.positions, memory.encoder)
+        draw = drawing.here(self.implementation)
+        routed = self.estimator.router.step(encoded.hidden, layout, draw, memory.router)
+        boundaries = routed.boundaries
+        value = chunker.down_step(encoded.hidden, boundaries, memory.chunker)
+        positions = memory.tokens[:, None] if self.chunk_positions else layout.positions
+        token = Layout(layout.bytes, positions, layout.segments, boundaries.actions, memory.tokens)
+
+        def run() -> Stepped:
+            return self.inner.step(value, token, drawing.inner(), memory.inner)
+
+        def rest() -> Stepped:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))
+
+        inner = jax.lax.cond(jnp.any(boundaries.actions), run, rest)
+        joined = chunker.up_step(inner.hidden, value, encoded.hidden, boundaries, memory.chunker)
+        decoded = self.decoder.step(joined.hidden, layout.positions, memory.decoder)
+        closed = boundaries.actions[:, 0]
+        change = HierarchyChange(encoded.memory, routed.memory, joined.memory, inner.change, decoded.memory, closed)
+        return Stepped(decoded.hidden, (closed, *inner.closed), change)
 
     def route(self, encoded: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Boundaries:
         """The boundaries of this level, drawn from the encoder's states."""

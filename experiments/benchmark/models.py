@@ -13,7 +13,7 @@ from experiments.benchmark.steps import in_a_row, ready
 from experiments.benchmark.timing import in_turns
 from experiments.config import RunConfig
 from experiments.evaluate import evaluate_batch
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 
 
 @dataclass(frozen=True)

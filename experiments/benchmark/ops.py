@@ -15,7 +15,7 @@ from estimators import AbstractRouter, Boundaries, CosineRouter, Draw, Likelier,
 from experiments.benchmark.timing import Timing, Work, in_turns
 from unet.attention import Visibility, attend
 from unet.chunkers import SelectSmooth
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 from unet.ops import boundary_scan, downsample, mean_pool, smooth, token_of, upsample
 
 

@@ -15,7 +15,7 @@ from estimators import AbstractRouter, Boundaries, Draw
 from experiments.benchmark.shapes import is_trained, shapes_of
 from experiments.config import EstimatorName, RunConfig
 from unet import UNet
-from unet.model import plain_layout
+from unet.likelihood import plain_layout
 from unet.ops import boundary_scan
 
 

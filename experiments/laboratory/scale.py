@@ -31,7 +31,7 @@ from experiments.step import compiled, fresh_state, make_optimizer, make_step
 from experiments.train import load_split
 from unet import UNet, next_byte_log_lik
 from unet.flops import matrix_flops
-from unet.model import continues, plain_layout
+from unet.likelihood import continues, plain_layout
 from unet.ops import boundary_scan
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from data import Split, open_batches
 from estimators import (
     AbstractChunker,
-    AbstractRouter,
+    AbstractRowRouter,
     Boundaries,
     Draw,
     EarlyExit,
@@ -30,7 +30,7 @@ RATE = 0.2
 """The rate at which boundaries are drawn while a model is trained, and at which every experiment starts."""
 
 
-class TabularRouter(AbstractRouter):
+class TabularRouter(AbstractRowRouter):
     """A boundary logit of its own for every row of every text, so that any policy without memory can be written down.
 
     `relaxed` are the actions as numbers, for gradients with respect to them; None leaves them out.

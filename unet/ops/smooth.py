@@ -24,9 +24,22 @@ def smooth(
     anew, so that nothing crosses from one document into the next. The recurrence runs in float32. Raises `ValueError`
     where a kernel asked for by name cannot run.
     """
-    probs = jnp.clip(probs.astype(jnp.float32), 1e-4, 1.0 - 1e-4)
+    probs = clamped(probs)
     keep = 1.0 - probs if starts is None else jnp.where(starts, 0.0, 1.0 - probs)
     return recurrence(values, probs, keep, implementation).astype(values.dtype)
+
+
+def smooth_step(
+    value: Float[Array, "batch 1 dim"], prob: Float[Array, "batch 1"], last: Float[Array, "batch 1 dim"]
+) -> Float[Array, "batch 1 dim"]:
+    r"""$\bar z_m$ from $\bar z_{m-1}$ = `last`, in float32."""
+    scale = clamped(prob)[..., None]
+    return scale * value.astype(jnp.float32) + (1.0 - scale) * last
+
+
+def clamped(probs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Probabilities within $[10^{-4}, 1 - 10^{-4}]$, in float32."""
+    return jnp.clip(probs.astype(jnp.float32), 1e-4, 1.0 - 1e-4)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
