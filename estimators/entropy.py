@@ -58,6 +58,7 @@ class ByteModel(Protocol):
         ...
 
 
+@runtime_checkable
 class HasState(Protocol):
     """A prediction at every row, and what is kept of the rows."""
 
@@ -68,6 +69,7 @@ class HasState(Protocol):
     def state(self) -> PyTree[Array]: ...
 
 
+@runtime_checkable
 class HasChange(Protocol):
     """A prediction at the next row, and how what is kept changes."""
 

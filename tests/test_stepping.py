@@ -15,7 +15,7 @@ from tests.compositions import LENGTH, SHAPE, config_of, lively, registered
 from tests.conftest import text_bytes
 from unet import Flat, Hierarchy, MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth
 from unet.blocks import Stack
-from unet.cache import RowCache, cache_bytes, filled_cache, with_room
+from unet.cache import cache_bytes, filled_cache, rounded_up, with_room
 
 BOUNDED = {"rtol": 1e-4, "atol": 1e-4}
 LENGTHS = (1, 7, LENGTH - 1, 16)
@@ -192,16 +192,22 @@ def new_row():
     return NewRow(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1)))
 
 
-def test_only_token_caches_grow_and_by_powers_of_two():
+def test_only_token_caches_grow():
     rows = jnp.ones((2, 3, 10, 4))
     caches = (filled_cache(rows, rows, jnp.asarray([10, 3]), None), filled_cache(rows, rows, jnp.asarray([10, 3]), 5))
     before = cache_bytes(caches)
     grown = with_room(caches, 9)
-    assert [cache.slots for cache in grown] == [32, 5]
-    assert cache_bytes(grown) - before == 2 * 2 * 3 * 22 * 4 * 4
-    assert with_room(grown, 22)[0].slots == 32
-    assert isinstance(with_room(grown, 23)[0], RowCache)
-    assert with_room(grown, 23)[0].slots == 64
+    assert [cache.slots for cache in grown] == [20, 5]
+    assert cache_bytes(grown) - before == 2 * 2 * 3 * 10 * 4 * 4
+    assert eqx.tree_equal(with_room(grown, 10), grown)
+    assert with_room(grown, 11)[0].slots == 24
+
+
+@pytest.mark.parametrize(
+    ("size", "slots"), [(1, 16), (16, 16), (17, 20), (33, 40), (128, 128), (129, 160), (60_000, 65_536)]
+)
+def test_slots_waste_a_quarter_at_most(size, slots):
+    assert rounded_up(size) == slots
 
 
 def test_written_leaves_alone_what_does_not_advance():

@@ -2,24 +2,34 @@
 
 from unet import ops
 from unet.chunkers import MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth
+from unet.generate import Generated, Writer, Written, generate
 from unet.likelihood import next_byte_log_lik
 from unet.model import LossOutput, Prediction, UNet, UNetConfig
+from unet.reading import Scored, score
+from unet.sampling import Sampling
 from unet.stage import AbstractStage, Flat, Hierarchy, Level
 
 __all__ = [
     "AbstractStage",
     "Flat",
+    "Generated",
     "Hierarchy",
     "Level",
     "LossOutput",
     "MeanPool",
     "Prediction",
     "Projection",
+    "Sampling",
+    "Scored",
     "SelectDeviate",
     "SelectDistribute",
     "SelectSmooth",
     "UNet",
     "UNetConfig",
+    "Writer",
+    "Written",
+    "generate",
     "next_byte_log_lik",
     "ops",
+    "score",
 ]

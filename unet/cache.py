@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from estimators.base import AbstractMemory
@@ -82,24 +83,36 @@ def _is_cache(part: object) -> bool:
 
 
 def with_room(memory: Memory, rows: int) -> Memory:
-    """All caches inside with room for so many more rows in every sequence, in a whole power of two of slots.
+    """All caches inside with room for so many more rows in every sequence; the very memory given where they have it.
 
-    Reads how many rows there are, so it cannot be compiled.
+    Slots come in whole quarters of a power of two, so that few programs serve all lengths. Reads how many rows there are, so
+    it cannot be compiled.
     """
 
-    def widen(part: Array | RowCache) -> Array | RowCache:
-        if not isinstance(part, RowCache):
-            return part
-        needed = int(jnp.max(part.count)) + rows
-        return part if needed <= part.slots else part.with_room(1 << (needed - 1).bit_length())
+    def needed(cache: RowCache) -> int:
+        return 0 if cache.ring else int(np.max(np.asarray(cache.count))) + rows
 
+    def widen(part: Array | RowCache) -> Array | RowCache:
+        return part.with_room(rounded_up(needed(part))) if isinstance(part, RowCache) else part
+
+    if all(needed(cache) <= cache.slots for cache in _caches(memory)):
+        return memory
     return jax.tree.map(widen, memory, is_leaf=_is_cache)
+
+
+def rounded_up(size: int) -> int:
+    """The least whole number of quarters of a power of two, not below 16, that is at least `size`."""
+    quarter = max(4, 1 << max(0, (size - 1).bit_length() - 3))
+    return max(16, -(-size // quarter) * quarter)
 
 
 def cache_bytes(memory: PyTree[Array]) -> int:
     """Bytes of all keys and values inside."""
-    caches = [part for part in jax.tree.leaves(memory, is_leaf=_is_cache) if isinstance(part, RowCache)]
-    return sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
+    return sum(cache.keys.nbytes + cache.values.nbytes for cache in _caches(memory))
+
+
+def _caches(memory: PyTree[Array]) -> list[RowCache]:
+    return [part for part in jax.tree.leaves(memory, is_leaf=_is_cache) if isinstance(part, RowCache)]
 
 
 def filled_cache(

@@ -24,6 +24,7 @@ from estimators.base import (
     written,
 )
 from unet.blocks import Stack
+from unet.buckets import smallest_with_room
 from unet.cache import NewRow, RowCache
 from unet.folding import Squares, fold, fold_layout, unfold
 from unet.ops import Implementation, boundary_scan
@@ -317,7 +318,7 @@ class Hierarchy(AbstractStage):
     def step(
         self, hidden: Float[Array, "batch 1 dim"], layout: Layout, drawing: Drawing, memory: HierarchyMemory
     ) -> Stepped:
-        """The stage inside runs only where at least one sequence of the batch closes a token."""
+        """The stage inside runs for the sequences that close a token only; see `inner_step`."""
         chunker = self.estimator.chunker
         encoded = self.encoder.step(hidden, layout.positions, memory.encoder)
         draw = drawing.here(self.implementation)
@@ -327,18 +328,40 @@ class Hierarchy(AbstractStage):
         positions = memory.tokens[:, None] if self.chunk_positions else layout.positions
         token = Layout(layout.bytes, positions, layout.segments, boundaries.actions, memory.tokens)
 
-        def run() -> Stepped:
-            return self.inner.step(value, token, drawing.inner(), memory.inner)
-
-        def rest() -> Stepped:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))
-
-        inner = jax.lax.cond(jnp.any(boundaries.actions), run, rest)
+        inner = self.inner_step(value, token, drawing.inner(), memory.inner)
         joined = chunker.up_step(inner.hidden, value, encoded.hidden, boundaries, memory.chunker)
         decoded = self.decoder.step(joined.hidden, layout.positions, memory.decoder)
         closed = boundaries.actions[:, 0]
         change = HierarchyChange(encoded.memory, routed.memory, joined.memory, inner.change, decoded.memory, closed)
         return Stepped(decoded.hidden, (closed, *inner.closed), change)
+
+    def inner_step(
+        self, values: Float[Array, "batch 1 dim"], layout: Layout, drawing: Drawing, memory: PyTree[Array]
+    ) -> Stepped:
+        """The stage inside, for the sequences where `layout.mask` is True; what the others get means nothing.
+
+        They are gathered into as many rows as the smallest of a few sizes that has room for them: none, a quarter of the
+        batch, half of it, all of it. So a batch costs what its tokens cost, although its sequences close them at different
+        times.
+        """
+        batch = layout.mask.shape[0]
+        sizes = sorted({-(-batch // 4), -(-batch // 2), batch})
+        closed = layout.mask[:, 0]
+        first = jnp.argsort(~closed, stable=True)
+        operands = (values, layout, drawing, memory)
+
+        def run(size: int) -> Stepped:
+            if size == batch:
+                return self.inner.step(*operands)
+            chosen = first[:size]
+            done = self.inner.step(*jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="promise_in_bounds"), operands))
+            return jax.tree.map(lambda leaf: jnp.zeros((batch, *leaf.shape[1:]), leaf.dtype).at[chosen].set(leaf), done)
+
+        def rest() -> Stepped:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: run(batch)))
+
+        which = jnp.where(jnp.any(closed), 1 + smallest_with_room(jnp.sum(closed, dtype=jnp.int32), sizes), 0)
+        return jax.lax.switch(which, [rest, *(functools.partial(run, size) for size in sizes)])
 
     def route(self, encoded: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Boundaries:
         """The boundaries of this level, drawn from the encoder's states."""

@@ -1,0 +1,196 @@
+"""Reading texts: what a model makes of a batch of them, and how likely it finds them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from estimators.base import BOS, EOS, Keys, has_many
+from unet.cache import rounded_up
+from unet.likelihood import next_byte_log_lik
+from unet.model import Prefilled, UNet
+
+
+@runtime_checkable
+class HasOverflow(Protocol):
+    """Something computed in a bounded number of token rows, and the boundaries for which there was none."""
+
+    @property
+    def overflow(self) -> Int[Array, " batch"] | None: ...
+
+
+Result = TypeVar("Result", bound=HasOverflow)
+
+
+def in_enough_rows(length: int, rate: float, compute: Callable[[int], Result]) -> Result:
+    """`compute` with room for the tokens of texts of `length` bytes, of which about `rate` are expected to close one: where a
+    first guess leaves some without room, all is computed once more with twice as many."""
+    capacity = min(length, rounded_up(math.ceil(1.3 * rate * length)))
+    while True:
+        result = compute(capacity)
+        if capacity == length or result.overflow is None or not np.any(result.overflow):
+            return result
+        capacity = min(length, 2 * capacity)
+
+
+@eqx.filter_jit
+def _prefill(
+    model: UNet,
+    bytes: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    keys: Key[Array, " batch"] | None,
+    capacity: int,
+) -> Prefilled:
+    return model.prefill(bytes, mask=mask, keys=keys, capacities=(capacity,))
+
+
+def read(model: UNet, texts: Sequence[bytes], keys: Key[Array, " batch"] | None) -> Prefilled:
+    """Read texts, each behind a BOS, with boundaries drawn with `keys` (None: the likelier ones), none of them dropped.
+
+    Raises `ValueError` where a text holds the byte BOS or EOS.
+    """
+    bytes, mask = jnp.asarray(padded(texts)), jnp.asarray(_mask(texts))
+    return in_enough_rows(bytes.shape[1], rate_of(model), lambda capacity: _prefill(model, bytes, mask, keys, capacity))
+
+
+def _mask(texts: Sequence[bytes]) -> Bool[np.ndarray, "batch length"]:
+    lengths = np.array([1 + len(text) for text in texts])
+    return np.arange(rounded_up(int(lengths.max()))) < lengths[:, None]
+
+
+def padded(texts: Sequence[bytes]) -> Int[np.ndarray, "batch length"]:
+    """Texts of bytes, each behind a BOS, filled up with zeros to one of a few lengths.
+
+    Raises `ValueError` where one holds the byte BOS or EOS.
+    """
+    for number, text in enumerate(texts):
+        if BOS in text or EOS in text:
+            raise ValueError(
+                f"text {number} holds the byte {BOS} or {EOS}, which no UTF-8 does: they mark the ends of texts"
+            )
+    bytes = np.zeros((len(texts), rounded_up(1 + max(map(len, texts)))), np.int32)
+    for row, text in zip(bytes, texts, strict=True):
+        row[: 1 + len(text)] = np.frombuffer(b"%c%b" % (BOS, text), np.uint8)
+    return bytes
+
+
+def rate_of(model: UNet) -> float:
+    """The share of bytes at which the outermost level is expected to close a token."""
+    rate = model.stage.estimators[0].router.rate if model.stage.estimators else 1.0
+    return 0.25 if rate is None else rate
+
+
+def keys_of(key: Keys, count: int) -> Key[Array, " batch"]:
+    """A key for each of so many texts: those given, or one made of `key` and the number of the text.
+
+    Raises `ValueError` for another number of keys.
+    """
+    if not has_many(key):
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+    if key.shape[0] != count:
+        raise ValueError(f"there are {key.shape[0]} keys for {count} texts")
+    return key
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How likely a text is after its context: `log_lik` in nats over its `bytes`, and that of each byte.
+
+    `greedy`: whether each of its bytes was the likeliest. `boundaries`: whether the outermost level closed a token with it.
+    """
+
+    log_lik: float
+    bytes: int
+    byte_log_lik: np.ndarray
+    greedy: bool
+    boundaries: np.ndarray
+
+
+def score(
+    model: UNet,
+    texts: Sequence[str | bytes],
+    *,
+    contexts: Sequence[str | bytes] | None = None,
+    key: Keys | None,
+    batch: int = 16,
+) -> tuple[Scored, ...]:
+    r"""$\sum_i \log p(x_i \mid \mathrm{context}, x_{<i})$ of each text, in the order given.
+
+    A text's boundaries, and those of its context, are drawn with its own key (`key`: one for all, or one for each; None: the
+    likelier ones), so that its score does not depend on the others; it is the likelihood given these boundaries. No
+    boundary is dropped. Texts of similar lengths are read together, `batch` at a time.
+
+    Raises `ValueError` for another number of contexts or keys than of texts, a batch below 1, and where a text holds the byte
+    BOS or EOS.
+    """
+    contexts = [b""] * len(texts) if contexts is None else contexts
+    if len(contexts) != len(texts):
+        raise ValueError(f"there are {len(contexts)} contexts for {len(texts)} texts")
+    if batch < 1:
+        raise ValueError(f"a batch has at least 1 text; got {batch}")
+    keys = None if key is None else keys_of(key, len(texts))
+    before = [as_bytes(context) for context in contexts]
+    whole = [context + as_bytes(text) for context, text in zip(before, texts, strict=True)]
+    order = sorted(range(len(texts)), key=lambda number: len(whole[number]), reverse=True)
+    scored: dict[int, Scored] = {}
+    for start in range(0, len(order), batch):
+        numbers = order[start : start + batch]
+        # Missing texts are empty, so that one program serves all batches of a length.
+        some = [whole[number] for number in numbers] + [b""] * (batch - len(numbers))
+        own = None if keys is None else keys[jnp.asarray(numbers + numbers[:1] * (batch - len(numbers)))]
+        bytes, mask = jnp.asarray(padded(some)), jnp.asarray(_mask(some))
+        likelihoods = in_enough_rows(
+            bytes.shape[1],
+            rate_of(model),
+            lambda capacity, bytes=bytes, mask=mask, own=own: _likelihoods(model, bytes, mask, own, capacity),
+        )
+        results = jax.tree.map(np.asarray, likelihoods)
+        for row, number in enumerate(numbers):
+            part = slice(len(before[number]), len(whole[number]))
+            log_lik = results.log_lik[row, part]
+            scored[number] = Scored(
+                float(log_lik.sum(dtype=np.float64)),
+                log_lik.size,
+                log_lik,
+                bool(np.all(results.likeliest[row, part])),
+                results.closed[row, 1:][part],
+            )
+    return tuple(scored[number] for number in range(len(texts)))
+
+
+class Likelihoods(eqx.Module):
+    """Of the byte after each row: its log-likelihood in nats and whether it is the likeliest; which rows closed a token, and how
+    many of those had no room."""
+
+    log_lik: Float[Array, "batch length"]
+    likeliest: Bool[Array, "batch length"]
+    closed: Bool[Array, "batch length"]
+    overflow: Int[Array, " batch"] | None
+
+
+@eqx.filter_jit
+def _likelihoods(
+    model: UNet,
+    bytes: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    keys: Key[Array, " batch"] | None,
+    capacity: int,
+) -> Likelihoods:
+    prediction = model(bytes, key=keys, mask=mask, capacities=(capacity,))
+    likeliest, levels = jnp.argmax(prediction.logits, axis=-1) == jnp.roll(bytes, -1, axis=1), prediction.levels
+    closed = levels[0].boundaries.actions if levels else jnp.zeros_like(mask)
+    overflow = levels[0].overflow if levels else None
+    return Likelihoods(next_byte_log_lik(prediction.logits, bytes), likeliest, closed, overflow)
+
+
+def as_bytes(text: str | bytes) -> bytes:
+    """Text as UTF-8; bytes as they are."""
+    return text.encode() if isinstance(text, str) else text
