@@ -17,12 +17,12 @@ from data import Split
 from experiments.config import EstimatorName, RunConfig
 from experiments.display import Display
 from experiments.folder import SUMMARY, json_text, read_config, read_metrics, write_atomically
-from experiments.load import load_model
 from experiments.report import STYLE, picture, scale, shaded_html
 from experiments.shading import Character, shade
 from experiments.summary import Summary
 from experiments.train import load_split
 from unet.flops import matrix_flops
+from unet.saving import load
 
 REFERENCE: EstimatorName = "uniform"
 MISSED = 0.1
@@ -219,7 +219,7 @@ def curves_picture(folders: Mapping[EstimatorName, Sequence[Path]]) -> bytes:
 
 def curve(folder: Path) -> list[tuple[float, float, float]]:
     """FLOPs spent, megabytes read and held-out bits per byte at each validation of a run; tokens as they were drawn."""
-    config, model = read_config(folder), load_model(folder)
+    config, model = read_config(folder), load(folder).model
     spent, points, before = 0.0, [], 0.0
     for record in read_metrics(folder):
         read = record["bytes"]
@@ -236,7 +236,7 @@ def curve(folder: Path) -> list[tuple[float, float, float]]:
 def side_by_side(folders: Mapping[EstimatorName, Path], split: Split) -> dict[EstimatorName, list[list[Character]]]:
     """The same held-out rows, shaded by each run."""
     rows = split.held_out_rows(TEXT_ROWS * split.length)[:TEXT_ROWS]
-    return {name: shade(load_model(folder), rows, seed=0) for name, folder in folders.items()}
+    return {name: shade(load(folder).model, rows, seed=0) for name, folder in folders.items()}
 
 
 def page(

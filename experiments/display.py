@@ -14,6 +14,7 @@ from data import DataError
 from experiments.config import ConfigError, RunConfig
 from experiments.evaluate import Validation
 from experiments.shading import Character, colour_of
+from unet.saving import LoadError
 
 
 class Display:
@@ -89,6 +90,6 @@ def exit_code(display: Display, command: Callable[[], int | None]) -> int:
     """What a command line ends with: 2 where the user has to change something, said in a sentence, or what `command` returns."""
     try:
         return command() or 0
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, LoadError) as error:
         display.note(f"error: {error}")
         return 2

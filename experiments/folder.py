@@ -17,30 +17,20 @@ except ImportError:  # Windows has no such locks; runs there are not kept from s
     fcntl = None
 
 from experiments.config import ConfigError, RunConfig, from_json, to_json
+from unet.saving import CONFIG, WEIGHTS, write_atomically
 
-CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 OWN_FILES = (
     *(CONFIG, METRICS, SUMMARY, CHECKPOINTS, "report.html", "boundaries.png"),
-    *("model.safetensors", "vocabulary.json", "byte_model"),
+    *(WEIGHTS, "vocabulary.json", "byte_model"),
 )
 
 OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every")
 """Settings that a run may be given anew at any time: none of them moves its curve."""
 
 Record = Mapping[str, float | int | str | None]
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a crash leaves either the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def json_text(value: object) -> str:

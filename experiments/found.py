@@ -16,11 +16,11 @@ from estimators import Layout
 from estimators.bpe import PrefixTree, find_size, train_vocabulary
 from estimators.entropy import find_threshold, surprise
 from experiments.config import ConfigError, RunConfig, to_json
-from experiments.folder import CONFIG, read_config, write_atomically
+from experiments.folder import read_config
 from experiments.registry import ByteModel, Found
-from experiments.weights import WEIGHTS, read_model, write_weights
 from unet import UNet
 from unet.likelihood import plain_layout
+from unet.saving import CONFIG, WEIGHTS, load, save, write_atomically
 
 VOCABULARY = "vocabulary.json"
 BYTE_MODEL = "byte_model"
@@ -52,7 +52,7 @@ def write_found(folder: Path, found: Found) -> None:
     if found.byte_model is not None:
         (folder / BYTE_MODEL).mkdir(exist_ok=True)
         write_atomically(folder / BYTE_MODEL / CONFIG, to_json(found.byte_model.config))
-        write_weights(folder / BYTE_MODEL, found.byte_model.model)
+        save(found.byte_model.model, folder / BYTE_MODEL)
 
 
 def read_found(folder: Path, config: RunConfig) -> Found | None:
@@ -73,13 +73,14 @@ def read_found(folder: Path, config: RunConfig) -> Found | None:
 
 
 def read_byte_model(folder: Path) -> ByteModel:
-    """The model of a run without learned tokens. Raises `ConfigError` for any other run, or one that is not finished."""
+    """The model of a run without learned tokens. Raises `ConfigError` for any other run, `LoadError` for one
+    that is not finished."""
     config = read_config(folder)
     if config.estimator != "isotropic":
         raise ConfigError(
             f"{folder} holds a run of --estimator {config.estimator}; the entropy of bytes needs one of isotropic"
         )
-    return ByteModel(config, read_model(folder, config))
+    return ByteModel(config, load(folder).model)
 
 
 def threshold_of(config: RunConfig, model: UNet, split: Split) -> float:

@@ -16,7 +16,7 @@ import tyro
 from data import DataError
 from experiments.config import ConfigError, RunConfig, check
 from experiments.display import Display
-from experiments.folder import SUMMARY, differing, held, prepare_new, read_config, write_atomically
+from experiments.folder import SUMMARY, differing, held, prepare_new, read_config
 from experiments.found import write_found
 from experiments.launch import with_large_pages
 from experiments.presets import PRESETS
@@ -24,7 +24,7 @@ from experiments.report import write_report
 from experiments.shading import shade
 from experiments.summary import summary_of
 from experiments.train import Interrupted, NonFiniteError, Outcome, Prepared, prepare, train
-from experiments.weights import write_weights
+from unet.saving import LoadError, save, write_atomically
 
 SAMPLE_ROWS = 6
 
@@ -72,7 +72,7 @@ def _run_in(folder: Path, config: RunConfig, prepared: Prepared, display: Displa
     shaded = shade(outcome.model, rows, seed=config.seed)
     summary = summary_of(config, outcome)
     write_report(folder, config, summary, shaded)
-    write_weights(folder, outcome.model)
+    save(outcome.model, folder)
     # Last, so that a folder with a summary is a finished run.
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if outcome.validation.rate > 0:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jax.config.update("jax_num_cpu_devices", min(2, os.cpu_count() or 1))
     try:
         run(parse(sys.argv[1:] if arguments is None else arguments), display)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, LoadError) as error:
         return _fail(display, str(error), 2)
     except NonFiniteError as error:
         return _fail(display, str(error), 1)

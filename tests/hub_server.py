@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -14,8 +15,11 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `files` of one data set repository. `faults` maps a kind of request (`info`, `tree`, `GET`, `HEAD`) to a list of
-    faults, one of which each such request uses up: `500`, `gated`, `missing`, `truncated`, `wrong size`, `wrong content`."""
+    """Serves `files` of one repository, of a data set or of a model, and takes commits to the latter.
+
+    `faults` maps a kind of request (`info`, `tree`, `GET`, `HEAD`) to a list of faults, one of which each such request uses
+    up: `500`, `gated`, `missing`, `truncated`, `wrong size`, `wrong content`.
+    """
 
     daemon_threads = True
 
@@ -24,6 +28,7 @@ class Hub(ThreadingHTTPServer):
         self.repository, self.files, self.token = repository, dict(files), token
         self.faults: dict[str, list[str]] = {}
         self.requests: list[str] = []
+        self.created: dict[str, object] = {}
 
     @property
     def url(self) -> str:
@@ -56,6 +61,34 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        hub, path = self.server, unquote(urlsplit(self.path).path)
+        assert isinstance(hub, Hub)
+        content = self.rfile.read(int(self.headers.get("content-length", 0)))
+        hub.requests.append(f"POST {path}")
+        if self.headers.get("authorization") != f"Bearer {hub.token}":
+            return self._send(401, b'{"error": "Invalid username or password."}')
+        if path == "/api/repos/create":
+            asked = json.loads(content)
+            hub.created = asked
+            return self._send(200, json.dumps({"url": f"{hub.url}/{hub.repository}"}).encode())
+        if path == "/api/validate-yaml":
+            return self._send(200, b'{"errors": [], "warnings": []}')
+        if path.startswith(f"/api/models/{hub.repository}/preupload/"):
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(content)["files"]
+            ]
+            return self._send(200, json.dumps({"files": files}).encode())
+        if path.startswith(f"/api/models/{hub.repository}/commit/"):
+            for line in content.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    hub.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            answer = {"commitUrl": f"{hub.url}/{hub.repository}/commit/{COMMIT}", "commitOid": COMMIT}
+            return self._send(200, json.dumps(answer).encode())
+        return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
     def _answer(self) -> None:
         hub, path = self.server, unquote(urlsplit(self.path).path)
         assert isinstance(hub, Hub)
@@ -78,7 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(
                 200, json.dumps([_entry(*file) for file in hub.files.items() if file[0].startswith(folder)]).encode()
             )
-        name = path.split(f"/resolve/{COMMIT}/", 1)[-1]
+        name = path.split("/resolve/", 1)[-1].split("/", 1)[-1]
+        if name not in hub.files:
+            return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         return self._send_file(hub.files[name], fault)
 
     def _send_file(self, content: bytes, fault: str | None) -> None:

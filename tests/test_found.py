@@ -12,8 +12,6 @@ from experiments.config import ConfigError
 from experiments.folder import read_config
 from experiments.found import read_byte_model, read_found
 from experiments.registry import build_estimator
-from experiments.weights import read_weights, write_weights
-from tests.conftest import small_model
 from tests.test_run import SMALL, curve, interrupt_at, start, summary
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
@@ -28,32 +26,6 @@ def byte_run(corpus, tmp_path_factory):
         == 0
     )
     return folder
-
-
-def test_weights_go_out_and_come_back(tmp_path):
-    model = small_model(seed=1)
-    write_weights(tmp_path, model)
-    back = read_weights(tmp_path, small_model(seed=2))
-    for one, other in zip(jax.tree.leaves(model), jax.tree.leaves(back), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: path.unlink(), "not finished"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-3]), "damaged"),
-        (lambda path: path.write_bytes(b"junk"), "damaged"),
-        (lambda path: path.write_bytes(safetensors.numpy.save({"x": np.zeros(2)})), "does not fit"),
-    ],
-    ids=["missing", "truncated", "junk", "another model's"],
-)
-def test_weights_that_do_not_fit_are_refused(tmp_path, damage, message):
-    model = small_model()
-    write_weights(tmp_path, model)
-    damage(tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match=message):
-        read_weights(tmp_path, model)
 
 
 def test_a_finished_run_leaves_the_weights_it_was_evaluated_with(byte_run):

@@ -1,6 +1,7 @@
 """Texts are written as the whole model would have them, each as if it were alone."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -273,9 +274,9 @@ def test_draws_follow_the_tempered_distribution(temperature):
     ids=str,
 )
 def test_what_cannot_be_written_is_refused(sfe, settings, message):
-    asked = {"prompts": ["a"], "max_bytes": 4, "key": KEY, **settings}
+    asked = functools.partial(generate, sfe, prompts=["a"], max_bytes=4, key=KEY)
     with pytest.raises(ValueError, match=message):
-        generate(sfe, **asked)
+        asked(**settings)
 
 
 def test_what_cannot_be_scored_is_refused(sfe):

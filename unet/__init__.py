@@ -1,12 +1,13 @@
 """The byte-level autoregressive U-Net and the operations it is made of."""
 
-from unet import ops
+from unet import ops, utf8
 from unet.chunkers import MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth
 from unet.generate import Generated, Writer, Written, generate
 from unet.likelihood import next_byte_log_lik
 from unet.model import LossOutput, Prediction, UNet, UNetConfig
 from unet.reading import Scored, score
 from unet.sampling import Sampling
+from unet.saving import Loaded, LoadError, load, save
 from unet.stage import AbstractStage, Flat, Hierarchy, Level
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "Generated",
     "Hierarchy",
     "Level",
+    "LoadError",
+    "Loaded",
     "LossOutput",
     "MeanPool",
     "Prediction",
@@ -29,7 +32,10 @@ __all__ = [
     "Writer",
     "Written",
     "generate",
+    "load",
     "next_byte_log_lik",
     "ops",
+    "save",
     "score",
+    "utf8",
 ]

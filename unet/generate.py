@@ -42,18 +42,33 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pace:
-    """What writing cost: seconds for the prompts and for the rest, bytes written in all texts, `steps` of the byte level and of
-    them `token_steps` in which the token level ran."""
+    """What writing cost: `prefill_seconds` for the prompts; `steps` of the byte level, `token_steps` of them in which the token
+    level ran as well, and `bytes` written in all texts; `seconds` and `timed_bytes` after the first chunk, with which what
+    does not come from a cache is compiled."""
 
     prefill_seconds: float = 0.0
     seconds: float = 0.0
+    timed_bytes: int = 0
     bytes: int = 0
     steps: int = 0
     token_steps: int = 0
 
     @property
     def bytes_per_second(self) -> float:
-        return self.bytes / self.seconds if self.seconds else math.nan
+        """Bytes of all texts together; not a number where one chunk was all."""
+        return self.timed_bytes / self.seconds if self.timed_bytes else math.nan
+
+    def after(self, chunk: Chunk, seconds: float) -> Pace:
+        """With one more chunk."""
+        bytes, timed = int(chunk.there.sum()), self.steps > 0
+        return Pace(
+            self.prefill_seconds,
+            self.seconds + seconds * timed,
+            self.timed_bytes + bytes * timed,
+            self.bytes + bytes,
+            self.steps + int(chunk.steps),
+            self.token_steps + int(chunk.token_steps),
+        )
 
 
 @dataclass(frozen=True)
@@ -262,13 +277,7 @@ class Writer:
         )
         finished = np.array([text.finished for text in texts])
         self._hand = eqx.tree_at(lambda hand: hand.done, hand, jnp.asarray(finished))
-        self.pace = Pace(
-            self.pace.prefill_seconds,
-            self.pace.seconds + time.perf_counter() - started,
-            self.pace.bytes + int(chunk.there.sum()),
-            self.pace.steps + int(chunk.steps),
-            self.pace.token_steps + int(chunk.token_steps),
-        )
+        self.pace = self.pace.after(chunk, time.perf_counter() - started)
         return pieces
 
     def cache_bytes(self) -> int:

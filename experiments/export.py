@@ -1,0 +1,129 @@
+"""Hand a trained model on: `python -m experiments.export RUN --to DIR`, or `--to hub:owner/name`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+from experiments.config import ConfigError, RunConfig, to_json
+from experiments.display import Display, exit_code
+from experiments.folder import SUMMARY, read_config
+from unet.saving import CONFIG, WEIGHTS, load, save, write_atomically
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Copy a finished run's model, its configuration and a page about it."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Folder of a finished run."""
+    to: str
+    """A new or empty folder, or hub:owner/name for a repository of the hub, which is made where there is none."""
+    private: bool = False
+    """Make a new repository private."""
+
+
+def export(config: ExportConfig, display: Display) -> None:
+    """Write the three files to a folder or to the hub. Raises `ConfigError` where that cannot be."""
+    run = Path(config.run)
+    if config.to.startswith("hub:"):
+        with tempfile.TemporaryDirectory() as folder:
+            _write(run, Path(folder))
+            _upload(Path(folder), config.to[4:], private=config.private)
+    else:
+        folder = Path(config.to)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"--to {folder} is not empty; name a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(run, folder)
+    display.note(f'{config.to}: load it with unet.load("{config.to}")')
+
+
+def _write(run: Path, folder: Path) -> None:
+    settings, model = read_config(run), load(run).model
+    # The model last: a folder with one is complete.
+    write_atomically(folder / CARD, card(settings, run / SUMMARY))
+    write_atomically(folder / CONFIG, to_json(settings))
+    save(model, folder)
+
+
+def card(settings: RunConfig, summary: Path) -> str:
+    """A page about the model, with the metadata that the hub reads."""
+    lines = [
+        "---",
+        "library_name: caesura",
+        "tags: [byte-level, learned-tokenization]",
+        "---",
+        "",
+        f"# {settings.estimator}, {settings.model}, trained on {settings.dataset}",
+        "",
+        "A byte-level language model of [Caesura](https://pypi.org/project/caesura-lm/) that draws its own token boundaries.",
+        "",
+        "```python",
+        "import jax",
+        "import unet",
+        "",
+        'model = unet.load("FOLDER or hub:owner/name").model',
+        'print(unet.generate(model, ["The "], max_bytes=200, key=jax.random.key(0)).texts[0].text)',
+        "```",
+        "",
+    ]
+    if summary.is_file():
+        figures = json.loads(summary.read_text())
+        lines += ["| | |", "|---|---|"]
+        for name, label in FIGURES.items():
+            if figures.get(name) is not None:
+                lines.append(f"| {label} | {_figure(figures[name])} |")
+        lines.append("")
+    lines.append(f"All settings of the run are in `{CONFIG}`; `{WEIGHTS}` holds the model.")
+    return "\n".join(lines) + "\n"
+
+
+FIGURES = {
+    "parameters": "parameters",
+    "bytes": "bytes of training text",
+    "val_bpb": "bits per byte on held-out text",
+    "rate": "share of bytes that close a token",
+    "target_rate": "the share aimed at",
+    "seed": "seed",
+}
+
+
+def _figure(value: float | int | str) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _upload(folder: Path, repository: str, *, private: bool) -> None:
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A model")
+    except (HFValidationError, LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+        what = str(error).strip().splitlines()[0][:200]
+        raise ConfigError(
+            f"--to hub:{repository}: {what}; is the name right, and HF_TOKEN one that may write?"
+        ) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, or 2 for a user's error."""
+    display = Display()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return exit_code(
+        display, lambda: export(tyro.cli(ExportConfig, prog="python -m experiments.export", args=given), display)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

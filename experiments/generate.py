@@ -1,0 +1,248 @@
+"""Write with a trained model: `python -m experiments.generate RUN --prompt "The "`."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Annotated, TextIO
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from experiments.config import ConfigError
+from experiments.display import Display, exit_code
+from experiments.launch import with_large_pages
+from unet import Sampling, Writer, Written, utf8
+from unet.generate import Pace, Piece, joined
+from unet.saving import load
+
+MARK = "·"
+"""Stands behind the byte with which a token closes."""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Continue a prompt with a trained model."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Folder of a finished run or of an exported model, a .safetensors file, or hub:owner/name."""
+    prompt: str = ""
+    """What to continue; - reads it from standard input."""
+    num: int = 1
+    """Texts to write, each drawn for itself."""
+    max_bytes: int = 256
+    """Bytes of each text beyond the prompt, at most."""
+    temperature: float = 1.0
+    """Below 1 the likelier bytes become likelier still; 0 takes the likeliest."""
+    top_k: int | None = None
+    """Draw from the so many likeliest bytes."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest bytes whose probabilities reach this."""
+    min_p: float | None = None
+    """Draw from the bytes at least this times as likely as the likeliest."""
+    stop: tuple[str, ...] = ()
+    """Strings before which a text ends."""
+    utf8: bool = False
+    """Draw only bytes that keep the text valid UTF-8."""
+    likelier: bool = False
+    """Do not draw boundaries: close a token wherever that is likelier than not."""
+    seed: int = 0
+    """Seed of bytes and boundaries."""
+    show_boundaries: bool = False
+    """Mark where tokens close."""
+    stream: bool = False
+    """Show the text as it is written."""
+    json: bool = False
+    """One JSON document on standard output instead."""
+
+
+def check(config: GenerateConfig) -> None:
+    """Raise `ConfigError` for values that are impossible or do not go together."""
+    if config.num < 1 or config.max_bytes < 1:
+        raise ConfigError("--num and --max-bytes must be at least 1")
+    if config.json and config.stream:
+        raise ConfigError("--json is one document, written at the end: leave out --stream")
+
+
+def prompt_of(config: GenerateConfig, source: TextIO) -> bytes:
+    """The prompt as bytes, from `source` where it is `-`."""
+    return source.buffer.read() if config.prompt == "-" else config.prompt.encode()
+
+
+def generate(config: GenerateConfig, display: Display) -> None:
+    """Load, write, show."""
+    check(config)
+    model, prompt = load(config.run).model, prompt_of(config, sys.stdin)
+    try:
+        writer = Writer(
+            model,
+            [prompt] * config.num,
+            max_bytes=config.max_bytes,
+            key=jax.random.key(config.seed),
+            sampling=Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
+            stop=[stop.encode() for stop in config.stop],
+            valid=config.utf8,
+            likelier=config.likelier,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    texts = followed(writer, config) if config.stream else written(writer)
+    if config.json:
+        sys.stdout.write(json.dumps(document(config, texts, writer.pace)) + "\n")
+    elif not config.stream:
+        console = _console()
+        for number, text in enumerate(texts):
+            if config.num > 1:
+                console.rule(f"{number + 1}", style="dim")
+            console.print(shown(text, marks=config.show_boundaries))
+    display.note(report(texts, writer.pace))
+
+
+def written(writer: Writer) -> tuple[Written, ...]:
+    """All texts to their ends."""
+    pieces: list[list[Piece]] = [[] for _ in writer.prompts]
+    for now in _rounds(writer):
+        for mine, piece in zip(pieces, now, strict=True):
+            mine += [] if piece is None else [piece]
+    return _so_far(writer, pieces)
+
+
+def followed(writer: Writer, config: GenerateConfig) -> tuple[Written, ...]:
+    """All texts to their ends, shown as they come, in whole characters."""
+    pieces: list[list[Piece]] = [[] for _ in writer.prompts]
+    with _screen(len(pieces)) as show:
+        for now in _rounds(writer):
+            for mine, piece in zip(pieces, now, strict=True):
+                mine += [] if piece is None else [piece]
+            show([shown(text, marks=config.show_boundaries) for text in _so_far(writer, pieces)])
+    return _so_far(writer, pieces)
+
+
+def _rounds(writer: Writer) -> Iterator[tuple[Piece | None, ...]]:
+    while not writer.done:
+        yield writer.go_on()
+
+
+def _so_far(writer: Writer, pieces: Sequence[Sequence[Piece]]) -> tuple[Written, ...]:
+    whole = (joined(mine) for mine in pieces)
+    return tuple(map(Written, writer.prompts, writer.prompt_boundaries, whole))
+
+
+@contextmanager
+def _screen(count: int):
+    """A way to show texts again and again: one grows on any output, several change in place on a terminal."""
+    console = _console()
+    if count == 1:
+        shown_before = 0
+
+        def grow(texts: Sequence[Text]) -> None:
+            nonlocal shown_before
+            console.print(texts[0][shown_before:], end="")
+            console.file.flush()
+            shown_before = len(texts[0])
+
+        yield grow
+        console.print()
+        return
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+
+        def change(texts: Sequence[Text]) -> None:
+            live.update(
+                Group(*(Text(f"{n + 1}  ", style="dim").append(text) for n, text in enumerate(texts))), refresh=True
+            )
+
+        yield change
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def shown(text: Written, *, marks: bool) -> Text:
+    """Prompt and text in whole characters, the prompt fainter; behind a character with which a token closes a mark, if asked
+    for. What is no UTF-8 is U+FFFD; a last character that is not complete is left out until the text has ended."""
+    content = text.prompt + text.piece.bytes
+    end = len(content) if text.piece.finish is not None else max(utf8.whole_characters(content), len(text.prompt))
+    closed = np.concatenate([text.prompt_boundaries, text.piece.boundaries])
+    result = Text()
+    for first, last in characters(content[:end]):
+        character = content[first:last].decode("utf-8", errors="replace")
+        result.append(character, style="dim" if first < len(text.prompt) else "")
+        if marks and closed[first:last].any():
+            result.append(MARK, style="dim cyan")
+    return result
+
+
+def characters(content: bytes) -> Iterator[tuple[int, int]]:
+    """Where each character begins and ends; a byte that is part of none is one by itself."""
+    start = 0
+    while start < len(content):
+        end, state = start + 1, int(utf8.AFTER[utf8.COMPLETE, content[start]])
+        while state > 0 and end < len(content) and (after := int(utf8.AFTER[state, content[end]])) >= 0:
+            end, state = end + 1, after
+        # What was begun and not completed is no character: its first byte stands alone.
+        end = end if state == utf8.COMPLETE else start + 1
+        yield start, end
+        start = end
+
+
+def document(config: GenerateConfig, texts: Sequence[Written], pace: Pace) -> dict[str, object]:
+    """What `--json` writes: the settings, the texts, and what writing them cost. Bytes are counted from the end of the prompt."""
+    return {
+        "run": config.run,
+        "settings": {name: value for name, value in asdict(config).items() if name not in ("run", "json", "stream")},
+        "prompt_boundaries": np.flatnonzero(texts[0].prompt_boundaries).tolist(),
+        "texts": [
+            {
+                "text": text.text,
+                "base64": base64.b64encode(text.piece.bytes).decode(),
+                "finish": text.piece.finish,
+                "bytes": len(text.piece.bytes),
+                "log_lik": float(text.piece.log_lik.sum(dtype=np.float64)),
+                "byte_log_lik": [round(float(value), 6) for value in text.piece.log_lik],
+                "boundaries": np.flatnonzero(text.piece.boundaries).tolist(),
+            }
+            for text in texts
+        ],
+        "pace": {
+            **asdict(pace),
+            "bytes_per_second": None if math.isnan(pace.bytes_per_second) else pace.bytes_per_second,
+            "token_steps_per_step": pace.token_steps / pace.steps,
+        },
+    }
+
+
+def report(texts: Sequence[Written], pace: Pace) -> str:
+    """One line about what was written."""
+    nats = np.concatenate([text.piece.log_lik for text in texts])
+    bits = -float(nats.mean()) / math.log(2) if nats.size else math.nan
+    speed = "" if math.isnan(pace.bytes_per_second) else f", {pace.bytes_per_second:.0f} bytes/s"
+    written = sum(len(text.piece.bytes) for text in texts)
+    return f"{written} bytes at {bits:.3f} bits each{speed}; the token level ran in {pace.token_steps} of {pace.steps} steps"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, 2 for a user's error, 130 after Ctrl-C."""
+    display = Display()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return exit_code(
+            display,
+            lambda: generate(tyro.cli(GenerateConfig, prog="python -m experiments.generate", args=given), display),
+        )
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    with_large_pages("experiments.generate")
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""Models go to files, folders and the hub, and come back from there alone."""
+
+import json
+
+import equinox as eqx
+import huggingface_hub.constants
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from jaxtyping import Array, Float
+from safetensors import safe_open
+
+import unet
+from estimators import AbstractRowRouter, Boundaries, Draw, Layout, RuleRouter
+from estimators.fixed import spacelike, whitespace
+from experiments.export import main as export
+from experiments.folder import read_config
+from tests.compositions import registered
+from tests.hub_server import COMMIT, hub
+from tests.test_run import SMALL, start
+from tests.test_run import corpus as corpus
+from tests.test_run import usual_promotion as usual_promotion
+
+WEIGHTS = "model.safetensors"
+
+
+class Never(AbstractRowRouter):
+    """A user's own router."""
+
+    bias: Float[Array, ""]
+
+    @property
+    def rate(self) -> float | None:
+        return None
+
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        probs = jnp.zeros(layout.mask.shape)
+        return Boundaries(draw.bernoulli(probs, layout), probs, probs, layout.free, layout.starts)
+
+
+def my_rule(layout: Layout):
+    return layout.bytes == 65
+
+
+@pytest.fixture(scope="module")
+def model():
+    return registered("sfe")
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whitespace"
+    assert start("--estimator", "whitespace", "--dataset", corpus, "--out", folder, *SMALL) == 0
+    return folder
+
+
+def router_of(loaded):
+    return loaded.model.stage.estimators[0].router
+
+
+def with_router(model, router):
+    return eqx.tree_at(lambda m: m.stage.estimator.router, model, router)
+
+
+def changed(folder, change):
+    """The file in `folder` with its description of the model changed."""
+    with safe_open(folder / WEIGHTS, framework="numpy") as file:
+        metadata, arrays = dict(file.metadata()), {name: file.get_tensor(name) for name in list(file.keys())}
+    structure = json.loads(metadata["structure"])
+    change(structure, arrays, metadata)
+    metadata = {**metadata, "structure": json.dumps(structure)}
+    (folder / WEIGHTS).write_bytes(safetensors.numpy.save(arrays, metadata))
+
+
+def test_a_finished_run_loads_in_one_line(finished):
+    loaded = unet.load(finished)
+    assert loaded.config["estimator"] == "whitespace"
+    assert router_of(loaded) == RuleRouter(whitespace, 0)
+    by_file = unet.load(finished / WEIGHTS)
+    assert eqx.tree_equal(by_file.model, loaded.model)
+    text = unet.generate(loaded.model, ["a"], max_bytes=4, key=jax.random.key(0)).texts[0]
+    assert len(text.piece.bytes) == 4
+
+
+def test_ones_own_classes_and_rules_are_named_when_loading(model, tmp_path):
+    unet.save(with_router(model, Never(jnp.asarray(1.5))), tmp_path)
+    with pytest.raises(unet.LoadError, match=r"tests\.test_saving\.Never.*known="):
+        unet.load(tmp_path)
+    router = router_of(unet.load(tmp_path, known=[Never]))
+    assert isinstance(router, Never)
+    assert router.bias == 1.5
+    unet.save(with_router(model, RuleRouter(my_rule, 0)), tmp_path)
+    assert router_of(unet.load(tmp_path, known=[my_rule])) == RuleRouter(my_rule, 0)
+    unet.save(with_router(model, RuleRouter(spacelike, 1)), tmp_path)
+    assert router_of(unet.load(tmp_path)) == RuleRouter(spacelike, 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "estimators.fixed.jnp",
+        "unet.saving.write_atomically",
+        "estimators.base.Nothing",
+        "builtins.eval",
+        "",
+    ],
+)
+@pytest.mark.parametrize("kind", ["function", "class"])
+def test_a_file_can_name_nothing_but_our_own_modules_and_rules(model, tmp_path, name, kind):
+    unet.save(model, tmp_path)
+    content = {kind: name} if kind == "function" else {kind: name, "fields": {}}
+    changed(tmp_path, lambda structure, arrays, metadata: structure["fields"].update(compute=content))
+    with pytest.raises(unet.LoadError, match="not part of this library"):
+        unet.load(tmp_path)
+
+
+def remove_array(structure, arrays, metadata):
+    del arrays["model.norm.weight"]
+
+
+def add_array(structure, arrays, metadata):
+    arrays["model.extra"] = np.zeros(2)
+
+
+def twice(structure, arrays, metadata):
+    structure["fields"]["norm"]["fields"]["weight"] = {"array": "model.head.weight"}
+
+
+def older(structure, arrays, metadata):
+    structure["fields"].pop("compute")
+    structure["fields"]["precision"] = 32
+
+
+def nonsense(structure, arrays, metadata):
+    structure["fields"]["norm"] = {"shape": [1, 2]}
+
+
+def another_format(structure, arrays, metadata):
+    metadata["version"] = "7"
+
+
+def no_model(structure, arrays, metadata):
+    structure.clear()
+    structure.update({"tuple": [{"array": name} for name in arrays]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove_array, r"model\.norm\.weight is missing"),
+        (add_array, r"takes its array model\.extra"),
+        (twice, "named twice|takes its array"),
+        (older, "another version: its UNet differs in compute, precision"),
+        (nonsense, "makes no sense"),
+        (another_format, "has format 7"),
+        (no_model, "not a model"),
+    ],
+)
+def test_what_does_not_fit_is_said(model, tmp_path, change, message):
+    unet.save(model, tmp_path)
+    changed(tmp_path, change)
+    with pytest.raises(unet.LoadError, match=message):
+        unet.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "no finished run"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-3]), "damaged"),
+        (lambda path: path.write_bytes(b"junk"), "damaged"),
+        (lambda path: path.write_bytes(safetensors.numpy.save({"x": np.zeros(2)})), "not written by this library"),
+        (lambda path: path.with_name("config.json").write_text("{"), r"config\.json is damaged"),
+        (lambda path: path.with_name("config.json").write_text("[]"), "no JSON object"),
+    ],
+    ids=["missing", "truncated", "junk", "another's", "configuration", "list"],
+)
+def test_damage_is_said_in_a_sentence(model, tmp_path, damage, message):
+    unet.save(model, tmp_path)
+    damage(tmp_path / WEIGHTS)
+    with pytest.raises(unet.LoadError, match=message):
+        unet.load(tmp_path)
+
+
+def test_what_has_no_name_cannot_be_kept(model, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.stage\.estimator\.router\.rule is a function"):
+        unet.save(with_router(model, RuleRouter(lambda layout: layout.mask, 0)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_is_a_model_of_its_own(finished, tmp_path, capsys):
+    folder = tmp_path / "exported"
+    assert export([str(finished), "--to", str(folder)]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", WEIGHTS]
+    assert eqx.tree_equal(unet.load(folder).model, unet.load(finished).model)
+    assert read_config(folder) == read_config(finished)
+    page = (folder / "README.md").read_text()
+    assert "bits per byte on held-out text" in page
+    assert "# whitespace, tiny, trained on" in page
+    assert export([str(finished), "--to", str(folder)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert export([str(tmp_path), "--to", str(tmp_path / "other")]) == 2
+    assert "no config.json" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture
+def models(monkeypatch, tmp_path):
+    """An empty hub that takes models with a token, and a cache of its own."""
+    with hub("someone/words", {}, token="secret") as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        yield server
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(finished, models):
+    assert export([str(finished), "--to", "hub:someone/words", "--private"]) == 0
+    assert sorted(models.files) == ["README.md", "config.json", WEIGHTS]
+    assert models.created["name"] == "words"
+    assert models.created["visibility"] == "private"
+    for name in ("hub:someone/words", f"hub:someone/words@{COMMIT}"):
+        loaded = unet.load(name)
+        assert eqx.tree_equal(loaded.model, unet.load(finished).model)
+        assert loaded.config["estimator"] == "whitespace"
+
+
+def test_a_hub_that_refuses_is_quoted(finished, models, monkeypatch, capsys):
+    with pytest.raises(unet.LoadError, match=r"hub:someone/words has no model\.safetensors"):
+        unet.load("hub:someone/words")
+    with pytest.raises(unet.LoadError, match="has no"):
+        unet.load("hub:someone/else")
+    with pytest.raises(unet.LoadError, match="names no repository"):
+        unet.load("hub:a/b/c")
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    assert export([str(finished), "--to", "hub:someone/words"]) == 2
+    assert "may write" in " ".join(capsys.readouterr().err.split())
+    assert not models.files
