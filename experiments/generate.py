@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -73,15 +73,11 @@ def check(config: GenerateConfig) -> None:
         raise ConfigError("--json is one document, written at the end: leave out --stream")
 
 
-def prompt_of(config: GenerateConfig, source: TextIO) -> bytes:
-    """The prompt as bytes, from `source` where it is `-`."""
-    return source.buffer.read() if config.prompt == "-" else config.prompt.encode()
-
-
 def generate(config: GenerateConfig, display: Display) -> None:
     """Load, write, show."""
     check(config)
-    model, prompt = load(config.run).model, prompt_of(config, sys.stdin)
+    model = load(config.run).model
+    prompt = sys.stdin.buffer.read() if config.prompt == "-" else config.prompt.encode()
     try:
         writer = Writer(
             model,

@@ -1,0 +1,133 @@
+"""The command that writes with a trained model."""
+
+import base64
+import io
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import unet
+from experiments.generate import MARK, characters, main, shown
+from tests.compositions import registered
+from tests.test_run import usual_promotion as usual_promotion
+from unet.generate import Piece, Written
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    unet.save(registered("sfe"), folder)
+    return folder
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, " ".join(captured.err.split())
+
+
+def test_json_is_one_document_with_everything_in_it(folder, capsys):
+    code, out, err = run(
+        capsys, folder, "--prompt", "a man", "--num", 2, "--max-bytes", 12, "--json", "--seed", 5, "--top-p", 0.9
+    )
+    assert code == 0
+    found = json.loads(out)
+    expected = unet.generate(
+        registered("sfe"),
+        ["a man"] * 2,
+        max_bytes=12,
+        key=jax.random.key(5),
+        sampling=unet.Sampling(top_p=0.9),
+    )
+    for text, other in zip(found["texts"], expected.texts, strict=True):
+        assert base64.b64decode(text["base64"]) == other.piece.bytes
+        assert text["text"] == other.text
+        assert text["finish"] == "length"
+        assert text["log_lik"] == pytest.approx(float(other.piece.log_lik.sum()), abs=1e-3)
+        assert sum(text["byte_log_lik"]) == pytest.approx(text["log_lik"], abs=1e-3)
+        assert text["boundaries"] == np.flatnonzero(other.piece.boundaries).tolist()
+    assert found["pace"]["steps"] == 12
+    assert found["pace"]["bytes_per_second"] is None
+    assert found["settings"]["seed"] == 5
+    assert "24 bytes at" in err
+
+
+def test_marks_stand_where_tokens_close(folder, capsys):
+    _, plain, _ = run(capsys, folder, "--prompt", "a man", "--max-bytes", 9, "--utf8")
+    _, marked, _ = run(capsys, folder, "--prompt", "a man", "--max-bytes", 9, "--utf8", "--show-boundaries")
+    assert plain.startswith("a man")
+    assert MARK in marked
+    assert marked.replace(MARK, "") == plain
+
+
+def test_a_stream_is_the_same_text(folder, capsys):
+    asked = (folder, "--prompt", "a man", "--max-bytes", 40, "--utf8", "--temperature", 2)
+    _, whole, _ = run(capsys, *asked)
+    _, streamed, _ = run(capsys, *asked, "--stream")
+    assert streamed == whole
+    _, several, _ = run(capsys, *asked, "--stream", "--num", 2)
+    assert whole.splitlines()[0] in several
+
+
+def test_a_prompt_comes_from_standard_input(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("né\n".encode())))
+    code, out, _ = run(capsys, folder, "--prompt", "-", "--max-bytes", 3, "--utf8")
+    assert code == 0
+    assert out.startswith("né\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-bytes", 0), "must be at least 1"),
+        (("--num", 0), "must be at least 1"),
+        (("--json", "--stream"), "leave out --stream"),
+        (("--top-k", 0), "top-k keeps at least 1"),
+        (("--stop", ""), "stop string"),
+    ],
+)
+def test_a_users_error_is_one_sentence(folder, capsys, arguments, message):
+    code, out, err = run(capsys, folder, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_missing_or_damaged_run_is_named(folder, tmp_path, capsys):
+    code, _, err = run(capsys, tmp_path)
+    assert code == 2
+    assert f"{tmp_path} holds no model.safetensors" in err.replace(" ", "") or "no model.safetensors" in err
+    content = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    code, _, err = run(capsys, tmp_path)
+    assert code == 2
+    assert "is damaged" in err
+
+
+def piece_of(content, finish, closed=()):
+    boundaries = np.zeros(len(content), bool)
+    boundaries[list(closed)] = True
+    return Written(b"", np.zeros(0, bool), Piece(content, np.zeros(len(content)), boundaries, finish))
+
+
+def test_only_whole_characters_are_shown_until_the_end():
+    content = "né".encode()[:2]
+    assert shown(piece_of(content, None), marks=False).plain == "n"
+    assert shown(piece_of(content, "length"), marks=False).plain == "n\N{REPLACEMENT CHARACTER}"
+    # A token that closes inside a character is marked behind it.
+    assert shown(piece_of("né!".encode(), "length", closed=(1,)), marks=True).plain == f"né{MARK}!"
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("aé€😀".encode(), ["a", "é", "€", "😀"]),
+        (b"\xff\xc3(\xe2\x82", ["\ufffd", "\ufffd", "(", "\ufffd", "\ufffd"]),
+        (b"\xed\xa0\x80", ["\ufffd"] * 3),
+    ],
+)
+def test_characters_are_those_of_utf8(content, parts):
+    found = [content[first:last].decode("utf-8", errors="replace") for first, last in characters(content)]
+    assert found == parts
