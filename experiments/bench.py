@@ -21,6 +21,7 @@ from experiments.benchmark.roofline import Share
 from experiments.benchmark.steps import WayName, of_estimators, plainer_way, training_step
 from experiments.benchmark.timing import Timing, in_turns
 from experiments.benchmark.whole_step import StepReport, compile_elsewhere
+from experiments.benchmark.writing import CacheReport, WritingReport, measure_caches, measure_writing
 from experiments.config import ConfigError, EstimatorName, ModelName, RunConfig, check
 from experiments.display import Display, exit_code
 from experiments.folder import json_text, write_atomically
@@ -66,6 +67,9 @@ class BenchConfig:
     ops: bool = False
     """Instead: every ragged operation against a plain way to the same result, and dynamic chunking against that of the package
     h-net-dynamic-chunking where it is installed."""
+    writing: tuple[ModelName, ...] = ()
+    """Instead: what it takes to write byte by byte with each of these presets, alone and in a batch, against a pass over the
+    whole text for each byte; and what the caches hold."""
     overhead: bool = False
     """Instead: what the score function adds to a step whose boundaries are given, in operations for every preset and in time for
     --model."""
@@ -155,6 +159,32 @@ def bench_models(config: BenchConfig, display: Display) -> dict[str, ModelReport
             f"| {one.peak_bytes / 2**30:.2f} GiB | {one.training / 1e3:.1f} kB/s | {one.evaluation / 1e3:.1f} kB/s |"
         )
     display.note("\n".join(lines) + "\n")
+    return found
+
+
+def bench_writing(config: BenchConfig, display: Display) -> dict[str, WritingReport | CacheReport]:
+    """Writing and its caches. Raises `ConfigError` and `DataError`."""
+    found: dict[str, WritingReport | CacheReport] = {}
+    lines = [
+        "| preset | a byte, against a pass | bytes/s | in a batch of 16 | ratio | steps with the token level | share of time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    kept = ["| preset | context | kept at the byte level | at the token level | tokens |", "|---|---|---|---|---|"]
+    for name in config.writing:
+        run = preset(dataclasses.replace(config, model=name), config.estimator)
+        split = load_split(run)
+        display.note(f"writing with {name}; minutes")
+        one = found[name] = measure_writing(run, split, rounds=config.rounds)
+        lines.append(
+            f"| `{name}` | {one.speedup:.0f} × | {one.bytes_per_second:.0f} | {one.batch_bytes_per_second:.0f} "
+            f"| {one.batch_speedup:.1f} | {one.token_steps:.2f}, {one.batch_token_steps:.2f} "
+            f"| {one.token_time:.2f}, {one.batch_token_time:.2f} |"
+        )
+        for cache in measure_caches(run, split, (1024, 8192, 65_536)):
+            found[f"{name} after {cache.context} bytes"] = cache
+            sizes = f"{cache.byte_level / 1024:.0f} KiB | {cache.token_level / 1024:.0f} KiB"
+            kept.append(f"| `{name}` | {cache.context} | {sizes} | {cache.tokens} |")
+    display.note("\n".join([*lines, "", *kept]) + "\n")
     return found
 
 
@@ -249,11 +279,10 @@ def bench(config: BenchConfig, display: Display) -> None:
     """Measure, say what was measured, and write it down where asked. Raises `ConfigError` and `DataError`."""
     if config.rounds < 1 or config.calls < 1:
         raise ConfigError("--rounds and --calls must be at least 1")
-    asked = config.alternatives, config.models, config.ops, config.rates, config.overhead, config.compile_for
-    if sum(map(bool, asked)) > 1:
-        raise ConfigError(
-            "--alternatives, --models, --ops, --rates, --overhead and --compile-for are measured one at a time"
-        )
+    asked = ("alternatives", "models", "ops", "rates", "writing", "overhead", "compile_for")
+    given = [f"--{name.replace('_', '-')}" for name in asked if getattr(config, name)]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are measured one at a time")
     if config.compile_for is not None:
         what, found = "compiled", bench_compilation(config, config.compile_for, display)
     elif config.alternatives:
@@ -262,6 +291,8 @@ def bench(config: BenchConfig, display: Display) -> None:
         what, found = "models", bench_models(config, display)
     elif config.rates:
         what, found = "rates", bench_rates(config, display)
+    elif config.writing:
+        what, found = "writing", bench_writing(config, display)
     elif config.ops:
         what, found = "operations", bench_operations(config, display)
     elif config.overhead:
@@ -277,11 +308,15 @@ def bench(config: BenchConfig, display: Display) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 2 for a user's error."""
     display = Display()
-    jax.config.update("jax_num_cpu_devices", min(2, os.cpu_count() or 1))
     given = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code(
-        display, lambda: bench(tyro.cli(BenchConfig, prog="python -m experiments.bench", args=given), display)
-    )
+
+    def command() -> None:
+        config = tyro.cli(BenchConfig, prog="python -m experiments.bench", args=given)
+        # As those commands do that train and write.
+        jax.config.update("jax_num_cpu_devices", 1 if config.writing else min(2, os.cpu_count() or 1))
+        bench(config, display)
+
+    return exit_code(display, command)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from estimators import BOS, EOS, EveryNth, RuleRouter
 from experiments.sections import IsotropicConfig
 from tests.compositions import config_of, registered
 from unet import Sampling, Writer, generate, score, utf8
+from unet.cache import cache_bytes
 from unet.generate import joined
 from unet.likelihood import next_byte_log_lik
 from unet.reading import keys_of
@@ -124,6 +125,8 @@ def test_a_text_ends_at_eos_and_stays_ended(sfe):
         assert EOS not in text.piece.bytes
         assert len(text.piece.bytes) < 40 or text.piece.finish == "length"
         assert len(text.piece.log_lik) == len(text.piece.boundaries) == len(text.piece.bytes)
+    endless = generate(loud, ["a", "b", "c", "d"], max_bytes=40, key=KEY, endless=True)
+    assert all(len(text.piece.bytes) == 40 and EOS not in text.piece.bytes for text in endless.texts)
     assert written.pace.bytes == sum(len(text.piece.bytes) + (text.piece.finish == "eos") for text in written.texts)
 
 
@@ -170,11 +173,11 @@ def test_a_cache_that_turns_out_too_small_grows_in_the_middle(sfe):
     late = with_rule(sfe, lambda layout: layout.numbers >= 40, rate=0.05)
     prompt = "the quick brown fox jumps over the lazy dog "[:36]
     writer = Writer(late, [prompt.encode()], max_bytes=28, key=KEY, chunk=4)
-    sizes = [writer.cache_bytes()]
+    sizes = [cache_bytes(writer.state)]
     pieces = []
     while not writer.done:
         pieces += writer.go_on()
-        sizes.append(writer.cache_bytes())
+        sizes.append(cache_bytes(writer.state))
     assert sizes[0] < sizes[-1]
     written = generate(late, [prompt], max_bytes=27, key=KEY)
     assert joined(pieces).bytes[:27] == written.texts[0].piece.bytes

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from estimators.base import BOS, EOS, VOCAB, Keys, written
 from unet import utf8
-from unet.cache import cache_bytes, with_room
+from unet.cache import with_room
 from unet.model import TextState, UNet
 from unet.reading import as_bytes, keys_of, rate_of, read
 from unet.sampling import Sampling, draw
@@ -124,25 +124,34 @@ class Continued(eqx.Module):
     hand: Hand
 
 
-def drawable(hand: Hand, *, valid: bool) -> Bool[Array, "batch vocab"]:
-    """The bytes that may be drawn: all but BOS; where the text is to be `valid` UTF-8, those that can stand there, and EOS after
-    a whole character."""
+class Task(eqx.Module):
+    """What does not change from chunk to chunk: see `Writer`."""
+
+    model: UNet
+    sampling: Sampling
+    valid: bool
+    endless: bool
+    length: int
+
+
+def drawable(hand: Hand, task: Task) -> Bool[Array, "batch vocab"]:
+    """The bytes that may be drawn: all but BOS, and but EOS where texts are `endless`; where they are to be `valid` UTF-8, those
+    that can stand there, and EOS after a whole character."""
     values = jnp.arange(VOCAB)
-    if not valid:
-        return jnp.broadcast_to(values != BOS, hand.logits.shape)
-    ends = (values == EOS) & (hand.character == utf8.COMPLETE)[:, None]
-    return utf8.can_follow(hand.character, hand.left) | ends
+    if not task.valid:
+        return jnp.broadcast_to((values != BOS) & ~((values == EOS) & task.endless), hand.logits.shape)
+    allowed = utf8.can_follow(hand.character, hand.left)
+    return allowed if task.endless else allowed | (values == EOS) & (hand.character == utf8.COMPLETE)[:, None]
 
 
-def write_byte(model: UNet, hand: Hand, sampling: Sampling, *, valid: bool) -> Continued:
+def write_byte(task: Task, hand: Hand) -> Continued:
     """One more byte of every text that is not done, as a chunk of length 1."""
     there = ~hand.done
     keys = jax.vmap(jax.random.fold_in)(hand.keys, hand.state.count)
-    allowed = drawable(hand, valid=valid)
-    byte = draw(jnp.where(allowed, hand.logits, -jnp.inf), sampling, keys)
+    byte = draw(jnp.where(drawable(hand, task), hand.logits, -jnp.inf), task.sampling, keys)
     log_lik = jnp.take_along_axis(jax.nn.log_softmax(hand.logits, axis=-1), byte[:, None], axis=1)
     goes_on = there & (byte != EOS)
-    after = model.step(byte, hand.state, goes_on)
+    after = task.model.step(byte, hand.state, goes_on)
     closed = after.closed[0] if after.closed else jnp.zeros_like(there)
     left = hand.left - goes_on.astype(jnp.int32)
     hand = Hand(
@@ -156,15 +165,6 @@ def write_byte(model: UNet, hand: Hand, sampling: Sampling, *, valid: bool) -> C
     ran = jnp.any(closed).astype(jnp.int32)
     one = Chunk(byte[:, None], log_lik, closed[:, None], there[:, None], jnp.ones((), jnp.int32), ran)
     return Continued(one, hand)
-
-
-class Task(eqx.Module):
-    """What does not change from chunk to chunk."""
-
-    model: UNet
-    sampling: Sampling
-    valid: bool
-    length: int
 
 
 @eqx.filter_jit(donate="all-except-first")
@@ -184,7 +184,7 @@ def write_chunk(task: Task, hand: Hand) -> Continued:
         return (carry.chunk.steps < length) & ~jnp.all(carry.hand.done)
 
     def more(carry: Continued) -> Continued:
-        one, done = write_byte(task.model, carry.hand, task.sampling, valid=task.valid), carry.chunk
+        one, done = write_byte(task, carry.hand), carry.chunk
 
         def put(row: Array, rows: Array) -> Array:
             return rows + row if rows.ndim == 0 else jax.lax.dynamic_update_slice(rows, row, (0, done.steps))
@@ -216,12 +216,13 @@ class Writer:
         stop: Sequence[bytes] = (),
         valid: bool = False,
         likelier: bool = False,
+        endless: bool = False,
         chunk: int = CHUNK,
     ):
         """`max_bytes`: of each text beyond its prompt. `key`: one for all, or one for each. `stop`: strings before which a text
         ends. `valid`: draw only what keeps the text valid UTF-8, whole characters at the end included (that of the prompt is
-        its own affair). `likelier`: do not draw boundaries, but take the likelier action of each byte. `chunk`: bytes written
-        between two looks.
+        its own affair). `likelier`: do not draw boundaries, but take the likelier action of each byte. `endless`: never draw
+        the byte EOS, which otherwise ends a text. `chunk`: bytes written between two looks.
 
         Raises `ValueError` for no prompts, too few bytes, an empty stop string, a prompt with the byte BOS or EOS, and another
         number of keys than of prompts.
@@ -252,7 +253,7 @@ class Writer:
             jnp.asarray(characters),
             jnp.zeros(every.shape, bool),
         )
-        self._task = Task(model, (Sampling() if sampling is None else sampling).checked(), valid, chunk)
+        self._task = Task(model, (Sampling() if sampling is None else sampling).checked(), valid, endless, chunk)
         self._texts = tuple(_Text(tuple(stop)) for _ in prompts)
         # A cache that is too small grows, but each size is a new program: tokens as frequent as before, and some more.
         rate = float(np.max(closed.sum(axis=1) / (1 + last))) if levels else 1.0
@@ -280,9 +281,10 @@ class Writer:
         self.pace = self.pace.after(chunk, time.perf_counter() - started)
         return pieces
 
-    def cache_bytes(self) -> int:
-        """Bytes of all keys and values that are kept of the texts so far."""
-        return cache_bytes(self._hand.state)
+    @property
+    def state(self) -> TextState:
+        """What the model keeps of the texts so far. It is written over by `go_on`."""
+        return self._hand.state
 
     def _roomy(self) -> TextState:
         roomy = with_room(self._hand.state, self._task.length)
@@ -327,6 +329,7 @@ def generate(
     stop: Sequence[str | bytes] = (),
     valid: bool = False,
     likelier: bool = False,
+    endless: bool = False,
     chunk: int = CHUNK,
 ) -> Generated:
     """Continue each prompt to its end: see `Writer`, which does it piece by piece."""
@@ -339,6 +342,7 @@ def generate(
         stop=[as_bytes(text) for text in stop],
         valid=valid,
         likelier=likelier,
+        endless=endless,
         chunk=chunk,
     )
     pieces: list[list[Piece]] = [[] for _ in prompts]
