@@ -163,9 +163,9 @@ class Draw(eqx.Module):
     """How a router is asked to draw.
 
     `key` draws the boundaries (None: the likelier action of each row, `probs > 0.5`). Where there is a key for each sequence,
-    what a row draws depends on nothing but that key and the row's number, whatever stands beside or after it. `actions`,
-    where given, are scored instead of drawn. `target_rate`, where given, takes the place of the rate that a router or an
-    objective was built for, so that it can move during training.
+    what a row draws depends on nothing but that key and the row's number, whatever stands beside or after it; `noise`, where
+    given, are the uniform numbers that come of it. `actions`, where given, are scored instead of drawn. `target_rate`, where
+    given, takes the place of the rate that a router or an objective was built for, so that it can move during training.
     """
 
     sampler: Sampler = eqx.field(static=True)
@@ -173,18 +173,19 @@ class Draw(eqx.Module):
     actions: Bool[Array, "batch length"] | None = None
     target_rate: Float[Array, ""] | None = None
     training: bool = eqx.field(static=True, default=False)
+    noise: Float[Array, "batch length"] | None = None
 
     def uniforms(self, layout: Layout) -> Float[Array, "batch length"]:
         """What to compare probabilities with: uniform numbers, or one half everywhere without a key."""
         batch, length = layout.mask.shape
         if self.key is None:
             return jnp.full((batch, length), 0.5)
+        if self.noise is not None:
+            return self.noise
         if not self.by_sequence:
             return jax.random.uniform(self.key, (batch, length))
         first = jnp.zeros((batch,), jnp.int32) if layout.before is None else layout.before
-        numbers = first[:, None] + jnp.arange(length, dtype=jnp.int32)
-        keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(self.key, numbers)
-        return jax.vmap(jax.vmap(jax.random.uniform))(keys)
+        return uniforms_from(self.key, first, length)
 
     @property
     def by_sequence(self) -> bool:
@@ -200,6 +201,13 @@ class Draw(eqx.Module):
 def has_many(key: Keys) -> bool:
     """Whether there is one key for each sequence."""
     return bool(jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) and key.ndim == 1
+
+
+def uniforms_from(keys: Key[Array, " batch"], first: Int[Array, " batch"], length: int) -> Float[Array, "batch length"]:
+    """The uniform numbers of `length` rows from number `first` on: each depends on its sequence's key and its own number."""
+    numbers = first[:, None] + jnp.arange(length, dtype=jnp.int32)
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, numbers)
+    return jax.vmap(jax.vmap(jax.random.uniform))(keys)
 
 
 class AbstractMemory(eqx.Module):

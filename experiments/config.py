@@ -25,7 +25,7 @@ from experiments.sections import (
     StrideConfig,
     TargetConfig,
 )
-from unet.model import UNetConfig
+from unet.config import UNetConfig
 
 EstimatorName = Literal[
     "sfe",

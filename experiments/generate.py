@@ -22,8 +22,11 @@ from experiments.config import ConfigError
 from experiments.display import Display, exit_code
 from experiments.launch import with_large_pages
 from unet import Sampling, Writer, Written, utf8
-from unet.generate import Pace, Piece, joined
+from unet.generate import CHUNK, Pace, Piece, joined
 from unet.saving import load
+
+STREAMED = 8
+"""Bytes between two looks at a text that is shown as it is written."""
 
 MARK = "·"
 """Stands behind the byte with which a token closes."""
@@ -88,6 +91,7 @@ def generate(config: GenerateConfig, display: Display) -> None:
             stop=[stop.encode() for stop in config.stop],
             valid=config.utf8,
             likelier=config.likelier,
+            chunk=STREAMED if config.stream else CHUNK,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from experiments.config import ModelName, RunConfig
 from experiments.sections import DataConfig, OptimizerConfig, ScoreFunctionConfig
-from unet.model import UNetConfig
+from unet.config import UNetConfig
 
 
 def _paper(

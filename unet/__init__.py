@@ -2,9 +2,10 @@
 
 from unet import ops, utf8
 from unet.chunkers import MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth
+from unet.config import UNetConfig
 from unet.generate import Generated, Writer, Written, generate
 from unet.likelihood import next_byte_log_lik
-from unet.model import LossOutput, Prediction, UNet, UNetConfig
+from unet.model import LossOutput, Prediction, UNet
 from unet.reading import Scored, score
 from unet.sampling import Sampling
 from unet.saving import Loaded, LoadError, load, save

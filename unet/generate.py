@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from estimators.base import BOS, EOS, VOCAB, Keys, written
+from estimators.base import BOS, EOS, VOCAB, Keys, uniforms_from, written
 from unet import utf8
 from unet.cache import with_room
 from unet.model import TextState, UNet
 from unet.reading import as_bytes, keys_of, rate_of, read
 from unet.sampling import Sampling, draw
 
-CHUNK = 16
+CHUNK = 64
 """Bytes that are written between two looks at what was written."""
 
 
@@ -144,14 +144,16 @@ def drawable(hand: Hand, task: Task) -> Bool[Array, "batch vocab"]:
     return allowed if task.endless else allowed | (values == EOS) & (hand.character == utf8.COMPLETE)[:, None]
 
 
-def write_byte(task: Task, hand: Hand) -> Continued:
-    """One more byte of every text that is not done, as a chunk of length 1."""
+def write_byte(
+    task: Task, hand: Hand, choice: Float[Array, " batch"], noise: Float[Array, " batch"] | None
+) -> Continued:
+    """One more byte of every text that is not done, as a chunk of length 1, drawn by the uniform numbers `choice`; and its
+    boundary, by `noise`."""
     there = ~hand.done
-    keys = jax.vmap(jax.random.fold_in)(hand.keys, hand.state.count)
-    byte = draw(jnp.where(drawable(hand, task), hand.logits, -jnp.inf), task.sampling, keys)
+    byte = draw(jnp.where(drawable(hand, task), hand.logits, -jnp.inf), task.sampling, choice)
     log_lik = jnp.take_along_axis(jax.nn.log_softmax(hand.logits, axis=-1), byte[:, None], axis=1)
     goes_on = there & (byte != EOS)
-    after = task.model.step(byte, hand.state, goes_on)
+    after = task.model.step(byte, hand.state, goes_on, noise=noise)
     closed = after.closed[0] if after.closed else jnp.zeros_like(there)
     left = hand.left - goes_on.astype(jnp.int32)
     hand = Hand(
@@ -180,11 +182,16 @@ def write_chunk(task: Task, hand: Hand) -> Continued:
         jnp.zeros((), jnp.int32),
     )
 
+    # All texts that are not done have come equally far since the chunk began.
+    choices, noise = uniforms_from(hand.keys, hand.state.count, length), hand.state.noise(length)
+
     def goes_on(carry: Continued) -> Bool[Array, ""]:
         return (carry.chunk.steps < length) & ~jnp.all(carry.hand.done)
 
     def more(carry: Continued) -> Continued:
-        one, done = write_byte(task, carry.hand), carry.chunk
+        done = carry.chunk
+        here = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, done.steps, 1, False), (choices, noise))
+        one = write_byte(task, carry.hand, *here)
 
         def put(row: Array, rows: Array) -> Array:
             return rows + row if rows.ndim == 0 else jax.lax.dynamic_update_slice(rows, row, (0, done.steps))

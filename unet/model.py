@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import equinox as eqx
@@ -12,60 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, PRNGKeyArray, PyTree
 
-from estimators.base import VOCAB, AbstractEstimator, AbstractMemory, Keys, Layout, Signal, written
+from estimators.base import VOCAB, AbstractEstimator, AbstractMemory, Keys, Layout, Signal, uniforms_from, written
 from unet.blocks import Stack
 from unet.buckets import chosen, smallest_with_room
+from unet.config import UNetConfig
 from unet.layers import Linear, RMSNorm
 from unet.likelihood import continues, log_lik_of, next_byte_log_lik, plain_layout
-from unet.ops import Implementation
 from unet.stage import AbstractStage, Begun, Drawing, Flat, Hierarchy, Level, StageOutput, repeated
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """Shape of an autoregressive U-Net.
-
-    Raises `ValueError` where the numbers cannot make a model.
-    """
-
-    dim: int
-    """Width of every hidden state."""
-    heads: int
-    """Attention heads; divides `dim`."""
-    encoder_layers: int
-    """Byte-level blocks before the boundaries."""
-    main_layers: int
-    """Token-level blocks."""
-    decoder_layers: int
-    """Byte-level blocks after the tokens are brought back."""
-    window: int = 64
-    """Bytes that byte-level attention sees, the current one included."""
-    token_positions: Literal["byte", "chunk"] = "byte"
-    """Rotary positions of a token: the byte position of its boundary, or its own number."""
-    compute: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of hidden states and matrix products; parameters, losses and the insides of norms and softmax stay float32."""
-    early_share: float = 1.0
-    """Share of the rows, drawn anew every step, at which the early head predicts in training; at the others its mean over these
-    stands for it."""
-    remat: bool = False
-    """Recompute each block in the backward pass, to save memory."""
-    implementation: Implementation | None = None
-    """How ragged operations run: as kernels on CUDA and in XLA elsewhere (None), always in `xla`, always as `pallas` kernels, or
-    `interpret` those on the host, slowly."""
-
-    def __post_init__(self):
-        for name in ("dim", "heads", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("encoder_layers", "main_layers", "decoder_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} cannot be negative; got {getattr(self, name)}")
-        if not 0 < self.early_share <= 1:
-            raise ValueError(f"early_share is a share of rows above 0, at most 1; got {self.early_share}")
-        if self.dim % self.heads or (self.dim // self.heads) % 2:
-            raise ValueError(
-                f"heads must divide dim into heads of even width; got dim {self.dim} and heads {self.heads}"
-            )
 
 
 class Prediction(eqx.Module):
@@ -87,6 +39,10 @@ class TextState(AbstractMemory):
     stage: PyTree[Array]
     count: Int[Array, " batch"]
     keys: Key[Array, " batch"] | None
+
+    def noise(self, length: int) -> Float[Array, "batch length"] | None:
+        """The uniform numbers with which the outermost level draws at the next `length` bytes; None where it does not draw."""
+        return None if self.keys is None else uniforms_from(self.keys, self.count, length)
 
     def written(self, change: PyTree[Array], advance: Bool[Array, " batch"]) -> TextState:
         return TextState(written(self.stage, change, advance), self.count + advance.astype(jnp.int32), self.keys)
@@ -257,14 +213,23 @@ class UNet(eqx.Module):
         count = jnp.sum(layout.mask, axis=1, dtype=jnp.int32)
         return Prefilled(self.predict(done.output), TextState(done.memory, count, keys))
 
-    def step(self, bytes: Int[Array, " batch"], state: TextState, advance: Bool[Array, " batch"]) -> NextByte:
+    def step(
+        self,
+        bytes: Int[Array, " batch"],
+        state: TextState,
+        advance: Bool[Array, " batch"],
+        *,
+        noise: Float[Array, " batch"] | None = None,
+    ) -> NextByte:
         """Read one more byte of the texts that advance.
 
+        `noise`, where given, is what `TextState.noise` says for this byte: made for many bytes at once it costs less.
         Raises nothing: where a token cache has no slot left, the logits of its text are not numbers.
         """
         count = state.count[:, None]
         layout = Layout(bytes[:, None], count, jnp.zeros_like(count), advance[:, None], state.count)
-        done = self.stage.step(self.embed(layout), layout, Drawing(state.keys), state.stage)
+        drawing = Drawing(state.keys, noise=None if noise is None else noise[:, None])
+        done = self.stage.step(self.embed(layout), layout, drawing, state.stage)
         return NextByte(self.head.wide(self.norm(done.hidden))[:, 0], done.closed, done.change)
 
     def predict(self, output: StageOutput, *, early_rows: Int[Array, " rows"] | None = None) -> Prediction:

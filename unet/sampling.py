@@ -5,7 +5,7 @@ from __future__ import annotations
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Sampling(eqx.Module):
@@ -59,8 +59,15 @@ def kept(logits: Float[Array, "batch vocab"], sampling: Sampling) -> Bool[Array,
     return keep
 
 
-def draw(logits: Float[Array, "batch vocab"], sampling: Sampling, keys: Key[Array, " batch"]) -> Int[Array, " batch"]:
-    r"""One byte a row: $\arg\max_v (l_v + T g_v)$ over the bytes kept, with Gumbel noise g of the row's own key."""
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-    noisy = logits + jnp.asarray(sampling.temperature, jnp.float32) * noise
-    return jnp.argmax(jnp.where(kept(logits, sampling), noisy, -jnp.inf), axis=-1).astype(jnp.int32)
+def draw(
+    logits: Float[Array, "batch vocab"], sampling: Sampling, uniforms: Float[Array, " batch"]
+) -> Int[Array, " batch"]:
+    r"""One byte a row: the first v with $\sum_{w \le v} p_w > u$ for a number u in [0, 1), p being the distribution over the
+    bytes kept; at temperature 0 the likeliest, the first of equals."""
+    temperature = jnp.asarray(sampling.temperature, jnp.float32)
+    scaled = jnp.where(kept(logits, sampling), logits / jnp.maximum(temperature, 1e-6), -jnp.inf)
+    cumulative = jnp.cumsum(jax.nn.softmax(scaled, axis=-1), axis=-1)
+    # Rounding must not lift the last byte's sum to or below u.
+    below = cumulative <= jnp.minimum(uniforms, 1.0 - 1e-6)[:, None] * cumulative[:, -1:]
+    drawn = jnp.sum(below, axis=-1, dtype=jnp.int32)
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1).astype(jnp.int32))

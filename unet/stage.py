@@ -61,7 +61,7 @@ class Drawing(eqx.Module):
     level (empty: as many as there are rows, so none is ever dropped); `samples` draws so many times for each sequence at the
     outermost level, from one pass of its encoder; `groups`, where it is not 0, folds the token rows of that level: those of
     each of so many groups of neighbouring sequences lie one after another, and are one row to the levels inside. `squares` says
-    how rows that are folded come apart.
+    how rows that are folded come apart. `noise`, where given, are the uniform numbers that `key` would give the outermost level.
     """
 
     key: Keys | None = None
@@ -72,12 +72,13 @@ class Drawing(eqx.Module):
     groups: int = eqx.field(static=True, default=0)
     training: bool = eqx.field(static=True, default=False)
     squares: Squares | None = None
+    noise: Float[Array, "batch length"] | None = None
 
     def here(self, implementation: Implementation | None = None) -> Draw:
         """What the router of the outermost level is asked; `implementation` is that of the scan over boundaries."""
         actions = self.actions[0] if self.actions else None
         scan = functools.partial(boundary_scan, implementation=implementation)
-        return Draw(scan, self.key, actions, self.target_rate, self.training)
+        return Draw(scan, self.key, actions, self.target_rate, self.training, self.noise)
 
     def capacity(self, length: int) -> int:
         """Token rows per sequence of `length` rows at the outermost level."""
