@@ -213,12 +213,20 @@ def test_scores_are_sums_of_the_whole_models_log_likelihoods(sfe):
         assert scored[1].greedy
         for one, text, context, key in zip(scored, texts, contexts, keys, strict=True):
             values = jnp.asarray(np.frombuffer(bytes([BOS]) + (context + text).encode(), np.uint8).astype(np.int32))
-            prediction = whole(sfe, values[None], key[None])
+            prediction = whole(sfe, values[None], jax.random.fold_in(key, 0)[None])
             expected = next_byte_log_lik(prediction.logits, values[None])[0, len(context) : len(values) - 1]
             np.testing.assert_allclose(one.byte_log_lik, expected, atol=2e-4)
             assert one.log_lik == pytest.approx(float(expected.sum()), abs=1e-3)
             closed = prediction.levels[0].boundaries.actions[0, 1 + len(context) :]
             np.testing.assert_array_equal(one.boundaries, closed)
+
+
+def test_what_was_written_scores_the_same_with_the_same_key(sfe):
+    texts = write(sfe, PROMPTS, max_bytes=11, key=KEY).texts
+    scores = score(sfe, [text.piece.bytes for text in texts], contexts=PROMPTS, key=KEY, batch=4)
+    for text, one in zip(texts, scores, strict=True):
+        np.testing.assert_allclose(one.byte_log_lik, text.piece.log_lik, atol=2e-4)
+        np.testing.assert_array_equal(one.boundaries, text.piece.boundaries)
 
 
 def test_what_greedy_sampling_writes_scores_as_greedy(sfe):

@@ -24,6 +24,7 @@ from experiments.laboratory.moments import (
 from experiments.laboratory.scale import noise
 from experiments.laboratory.subjects import Tables
 from experiments.presets import PRESETS
+from tests.test_run import corpus as corpus
 
 TEXTS, DECISIONS = 3, 4
 STRINGS = jnp.asarray([[True, *rest] for rest in itertools.product([False, True], repeat=DECISIONS)])
@@ -133,11 +134,26 @@ def test_relaxed_moments_are_those_of_samples(logits, tables):
     assert variance_of(samples) == pytest.approx(float(exact.variance), rel=0.05)
 
 
-def test_the_command_leaves_a_table_and_a_figure(tmp_path):
+def test_the_command_leaves_a_table_and_a_figure(corpus, tmp_path):
     pytest.importorskip("diffrax")
     out = tmp_path / "lab"
     arguments = (
-        *("--out", out, "--length", "4", "--texts", "2", "--steps", "3", "--time", "20", "--draws", "8"),
+        *(
+            "--dataset",
+            corpus,
+            "--out",
+            out,
+            "--length",
+            "4",
+            "--texts",
+            "2",
+            "--steps",
+            "3",
+            "--time",
+            "20",
+            "--draws",
+            "8",
+        ),
         *("--learning-rates", "--after"),
     )
     with jax.numpy_dtype_promotion("standard"):

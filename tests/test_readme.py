@@ -6,17 +6,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import unet
+from tests.compositions import registered
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_library_example_runs(tmp_path):
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert example is not None
-    script = tmp_path / "example.py"
-    script.write_text(example.group(1))
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["training", "writing"])
+def test_the_examples_run(example, tmp_path):
+    (tmp_path / "my-model").mkdir()
+    unet.save(registered("sfe"), tmp_path / "my-model")
+    (tmp_path / "example.py").write_text(example)
     done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=ROOT,
+        [sys.executable, "example.py"],
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -18,7 +18,7 @@ from estimators.base import BOS, EOS, VOCAB, Keys, uniforms_from, written
 from unet import utf8
 from unet.cache import with_room
 from unet.model import TextState, UNet
-from unet.reading import as_bytes, keys_of, rate_of, read
+from unet.reading import as_bytes, drawing_keys, keys_of, rate_of, read
 from unet.sampling import Sampling, draw
 
 CHUNK = 64
@@ -245,26 +245,23 @@ class Writer:
             raise ValueError(f"{max_bytes} more bytes cannot complete the last character of a prompt")
         started = time.perf_counter()
         keys = keys_of(key, len(prompts))
-        drawing, choosing = (jax.vmap(jax.random.fold_in, (0, None))(keys, number) for number in (0, 1))
-        ready = read(model, prompts, None if likelier else drawing)
-        last = np.array([len(prompt) for prompt in prompts])
-        every, levels = np.arange(len(prompts)), ready.prediction.levels
-        closed = np.asarray(levels[0].boundaries.actions) if levels else np.zeros(ready.logits.shape[:2], bool)
+        ready = read(model, prompts, None if likelier else drawing_keys(keys))
+        sizes, closed = [1 + len(prompt) for prompt in prompts], np.asarray(ready.closed)
         self.prompts = tuple(prompts)
-        self.prompt_boundaries = tuple(row[1 : 1 + end].copy() for row, end in zip(closed, last, strict=True))
+        self.prompt_boundaries = tuple(row[1:size].copy() for row, size in zip(closed, sizes, strict=True))
         self._hand = Hand(
             ready.state,
-            ready.logits[every, last],
-            choosing,
-            jnp.full(every.shape, max_bytes, jnp.int32),
+            ready.logits,
+            jax.vmap(jax.random.fold_in, (0, None))(keys, 1),
+            jnp.full((len(prompts),), max_bytes, jnp.int32),
             jnp.asarray(characters),
-            jnp.zeros(every.shape, bool),
+            jnp.zeros((len(prompts),), bool),
         )
         self._task = Task(model, (Sampling() if sampling is None else sampling).checked(), valid, endless, chunk)
         self._texts = tuple(_Text(tuple(stop)) for _ in prompts)
         # A cache that is too small grows, but each size is a new program: tokens as frequent as before, and some more.
-        rate = float(np.max(closed.sum(axis=1) / (1 + last))) if levels else 1.0
-        self._expected = math.ceil(1.2 * max(rate, rate_of(model)) * max_bytes) + chunk
+        rate = max(rate_of(model), float(np.max(closed.sum(axis=1) / sizes)))
+        self._expected = math.ceil(1.2 * rate * max_bytes) + chunk
         jax.block_until_ready(self._hand.logits)
         self.pace = Pace(time.perf_counter() - started)
 

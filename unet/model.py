@@ -58,11 +58,6 @@ class Prefilled(eqx.Module):
     def logits(self) -> Float[Array, "batch length vocab"]:
         return self.prediction.logits
 
-    @property
-    def overflow(self) -> Int[Array, " batch"] | None:
-        """Boundaries of the outermost level for which there was no room; None where there is no such level."""
-        return self.prediction.levels[0].overflow if self.prediction.levels else None
-
 
 class NextByte(eqx.Module):
     """Logits of the byte after the next one, whether each level closed a token (the outermost first), and how the state

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from estimators.base import BOS, EOS, Keys, has_many
 from unet.cache import rounded_up
 from unet.likelihood import next_byte_log_lik
-from unet.model import Prefilled, UNet
+from unet.model import TextState, UNet
 
 
 @runtime_checkable
@@ -41,24 +41,38 @@ def in_enough_rows(length: int, rate: float, compute: Callable[[int], Result]) -
         capacity = min(length, 2 * capacity)
 
 
+class Read(eqx.Module):
+    """Texts that were read: the `logits` of the byte after each, which of its rows `closed` a token, how many tokens had no room
+    (`overflow`, None without a token level), and the `state` to go on from."""
+
+    logits: Float[Array, "batch vocab"]
+    closed: Bool[Array, "batch length"]
+    overflow: Int[Array, " batch"] | None
+    state: TextState
+
+
 @eqx.filter_jit
-def _prefill(
+def _read(
     model: UNet,
     bytes: Int[Array, "batch length"],
     mask: Bool[Array, "batch length"],
     keys: Key[Array, " batch"] | None,
     capacity: int,
-) -> Prefilled:
-    return model.prefill(bytes, mask=mask, keys=keys, capacities=(capacity,))
+) -> Read:
+    ready = model.prefill(bytes, mask=mask, keys=keys, capacities=(capacity,))
+    levels, last = ready.prediction.levels, jnp.sum(mask, axis=1, dtype=jnp.int32) - 1
+    logits = jnp.take_along_axis(ready.logits, last[:, None, None], axis=1, mode="clip")[:, 0]
+    closed = levels[0].boundaries.actions if levels else jnp.zeros_like(mask)
+    return Read(logits, closed, levels[0].overflow if levels else None, ready.state)
 
 
-def read(model: UNet, texts: Sequence[bytes], keys: Key[Array, " batch"] | None) -> Prefilled:
+def read(model: UNet, texts: Sequence[bytes], keys: Key[Array, " batch"] | None) -> Read:
     """Read texts, each behind a BOS, with boundaries drawn with `keys` (None: the likelier ones), none of them dropped.
 
     Raises `ValueError` where a text holds the byte BOS or EOS.
     """
     bytes, mask = jnp.asarray(padded(texts)), jnp.asarray(_mask(texts))
-    return in_enough_rows(bytes.shape[1], rate_of(model), lambda capacity: _prefill(model, bytes, mask, keys, capacity))
+    return in_enough_rows(bytes.shape[1], rate_of(model), lambda capacity: _read(model, bytes, mask, keys, capacity))
 
 
 def _mask(texts: Sequence[bytes]) -> Bool[np.ndarray, "batch length"]:
@@ -93,11 +107,18 @@ def keys_of(key: Keys, count: int) -> Key[Array, " batch"]:
 
     Raises `ValueError` for another number of keys.
     """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
     if not has_many(key):
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
     if key.shape[0] != count:
         raise ValueError(f"there are {key.shape[0]} keys for {count} texts")
     return key
+
+
+def drawing_keys(keys: Key[Array, " batch"]) -> Key[Array, " batch"]:
+    """Of the key of each text, the one that draws its boundaries."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
 
 
 @dataclass(frozen=True)
@@ -125,8 +146,9 @@ def score(
     r"""$\sum_i \log p(x_i \mid \mathrm{context}, x_{<i})$ of each text, in the order given.
 
     A text's boundaries, and those of its context, are drawn with its own key (`key`: one for all, or one for each; None: the
-    likelier ones), so that its score does not depend on the others; it is the likelihood given these boundaries. No
-    boundary is dropped. Texts of similar lengths are read together, `batch` at a time.
+    likelier ones), so that its score does not depend on the others; it is the likelihood given these boundaries, which are
+    those that `generate` draws with that key. No boundary is dropped. Texts of similar lengths are read together, `batch` at
+    a time.
 
     Raises `ValueError` for another number of contexts or keys than of texts, a batch below 1, and where a text holds the byte
     BOS or EOS.
@@ -136,7 +158,7 @@ def score(
         raise ValueError(f"there are {len(contexts)} contexts for {len(texts)} texts")
     if batch < 1:
         raise ValueError(f"a batch has at least 1 text; got {batch}")
-    keys = None if key is None else keys_of(key, len(texts))
+    keys = None if key is None else drawing_keys(keys_of(key, len(texts)))
     before = [as_bytes(context) for context in contexts]
     whole = [context + as_bytes(text) for context, text in zip(before, texts, strict=True)]
     order = sorted(range(len(texts)), key=lambda number: len(whole[number]), reverse=True)
