@@ -249,19 +249,20 @@ class Writer:
         sizes, closed = [1 + len(prompt) for prompt in prompts], np.asarray(ready.closed)
         self.prompts = tuple(prompts)
         self.prompt_boundaries = tuple(row[1:size].copy() for row, size in zip(closed, sizes, strict=True))
+        self._task = Task(model, (Sampling() if sampling is None else sampling).checked(), valid, endless, chunk)
+        self._texts = tuple(_Text(tuple(stop)) for _ in prompts)
+        # A cache that is too small grows, but each size is a new program: tokens as frequent as in the prompts, of which short
+        # ones say little, and some more.
+        rate = float(np.max((closed.sum(axis=1) + 64 * rate_of(model)) / (np.array(sizes) + 64)))
+        self._expected = math.ceil(1.2 * rate * max_bytes) + chunk
         self._hand = Hand(
-            ready.state,
+            with_room(ready.state, self._expected),
             ready.logits,
             jax.vmap(jax.random.fold_in, (0, None))(keys, 1),
             jnp.full((len(prompts),), max_bytes, jnp.int32),
             jnp.asarray(characters),
             jnp.zeros((len(prompts),), bool),
         )
-        self._task = Task(model, (Sampling() if sampling is None else sampling).checked(), valid, endless, chunk)
-        self._texts = tuple(_Text(tuple(stop)) for _ in prompts)
-        # A cache that is too small grows, but each size is a new program: tokens as frequent as before, and some more.
-        rate = max(rate_of(model), float(np.max(closed.sum(axis=1) / sizes)))
-        self._expected = math.ceil(1.2 * rate * max_bytes) + chunk
         jax.block_until_ready(self._hand.logits)
         self.pace = Pace(time.perf_counter() - started)
 
