@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def generate(config: GenerateConfig, display: Display) -> None:
     """Load, write, show."""
     check(config)
     model = load(config.run).model
-    prompt = sys.stdin.buffer.read() if config.prompt == "-" else config.prompt.encode()
+    prompt = sys.stdin.buffer.read() if config.prompt == "-" else os.fsencode(config.prompt)
     try:
         writer = Writer(
             model,
@@ -88,7 +89,7 @@ def generate(config: GenerateConfig, display: Display) -> None:
             max_bytes=config.max_bytes,
             key=jax.random.key(config.seed),
             sampling=Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
-            stop=[stop.encode() for stop in config.stop],
+            stop=[os.fsencode(stop) for stop in config.stop],
             valid=config.utf8,
             likelier=config.likelier,
             chunk=STREAMED if config.stream else CHUNK,

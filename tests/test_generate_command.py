@@ -87,6 +87,8 @@ def test_a_prompt_comes_from_standard_input(folder, capsys, monkeypatch):
         (("--json", "--stream"), "leave out --stream"),
         (("--top-k", 0), "top-k keeps at least 1"),
         (("--stop", ""), "stop string"),
+        # How an argument that is no UTF-8 comes to a program.
+        (("--prompt", "a\udcfe"), "holds the byte 254"),
     ],
 )
 def test_a_users_error_is_one_sentence(folder, capsys, arguments, message):
