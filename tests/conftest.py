@@ -35,6 +35,13 @@ from unet.model import LossOutput, Prediction  # noqa: E402
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_other_modules_are_dropped():
+    """Thousands of programs in one process would run into its limit of memory maps, and they fill gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Loads a golden file by name."""

@@ -54,7 +54,7 @@ def test_an_entropy_run_resumes_without_the_run_its_model_came_from(byte_run, co
     for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(one, other)
     kept = safetensors.numpy.load((tmp_path / "whole" / "model.safetensors").read_bytes())
-    name = ".stage.estimator.router.model.value.embedding"
+    name = "model.stage.estimator.router.model.value.embedding"
     np.testing.assert_array_equal(kept[name], before.embedding)
 
 

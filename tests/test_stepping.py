@@ -71,9 +71,8 @@ def test_every_estimator_steps_as_it_reads(name):
     assert drawn > 0, "no boundary was drawn in a step, so that nothing was tested"
 
 
-@pytest.mark.parametrize("name", ["sfe", "gumbel", "hnet"])
-def test_likelier_boundaries_need_no_keys(name):
-    check_row_by_row(registered(name), keys=None)
+def test_likelier_boundaries_need_no_keys():
+    check_row_by_row(registered("sfe"), keys=None)
 
 
 def with_chunker(chunker):
@@ -103,8 +102,7 @@ def test_every_chunker_steps_as_it_reads(chunker):
         {"entropy": {"rule": "combined"}, "estimator": "entropy"},
         {"sfe": {"window": 9}},
         {"unet": {"token_positions": "chunk"}},
-        {"unet": {"window": 1, "encoder_layers": 0}},
-        {"unet": {"window": 40, "main_layers": 0, "decoder_layers": 2}},
+        {"unet": {"window": 40, "encoder_layers": 0, "main_layers": 0, "decoder_layers": 2}},
     ],
     ids=str,
 )
@@ -121,7 +119,7 @@ def hierarchy(router, chunker, inner, seed, **settings):
     return Hierarchy(stacks[0], lively(Estimator(router, chunker, NoObjective())), inner, stacks[1], **settings)
 
 
-@pytest.mark.parametrize("chunker", [SelectDistribute(), SelectSmooth(), MeanPool(16, key=jax.random.key(0))])
+@pytest.mark.parametrize("chunker", [SelectSmooth(), MeanPool(16, key=jax.random.key(0))], ids=["smooth", "mean"])
 def test_a_hierarchy_inside_a_hierarchy_steps_as_it_reads(chunker):
     flat = Flat(Stack(1, SHAPE.dim, 2, 16, window=None, key=jax.random.key(1)))
     middle = hierarchy(WindowedPolicy(SHAPE.dim, window=2, target_rate=0.4), SelectDistribute(), flat, 20)
@@ -140,7 +138,7 @@ def test_a_rule_that_looks_back_is_given_as_many_bytes_as_it_reaches():
         back = [jnp.pad(vowel[:, :-shift], ((0, 0), (shift, 0))) for shift in (1, 2)]
         return back[0] & back[1]
 
-    rules = [(after_two_vowels, 2), (EveryNth(3), 0), (EveryNth(3), 5)]
+    rules = [(after_two_vowels, 2), (EveryNth(3), 5)]
     for rule, reach in rules:
         model = eqx.tree_at(lambda m: m.stage.estimator.router, registered("whitespace"), RuleRouter(rule, reach))
         check_row_by_row(model)
