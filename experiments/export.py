@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from experiments.config import ConfigError, RunConfig, to_json
 from experiments.display import Display, exit_code
 from experiments.folder import SUMMARY, read_config
+from unet import UNet
 from unet.saving import CONFIG, WEIGHTS, load, save, write_atomically
 
 CARD = "README.md"
@@ -37,23 +38,24 @@ class ExportConfig:
 def export(config: ExportConfig, display: Display) -> None:
     """Write the three files to a folder or to the hub. Raises `ConfigError` where that cannot be."""
     run = Path(config.run)
+    # What is not there is noticed before anything is made.
+    model, settings = load(run).model, read_config(run)
     if config.to.startswith("hub:"):
         with tempfile.TemporaryDirectory() as folder:
-            _write(run, Path(folder))
+            _write(Path(folder), model, settings, run / SUMMARY)
             _upload(Path(folder), config.to[4:], private=config.private)
     else:
         folder = Path(config.to)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"--to {folder} is not empty; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        _write(run, folder)
+        _write(folder, model, settings, run / SUMMARY)
     display.note(f'{config.to}: load it with unet.load("{config.to}")')
 
 
-def _write(run: Path, folder: Path) -> None:
-    settings, model = read_config(run), load(run).model
+def _write(folder: Path, model: UNet, settings: RunConfig, summary: Path) -> None:
     # The model last: a folder with one is complete.
-    write_atomically(folder / CARD, card(settings, run / SUMMARY))
+    write_atomically(folder / CARD, card(settings, summary))
     write_atomically(folder / CONFIG, to_json(settings))
     save(model, folder)
 
