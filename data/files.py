@@ -1,4 +1,4 @@
-"""Documents in local files: plain text, JSON lines and Parquet, compressed or not."""
+"""Documents in local files: plain text, JSON lines, Parquet and FASTA, compressed or not."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data.documents import AbstractSource, DataError, Shard, checked_utf8
+from data.fasta import SUFFIXES, read_fasta
 
 PLAIN_DOCUMENT = 64 * 1024
 """A plain text file longer than this is cut at line ends into documents of about this many bytes."""
@@ -20,8 +21,8 @@ class Files(AbstractSource):
     """Files named by a path, a folder (everything below it but hidden files) or a glob.
 
     `.jsonl`, `.json` and `.ndjson` hold one JSON object a line and `.parquet` one row a document, the text in `text_field`;
-    `.gz` and `.zst` may follow. Every other file is plain text: one document, or several where it is long. More than
-    `memory_limit` bytes of files are streamed.
+    `.fa`, `.fasta` and `.fna` hold nucleotide sequences; `.gz` and `.zst` may follow. Every other file is plain text: one
+    document, or several where it is long. More than `memory_limit` bytes of files are streamed.
     """
 
     def __init__(self, pattern: str, text_field: str, memory_limit: int = 512 * 2**20):
@@ -55,6 +56,9 @@ def read_documents(path: Path, text_field: str) -> Iterator[bytes]:
             yield from _parquet_documents(path, text_field)
         elif kind in (".jsonl", ".json", ".ndjson"):
             yield from _json_documents(path, text_field)
+        elif kind in SUFFIXES:
+            with _open(path) as stream:
+                yield from read_fasta(stream, str(path))
         else:
             yield from _plain_documents(path)
     except (OSError, EOFError, zlib.error, *_zstd_errors()) as error:

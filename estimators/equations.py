@@ -7,6 +7,7 @@ transformers with dynamic token pooling"; "BLT" is Pagnoni et al., "Byte latent 
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -235,6 +236,18 @@ def ratio_loss(
     expected = masked_mean(probs, mask)
     both = (chunk_size - 1.0) * drawn * expected + (1.0 - drawn) * (1.0 - expected)
     return chunk_size / (chunk_size - 1.0) * both
+
+
+def stage_multipliers(chunk_sizes: Sequence[float], widths: Sequence[int], bytes_per_token: float) -> list[float]:
+    r"""$\lambda^s = \sqrt{N^{GPT} \cdot \prod_{i \ge s} N^i / \prod_i N^i \cdot D^S / D^s}$ with $N^S = 1$ (H-Net eq. 11).
+
+    What the learning rate of each stage is multiplied by, the outermost first: `chunk_sizes` N of the stages that make chunks,
+    `widths` D of all of them, `bytes_per_token` $N^{GPT}$ of a usual tokenizer.
+    """
+    return [
+        math.sqrt(bytes_per_token / math.prod(chunk_sizes[:stage]) * widths[-1] / width)
+        for stage, width in enumerate(widths)
+    ]
 
 
 def confidence(

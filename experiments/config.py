@@ -6,7 +6,9 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar, get_type_hints
+from typing import Literal, TypeVar, get_origin, get_type_hints
+
+import tyro
 
 from estimators.equations import logit
 from experiments.sections import (
@@ -26,6 +28,7 @@ from experiments.sections import (
     TargetConfig,
 )
 from unet.config import UNetConfig
+from unet.hnet import HNetConfig
 
 EstimatorName = Literal[
     "sfe",
@@ -44,7 +47,38 @@ EstimatorName = Literal[
     "spacelike",
     "isotropic",
 ]
-ModelName = Literal["tiny", "18M", "32M", "73M", "90M", "130M", "147M", "346M", "ratio2", "ratio4", "ratio6"]
+ModelName = Literal[
+    "tiny",
+    "18M",
+    "32M",
+    "73M",
+    "90M",
+    "130M",
+    "147M",
+    "346M",
+    "ratio2",
+    "ratio4",
+    "ratio6",
+    "hnet-tiny",
+    "hnet-2stage-tiny",
+    "hnet-1stage-L",
+    "hnet-1stage-XL",
+    "hnet-2stage-L",
+    "hnet-2stage-XL",
+    "hnet-2stage-XL-chinese",
+    "hnet-2stage-XL-code",
+    "hnet-space-L",
+    "hnet-space-XL",
+    "hnet-pool-L",
+    "spacebyte++-L",
+    "spacebyte++-XL",
+    "llamabyte-L",
+    "mambabyte-L",
+    "dna-transformer",
+    "dna-mamba",
+    "dna-hnet",
+    "dna-hnet-mamba",
+]
 
 
 class ConfigError(Exception):
@@ -52,10 +86,18 @@ class ConfigError(Exception):
 
 
 @dataclass(frozen=True)
+class LevelConfig:
+    """What is asked of one level of tokens."""
+
+    estimator: EstimatorName
+    rate: float
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Train a byte-level language model and its token boundaries."""
 
-    unet: UNetConfig
+    unet: tyro.conf.AvoidSubcommands[UNetConfig | HNetConfig]
     """Shape of the model; the preset's unless changed."""
     estimator: EstimatorName = "sfe"
     """How boundaries are drawn and learned."""
@@ -73,6 +115,10 @@ class RunConfig:
     """Training steps, instead of --bytes."""
     rate: float = 0.2
     """Target share of bytes with a boundary."""
+    inner_estimators: tuple[EstimatorName, ...] = ()
+    """Estimators of the levels of tokens inside the first, from the outside in; --estimator for those not named."""
+    inner_rates: tuple[float, ...] = ()
+    """Target shares of the tokens of the level around that close a token of these levels; --rate for those not named."""
     seed: int = 0
     """Seed of parameters, data order and boundaries."""
     out: Path | None = None
@@ -127,8 +173,19 @@ class RunConfig:
     @property
     def warmup_steps(self) -> int:
         warmup = self.optimizer.warmup_bytes
-        steps = self.total_steps / 20 if warmup is None else warmup / self.bytes_per_step
+        share = 0.1 if self.optimizer.schedule == "wsd" else 0.05
+        steps = share * self.total_steps if warmup is None else warmup / self.bytes_per_step
         return max(1, round(steps))
+
+    @property
+    def levels(self) -> tuple[LevelConfig, ...]:
+        """The estimator and the target rate of each level of tokens, the outermost first."""
+        if self.unet.levels == 0 or (self.estimator == "isotropic" and not self.isotropic.token_level):
+            return ()
+        missing = self.unet.levels - 1
+        names = [self.estimator, *self.inner_estimators, *[self.estimator] * missing]
+        rates = [self.rate, *self.inner_rates, *[self.rate] * missing]
+        return tuple(LevelConfig(name, rate) for name, rate in zip(names, rates, strict=False))[: self.unet.levels]
 
     @property
     def folder(self) -> Path:
@@ -137,6 +194,15 @@ class RunConfig:
             return self.out
         dataset = "".join(c if c.isalnum() or c in "-." else "-" for c in Path(self.dataset).name)
         return Path("runs") / f"{self.estimator}-{dataset}-{self.model}-{self.seed}"
+
+
+def transformer_shape(config: RunConfig) -> UNetConfig:
+    """The shape of a model of transformer blocks with one level of tokens. Raises `ConfigError` for one of another kind."""
+    if not isinstance(config.unet, UNetConfig):
+        raise ConfigError(
+            f"--model {config.model} is no model of transformer blocks with one level of tokens: name one"
+        )
+    return config.unet
 
 
 def check(config: RunConfig) -> None:
@@ -155,6 +221,8 @@ def check(config: RunConfig) -> None:
     optimizer = config.optimizer
     _require(optimizer.learning_rate > 0, "--optimizer.learning-rate must be positive")
     _require(optimizer.clip > 0, "--optimizer.clip must be positive")
+    multipliers = optimizer.stage_multipliers
+    _require(multipliers is None or multipliers > 0, "--optimizer.stage-multipliers is a number of bytes above 0")
     _require(0 <= optimizer.final_fraction <= 1, "--optimizer.final-fraction lies between 0 and 1")
     _require(0 <= optimizer.beta1 < 1 and 0 <= optimizer.beta2 < 1, "--optimizer.beta1 and beta2 lie in [0, 1)")
     _require(optimizer.weight_decay >= 0, "--optimizer.weight-decay cannot be negative")
@@ -174,7 +242,8 @@ def check(config: RunConfig) -> None:
     _require(config.evaluation.times >= 1, "--evaluation.times must be at least 1")
     _require(config.checkpoint.times >= 1 and config.checkpoint.keep >= 1, "--checkpoint.times and keep are at least 1")
     _require(config.devices is None or config.devices >= 1, "--devices must be at least 1")
-    if config.estimator.startswith("sfe"):
+    _check_levels(config)
+    if any(level.estimator.startswith("sfe") for level in config.levels):
         _check_score_function(config)
     _check_estimators(config)
     if config.estimator == "stride" and config.stride.stride is not None:
@@ -182,6 +251,26 @@ def check(config: RunConfig) -> None:
     _require(
         not (config.resume and config.overwrite), "--resume goes on with a run and --overwrite deletes it: use one"
     )
+
+
+def _check_levels(config: RunConfig) -> None:
+    inside = max(config.unet.levels - 1, 0)
+    named = max(len(config.inner_estimators), len(config.inner_rates))
+    _require(
+        named <= inside, f"{named} inner levels are named, but --model {config.model} has {inside} inside its first"
+    )
+    for rate in config.inner_rates:
+        _require(0 < rate < 1, f"--inner-rates are shares strictly between 0 and 1; got {rate}")
+    _require(
+        config.unet.levels > 0 or (config.estimator == "isotropic" and not config.isotropic.token_level),
+        f"--model {config.model} has no level of tokens: use --estimator isotropic --isotropic.no-token-level",
+    )
+    _require(
+        config.unet.levels < 2 or config.estimator != "isotropic" or config.isotropic.token_level,
+        "--isotropic.no-token-level leaves out the only level of tokens; this shape has several",
+    )
+    for name in {level.estimator for level in config.levels[1:]} & {"entropy", "bpe", "bpe-distilled"}:
+        raise ConfigError(f"{name} reads bytes, not tokens: use it for the first level, and name --inner-estimators")
 
 
 def _check_estimators(config: RunConfig) -> None:
@@ -263,7 +352,10 @@ def from_json(text: str, where: str) -> RunConfig:
     """The configuration that `to_json` wrote. Raises `ConfigError`, naming `where`, if it is anything else."""
     try:
         values: dict[str, object] = json.loads(text)
-        for name, kind in get_type_hints(RunConfig).items():
+        shape = values["unet"]
+        kinds = get_type_hints(RunConfig)
+        kinds["unet"] = HNetConfig if isinstance(shape, dict) and "layout" in shape else UNetConfig
+        for name, kind in kinds.items():
             if dataclasses.is_dataclass(kind):
                 values[name] = _build(kind, values[name])
         return _build(RunConfig, values)
@@ -279,4 +371,6 @@ def _build(kind: type[Built], values: object) -> Built:
         raise TypeError(f"{kind.__name__} is written as an object, not {values!r}")
     hints = get_type_hints(kind)
     paths = {name: Path(value) for name, value in values.items() if hints[name] == Path | None and value is not None}
-    return kind(**values | paths)
+    # JSON has lists only.
+    tuples = {name: tuple(value) for name, value in values.items() if get_origin(hints[name]) is tuple}
+    return kind(**values | paths | tuples)

@@ -60,8 +60,9 @@ class Display:
         """One line of results."""
         agreement = validation.whitespace
         early = "" if math.isnan(validation.early_bpb) else f" (early exit {validation.early_bpb:.4f})"
+        inside = "".join(f" / {rate:.3f}" for rate in validation.inner_rates)
         self.note(
-            f"step {step}: held-out bpb {validation.bpb:.4f}{early}, rate {validation.rate:.3f}, agreement with white "
+            f"step {step}: held-out bpb {validation.bpb:.4f}{early}, rate {validation.rate:.3f}{inside}, agreement with white "
             f"space: AUC {agreement.auc:.3f}, F1 {agreement.f1:.3f} greedy, {agreement.sampled_f1:.3f} sampled"
         )
 

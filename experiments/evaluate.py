@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from data import Row
 from estimators import Layout, equations
 from estimators.fixed import is_spacelike, is_whitespace
 from unet.likelihood import continues, next_byte_log_lik, plain_layout
-from unet.model import UNet, early_log_lik
+from unet.losses import early_log_lik
+from unet.model import UNet
 from unet.stage import Drawing, Hierarchy
 
 
@@ -37,6 +39,8 @@ class Evaluated(eqx.Module):
     overflow: Int[Array, " batch"]
     drawn: Bool[Array, "batch length"]
     """The boundaries before any were dropped."""
+    tokens: Int[Array, "batch levels"]
+    """Tokens of each level of the hierarchy, the outermost first."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class Agreement:
 class Validation:
     """Results on held-out text. `bpb`: bits per byte; `early_bpb`: of the early head, NaN without one; `rate`: share of
     bytes with a boundary; `entropy`: of the policy, nats per decision; `overflow`: share of bytes whose boundary was
-    dropped, 0 by construction; `bytes`: how many were predicted."""
+    dropped, 0 by construction; `bytes`: how many were predicted; `inner_rates`: of levels inside, the share of the tokens of
+    the level around that close a token."""
 
     bpb: float
     early_bpb: float
@@ -67,6 +72,7 @@ class Validation:
     bytes: int
     whitespace: Agreement
     spacelike: Agreement
+    inner_rates: tuple[float, ...] = ()
 
 
 @eqx.filter_jit
@@ -91,7 +97,8 @@ def evaluate_batch(
     if not prediction.levels or not isinstance(model.stage, Hierarchy):
         zeros, none = jnp.zeros_like(log_lik), jnp.zeros(mask.shape[0], jnp.int32)
         unknown = jnp.full_like(zeros, jnp.nan)
-        return Evaluated(log_lik, early, scored, zeros, unknown, nothing, nothing, mask, nothing, none, nothing)
+        tokens = jnp.zeros((mask.shape[0], 0), jnp.int32)
+        return Evaluated(log_lik, early, scored, zeros, unknown, nothing, nothing, mask, nothing, none, nothing, tokens)
     level = prediction.levels[0]
     greedy = model.stage.route(level.hidden, layout, Drawing()).actions
     kept = level.boundaries
@@ -107,6 +114,7 @@ def evaluate_batch(
         mask & ~layout.starts,
         level.overflow,
         level.drawn,
+        jnp.stack([one.lengths for one in prediction.levels], axis=1),
     )
 
 
@@ -164,7 +172,14 @@ def summarise(kept: dict[str, np.ndarray]) -> Validation:
         bytes=predicted,
         whitespace=agreement(kept, np.asarray(is_whitespace(values))),
         spacelike=agreement(kept, np.asarray(is_spacelike(values))),
+        inner_rates=inner_rates(kept["tokens"]),
     )
+
+
+def inner_rates(tokens: np.ndarray) -> tuple[float, ...]:
+    """Tokens of each level inside the first as shares of those of the level around it."""
+    totals = tokens.sum(axis=0)
+    return tuple(float(inside / around) for around, inside in itertools.pairwise(totals))
 
 
 def agreement(kept: dict[str, np.ndarray], target: np.ndarray) -> Agreement:

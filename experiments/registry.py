@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -62,16 +63,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Ingredients:
-    """Everything an estimator is made from."""
+    """Everything an estimator is made from; `config` asks for it by name and rate, `dim` is the width of what it sees."""
 
     config: RunConfig
+    dim: int
     chunker: AbstractChunker
     key: PRNGKeyArray
     found: Found
-
-    @property
-    def dim(self) -> int:
-        return self.config.unet.dim
 
 
 Builder = Callable[[Ingredients], AbstractEstimator | None]
@@ -80,9 +78,9 @@ CHUNKERS: dict[EstimatorName, Literal["mean", "smooth"]] = {"gumbel": "mean", "h
 """The chunkers of estimators that do not simply select and distribute."""
 
 
-def reductions(config: RunConfig) -> tuple[AbstractReduction, ...]:
-    """The variance reductions that a configuration asks for, in the order in which they apply."""
-    sfe, dim = config.sfe, config.unet.dim
+def reductions(config: RunConfig, dim: int) -> tuple[AbstractReduction, ...]:
+    """The variance reductions that a configuration asks for on states of width `dim`, in the order in which they apply."""
+    sfe = config.sfe
     steps: list[AbstractReduction] = []
     if sfe.early_exit:
         steps.append(EarlyExit(sfe.early_weight))
@@ -110,7 +108,7 @@ def _score_function(given: Ingredients) -> AbstractEstimator:
         given.dim,
         chunker=given.chunker,
         target_rate=config.rate,
-        reductions=reductions(config),
+        reductions=reductions(config, given.dim),
         window=sfe.window,
         scale=sfe.scale,
         cap=sfe.cap,
@@ -209,9 +207,9 @@ REGISTRY: dict[EstimatorName, Builder] = {
 }
 
 
-def build_chunker(config: RunConfig, key: PRNGKeyArray) -> AbstractChunker:
-    """The chunker that a configuration asks for, or else its estimator's own."""
-    dim, way, smooth = config.unet.dim, config.unet.implementation, config.smooth
+def build_chunker(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractChunker:
+    """The chunker that a configuration asks for, or else its estimator's own, for states of width `dim`."""
+    way, smooth = config.unet.implementation, config.smooth
     name = CHUNKERS.get(config.estimator, "distribute") if config.chunker is None else config.chunker
     if name == "mean":
         return MeanPool(dim, key=key, implementation=way)
@@ -225,7 +223,21 @@ def build_chunker(config: RunConfig, key: PRNGKeyArray) -> AbstractChunker:
 
 
 def build_estimator(config: RunConfig, key: PRNGKeyArray, found: Found | None = None) -> AbstractEstimator | None:
-    """The estimator of a run; None for a model without a token level."""
-    found = Found() if found is None else found
-    chunker = build_chunker(config, jax.random.fold_in(key, 1))
-    return REGISTRY[config.estimator](Ingredients(config, chunker, key, found))
+    """The estimator of a run at its outermost level; None for a model without a token level."""
+    return _at_level(config, config.unet.widths[0], key, Found() if found is None else found)
+
+
+def build_estimators(config: RunConfig, key: PRNGKeyArray, found: Found | None = None) -> tuple[AbstractEstimator, ...]:
+    """The estimators of a run, the outermost first."""
+    built = []
+    for number, level in enumerate(config.levels):
+        asked = dataclasses.replace(config, estimator=level.estimator, rate=level.rate)
+        # The first level's key is the run's own, so that one level draws what it drew before there could be more.
+        key_level = key if number == 0 else jax.random.fold_in(key, 1 + number)
+        built.append(_at_level(asked, config.unet.widths[number], key_level, Found() if found is None else found))
+    return tuple(one for one in built if one is not None)
+
+
+def _at_level(config: RunConfig, dim: int, key: PRNGKeyArray, found: Found) -> AbstractEstimator | None:
+    chunker = build_chunker(config, dim, jax.random.fold_in(key, 1))
+    return REGISTRY[config.estimator](Ingredients(config, dim, chunker, key, found))

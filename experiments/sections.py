@@ -134,12 +134,19 @@ class TargetConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW under a cosine schedule with linear warm-up."""
+    """AdamW under a schedule with linear warm-up."""
 
     learning_rate: float = 3e-3
     """Peak learning rate."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up a cosine to the end; or the peak until the last fifth, then an inverse square root (H-Net)."""
     warmup_bytes: int | None = None
-    """Training bytes over which the learning rate rises from 0; by default 5 % of all."""
+    """Training bytes over which the learning rate rises from 0; by default 5 % of all, 10 % for wsd."""
+    stage_multipliers: float | None = None
+    """Multiply the learning rate of each stage by what H-Net's eq. 11 says for so many bytes per token of a usual tokenizer
+    (4.6 for English); by default all stages learn alike."""
+    decay: Literal["all", "matrices"] = "all"
+    """What decays: all parameters, or matrices alone, and no bias, norm or other vector."""
     final_fraction: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     beta1: float = 0.9

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from estimators import Frozen
 from experiments.config import RunConfig
-from experiments.sections import OptimizerConfig
 from experiments.target import TargetSchedule, TargetState
 from unet import UNet
 from unet.model import LossOutput
@@ -43,35 +41,15 @@ class StepMetrics(eqx.Module):
 Step = Callable[[TrainState, dict[str, Array], PRNGKeyArray], tuple[TrainState, StepMetrics]]
 
 
-def frozen_or_not(params: PyTree[Float[Array, ...]]) -> PyTree[bool]:
-    """False for every leaf inside a `Frozen`, True for those that train."""
-
-    def mark(node: PyTree) -> PyTree[bool]:
-        return jax.tree.map(lambda leaf: not isinstance(node, Frozen), node)
-
-    return jax.tree.map(mark, params, is_leaf=lambda node: isinstance(node, Frozen))
-
-
-def make_optimizer(config: OptimizerConfig, warmup_steps: int, total_steps: int) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global norm; linear warm-up from 0, then a cosine to `final_fraction` of the peak."""
-    peak = config.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, peak, warmup_steps, max(total_steps, warmup_steps + 1), peak * config.final_fraction
-    )
-    adamw = optax.adamw(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.masked(adamw, frozen_or_not))
-
-
 def make_step(
     config: RunConfig,
     static: UNet,
     optimizer: optax.GradientTransformation,
     *,
-    capacities: Sequence[int],
+    capacities: Sequence[int | Sequence[int]],
     groups: int = 0,
 ) -> Step:
-    """The training step of a run, with as many token rows per sequence as the smallest of `capacities` that has room; `groups` as
-    `UNet.loss` takes it."""
+    """The training step of a run; `capacities` and `groups` as `UNet.loss` takes them."""
     schedule, accumulate, samples = TargetSchedule.of(config), config.optimizer.accumulate, config.samples
 
     def loss(
@@ -84,7 +62,7 @@ def make_step(
             segments=batch["segments"],
             mask=batch["mask"],
             target_rate=target_rate,
-            capacities=(capacities,),
+            capacities=capacities,
             samples=samples,
             groups=groups,
         )

@@ -26,9 +26,15 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
         "bytes_per_second": outcome.bytes_per_second,
         "capacity": outcome.capacity,
         "overflow_fraction": outcome.overflow,
-        "flops_per_byte": matrix_flops(outcome.model, rate=validation.rate, samples=config.samples).total,
+        "flops_per_byte": matrix_flops(
+            outcome.model, rate=validation.rate, inner_rates=validation.inner_rates, samples=config.samples
+        ).total,
         "layer_flops_per_byte": layer_flops(
-            outcome.model, length=config.length, rate=validation.rate, samples=config.samples
+            outcome.model,
+            length=config.length,
+            rate=validation.rate,
+            inner_rates=validation.inner_rates,
+            samples=config.samples,
         ).total,
         "target_rate": config.rate,
         "val_bpb": validation.bpb,
@@ -37,6 +43,8 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
         "rate": validation.rate,
         "policy_entropy": validation.entropy,
     }
+    for level, rate in enumerate(validation.inner_rates, start=1):
+        summary |= {f"target_rate_level{level}": config.levels[level].rate, f"rate_level{level}": rate}
     for name, agreement in (("whitespace", validation.whitespace), ("spacelike", validation.spacelike)):
         summary |= {
             f"boundary_auc_{name}": agreement.auc,

@@ -20,18 +20,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from data import Batch, DataError, Split, check_workers, load, open_batches, open_source
-from estimators import AbstractRouter, Draw
+from experiments.capacity import inner_capacities, training_capacities
 from experiments.checkpoint import Checkpoints, Progress
 from experiments.config import ConfigError, RunConfig
 from experiments.display import Display
-from experiments.evaluate import Validation, evaluate, stack_rows
+from experiments.evaluate import Validation, evaluate
 from experiments.folder import CHECKPOINTS, METRICS, MetricsLog, read_metrics
 from experiments.found import find, read_found
-from experiments.registry import Found, build_estimator
-from experiments.step import StepMetrics, TrainState, compiled, fresh_state, frozen_or_not, make_optimizer, make_step
-from experiments.target import TargetSchedule
+from experiments.optimizer import frozen_or_not, make_optimizer, multipliers
+from experiments.registry import Found, build_estimators
+from experiments.step import StepMetrics, TrainState, compiled, fresh_state, make_step
 from unet import SelectSmooth, UNet
-from unet.ops import boundary_scan
 from unet.ops.mosaic import refusal
 
 
@@ -63,43 +62,12 @@ class Outcome:
     parameters: int
 
 
-def slack_capacities(config: RunConfig, rate: float) -> tuple[int, ...]:
-    """The token rows per sequence that a step can choose from, where `rate` is held: up to `capacity_slack` times the
-    expected count."""
-    expected = max(rate, TargetSchedule.of(config).highest) * config.length
-    slack = 1.0 if rate == 1.0 else config.capacity_slack
-    return _sizes(config, expected, slack * expected)
-
-
-def _sizes(config: RunConfig, expected: float, bound: float) -> tuple[int, ...]:
-    """`buckets` sizes in equal ratios from a little over `expected` to `bound`, multiples of 4."""
-    sizes = np.geomspace(bound, min(1.03 * expected, bound), config.buckets)
-    return tuple(sorted({min(config.length, 4 * math.ceil(size / 4 - 1e-9)) for size in sizes}))
-
-
-def training_capacities(config: RunConfig, router: AbstractRouter | None, split: Split) -> tuple[int, ...]:
-    """The token rows per sequence that a step in training can choose from; the largest is the bound.
-
-    `capacity_slack` times the expected count. A rule that aims at no rate is measured on held-out text instead, and its bound
-    is a quarter more than the fullest row needed there.
-    """
-    length = config.length
-    if router is None:
-        return (length,)
-    if router.rate is not None:
-        return slack_capacities(config, router.rate)
-    rows = split.held_out_rows(config.evaluation.bytes)
-    layout = stack_rows(rows, len(rows))
-    nothing = jnp.zeros((*layout.bytes.shape, 1))
-    drawn = jnp.sum(router(nothing, layout, Draw(boundary_scan)).actions, axis=1)
-    return _sizes(config, float(jnp.mean(drawn)), 1.25 * float(jnp.max(drawn)))
-
-
 def token_groups(config: RunConfig, model: UNet, capacities: Sequence[int], devices: int | None = None) -> int:
     """The groups of sequences, one on each of the `devices` (None: those of the run), that share their token rows; 0 for none."""
     # Smoothing goes from row to row: over sequences one after another it would have no two to do at once.
-    smooths = any(isinstance(one.chunker, SelectSmooth) and one.chunker.smoothing for one in model.stage.estimators)
-    if smooths or not config.fold or capacities[-1] == config.length:
+    estimators = model.stage.estimators
+    smooths = any(isinstance(one.chunker, SelectSmooth) and one.chunker.smoothing for one in estimators)
+    if smooths or len(estimators) > 1 or not config.fold or capacities[-1] == config.length:
         return 0
     return _device_count(config) if devices is None else devices
 
@@ -129,7 +97,7 @@ def prepare(config: RunConfig) -> Prepared:
     found = read_found(config.folder, config) if config.resume else None
     found = find(config, split) if found is None else found
     # Compiled whole: a fraction of the time that its operations take to be compiled one by one.
-    model = eqx.filter_jit(lambda: UNet(config.unet, build_estimator(config, key_estimator, found), key=key_model))()
+    model = eqx.filter_jit(lambda: UNet(config.unet, build_estimators(config, key_estimator, found), key=key_model))()
     return Prepared(split, found, model, key_steps, key_evaluate, place_batch, replicate)
 
 
@@ -141,7 +109,7 @@ def with_implementation(config: RunConfig) -> RunConfig:
     way, spread = config.unet.implementation, _device_count(config) > 1
     if way == "pallas":
         refused = "there is no CUDA device" if jax.default_backend() != "gpu" else None
-        refused = refused or refusal(config.unet.dim, jnp.dtype(config.unet.compute))
+        refused = refused or refusal(config.unet.widths[0], jnp.dtype(config.unet.compute))
         refused = refused or ("they run on one device only: add --devices 1" if spread else None)
         if refused:
             raise ConfigError(f"--unet.implementation pallas: kernels cannot run here: {refused}")
@@ -162,11 +130,12 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     routers = [estimator.router for estimator in model.stage.estimators]
     params, static = eqx.partition(model, eqx.is_inexact_array)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(params, frozen_or_not(params))))
-    optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
+    optimizer = make_optimizer(config, multipliers(config, params))
     capacities = training_capacities(config, routers[0] if routers else None, split)
     capacity = capacities[-1]
+    inside = inner_capacities(config, routers, capacity)
     groups = token_groups(config, model, capacities)
-    step_function = compiled(make_step(config, static, optimizer, capacities=capacities, groups=groups))
+    step_function = compiled(make_step(config, static, optimizer, capacities=(capacities, *inside), groups=groups))
     # Fresh trees share equal buffers between leaves, which donation forbids.
     state = replicate(jax.tree.map(jnp.copy, fresh_state(params, optimizer)))
     rows = split.held_out_rows(config.evaluation.bytes)
@@ -368,6 +337,8 @@ def _validation_record(
     for name, value in dataclasses.asdict(validation).items():
         if isinstance(value, dict):
             record.update({f"val_{name}_{key}": _number(inner) for key, inner in value.items()})
+        elif isinstance(value, tuple):
+            record.update({f"val_level{level}_rate": _number(rate) for level, rate in enumerate(value, start=1)})
         else:
             record[f"val_{name}"] = _number(value)
     return record

@@ -32,7 +32,10 @@ def test_packages_import_only_what_lies_below_them(package, forbidden):
 
 
 def test_unet_knows_only_the_abstract_kinds_of_estimators():
-    names = {name for _, name in imports_of("unet") if name.split(".")[0] == "estimators"}
+    # A published model is a composition of both packages; this module alone puts it together.
+    names = {
+        name for path, name in imports_of("unet") if name.split(".")[0] == "estimators" and path.stem != "reference"
+    }
     assert names == {"estimators.base"}
 
 

@@ -16,7 +16,7 @@ from experiments.benchmark.overhead import overhead
 from experiments.benchmark.roofline import Kernel, kernels_of, shares
 from experiments.benchmark.timing import in_turns
 from experiments.benchmark.whole_step import compile_elsewhere
-from experiments.config import ConfigError
+from experiments.config import ConfigError, transformer_shape
 from experiments.presets import PRESETS
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
@@ -105,7 +105,7 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch, capsys):
 @pytest.mark.skipif(missing() is not None, reason=missing() or "")
 def test_a_whole_step_compiles_for_a_gpu_that_is_not_there():
     tiny = PRESETS["tiny"]
-    unet = dataclasses.replace(tiny.unet, dim=128, main_layers=1, compute="bfloat16")
+    unet = dataclasses.replace(transformer_shape(tiny), dim=128, main_layers=1, compute="bfloat16")
     config = dataclasses.replace(tiny, unet=unet, batch=2, length=128)
     config = dataclasses.replace(config, sfe=dataclasses.replace(config.sfe, window=2))
     report = compile_elsewhere(config, "h100")

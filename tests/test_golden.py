@@ -10,7 +10,7 @@ import pytest
 
 from estimators import BatchCentre, Boundaries, Discount, EarlyExit, ScoreFunctionObjective, Signal
 from estimators import equations as eq
-from unet.attention import Visibility
+from unet.attention import Surroundings, Visibility
 from unet.blocks import Block
 from unet.layers import Rotary
 from unet.likelihood import plain_layout
@@ -106,7 +106,7 @@ def test_a_block_equals_the_gemma_2_layer(golden, name, window):
     rotary = Rotary(positions, dim // int(z["heads"]))
 
     def run(block, x):
-        return block(x, rotary, Visibility(layout, window))
+        return block(x, Surroundings(layout, rotary, Visibility(layout, window), window=window))
 
     x = jnp.asarray(z["x"])
 

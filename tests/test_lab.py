@@ -11,6 +11,7 @@ import pytest
 
 from estimators import equations as eq
 from experiments import lab
+from experiments.config import transformer_shape
 from experiments.laboratory.moments import (
     credit,
     disarm_moments,
@@ -195,7 +196,7 @@ def test_noise_carries_a_flow_about_and_no_noise_leaves_it(logits, tables):
 
 def test_noise_is_counted_relative_to_the_papers_estimator():
     tiny = PRESETS["tiny"]
-    unet = dataclasses.replace(tiny.unet, dim=16, heads=2, main_layers=1, window=4)
+    unet = dataclasses.replace(transformer_shape(tiny), dim=16, heads=2, main_layers=1, window=4)
     small = dataclasses.replace(tiny, unet=unet, length=32, batch=4)
     with jax.numpy_dtype_promotion("standard"):
         found = {one.name: one for one in noise(small, steps=1, draws=8, key=jax.random.key(0))}

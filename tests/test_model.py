@@ -14,7 +14,7 @@ from tests.conftest import small_model, small_score_function, text_bytes
 from unet import SelectDeviate, SelectDistribute, UNet, UNetConfig, next_byte_log_lik
 from unet.attention import Visibility, attend
 from unet.likelihood import plain_layout
-from unet.model import Prediction, early_log_lik
+from unet.losses import Prediction, early_log_lik
 from unet.stage import Flat, Hierarchy
 
 
@@ -237,14 +237,3 @@ def test_token_rows_take_the_byte_position_or_their_own_number():
 def test_impossible_shapes_are_refused(changes):
     with pytest.raises(ValueError, match=r"must|cannot"):
         UNetConfig(**{"dim": 16, "heads": 2, "encoder_layers": 1, "main_layers": 1, "decoder_layers": 1} | changes)
-
-
-def test_the_loss_of_more_than_one_level_is_refused_rather_than_wrong():
-    outer = small_model(small_score_function())
-    inner = small_model(small_score_function(), seed=1)
-    nested = eqx.tree_at(lambda m: m.stage.inner, outer, inner.stage)
-    bytes = text_bytes(1, 6)
-    prediction = eqx.filter_eval_shape(nested, bytes)
-    assert len(prediction.levels) == 2
-    with pytest.raises(ValueError, match="one level of tokens; this model has 2"):
-        nested.losses(prediction, plain_layout(bytes))

@@ -14,7 +14,7 @@ from experiments.registry import REGISTRY
 from tests.compositions import LENGTH, SHAPE, config_of, lively, registered
 from tests.conftest import text_bytes
 from unet import Flat, Hierarchy, MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth
-from unet.blocks import Stack
+from unet.blocks import transformer
 from unet.cache import cache_bytes, filled_cache, rounded_up, with_room
 
 BOUNDED = {"rtol": 1e-4, "atol": 1e-4}
@@ -115,13 +115,13 @@ def test_settings_step_as_they_read(changes):
 
 
 def hierarchy(router, chunker, inner, seed, **settings):
-    stacks = [Stack(1, SHAPE.dim, 2, 16, window=3, key=jax.random.key(seed + i)) for i in range(2)]
+    stacks = [transformer(1, SHAPE.dim, 2, 16, window=3, key=jax.random.key(seed + i)) for i in range(2)]
     return Hierarchy(stacks[0], lively(Estimator(router, chunker, NoObjective())), inner, stacks[1], **settings)
 
 
 @pytest.mark.parametrize("chunker", [SelectSmooth(), MeanPool(16, key=jax.random.key(0))], ids=["smooth", "mean"])
 def test_a_hierarchy_inside_a_hierarchy_steps_as_it_reads(chunker):
-    flat = Flat(Stack(1, SHAPE.dim, 2, 16, window=None, key=jax.random.key(1)))
+    flat = Flat(transformer(1, SHAPE.dim, 2, 16, window=None, key=jax.random.key(1)))
     middle = hierarchy(WindowedPolicy(SHAPE.dim, window=2, target_rate=0.4), SelectDistribute(), flat, 20)
     outer = hierarchy(WindowedPolicy(SHAPE.dim, window=3, target_rate=0.6), chunker, middle, 30, chunk_positions=True)
     model = eqx.tree_at(lambda m: m.stage, registered("sfe"), outer)

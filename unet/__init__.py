@@ -4,17 +4,22 @@ from unet import ops, utf8
 from unet.chunkers import MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth
 from unet.config import UNetConfig
 from unet.generate import Generated, Writer, Written, generate
+from unet.hnet import HNetConfig
 from unet.likelihood import next_byte_log_lik
-from unet.model import LossOutput, Prediction, UNet
+from unet.losses import LossOutput, Prediction
+from unet.model import UNet
+from unet.pretrained import load_hnet, save_hnet
 from unet.reading import Scored, score
+from unet.reference import from_reference, to_reference
 from unet.sampling import Sampling
 from unet.saving import Loaded, LoadError, load, save
-from unet.stage import AbstractStage, Flat, Hierarchy, Level
+from unet.stage import AbstractStage, Flat, Hierarchy, Level, Widened
 
 __all__ = [
     "AbstractStage",
     "Flat",
     "Generated",
+    "HNetConfig",
     "Hierarchy",
     "Level",
     "LoadError",
@@ -30,13 +35,18 @@ __all__ = [
     "SelectSmooth",
     "UNet",
     "UNetConfig",
+    "Widened",
     "Writer",
     "Written",
+    "from_reference",
     "generate",
     "load",
+    "load_hnet",
     "next_byte_log_lik",
     "ops",
     "save",
+    "save_hnet",
     "score",
+    "to_reference",
     "utf8",
 ]

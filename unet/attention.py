@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from estimators.base import Layout
-from unet.cache import Cached, NewRow, RowCache, attend_cached, filled_cache
+from unet.cache import Cached, NewRow, RowCache, attend_cached, capped, filled_cache
 from unet.folding import Squares
 from unet.layers import Linear, Rotary
 
@@ -75,9 +77,10 @@ def attend(
     value: Float[Array, "batch length heads head_dim"],
     visibility: Visibility,
     *,
-    cap: float,
+    cap: float | None,
 ) -> Float[Array, "batch length heads head_dim"]:
-    r"""$\mathrm{softmax}\big(c\tanh(qk^\top/(c\sqrt{d}))\big)v$ over the visible keys (Gemma 2).
+    r"""$\mathrm{softmax}\big(c\tanh(qk^\top/(c\sqrt{d}))\big)v$ over the visible keys (Gemma 2). Without a cap the logits
+    are $qk^\top/\sqrt{d}$.
 
     Where attention is windowed, time and memory are `length · window`. Where it is full, time is `length²`, and memory
     `length · QUERIES`: over longer texts the weights of a block of queries are computed again in the backward pass. Logits
@@ -104,10 +107,10 @@ def _mix(
     key: Float[Array, "*some span head_dim"],
     value: Float[Array, "*some span head_dim"],
     mask: Bool[Array, "*#some block span"],
-    cap: float,
+    cap: float | None,
 ) -> Float[Array, "*some block head_dim"]:
     logits = jnp.matmul(query, jnp.swapaxes(key, -1, -2), preferred_element_type=jnp.float32)
-    logits = jnp.where(mask, cap * jnp.tanh(logits / cap), -jnp.inf)
+    logits = jnp.where(mask, capped(logits, cap), -jnp.inf)
     return jnp.matmul(jax.nn.softmax(logits, axis=-1).astype(value.dtype), value)
 
 
@@ -116,7 +119,7 @@ def _attend_in_strips(
     key: Float[Array, "batch heads length head_dim"],
     value: Float[Array, "batch heads length head_dim"],
     mask: Bool[Array, "batch length length"],
-    cap: float,
+    cap: float | None,
 ) -> Float[Array, "batch heads length head_dim"]:
     """Full attention in a few strips of queries, each with the keys up to its end."""
     length = query.shape[2]
@@ -134,7 +137,7 @@ def _attend_in_turns(
     key: Float[Array, "batch heads length head_dim"],
     value: Float[Array, "batch heads length head_dim"],
     segments: Int[Array, "batch length"],
-    cap: float,
+    cap: float | None,
 ) -> Float[Array, "batch heads length head_dim"]:
     """Full attention, one block of queries after another."""
     length = query.shape[2]
@@ -153,6 +156,42 @@ def _attend_in_turns(
     return jnp.moveaxis(mixed, 0, 2).reshape(*query.shape[:2], -1, query.shape[3])[:, :, :length]
 
 
+class Surroundings(eqx.Module):
+    """What the layers of a network need to know of its rows: their `layout`; and for attention, where there is any, how
+    positions turn them, which of them see each other, and how they come apart where they are folded (which `rotary` and
+    `visibility` then describe). Matrix products are done in `compute`."""
+
+    layout: Layout
+    rotary: Rotary | None
+    visibility: Visibility | None
+    squares: Squares | None = None
+    window: int | None = eqx.field(static=True, default=None)
+    compute: str = eqx.field(static=True, default="float32")
+
+
+class AbstractMixer(eqx.Module):
+    """A causal map that mixes the rows of each document: attention, or a recurrence."""
+
+    @property
+    @abstractmethod
+    def rotary_dim(self) -> int | None:
+        """How many dimensions of a head positions turn; None where positions play no part."""
+
+    @abstractmethod
+    def __call__(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
+        """All rows at once."""
+
+    @abstractmethod
+    def prefill(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Cached[PyTree[Array]]:
+        """The same, and what `step` needs to go on after the rows where the mask is True, which come first."""
+
+    @abstractmethod
+    def step(
+        self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: PyTree[Array]
+    ) -> Cached[PyTree[Array]]:
+        """The next row of each sequence, and how the memory changes (see `estimators.base.written`)."""
+
+
 class Turned(eqx.Module):
     """Queries, keys and values of rows, the first two turned by the positions of the rows."""
 
@@ -161,62 +200,59 @@ class Turned(eqx.Module):
     value: Float[Array, "batch length heads head_dim"]
 
 
-class Attention(eqx.Module):
-    """Multi-head self-attention with rotary positions and no biases (Gemma 2)."""
+class Attention(AbstractMixer):
+    """Multi-head self-attention with rotary positions and no biases (Gemma 2; without a cap, H-Net)."""
 
     qkv: Linear
     out: Linear
     heads: int = eqx.field(static=True)
-    cap: float = eqx.field(static=True)
+    cap: float | None = eqx.field(static=True)
+    turned: int | None = eqx.field(static=True, default=None)
 
-    def __init__(self, dim: int, heads: int, *, cap: float = 50.0, key: PRNGKeyArray):
-        """Query, key and value share one matrix, in this order. Raises `ValueError` where `heads` does not divide `dim`."""
+    def __init__(self, dim: int, heads: int, *, cap: float | None = 50.0, turned: int | None = None, key: PRNGKeyArray):
+        """Query, key and value share one matrix, in this order. `cap`: bound of the logits (None: none). `turned`: how many
+        dimensions of a head positions turn (None: all). Raises `ValueError` where `heads` does not divide `dim`, and where a
+        head has not so many dimensions."""
         if dim % heads:
             raise ValueError(f"{heads} heads do not divide a width of {dim}")
+        if turned is not None and not 0 <= turned <= dim // heads:
+            raise ValueError(f"{turned} dimensions cannot be turned in a head of {dim // heads}")
         key_in, key_out = jax.random.split(key)
         self.qkv = Linear(dim, 3 * dim, key=key_in)
         self.out = Linear(dim, dim, key=key_out)
-        self.heads = heads
-        self.cap = cap
+        self.heads, self.cap, self.turned = heads, cap, turned
 
-    def __call__(
-        self,
-        x: Float[Array, "batch length dim"],
-        rotary: Rotary,
-        visibility: Visibility,
-        squares: Squares | None = None,
-    ) -> Float[Array, "batch length dim"]:
-        """Rows that are folded come apart by `squares`, which `rotary` and `visibility` then describe."""
+    @property
+    def rotary_dim(self) -> int | None:
+        return self.out.weight.shape[1] // self.heads if self.turned is None else self.turned
+
+    def __call__(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
+        squares = around.squares
         qkv = self.qkv(x) if squares is None else squares.apart(self.qkv(x))
-        mixed = self._mixed(self._turned(qkv, rotary), visibility)
+        mixed = self._mixed(self._turned(qkv, around), around)
         return self.out(mixed if squares is None else squares.together(mixed))
 
-    def prefill(
-        self,
-        x: Float[Array, "batch length dim"],
-        rotary: Rotary,
-        visibility: Visibility,
-        lengths: Int[Array, " batch"],
-        window: int | None,
-    ) -> Cached[RowCache]:
-        """The same, and a cache of the first `lengths` rows of each sequence, or of the last of them that a `window` sees."""
-        turned = self._turned(self.qkv(x), rotary)
+    def prefill(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Cached[RowCache]:
+        """The same, and a cache of the rows of each sequence, or of the last of them that a window sees."""
+        turned = self._turned(self.qkv(x), around)
         keys, values = (jnp.swapaxes(rows, 1, 2) for rows in (turned.key, turned.value))
-        return Cached(self.out(self._mixed(turned, visibility)), filled_cache(keys, values, lengths, window))
+        lengths = jnp.sum(around.layout.mask, axis=1, dtype=jnp.int32)
+        return Cached(self.out(self._mixed(turned, around)), filled_cache(keys, values, lengths, around.window))
 
-    def step(self, x: Float[Array, "batch 1 dim"], rotary: Rotary, cache: RowCache) -> Cached[NewRow]:
-        """The next row of each sequence."""
-        turned = self._turned(self.qkv(x), rotary)
+    def step(self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: RowCache) -> Cached[NewRow]:
+        turned = self._turned(self.qkv(x), around)
         row = NewRow(turned.key[:, 0], turned.value[:, 0])
-        mixed = attend_cached(turned.query[:, 0], row, cache, cap=self.cap)
+        mixed = attend_cached(turned.query[:, 0], row, memory, cap=self.cap)
         return Cached(self.out(mixed.reshape(x.shape)), row)
 
-    def _turned(self, qkv: Float[Array, "batch length three_dims"], rotary: Rotary) -> Turned:
+    def _turned(self, qkv: Float[Array, "batch length three_dims"], around: Surroundings) -> Turned:
         query, key, value = (part.reshape(*part.shape[:2], self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
-        return Turned(rotary(query), rotary(key), value)
+        assert around.rotary is not None
+        return Turned(around.rotary(query), around.rotary(key), value)
 
-    def _mixed(self, rows: Turned, visibility: Visibility) -> Float[Array, "batch length dim"]:
-        mixed = attend(rows.query, rows.key, rows.value, visibility, cap=self.cap)
+    def _mixed(self, rows: Turned, around: Surroundings) -> Float[Array, "batch length dim"]:
+        assert around.visibility is not None
+        mixed = attend(rows.query, rows.key, rows.value, around.visibility, cap=self.cap)
         return mixed.reshape(*mixed.shape[:2], -1)
 
 

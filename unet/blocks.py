@@ -1,20 +1,46 @@
-"""Transformer blocks after Gemma 2, and stacks of them."""
+"""Residual blocks, and stacks of them: transformer blocks after Gemma 2, pre-norm blocks after H-Net."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from estimators.base import Layout
-from unet.attention import Attention, Visibility
+from unet.attention import AbstractMixer, Attention, Surroundings, Visibility
 from unet.cache import Cached, NewRow, RowCache
 from unet.folding import Squares
-from unet.layers import GeGLU, RMSNorm, Rotary
+from unet.layers import GeGLU, RMSNorm, Rotary, ScaleNorm, SwiGLU
 
 
-class Block(eqx.Module):
+class AbstractBlock(eqx.Module):
+    """One layer of a stack, causal and within documents; row by row as `AbstractMixer`."""
+
+    @property
+    @abstractmethod
+    def rotary_dim(self) -> int | None:
+        """How many dimensions of a head positions turn; None where positions play no part."""
+
+    @abstractmethod
+    def __call__(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
+        """All rows at once."""
+
+    @abstractmethod
+    def prefill(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Cached[PyTree[Array]]:
+        """The same, and what `step` needs."""
+
+    @abstractmethod
+    def step(
+        self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: PyTree[Array]
+    ) -> Cached[PyTree[Array]]:
+        """The next row of each sequence, and how the memory changes."""
+
+
+class Block(AbstractBlock):
     r"""$x \mathrel{+}= N(\mathrm{attention}(N(x)))$, $x \mathrel{+}= N(\mathrm{mlp}(N(x)))$, each N its own RMSNorm (Gemma 2)."""
 
     before_attention: RMSNorm
@@ -31,34 +57,22 @@ class Block(eqx.Module):
         self.attention = Attention(dim, heads, key=key_attention)
         self.mlp = GeGLU(dim, mlp_dim, key=key_mlp)
 
-    @eqx.filter_jit
-    def __call__(
-        self,
-        x: Float[Array, "batch length dim"],
-        rotary: Rotary,
-        visibility: Visibility,
-        squares: Squares | None = None,
-    ) -> Float[Array, "batch length dim"]:
-        """Rows that are folded come apart for attention by `squares`, which `rotary` and `visibility` then describe."""
-        return self._after(x, self.attention(self.before_attention(x), rotary, visibility, squares))
+    @property
+    def rotary_dim(self) -> int | None:
+        return self.attention.rotary_dim
 
     @eqx.filter_jit
-    def prefill(
-        self,
-        x: Float[Array, "batch length dim"],
-        rotary: Rotary,
-        visibility: Visibility,
-        lengths: Int[Array, " batch"],
-        window: int | None,
-    ) -> Cached[RowCache]:
-        """The same, and a cache of the first `lengths` rows of each sequence, or of the last of them that a `window` sees."""
-        attended = self.attention.prefill(self.before_attention(x), rotary, visibility, lengths, window)
+    def __call__(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
+        return self._after(x, self.attention(self.before_attention(x), around))
+
+    @eqx.filter_jit
+    def prefill(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Cached[RowCache]:
+        attended = self.attention.prefill(self.before_attention(x), around)
         return Cached(self._after(x, attended.hidden), attended.memory)
 
     @eqx.filter_jit
-    def step(self, x: Float[Array, "batch 1 dim"], rotary: Rotary, cache: RowCache) -> Cached[NewRow]:
-        """The next row of each sequence."""
-        attended = self.attention.step(self.before_attention(x), rotary, cache)
+    def step(self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: RowCache) -> Cached[NewRow]:
+        attended = self.attention.step(self.before_attention(x), around, memory)
         return Cached(self._after(x, attended.hidden), attended.memory)
 
     def _after(self, x: Float[Array, "batch length dim"], mixed: Float[Array, "batch length dim"]) -> Array:
@@ -67,75 +81,143 @@ class Block(eqx.Module):
         return x + self.after_mlp(self.mlp(self.before_mlp(x)))
 
 
-class Stack(eqx.Module):
-    """Blocks one after another, all with the same attention window; no norm at the end.
+class PreNorm(AbstractBlock):
+    r"""$x \mathrel{+}= \mathrm{mixer}(N(x))$ and, where there is an MLP, $x \mathrel{+}= \mathrm{mlp}(N(x))$ (H-Net).
 
-    `remat` keeps only the input of each block for the backward pass and computes the rest of it again.
+    Sums keep the dtype of x; mixer and MLP work in the compute dtype.
     """
 
-    blocks: tuple[Block, ...]
+    before_mixer: ScaleNorm
+    mixer: AbstractMixer
+    before_mlp: ScaleNorm | None
+    mlp: SwiGLU | None
+
+    def __init__(self, dim: int, mixer: AbstractMixer, mlp: SwiGLU | None):
+        """Around a mixer and an MLP of width `dim`, or a mixer alone."""
+        self.before_mixer, self.mixer = ScaleNorm(dim), mixer
+        self.before_mlp, self.mlp = (None, None) if mlp is None else (ScaleNorm(dim), mlp)
+
+    @property
+    def rotary_dim(self) -> int | None:
+        return self.mixer.rotary_dim
+
+    @eqx.filter_jit
+    def __call__(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
+        return self._after(x, self.mixer(self.before_mixer(x).astype(around.compute), around), around)
+
+    @eqx.filter_jit
+    def prefill(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Cached[PyTree[Array]]:
+        mixed = self.mixer.prefill(self.before_mixer(x).astype(around.compute), around)
+        return Cached(self._after(x, mixed.hidden, around), mixed.memory)
+
+    @eqx.filter_jit
+    def step(
+        self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: PyTree[Array]
+    ) -> Cached[PyTree[Array]]:
+        mixed = self.mixer.step(self.before_mixer(x).astype(around.compute), around, memory)
+        return Cached(self._after(x, mixed.hidden, around), mixed.memory)
+
+    def _after(
+        self, x: Float[Array, "batch length dim"], mixed: Float[Array, "batch length dim"], around: Surroundings
+    ) -> Array:
+        """What follows the mixer."""
+        x = x + mixed.astype(x.dtype)
+        if self.mlp is None or self.before_mlp is None:
+            return x
+        return x + self.mlp(self.before_mlp(x).astype(around.compute)).astype(x.dtype)
+
+
+class Stack(eqx.Module):
+    """Blocks one after another, all with the same attention window.
+
+    With a `norm` at the end the stream of residuals between the blocks is float32, whatever the dtype of the input, which the
+    output has again (H-Net). `remat` keeps only the input of each block for the backward pass and computes the rest of it
+    again.
+    """
+
+    blocks: tuple[AbstractBlock, ...]
     window: int | None = eqx.field(static=True)
     remat: bool = eqx.field(static=True)
+    norm: ScaleNorm | None = None
 
     def __init__(
         self,
-        layers: int,
-        dim: int,
-        heads: int,
-        mlp_dim: int,
+        blocks: Sequence[AbstractBlock],
         *,
-        window: int | None,
+        window: int | None = None,
         remat: bool = False,
-        key: PRNGKeyArray,
+        norm: ScaleNorm | None = None,
     ):
         """`window`: how many rows attention sees, itself included; None for all before it. Raises `ValueError` for a
-        window below 1."""
+        window below 1, and for blocks whose positions turn different numbers of dimensions."""
         if window is not None and window < 1:
             raise ValueError(f"an attention window holds at least the row itself; got {window}")
-        self.blocks = tuple(Block(dim, heads, mlp_dim, key=k) for k in jax.random.split(key, layers)) if layers else ()
-        self.window = window
-        self.remat = remat
+        turned = {block.rotary_dim for block in blocks} - {None}
+        if len(turned) > 1:
+            raise ValueError(f"the blocks of a stack turn heads alike; got {sorted(map(str, turned))} dimensions")
+        self.blocks = tuple(blocks)
+        self.window, self.remat, self.norm = window, remat, norm
 
     def __call__(
         self, x: Float[Array, "batch length dim"], layout: Layout, squares: Squares | None = None
     ) -> Float[Array, "batch length dim"]:
         """`squares`: how rows of several sequences come apart, where they are folded."""
-        if not self.blocks:
-            return x
-        attended = layout if squares is None else squares.layout(layout)
-        rotary = self._rotary(attended.positions, x.shape[-1])
-        visibility = Visibility(attended, self.window)
+        around = self._around(x, layout, squares)
+        stream = self._widened(x)
         for block in self.blocks:
             call = eqx.filter_checkpoint(block) if self.remat else block
-            x = call(x, rotary, visibility, squares)
-        return x
+            stream = call(stream, around)
+        return self._ended(stream, x)
 
-    def prefill(self, x: Float[Array, "batch length dim"], layout: Layout) -> Cached[tuple[RowCache, ...]]:
+    def prefill(self, x: Float[Array, "batch length dim"], layout: Layout) -> Cached[tuple[PyTree[Array], ...]]:
         """All rows at once, and what `step` needs to go on after those where `layout.mask` is True, which come first."""
-        if not self.blocks:
-            return Cached(x, ())
-        rotary, visibility = self._rotary(layout.positions, x.shape[-1]), Visibility(layout, self.window)
-        lengths = jnp.sum(layout.mask, axis=1, dtype=jnp.int32)
-        caches = []
+        around, stream, memories = self._around(x, layout, None), self._widened(x), []
         for block in self.blocks:
-            done = block.prefill(x, rotary, visibility, lengths, self.window)
-            x = done.hidden
-            caches.append(done.memory)
-        return Cached(x, tuple(caches))
+            done = block.prefill(stream, around)
+            stream = done.hidden
+            memories.append(done.memory)
+        return Cached(self._ended(stream, x), tuple(memories))
 
     def step(
-        self, x: Float[Array, "batch 1 dim"], positions: Int[Array, "batch 1"], caches: tuple[RowCache, ...]
-    ) -> Cached[tuple[NewRow, ...]]:
-        """The next row of each sequence, at its position."""
-        if not self.blocks:
-            return Cached(x, ())
-        rotary = self._rotary(positions, x.shape[-1])
-        rows = []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            done = block.step(x, rotary, cache)
-            x = done.hidden
-            rows.append(done.memory)
-        return Cached(x, tuple(rows))
+        self, x: Float[Array, "batch 1 dim"], layout: Layout, memories: tuple[PyTree[Array], ...]
+    ) -> Cached[tuple[PyTree[Array], ...]]:
+        """The next row of each sequence, and how the memories change."""
+        around, stream, changes = self._around(x, layout, None, stepping=True), self._widened(x), []
+        for block, memory in zip(self.blocks, memories, strict=True):
+            done = block.step(stream, around, memory)
+            stream = done.hidden
+            changes.append(done.memory)
+        return Cached(self._ended(stream, x), tuple(changes))
 
-    def _rotary(self, positions: Int[Array, "batch length"], dim: int) -> Rotary:
-        return Rotary(positions, dim // self.blocks[0].attention.heads)
+    def _widened(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
+        return x if self.norm is None else x.astype(jnp.float32)
+
+    def _ended(self, stream: Float[Array, "batch length dim"], x: Float[Array, "batch length dim"]) -> Array:
+        return stream if self.norm is None else self.norm(stream).astype(x.dtype)
+
+    def _around(
+        self, x: Float[Array, "batch length dim"], layout: Layout, squares: Squares | None, *, stepping: bool = False
+    ) -> Surroundings:
+        compute = str(x.dtype)
+        turned = next((block.rotary_dim for block in self.blocks if block.rotary_dim is not None), None)
+        if turned is None:
+            return Surroundings(layout, None, None, None, self.window, compute)
+        attended = layout if squares is None else squares.layout(layout)
+        # A row that comes alone sees what its memory shows it.
+        visibility = None if stepping else Visibility(attended, self.window)
+        return Surroundings(layout, Rotary(attended.positions, turned), visibility, squares, self.window, compute)
+
+
+def transformer(
+    layers: int,
+    dim: int,
+    heads: int,
+    mlp_dim: int,
+    *,
+    window: int | None,
+    remat: bool = False,
+    key: PRNGKeyArray,
+) -> Stack:
+    """A stack of Gemma-2 blocks, with no norm at the end."""
+    keys = jax.random.split(key, layers) if layers else ()
+    return Stack([Block(dim, heads, mlp_dim, key=k) for k in keys], window=window, remat=remat)

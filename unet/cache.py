@@ -136,8 +136,13 @@ def filled_cache(
     return RowCache(last(keys), last(values), lengths, True)
 
 
+def capped(logits: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    r"""$c\tanh(l/c)$, or the logits l themselves without a cap."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
 def attend_cached(
-    query: Float[Array, "batch heads head_dim"], row: NewRow, cache: RowCache, *, cap: float
+    query: Float[Array, "batch heads head_dim"], row: NewRow, cache: RowCache, *, cap: float | None
 ) -> Float[Array, "batch heads head_dim"]:
     r"""$\mathrm{softmax}\big(c\tanh(qk^\top/(c\sqrt{d}))\big)v$ over the rows in a cache and the new `row`; see `attend`.
 
@@ -147,7 +152,7 @@ def attend_cached(
     # The products of whole matrices that a CPU does without turning the cache.
     there = jnp.matmul(query, jnp.swapaxes(cache.keys, -1, -2), preferred_element_type=jnp.float32)[:, :, 0]
     own = jnp.sum(query[:, :, 0].astype(jnp.float32) * row.key.astype(jnp.float32), axis=-1, keepdims=True)
-    logits = cap * jnp.tanh(jnp.concatenate([there, own], axis=-1) / cap)
+    logits = capped(jnp.concatenate([there, own], axis=-1), cap)
     seen = jnp.pad(cache.seen, ((0, 0), (0, 1)), constant_values=True)
     weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1).astype(cache.values.dtype)
     mixed = jnp.matmul(weights[:, :, None, :-1], cache.values)[:, :, 0] + weights[:, :, -1:] * row.value

@@ -2,15 +2,69 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from estimators.base import VOCAB, AbstractEstimator
+from unet.blocks import Stack, transformer
+from unet.layers import Linear, RMSNorm
 from unet.ops import Implementation
+from unet.stage import AbstractStage, Flat, Hierarchy
+
+
+class Parts(eqx.Module):
+    """What a model is made of: an embedding, a stage, and a head behind a norm (None where the stage ends with one)."""
+
+    embedding: Float[Array, "vocab dim"]
+    stage: AbstractStage
+    norm: RMSNorm | None
+    head: Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractShape(ABC):
+    """What every shape of model has: how it computes."""
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of hidden states and matrix products; parameters, losses and the insides of norms and softmax stay float32."""
+    early_share: float = 1.0
+    """Share of the rows, drawn anew every step, at which the early head predicts in training; at the others its mean over these
+    stands for it."""
+    remat: bool = False
+    """Recompute each block in the backward pass, to save memory."""
+    implementation: Implementation | None = None
+    """How ragged operations run: as kernels on CUDA and in XLA elsewhere (None), always in `xla`, always as `pallas` kernels, or
+    `interpret` those on the host, slowly."""
+
+    def __post_init__(self):
+        if not 0 < self.early_share <= 1:
+            raise ValueError(f"early_share is a share of rows above 0, at most 1; got {self.early_share}")
+
+    @property
+    @abstractmethod
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the hidden states of each stage, the outermost first."""
+
+    @property
+    def levels(self) -> int:
+        """Levels of tokens; each has an estimator, which sees states as wide as those of the stage around it."""
+        return len(self.widths) - 1
+
+    @abstractmethod
+    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
+        """A new model of this shape around one estimator for each level of tokens, the outermost first. Raises `ValueError`
+        where their number does not fit."""
 
 
 @dataclass(frozen=True)
-class UNetConfig:
-    """Shape of an autoregressive U-Net.
+class UNetConfig(AbstractShape):
+    """Shape of an autoregressive U-Net with one level of tokens, of transformer blocks (SFE section 2.2).
 
     Raises `ValueError` where the numbers cannot make a model.
     """
@@ -29,27 +83,45 @@ class UNetConfig:
     """Bytes that byte-level attention sees, the current one included."""
     token_positions: Literal["byte", "chunk"] = "byte"
     """Rotary positions of a token: the byte position of its boundary, or its own number."""
-    compute: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of hidden states and matrix products; parameters, losses and the insides of norms and softmax stay float32."""
-    early_share: float = 1.0
-    """Share of the rows, drawn anew every step, at which the early head predicts in training; at the others its mean over these
-    stands for it."""
-    remat: bool = False
-    """Recompute each block in the backward pass, to save memory."""
-    implementation: Implementation | None = None
-    """How ragged operations run: as kernels on CUDA and in XLA elsewhere (None), always in `xla`, always as `pallas` kernels, or
-    `interpret` those on the host, slowly."""
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("dim", "heads", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("encoder_layers", "main_layers", "decoder_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} cannot be negative; got {getattr(self, name)}")
-        if not 0 < self.early_share <= 1:
-            raise ValueError(f"early_share is a share of rows above 0, at most 1; got {self.early_share}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(
                 f"heads must divide dim into heads of even width; got dim {self.dim} and heads {self.heads}"
             )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.dim, self.dim)
+
+    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
+        """Without an estimator the token level is left out: encoder and decoder blocks alone, a purely byte-level model."""
+        if len(estimators) > 1:
+            raise ValueError(f"this shape has one level of tokens; got {len(estimators)} estimators")
+        key_embed, key_encode, key_main, key_decode, key_head = jax.random.split(key, 5)
+        dim, heads = self.dim, self.heads
+
+        def byte_level(layers: int, key: PRNGKeyArray) -> Stack:
+            return transformer(layers, dim, heads, dim, window=self.window, remat=self.remat, key=key)
+
+        if not estimators:
+            stage = Flat(byte_level(self.encoder_layers + self.decoder_layers, key_encode))
+        else:
+            main = transformer(self.main_layers, dim, heads, 4 * dim, window=None, remat=self.remat, key=key_main)
+            stage = Hierarchy(
+                byte_level(self.encoder_layers, key_encode),
+                estimators[0],
+                Flat(main),
+                byte_level(self.decoder_layers, key_decode),
+                chunk_positions=self.token_positions == "chunk",
+                implementation=self.implementation,
+            )
+        embedding = jax.random.normal(key_embed, (VOCAB, dim))
+        return Parts(embedding, stage, RMSNorm(dim), Linear(dim, VOCAB, key=key_head))

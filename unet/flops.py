@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from estimators.base import Frozen
-from unet.blocks import Stack
+from estimators.base import AbstractEstimator, Frozen
+from unet.attention import AbstractMixer, Attention
+from unet.blocks import AbstractBlock, Block, PreNorm, Stack
+from unet.layers import Linear
+from unet.mamba import Mamba2
 from unet.model import UNet
-from unet.stage import Flat, Hierarchy
+from unet.stage import AbstractStage, Flat, Hierarchy, Widened
 
 
 @dataclass(frozen=True)
@@ -36,47 +40,70 @@ class Flops:
         return self.embed + self.encode + self.boundary + self.mid + self.decode + self.heads
 
 
-def matrix_flops(model: UNet, *, rate: float, samples: int = 1) -> Flops:
+def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (), samples: int = 1) -> Flops:
     """6 per parameter and byte, or token at the token level; embeddings are lookups (score-function paper, appendix D).
 
-    `rate` is in tokens per byte. Every parameter of matrices and vectors counts but the embedding's; a frozen parameter
-    counts 2, for the forward pass alone. With several `samples` of boundaries a byte passes all that follows the encoder
-    so many times. Raises `ValueError` for a model of more than one level of tokens.
+    `rate` is in tokens per byte, each of `inner_rates` in tokens per token of the level around. Every parameter of matrices
+    and vectors counts but the embedding's; a frozen parameter counts 2, for the forward pass alone. With several `samples` of
+    boundaries a byte passes all that follows the encoder so many times. What a token level does counts as `mid`, whatever
+    levels there are inside. Raises `ValueError` where rates of levels are missing.
     """
-    encode, mid, decode = _stacks(model)
-    after = float(samples)
-    estimators = model.stage.estimators
-    trained, frozen = _sizes(estimators)
+
+    def stage_cost(stage: AbstractStage, rates: Sequence[float]) -> float:
+        """Of all that runs inside a token level, per row of it."""
+        if isinstance(stage, Widened):
+            return 6.0 * stage.padding.size + stage_cost(stage.stage, rates)
+        if isinstance(stage, Flat):
+            return 6.0 * _size(stage.stack)
+        if isinstance(stage, Hierarchy):
+            trained, frozen = _sizes(stage.estimator)
+            outside = 6.0 * _size((stage.encoder, stage.decoder)) + 6.0 * trained + 2.0 * frozen
+            return outside + rates[0] * stage_cost(stage.inner, rates[1:])
+        raise ValueError(f"operations of a {type(stage).__name__} are not counted")
+
+    outer, after = _outermost(model, inner_rates), float(samples)
+    trained, frozen = (0, 0) if outer.estimator is None else _sizes(outer.estimator)
     return Flops(
         embed=0.0,
-        encode=6.0 * _size(encode),
+        encode=6.0 * _size(outer.encoder),
         boundary=6.0 * trained + 2.0 * frozen,
-        mid=6.0 * after * rate * _size(mid),
-        decode=6.0 * after * _size(decode),
+        mid=0.0 if outer.inner is None else after * rate * stage_cost(outer.inner, inner_rates),
+        decode=6.0 * after * _size(outer.decoder),
         heads=6.0
         * after
         * (_size((model.norm, model.head)) + model.early_share * _size((model.early_norm, model.early_head))),
     )
 
 
-def layer_flops(model: UNet, *, length: int, rate: float, samples: int = 1) -> Flops:
+def layer_flops(model: UNet, *, length: int, rate: float, inner_rates: Sequence[float] = (), samples: int = 1) -> Flops:
     """Every product of every layer, the backward pass twice the forward (H-Net, appendix B).
 
     Attention sees `length` rows at byte level, no more than its window; `length · rate` at token level, the causal half not
-    taken off, as in the paper. Embeddings count as products with one-hot rows. Raises `ValueError` for a model of more
-    than one level of tokens.
+    taken off, as in the paper. Embeddings count as products with one-hot rows. The rest as `matrix_flops`.
     """
-    encode, mid, decode = _stacks(model)
-    after = float(samples)
+
+    def stage_cost(stage: AbstractStage, rows: float, rates: Sequence[float]) -> float:
+        if isinstance(stage, Widened):
+            return stage_cost(stage.stage, rows, rates)
+        if isinstance(stage, Flat):
+            return 3 * _stack_forward(stage.stack, rows)
+        if isinstance(stage, Hierarchy):
+            trained, frozen = _sizes(stage.estimator)
+            outside = 3 * (_stack_forward(stage.encoder, rows) + _stack_forward(stage.decoder, rows))
+            inside = rates[0] * stage_cost(stage.inner, rows * rates[0], rates[1:])
+            return outside + 3 * 2.0 * trained + 2.0 * frozen + inside
+        raise ValueError(f"operations of a {type(stage).__name__} are not counted")
+
+    outer, after = _outermost(model, inner_rates), float(samples)
     vocab, dim = model.embedding.shape
-    trained, frozen = _sizes(model.stage.estimators)
+    trained, frozen = (0, 0) if outer.estimator is None else _sizes(outer.estimator)
     heads = 1 + (0.0 if model.early_head is None else model.early_share)
     return Flops(
         embed=3 * 2.0 * vocab * dim,
-        encode=3 * _stack_forward(encode, float(length)),
+        encode=3 * _stack_forward(outer.encoder, float(length)),
         boundary=3 * 2.0 * trained + 2.0 * frozen,
-        mid=3 * after * rate * _stack_forward(mid, length * rate),
-        decode=3 * after * _stack_forward(decode, float(length)),
+        mid=0.0 if outer.inner is None else after * rate * stage_cost(outer.inner, length * rate, inner_rates),
+        decode=3 * after * _stack_forward(outer.decoder, float(length)),
         heads=3 * after * heads * 2.0 * vocab * dim,
     )
 
@@ -85,24 +112,57 @@ def _stack_forward(stack: Stack | None, rows: float) -> float:
     """Operations of a forward pass per row of a stack that runs on `rows` rows."""
     if stack is None:
         return 0.0
-    seen = rows if stack.window is None else min(rows, stack.window)
-    total = 0.0
-    for block in stack.blocks:
-        inner, dim = block.attention.out.weight.shape[1], block.attention.out.weight.shape[0]
-        hidden = block.mlp.down.weight.shape[1]
-        attention = 2 * 3 * dim * inner + 2 * 2 * seen * inner + 3 * block.attention.heads * seen + 2 * inner * dim
-        total += attention + 2 * 3 * dim * hidden + 5 * dim
-    return total
+    seen = rows if stack.window is None else min(rows, float(stack.window))
+    return sum(_block_forward(block, seen) for block in stack.blocks)
 
 
-def _stacks(model: UNet) -> tuple[Stack, Stack | None, Stack | None]:
-    """Encoder, token level and decoder."""
+def _block_forward(block: AbstractBlock, seen: float) -> float:
+    if isinstance(block, Block):
+        return _mixer_forward(block.attention, seen) + _mlp_forward(block.mlp.down)
+    if isinstance(block, PreNorm):
+        return _mixer_forward(block.mixer, seen) + (0.0 if block.mlp is None else _mlp_forward(block.mlp.out))
+    raise ValueError(f"operations of a {type(block).__name__} are not counted")
+
+
+def _mixer_forward(mixer: AbstractMixer, seen: float) -> float:
+    if isinstance(mixer, Attention):
+        dim, inner = mixer.out.weight.shape
+        return 2.0 * 3 * dim * inner + 2 * 2 * seen * inner + 3 * mixer.heads * seen + 2 * inner * dim
+    if isinstance(mixer, Mamba2):
+        dim, inner = mixer.project_out.weight.shape
+        channels, taps = mixer.conv_weight.shape
+        state = (channels - inner) // 2
+        # The paper counts the last projection and the convolution as if they were as narrow as the stage.
+        projections = 2.0 * mixer.project_in.weight.size + 2 * inner * dim
+        return projections + 2 * 3 * inner * state + 2 * channels * taps + 5 * dim
+    raise ValueError(f"operations of a {type(mixer).__name__} are not counted")
+
+
+def _mlp_forward(out: Linear) -> float:
+    dim, hidden = out.weight.shape
+    return 2.0 * 3 * dim * hidden + 5 * dim
+
+
+@dataclass(frozen=True)
+class _Outermost:
+    """The byte level: its stacks, and what is inside (None each where there is no token level)."""
+
+    encoder: Stack
+    estimator: AbstractEstimator | None = None
+    inner: AbstractStage | None = None
+    decoder: Stack | None = None
+
+
+def _outermost(model: UNet, inner_rates: Sequence[float]) -> _Outermost:
     stage = model.stage
+    inside = len(stage.estimators) - 1
+    if len(inner_rates) < inside:
+        raise ValueError(f"{inside} inner levels need as many rates; got {list(inner_rates)}")
     if isinstance(stage, Flat):
-        return stage.stack, None, None
-    if isinstance(stage, Hierarchy) and isinstance(stage.inner, Flat):
-        return stage.encoder, stage.inner.stack, stage.decoder
-    raise ValueError("operations are counted for models of at most one level of tokens")
+        return _Outermost(stage.stack)
+    if isinstance(stage, Hierarchy):
+        return _Outermost(stage.encoder, stage.estimator, stage.inner, stage.decoder)
+    raise ValueError(f"operations of a {type(stage).__name__} are not counted")
 
 
 def _size(tree: PyTree) -> int:

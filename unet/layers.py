@@ -25,6 +25,12 @@ class Linear(eqx.Module):
         return jnp.matmul(x, self.weight.astype(x.dtype).T, preferred_element_type=jnp.float32)
 
 
+def unit_rms(x: Float[Array, "*rows dim"], epsilon: float) -> Float[Array, "*rows dim"]:
+    r"""$x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+
+
 class RMSNorm(eqx.Module):
     r"""$y = (1 + g)\,x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$, computed in float32 and returned in the input's dtype."""
 
@@ -36,9 +42,22 @@ class RMSNorm(eqx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
-        wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * scale * (1.0 + self.weight)).astype(x.dtype)
+        return (unit_rms(x, self.epsilon) * (1.0 + self.weight)).astype(x.dtype)
+
+
+class ScaleNorm(eqx.Module):
+    r"""$y = g\,x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$ with g = 1 at first, computed in float32 and returned in the input's
+    dtype: `RMSNorm` as H-Net writes it."""
+
+    weight: Float[Array, " dim"]
+    epsilon: float = eqx.field(static=True)
+
+    def __init__(self, dim: int, epsilon: float = 1e-5):
+        self.weight = jnp.ones((dim,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
+        return (unit_rms(x, self.epsilon) * self.weight.astype(jnp.float32)).astype(x.dtype)
 
 
 class Rotary(eqx.Module):
@@ -56,9 +75,11 @@ class Rotary(eqx.Module):
         self.cos, self.sin = jnp.cos(angles), jnp.sin(angles)
 
     def __call__(self, x: Float[Array, "batch length heads head_dim"]) -> Float[Array, "batch length heads head_dim"]:
+        """The first `dim` dimensions of each head turned, the others as they are."""
         cos, sin = self.cos[:, :, None, :].astype(x.dtype), self.sin[:, :, None, :].astype(x.dtype)
-        left, right = jnp.split(x, 2, axis=-1)
-        return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+        half = cos.shape[-1]
+        left, right, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return jnp.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1)
 
 
 class GeGLU(eqx.Module):
@@ -75,3 +96,19 @@ class GeGLU(eqx.Module):
     def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         return self.down(jax.nn.gelu(gate, approximate=True) * up)
+
+
+class SwiGLU(eqx.Module):
+    r"""$W_{out}\big(W_{value}x \odot \mathrm{silu}(W_{gate}x)\big)$, value and gate in one matrix (value first)."""
+
+    value_gate: Linear
+    out: Linear
+
+    def __init__(self, dim: int, hidden: int, *, key: PRNGKeyArray):
+        key_in, key_out = jax.random.split(key)
+        self.value_gate = Linear(dim, 2 * hidden, key=key_in)
+        self.out = Linear(hidden, dim, key=key_out)
+
+    def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
+        value, gate = jnp.split(self.value_gate(x), 2, axis=-1)
+        return self.out(value * jax.nn.silu(gate))

@@ -11,25 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, PRNGKeyArray, PyTree
 
-from estimators.base import VOCAB, AbstractEstimator, AbstractMemory, Keys, Layout, Signal, uniforms_from, written
-from unet.blocks import Stack
+from estimators.base import AbstractEstimator, AbstractMemory, Keys, Layout, uniforms_from, written
 from unet.buckets import chosen, smallest_with_room
-from unet.config import UNetConfig
+from unet.config import AbstractShape
 from unet.layers import Linear, RMSNorm
-from unet.likelihood import continues, log_lik_of, next_byte_log_lik, plain_layout
-from unet.stage import AbstractStage, Begun, Drawing, Flat, Hierarchy, Level, StageOutput, repeated
-
-
-class Prediction(eqx.Module):
-    """Logits of the next byte at each row, the early head's where it was asked for, and the levels of the hierarchy.
-
-    `early_rows`, where given, are those that the early head predicted at, the same in every sequence.
-    """
-
-    logits: Float[Array, "batch length vocab"]
-    early_logits: Float[Array, "batch rows vocab"] | None
-    levels: tuple[Level, ...]
-    early_rows: Int[Array, " rows"] | None = None
+from unet.likelihood import plain_layout
+from unet.losses import LossOutput, Prediction, losses
+from unet.stage import AbstractStage, Begun, Drawing, StageOutput, repeated
 
 
 class TextState(AbstractMemory):
@@ -68,40 +56,6 @@ class NextByte(eqx.Module):
     change: PyTree[Array]
 
 
-class LossOutput(eqx.Module):
-    """`loss` to descend: the mean negative log-likelihood in nats per byte plus the objectives' losses; and what to watch.
-
-    `log_lik` is the mean log-likelihood per predicted byte, `early_log_lik` that of the early head (NaN without one),
-    `rate` the share of valid bytes with a boundary, `overflow` the share of valid bytes whose boundary was dropped, `padding`
-    the share of the token level's rows that held no token; `metrics` holds what each level's objective reports.
-    """
-
-    loss: Float[Array, ""]
-    log_lik: Float[Array, ""]
-    early_log_lik: Float[Array, ""]
-    rate: Float[Array, ""]
-    overflow: Float[Array, ""]
-    padding: Float[Array, ""]
-    metrics: tuple[dict[str, Float[Array, ""]], ...]
-
-
-def early_log_lik(prediction: Prediction, layout: Layout) -> Float[Array, "batch length"] | None:
-    r"""$\log p^{early}(x_{i+1} \mid x_{\le i})$ in nats and float32; None where there is no early head.
-
-    Where it predicted at some rows only, the mean over those stands for it at the others. What it stands for is subtracted
-    from rewards and depends on no action either way, so that gradients of the policy stay unbiased; the mean over all rows
-    is that over the rows predicted at, so that those of the early head do as well (but for padding and packing, which make
-    it a ratio of two random numbers).
-    """
-    if prediction.early_logits is None or prediction.early_rows is None:
-        return None if prediction.early_logits is None else next_byte_log_lik(prediction.early_logits, layout.bytes)
-    rows = prediction.early_rows
-    there = log_lik_of(prediction.early_logits, jnp.roll(layout.bytes, -1, axis=1)[:, rows])
-    scored = continues(layout)[:, rows]
-    mean = jnp.sum(jnp.where(scored, there, 0.0)) / jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
-    return jnp.broadcast_to(mean, layout.bytes.shape).at[:, rows].set(there)
-
-
 def _sizes(capacities: Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The sizes that the outermost level may choose from (none: no bound), and the bound of every level.
 
@@ -124,42 +78,31 @@ class UNet(eqx.Module):
 
     embedding: Float[Array, "vocab dim"]
     stage: AbstractStage
-    norm: RMSNorm
+    norm: RMSNorm | None
     head: Linear
     early_norm: RMSNorm | None
     early_head: Linear | None
     compute: Literal["float32", "bfloat16"] = eqx.field(static=True)
     early_share: float = eqx.field(static=True)
 
-    def __init__(self, config: UNetConfig, estimator: AbstractEstimator | None, *, key: PRNGKeyArray):
-        """`estimator` None leaves the token level out: encoder and decoder blocks alone, a purely byte-level model.
+    def __init__(
+        self,
+        config: AbstractShape,
+        estimator: AbstractEstimator | Sequence[AbstractEstimator] | None,
+        *,
+        key: PRNGKeyArray,
+    ):
+        """`estimator`: one for each level of tokens, the outermost first; None for none at all, a purely byte-level model.
 
-        The early head starts as a copy of the output head (SFE section 2.4) and exists only where the objective asks for it.
+        The early head starts as a copy of the output head (SFE section 2.4) and exists only where an objective asks for it.
+        Raises `ValueError` where the shape has another number of levels.
         """
-        key_embed, key_encode, key_main, key_decode, key_head = jax.random.split(key, 5)
-        dim, heads = config.dim, config.heads
-
-        def byte_level(layers: int, key: PRNGKeyArray) -> Stack:
-            return Stack(layers, dim, heads, dim, window=config.window, remat=config.remat, key=key)
-
-        self.embedding = jax.random.normal(key_embed, (VOCAB, dim))
-        if estimator is None:
-            self.stage = Flat(byte_level(config.encoder_layers + config.decoder_layers, key_encode))
-        else:
-            main = Stack(config.main_layers, dim, heads, 4 * dim, window=None, remat=config.remat, key=key_main)
-            self.stage = Hierarchy(
-                byte_level(config.encoder_layers, key_encode),
-                estimator,
-                Flat(main),
-                byte_level(config.decoder_layers, key_decode),
-                chunk_positions=config.token_positions == "chunk",
-                implementation=config.implementation,
-            )
-        self.norm = RMSNorm(dim)
-        self.head = Linear(dim, VOCAB, key=key_head)
-        early = estimator is not None and estimator.objective.needs_early_exit
-        self.early_norm = RMSNorm(dim) if early else None
-        self.early_head = Linear(dim, VOCAB, key=key_head) if early else None
+        estimators = [estimator] if isinstance(estimator, AbstractEstimator) else list(estimator or ())
+        parts = config.parts(estimators, key=key)
+        self.embedding, self.stage, self.norm, self.head = parts.embedding, parts.stage, parts.norm, parts.head
+        early = any(one.objective.needs_early_exit for one in estimators)
+        self.early_norm = RMSNorm(self.embedding.shape[1]) if early else None
+        self.early_head = jax.tree.map(lambda leaf: leaf, self.head) if early else None
         self.compute = config.compute
         self.early_share = config.early_share
 
@@ -225,7 +168,7 @@ class UNet(eqx.Module):
         layout = Layout(bytes[:, None], count, jnp.zeros_like(count), advance[:, None], state.count)
         drawing = Drawing(state.keys, noise=None if noise is None else noise[:, None])
         done = self.stage.step(self.embed(layout), layout, drawing, state.stage)
-        return NextByte(self.head.wide(self.norm(done.hidden))[:, 0], done.closed, done.change)
+        return NextByte(self.logits(done.hidden)[:, 0], done.closed, done.change)
 
     def predict(self, output: StageOutput, *, early_rows: Int[Array, " rows"] | None = None) -> Prediction:
         """The two heads on top of what the stage returned, the early one at `early_rows` only where they are given."""
@@ -235,7 +178,11 @@ class UNet(eqx.Module):
                 hidden = output.levels[0].hidden
                 hidden = hidden if early_rows is None else hidden[:, early_rows]
                 early_logits = self.early_head.wide(self.early_norm(hidden))
-            return Prediction(self.head.wide(self.norm(output.hidden)), early_logits, output.levels, early_rows)
+            return Prediction(self.logits(output.hidden), early_logits, output.levels, early_rows)
+
+    def logits(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length vocab"]:
+        """The output head on top of what the stage returned."""
+        return self.head.wide(hidden if self.norm is None else self.norm(hidden))
 
     def some_rows(self, length: int, key: PRNGKeyArray | None) -> Int[Array, " rows"] | None:
         """The rows of `length` at which the early head predicts in a training step; None for all, which it is without a key."""
@@ -271,8 +218,11 @@ class UNet(eqx.Module):
         `groups`, where it is not 0, cuts the batch into so many groups of neighbouring sequences and lays the token rows of each
         group one after another: then their sum decides which size has room. A group has that many rows for each of its
         sequences, which share them freely, but for none has more tokens than the largest size. Attention alone still works in
-        as many rows for each sequence as that. Raises `ValueError` where `groups` does not divide the batch.
+        as many rows for each sequence as that. Raises `ValueError` where `groups` does not divide the batch, and for groups of
+        a model with levels inside levels.
         """
+        if groups and len(self.stage.estimators) > 1:
+            raise ValueError("token rows can be laid one after another where there is one level of tokens")
         sizes, bounds = _sizes(capacities)
         layout = plain_layout(bytes, segments, mask)
         drawing = Drawing(key, (), target_rate, bounds, samples, groups, training)
@@ -285,14 +235,14 @@ class UNet(eqx.Module):
                 output = model.stage.finish(begun, drawing, capacity=capacity)
                 prediction = model.predict(output, early_rows=early_rows)
                 with jax.named_scope("loss"):
-                    losses = model.losses(
+                    found = model.losses(
                         prediction,
                         repeated(layout, samples),
                         target_rate=drawing.target_rate,
                         samples=samples,
                         capacity=capacity,
                     )
-                return losses.loss, losses
+                return found.loss, found
 
             return way
 
@@ -313,39 +263,6 @@ class UNet(eqx.Module):
         capacity: int | None = None,
     ) -> LossOutput:
         """The losses of a prediction that has been made; `layout` has a row for each of its rows, and the token level had
-        `capacity` rows for each sequence (None: as many as there are bytes).
-
-        Raises `ValueError` for more than one level of tokens: what a token of an inner level is rewarded with is not defined.
-        """
-        if len(prediction.levels) > 1:
-            raise ValueError(f"losses are defined for one level of tokens; this model has {len(prediction.levels)}")
-        scored = continues(layout)
-        count = jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
-        log_lik = next_byte_log_lik(prediction.logits, layout.bytes)
-        early = early_log_lik(prediction, layout)
-
-        def mean(values: Float[Array, "batch length"]) -> Float[Array, ""]:
-            return jnp.sum(jnp.where(scored, values, 0.0)) / count
-
-        loss = -mean(log_lik)
-        metrics = []
-        for estimator, level in zip(self.stage.estimators, prediction.levels, strict=True):
-            signal = Signal(level.boundaries, level.hidden, log_lik, early, scored, scored, target_rate, samples)
-            output = estimator.objective(signal)
-            loss = loss + output.loss
-            metrics.append(output.metrics)
-        valid = jnp.maximum(jnp.sum(layout.mask), 1).astype(jnp.float32)
-        tokens, dropped, room = valid, jnp.zeros(()), valid
-        if prediction.levels:
-            tokens = jnp.sum(prediction.levels[0].lengths).astype(jnp.float32)
-            dropped = jnp.sum(prediction.levels[0].overflow).astype(jnp.float32)
-            room = jnp.asarray(layout.bytes.shape[0] * (capacity or layout.bytes.shape[1]), jnp.float32)
-        return LossOutput(
-            loss=loss,
-            log_lik=mean(log_lik),
-            early_log_lik=jnp.full((), jnp.nan) if early is None else mean(early),
-            rate=tokens / valid,
-            overflow=dropped / valid,
-            padding=1.0 - tokens / room,
-            metrics=tuple(metrics),
-        )
+        `capacity` rows for each sequence (None: as many as there are bytes)."""
+        objectives = [estimator.objective for estimator in self.stage.estimators]
+        return losses(prediction, objectives, layout, target_rate=target_rate, samples=samples, capacity=capacity)

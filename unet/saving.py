@@ -80,7 +80,9 @@ def load(where: str | Path, *, known: Sequence[Known] = ()) -> Loaded:
     `known`: classes and rules beside those of this library that it is made of. Raises `LoadError` where there is none, where
     it is damaged, and where it names a class that is not known.
     """
-    folder = _downloaded(str(where)[4:]) if str(where).startswith("hub:") else Path(where)
+    folder = (
+        download(str(where)[4:], [WEIGHTS], beside=[CONFIG]).parent if str(where).startswith("hub:") else Path(where)
+    )
     path = folder if folder.suffix == ".safetensors" else folder / WEIGHTS
     if not path.is_file():
         raise LoadError(f"{folder} holds no {path.name}: it is no finished run, nor an exported model")
@@ -202,8 +204,9 @@ def _json(text: str, path: Path) -> dict[str, object]:
     return content
 
 
-def _downloaded(repository: str) -> Path:
-    """The folder with the files of a model of the hub, fetched where they are not cached."""
+def download(repository: str, wanted: Sequence[str], *, beside: Sequence[str]) -> Path:
+    """The first of the files `wanted` that a model of the hub (`owner/name`, or `owner/name@revision`) has, and those `beside`
+    it that it has; fetched where they are not cached. Raises `LoadError` where it has none of them, or cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -215,10 +218,21 @@ def _downloaded(repository: str) -> Path:
 
     fetch = HfApi().hf_hub_download
     name, _, revision = repository.partition("@")
+
+    def first() -> Path:
+        for place, file in enumerate(wanted):
+            try:
+                return Path(fetch(name, file, revision=revision or None))
+            except RemoteEntryNotFoundError:
+                if place + 1 == len(wanted):
+                    raise
+        raise ValueError("no file is wanted")
+
     try:
-        weights = fetch(name, WEIGHTS, revision=revision or None)
-        with contextlib.suppress(RemoteEntryNotFoundError):
-            fetch(name, CONFIG, revision=revision or None)
+        found = first()
+        for file in beside:
+            with contextlib.suppress(RemoteEntryNotFoundError):
+                fetch(name, file, revision=revision or None)
     except HFValidationError as error:
         raise LoadError(f"hub:{repository} names no repository of the hub ({error})") from None
     except LocalEntryNotFoundError as error:
@@ -226,8 +240,9 @@ def _downloaded(repository: str) -> Path:
             f"hub:{repository} is not cached and the hub cannot be reached ({_first_line(error)})"
         ) from None
     except (EntryNotFoundError, HfHubHTTPError) as error:
-        raise LoadError(f"hub:{repository} has no {WEIGHTS} for you on the hub ({_first_line(error)})") from None
-    return Path(weights).parent
+        names = " or ".join(wanted)
+        raise LoadError(f"hub:{repository} has no {names} for you on the hub ({_first_line(error)})") from None
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -25,7 +25,6 @@ from estimators.base import (
 )
 from unet.blocks import Stack
 from unet.buckets import smallest_with_room
-from unet.cache import NewRow, RowCache
 from unet.folding import Squares, fold, fold_layout, unfold
 from unet.ops import Implementation, boundary_scan
 
@@ -116,11 +115,11 @@ class Stepped(eqx.Module):
 class HierarchyChange(eqx.Module):
     """How what a hierarchy keeps of earlier rows changes, part by part, and where a token `closed`."""
 
-    encoder: tuple[NewRow, ...]
+    encoder: tuple[PyTree[Array], ...]
     router: PyTree[Array]
     chunker: PyTree[Array]
     inner: PyTree[Array]
-    decoder: tuple[NewRow, ...]
+    decoder: tuple[PyTree[Array], ...]
     closed: Bool[Array, " batch"]
 
 
@@ -128,11 +127,11 @@ class HierarchyMemory(AbstractMemory):
     """What a hierarchy keeps of earlier rows, part by part, and the number of `tokens` closed so far. The stage inside goes on
     only where one closes."""
 
-    encoder: tuple[RowCache, ...]
+    encoder: tuple[PyTree[Array], ...]
     router: PyTree[Array]
     chunker: PyTree[Array]
     inner: PyTree[Array]
-    decoder: tuple[RowCache, ...]
+    decoder: tuple[PyTree[Array], ...]
     tokens: Int[Array, " batch"]
 
     def written(self, change: HierarchyChange, advance: Bool[Array, " batch"]) -> HierarchyMemory:
@@ -164,6 +163,10 @@ class Begun(eqx.Module):
         batch = self.encoded.shape[0]
         needed = jnp.sum(fold(self.boundaries.actions, groups or batch), axis=1, dtype=jnp.int32)
         return -(-jnp.max(needed) * needed.shape[0] // batch)
+
+
+Output = TypeVar("Output", StageOutput, Stepped)
+"""What holds the `hidden` states that a stage returns."""
 
 
 class AbstractStage(eqx.Module):
@@ -231,10 +234,50 @@ class Flat(AbstractStage):
         return Prefilled(StageOutput(done.hidden, ()), done.memory)
 
     def step(
-        self, hidden: Float[Array, "batch 1 dim"], layout: Layout, drawing: Drawing, memory: tuple[RowCache, ...]
+        self, hidden: Float[Array, "batch 1 dim"], layout: Layout, drawing: Drawing, memory: tuple[PyTree[Array], ...]
     ) -> Stepped:
-        done = self.stack.step(hidden, layout.positions, memory)
+        done = self.stack.step(hidden, layout, memory)
         return Stepped(done.hidden, (), done.memory)
+
+
+class Widened(AbstractStage):
+    """A wider stage inside: a learned vector is appended to every row on the way in, and the surplus cut on the way out (H-Net
+    section 2.1)."""
+
+    padding: Float[Array, " extra"]
+    stage: AbstractStage
+
+    @property
+    def estimators(self) -> tuple[AbstractEstimator, ...]:
+        return self.stage.estimators
+
+    def begin(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Begun:
+        return self.stage.begin(self.widened(hidden), layout, drawing)
+
+    def finish(self, begun: Begun, drawing: Drawing, *, capacity: int | None = None) -> StageOutput:
+        return self.narrowed(self.stage.finish(begun, drawing, capacity=capacity))
+
+    def ending(self) -> Widened:
+        return Widened(self.padding, self.stage.ending())
+
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Prefilled:
+        done = self.stage.prefill(self.widened(hidden), layout, drawing)
+        return Prefilled(self.narrowed(done.output), done.memory)
+
+    def step(
+        self, hidden: Float[Array, "batch 1 dim"], layout: Layout, drawing: Drawing, memory: PyTree[Array]
+    ) -> Stepped:
+        return self.narrowed(self.stage.step(self.widened(hidden), layout, drawing, memory))
+
+    def widened(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length wide"]:
+        """With the padding behind every row."""
+        padding = jnp.broadcast_to(self.padding.astype(hidden.dtype), (*hidden.shape[:2], *self.padding.shape))
+        return jnp.concatenate([hidden, padding], axis=-1)
+
+    def narrowed(self, output: Output) -> Output:
+        """With rows as wide as they came in."""
+        hidden = output.hidden
+        return dataclasses.replace(output, hidden=hidden[..., : hidden.shape[-1] - self.padding.shape[0]])
 
 
 class Hierarchy(AbstractStage):
@@ -321,7 +364,7 @@ class Hierarchy(AbstractStage):
     ) -> Stepped:
         """The stage inside runs for the sequences that close a token only; see `inner_step`."""
         chunker = self.estimator.chunker
-        encoded = self.encoder.step(hidden, layout.positions, memory.encoder)
+        encoded = self.encoder.step(hidden, layout, memory.encoder)
         draw = drawing.here(self.implementation)
         routed = self.estimator.router.step(encoded.hidden, layout, draw, memory.router)
         boundaries = routed.boundaries
@@ -331,7 +374,7 @@ class Hierarchy(AbstractStage):
 
         inner = self.inner_step(value, token, drawing.inner(), memory.inner)
         joined = chunker.up_step(inner.hidden, value, encoded.hidden, boundaries, memory.chunker)
-        decoded = self.decoder.step(joined.hidden, layout.positions, memory.decoder)
+        decoded = self.decoder.step(joined.hidden, layout, memory.decoder)
         closed = boundaries.actions[:, 0]
         change = HierarchyChange(encoded.memory, routed.memory, joined.memory, inner.change, decoded.memory, closed)
         return Stepped(decoded.hidden, (closed, *inner.closed), change)

@@ -86,7 +86,7 @@ def _drawing_flops(config: RunConfig) -> float:
 
 def _router_flops(config: RunConfig, wrapped: Callable[..., Callable[..., PyTree]]) -> float:
     params, static = eqx.partition(shapes_of(config).stage.estimators[0].router, is_trained)
-    hidden = jax.ShapeDtypeStruct((config.batch, config.length, config.unet.dim), jnp.dtype(config.unet.compute))
+    hidden = jax.ShapeDtypeStruct((config.batch, config.length, config.unet.widths[0]), jnp.dtype(config.unet.compute))
 
     def run(both: tuple[AbstractRouter, jax.Array], bytes: jax.Array, key: jax.Array) -> PyTree:
         def draw(params: AbstractRouter, hidden: jax.Array) -> Boundaries:

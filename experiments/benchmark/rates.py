@@ -10,8 +10,8 @@ import jax
 from jaxtyping import Array, PyTree
 
 from experiments.benchmark.timing import Work, in_turns
-from experiments.config import RunConfig
-from experiments.registry import build_estimator
+from experiments.config import RunConfig, transformer_shape
+from experiments.registry import build_estimators
 from unet import UNet
 
 RATES = (1.0, 1 / 2, 1 / 4, 1 / 8)
@@ -29,24 +29,21 @@ class RateReport:
 def token_level(config: RunConfig, *, rounds: int, calls: int) -> dict[str, RateReport]:
     """What the token level of a model takes at each of `RATES`, forward and backward: a loss and its gradient less the same
     without token-level blocks. Boundaries are evenly spaced; all rates and both models take turns."""
-    works = {
-        f"{rate} {blocks}": _work(config, rate, blocks) for rate in RATES for blocks in (config.unet.main_layers, 0)
-    }
+    layers = transformer_shape(config).main_layers
+    works = {f"{rate} {blocks}": _work(config, rate, blocks) for rate in RATES for blocks in (layers, 0)}
     timings = in_turns(works, baseline=next(iter(works)), rounds=rounds, calls=calls)
-    seconds = {
-        rate: timings[f"{rate} {config.unet.main_layers}"].seconds - timings[f"{rate} 0"].seconds for rate in RATES
-    }
+    seconds = {rate: timings[f"{rate} {layers}"].seconds - timings[f"{rate} 0"].seconds for rate in RATES}
     half = seconds[0.5] / 0.5
     return {f"{rate:g}": RateReport(taken, taken / rate / half) for rate, taken in seconds.items()}
 
 
 def _work(config: RunConfig, rate: float, blocks: int) -> Work:
-    unet = dataclasses.replace(config.unet, main_layers=blocks)
+    unet = dataclasses.replace(transformer_shape(config), main_layers=blocks)
     config = dataclasses.replace(
         config, unet=unet, estimator="stride" if rate < 1 else "isotropic", rate=min(rate, 0.5)
     )
     key = jax.random.key(config.seed)
-    model = UNet(unet, build_estimator(config, key), key=key)
+    model = UNet(unet, build_estimators(config, key), key=key)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     bytes = jax.random.randint(key, (config.batch, config.length), 32, 127)
     capacity = round(rate * config.length)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.config import RunConfig
-from experiments.registry import build_estimator
+from experiments.registry import build_estimators
 from unet import UNet
 
 
@@ -16,7 +16,7 @@ def shapes_of(config: RunConfig) -> UNet:
 
     def build() -> UNet:
         key = jax.random.key(0)
-        return UNet(config.unet, build_estimator(config, key), key=key)
+        return UNet(config.unet, build_estimators(config, key), key=key)
 
     return eqx.filter_eval_shape(build)
 

@@ -14,11 +14,13 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from data import Split, open_batches
 from experiments.benchmark.timing import Work
-from experiments.config import ConfigError, EstimatorName, RunConfig, check
+from experiments.capacity import inner_capacities, training_capacities
+from experiments.config import ConfigError, EstimatorName, RunConfig, check, transformer_shape
 from experiments.found import find, threshold_of
-from experiments.registry import ByteModel, Found, build_estimator
-from experiments.step import StepMetrics, TrainState, compiled, fresh_state, make_optimizer, make_step
-from experiments.train import placement, token_groups, training_capacities, with_implementation
+from experiments.optimizer import make_optimizer, multipliers
+from experiments.registry import ByteModel, Found, build_estimators
+from experiments.step import StepMetrics, TrainState, compiled, fresh_state, make_step
+from experiments.train import placement, token_groups, with_implementation
 from unet import UNet
 
 WayName = Literal["padded", "square", "pytorch", "pytorch-at-once"]
@@ -32,7 +34,7 @@ def fresh_model(config: RunConfig, split: Split) -> UNet:
         isotropic = dataclasses.replace(config, estimator="isotropic")
         byte_model = UNet(config.unet, None, key=key_estimator)
         found = Found(byte_model=ByteModel(isotropic, byte_model), threshold=threshold_of(config, byte_model, split))
-    return UNet(config.unet, build_estimator(config, key_estimator, found), key=key_model)
+    return UNet(config.unet, build_estimators(config, key_estimator, found), key=key_model)
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,13 @@ def ready(config: RunConfig, split: Split, *, capacities: Sequence[int] | None =
     config = with_implementation(config)
     model = fresh_model(config, split)
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
+    optimizer = make_optimizer(config, multipliers(config, params))
     routers = [estimator.router for estimator in model.stage.estimators]
     if capacities is None:
         capacities = training_capacities(config, routers[0] if routers else None, split)
     groups = token_groups(config, model, capacities)
-    step = compiled(make_step(config, static, optimizer, capacities=capacities, groups=groups))
+    inside = inner_capacities(config, routers, capacities[-1])
+    step = compiled(make_step(config, static, optimizer, capacities=(capacities, *inside), groups=groups))
     stream = open_batches(split, batch=config.batch, seed=config.seed)
     batches = [place_batch(next(stream)) for _ in range(4)]
     stream.close()
@@ -119,7 +122,7 @@ def plainer_way(name: WayName, config: RunConfig, split: Split) -> Work:
     if name == "padded":
         return training_step(config, split, capacities=(config.length,))
     if name == "square":
-        unet = dataclasses.replace(config.unet, window=config.length)
+        unet = dataclasses.replace(transformer_shape(config), window=config.length)
         return training_step(dataclasses.replace(config, unet=unet), split)
     try:
         from experiments.benchmark.torch_unet import torch_step

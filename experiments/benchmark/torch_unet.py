@@ -8,7 +8,7 @@ import torch.nn.functional as F  # pyrefly: ignore[missing-import] -- the same
 from torch import nn  # pyrefly: ignore[missing-import] -- the same
 
 from experiments.benchmark.timing import Work
-from experiments.config import RunConfig
+from experiments.config import RunConfig, transformer_shape
 
 
 class Norm(nn.Module):
@@ -59,7 +59,8 @@ class TorchUNet(nn.Module):
 
     def __init__(self, config: RunConfig, *, at_once: bool):
         super().__init__()
-        unet, self.config, self.at_once = config.unet, config, at_once
+        unet, self.at_once = transformer_shape(config), at_once
+        self.config, self.unet = config, unet
         dim = unet.dim
 
         def blocks(layers: int, hidden: int) -> nn.ModuleList:
@@ -79,7 +80,7 @@ class TorchUNet(nn.Module):
         sfe, rate = self.config.sfe, self.config.rate
         place = torch.arange(length)
         distance = place[:, None] - place[None, :]
-        mask = ((distance >= 0) & (distance < self.config.unet.window))[None]
+        mask = ((distance >= 0) & (distance < self.unet.window))[None]
         angles = self._angles(place[None])
         hidden = self.embedding(text)
         for block in self.encoder:
@@ -126,7 +127,7 @@ class TorchUNet(nn.Module):
         return torch.stack(actions, 1), torch.stack(logits, 1)
 
     def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        head = self.config.unet.dim // self.config.unet.heads
+        head = self.unet.dim // self.unet.heads
         angles = positions[..., None].float() * 10_000.0 ** (-torch.arange(0, head, 2).float() / head)
         return angles.cos()[:, None], angles.sin()[:, None]
 

@@ -22,9 +22,11 @@ import jax.numpy as jnp
 from experiments.benchmark.deviceless import ENVIRONMENT, TARGETS, compile_for, machine_program, mesh_of, missing
 from experiments.benchmark.roofline import Share, kernels_of, shares
 from experiments.benchmark.shapes import is_trained, shapes_of
+from experiments.capacity import inner_capacities, slack_capacities
 from experiments.config import ConfigError, RunConfig, from_json, to_json
-from experiments.step import fresh_state, make_optimizer, make_step
-from experiments.train import slack_capacities, token_groups
+from experiments.optimizer import make_optimizer, multipliers
+from experiments.step import fresh_state, make_step
+from experiments.train import token_groups
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 """Nothing can be timed on a GPU that is not there, so that products go to cuBLAS, whose kernels the roofline can read."""
@@ -54,11 +56,12 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
     if rate is None:
         raise ConfigError(f"--estimator {config.estimator} has a rate of the data's own, of which a compiler sees none")
     params, static = eqx.partition(model, is_trained)
-    optimizer = make_optimizer(config.optimizer, config.warmup_steps, config.total_steps)
+    optimizer = make_optimizer(config, multipliers(config, params))
     # One size, the largest: kernels of branches that may not be taken would have to be weighed.
     capacities = slack_capacities(config, rate)[-1:]
     groups = token_groups(config, model, capacities, devices=1)
-    step = make_step(config, static, optimizer, capacities=capacities, groups=groups)
+    inside = inner_capacities(config, [one.router for one in model.stage.estimators], capacities[-1])
+    step = make_step(config, static, optimizer, capacities=(capacities, *inside), groups=groups)
     state = eqx.filter_eval_shape(lambda: fresh_state(params, optimizer))
     shape = config.batch, config.length
     batch = {

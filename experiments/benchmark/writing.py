@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from data import Split
 from estimators import Layout, RuleRouter
 from experiments.config import RunConfig
-from experiments.registry import build_estimator
+from experiments.registry import build_estimators
 from unet import UNet, Writer
 from unet.cache import RowCache, rounded_up
 from unet.reading import padded, rate_of
@@ -58,7 +58,7 @@ def fresh(config: RunConfig) -> UNet:
 
     def build() -> UNet:
         key = jax.random.key(config.seed)
-        return UNet(config.unet, build_estimator(config, key), key=key)
+        return UNet(config.unet, build_estimators(config, key), key=key)
 
     return eqx.filter_jit(build)()
 

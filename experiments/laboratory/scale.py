@@ -26,8 +26,9 @@ from estimators import (
 from estimators.equations import discounted_returns
 from experiments.config import RunConfig
 from experiments.laboratory.results import Noise
-from experiments.registry import build_estimator
-from experiments.step import compiled, fresh_state, make_optimizer, make_step
+from experiments.optimizer import make_optimizer
+from experiments.registry import build_estimators
+from experiments.step import compiled, fresh_state, make_step
 from experiments.train import load_split
 from unet import UNet, next_byte_log_lik
 from unet.flops import matrix_flops
@@ -65,12 +66,12 @@ def noise(config: RunConfig, *, steps: int, draws: int, key: PRNGKeyArray) -> li
     model, batches = _trained(config, steps, key)
     here, there = batches
     signals = _signals(model, here, draws, jax.random.fold_in(key, 1))
-    critic = _fitted(config.unet.dim, _signals(model, there, 4, jax.random.fold_in(key, 2)))
+    critic = _fitted(config.unet.widths[0], _signals(model, there, 4, jax.random.fold_in(key, 2)))
     router = model.stage.estimators[0].router
     assert isinstance(router, WindowedPolicy)
     once = matrix_flops(model, rate=config.rate).total
     found: dict[str, tuple[float, float, float]] = {}
-    for name, (reductions, samples) in reduction_sets(config.unet.dim, critic).items():
+    for name, (reductions, samples) in reduction_sets(config.unet.widths[0], critic).items():
         objective = ScoreFunctionObjective(reductions, config.rate)
         gradients = _gradients(objective, router, signals, here, samples)
         mean = jnp.mean(gradients, axis=0)
@@ -89,12 +90,13 @@ def _trained(config: RunConfig, steps: int, key: PRNGKeyArray) -> tuple[UNet, li
     """The model after `steps` steps, and the two batches that come next."""
     config = dataclasses.replace(config, steps=max(steps, 1))
     key_estimator, key_model, key_steps = jax.random.split(key, 3)
-    model = UNet(config.unet, build_estimator(config, key_estimator), key=key_model)
+    model = UNet(config.unet, build_estimators(config, key_estimator), key=key_model)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     # A constant learning rate: this is the beginning of a longer run.
-    optimizer = make_optimizer(dataclasses.replace(config.optimizer, final_fraction=1.0), 1, max(steps, 2))
+    settings = dataclasses.replace(config.optimizer, final_fraction=1.0, warmup_bytes=config.bytes_per_step)
+    optimizer = make_optimizer(dataclasses.replace(config, optimizer=settings, steps=max(steps, 2)))
     capacity = config.length
-    step = compiled(make_step(config, static, optimizer, capacities=(capacity,)))
+    step = compiled(make_step(config, static, optimizer, capacities=((capacity,),)))
     state = jax.tree.map(jnp.copy, fresh_state(params, optimizer))
     batches = open_batches(load_split(config), batch=config.batch, seed=config.seed)
     for number in range(steps):

@@ -1,0 +1,57 @@
+"""Nucleotide sequences in FASTA files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import IO
+
+from data.documents import DataError
+
+SUFFIXES = (".fa", ".fasta", ".fna")
+
+STRETCH = 1 << 20
+"""Bases of a document: a longer sequence, such as a chromosome, is several."""
+
+# The letters of IUPAC: bases, and the codes for what may be one of several.
+_ALLOWED = re.compile(rb"[ACGTUNRYSWKMBDHVacgtunryswkmbdhv.*-]*")
+
+
+def read_fasta(stream: IO[bytes], where: str) -> Iterator[bytes]:
+    """The sequences of a file as documents of bases, without headers and line ends; letters are made capitals.
+
+    Stretches of N (or gaps), which nobody has read, are left out and end a document. Raises `DataError`, naming `where` and
+    the line, for anything that is no nucleotide, and for bases before the first header.
+    """
+    held: list[bytes] = []
+    size, begun = 0, False
+    for number, line in enumerate(stream, start=1):
+        line = line.strip()
+        if line.startswith((b">", b";")):
+            yield from _cut(b"".join(held))
+            held, size, begun = [], 0, begun or line.startswith(b">")
+            continue
+        if line and not begun:
+            raise DataError(f"{where}, line {number}: a FASTA file begins with a header, a line that starts with >")
+        if not _ALLOWED.fullmatch(line):
+            raise DataError(f"{where}, line {number}: {_foreign(line)} is no nucleotide; proteins are not read")
+        held.append(line.upper())
+        size += len(line)
+        if size >= 2 * STRETCH:
+            content = b"".join(held)
+            yield from _cut(content[:STRETCH])
+            held, size = [content[STRETCH:]], len(content) - STRETCH
+    yield from _cut(b"".join(held))
+
+
+def _cut(content: bytes) -> Iterator[bytes]:
+    """What was read between unread stretches."""
+    for part in re.split(rb"[N.*-]+", content):
+        for start in range(0, len(part), STRETCH):
+            yield part[start : start + STRETCH]
+
+
+def _foreign(line: bytes) -> str:
+    matched = _ALLOWED.match(line)
+    assert matched is not None
+    return repr(chr(line[matched.end()]))

@@ -1,0 +1,84 @@
+"""What moves parameters: AdamW, its schedule, and what it leaves alone."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
+
+from estimators import Frozen
+from estimators.equations import stage_multipliers
+from experiments.config import RunConfig
+
+DECAYING = 0.2
+"""Share of training at whose end the schedule wsd decays."""
+
+STEEPNESS = 10.0
+"""How far an inverse square root falls before it is stretched to end where it should."""
+
+
+def frozen_or_not(params: PyTree[Float[Array, ...]]) -> PyTree[bool]:
+    """False for every leaf inside a `Frozen`, True for those that train."""
+
+    def mark(node: PyTree) -> PyTree[bool]:
+        return jax.tree.map(lambda leaf: not isinstance(node, Frozen), node)
+
+    return jax.tree.map(mark, params, is_leaf=lambda node: isinstance(node, Frozen))
+
+
+def stages_of(params: PyTree[Float[Array, ...]]) -> PyTree[int]:
+    """The stage that each parameter of a model belongs to, 0 the outermost, where embedding and heads are too; routers and
+    chunkers belong to the stage whose rows they read."""
+
+    def stage(path: tuple[object, ...], leaf: Array) -> int:
+        # `.inner` of a hierarchy leads inward; `.stage` of one that is widened stays.
+        way = re.match(r"\.stage((?:\.inner|\.stage)*)(?=\.)", jax.tree_util.keystr(path))
+        return 0 if way is None else way.group(1).count(".inner")
+
+    return jax.tree_util.tree_map_with_path(stage, params)
+
+
+def multipliers(config: RunConfig, params: PyTree[Float[Array, ...]]) -> PyTree[float]:
+    """What the learning rate of each parameter is multiplied by (H-Net eq. 11); 1 where the run asks for none."""
+    chunks = [1 / level.rate for level in config.levels]
+    scale = config.optimizer.stage_multipliers
+    widths = config.unet.widths[: len(chunks) + 1]
+    each = [1.0] * (len(chunks) + 1) if scale is None else stage_multipliers(chunks, widths, scale)
+    return jax.tree.map(lambda stage: each[min(stage, len(each) - 1)], stages_of(params))
+
+
+def make_schedule(config: RunConfig) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak; then a cosine to `final_fraction` of it, or the peak itself until the last fifth of
+    training and an inverse square root to that fraction."""
+    optimizer, warmup = config.optimizer, config.warmup_steps
+    peak, total = optimizer.learning_rate, max(config.total_steps, warmup + 1)
+    if optimizer.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total, peak * optimizer.final_fraction)
+    decaying = max(1, min(round(DECAYING * total), total - warmup))
+    last = (1.0 + STEEPNESS) ** -0.5
+
+    def decayed(step: ArrayLike) -> ArrayLike:
+        share = jnp.clip(jnp.asarray(step, jnp.float32) / decaying, 0.0, 1.0)
+        left = (jax.lax.rsqrt(1.0 + STEEPNESS * share) - last) / (1.0 - last)
+        return peak * (optimizer.final_fraction + (1.0 - optimizer.final_fraction) * left)
+
+    parts = [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak), decayed]
+    return optax.join_schedules(parts, [warmup, total - decaying])
+
+
+def make_optimizer(config: RunConfig, scales: PyTree[float] | None = None) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global norm, under `make_schedule`; steps of each parameter times its one of `scales`."""
+    settings = config.optimizer
+    decays = None if settings.decay == "all" else lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    adamw = optax.adamw(
+        make_schedule(config), b1=settings.beta1, b2=settings.beta2, weight_decay=settings.weight_decay, mask=decays
+    )
+    steps = [optax.clip_by_global_norm(settings.clip), optax.masked(adamw, frozen_or_not)]
+    if scales is not None and any(not math.isclose(scale, 1.0) for scale in jax.tree.leaves(scales)):
+        steps.append(optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, scales)))
+    return optax.chain(*steps)

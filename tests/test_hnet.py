@@ -1,0 +1,375 @@
+"""Hierarchies inside hierarchies: shapes, presets, rewards of inner levels, and the training recipe."""
+
+import dataclasses
+import itertools
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from estimators import BatchCentre, Discount, EarlyExit, NoObjective, ScoreFunction, WindowedPolicy, equations
+from estimators.base import Estimator
+from experiments.capacity import inner_capacities
+from experiments.config import ConfigError, EstimatorName, RunConfig, check, from_json, to_json
+from experiments.optimizer import make_optimizer, make_schedule, multipliers, stages_of
+from experiments.presets import PRESETS
+from experiments.registry import REGISTRY, build_estimators
+from tests.compositions import FROM_DATA, LENGTH, lively
+from tests.conftest import losses, predict, small_model, text_bytes
+from tests.test_stepping import check_row_by_row
+from unet import Flat, Hierarchy, HNetConfig, SelectDistribute, UNet, Widened
+from unet.attention import Attention
+from unet.blocks import PreNorm
+from unet.hnet import read_layout
+from unet.layers import Linear
+from unet.likelihood import next_byte_log_lik, plain_layout
+from unet.losses import Reward
+from unet.mamba import Mamba2
+
+SMALL = HNetConfig(
+    layout='["m1", ["T1m1", ["T1"], "t1"], "m1"]',
+    dims=(32, 32, 64),
+    mlp_dims=(0, 32, 32),
+    heads=(2, 2, 4),
+    rotary_dims=(8, 8, 8),
+    windows=(4, 5, 0),
+    state=4,
+)
+
+
+def nested_config(outer: EstimatorName, inner: EstimatorName = "sfe") -> RunConfig:
+    config = dataclasses.replace(
+        PRESETS["hnet-2stage-tiny"],
+        unet=SMALL,
+        estimator=outer,
+        inner_estimators=(inner,),
+        rate=0.5,
+        inner_rates=(0.4,),
+    )
+    return dataclasses.replace(config, sfe=dataclasses.replace(config.sfe, window=2), chunker=None)
+
+
+def nested(outer: EstimatorName, inner: EstimatorName = "sfe") -> UNet:
+    config = nested_config(outer, inner)
+    check(config)
+    return UNet(config.unet, lively(build_estimators(config, jax.random.key(1))), key=jax.random.key(2))
+
+
+@pytest.mark.parametrize("inner", [name for name in REGISTRY if name not in FROM_DATA])
+def test_every_estimator_works_inside_another_and_steps_as_it_reads(inner):
+    model = nested("sfe" if inner == "hnet" else "hnet", inner)
+    bytes = text_bytes(3, LENGTH, seed=4)
+    output = losses(model, bytes, key=jax.random.key(0), capacities=(20, 12))
+    assert np.isfinite(output.loss)
+    assert 0 < float(output.metrics[1]["rate"]) <= 1
+    check_row_by_row(model, (1, 9, LENGTH - 1), jax.random.split(jax.random.key(8), 3))
+
+
+def test_rows_see_nothing_after_them_and_documents_nothing_of_each_other():
+    model = nested("hnet", "hnet")
+    bytes = text_bytes(2, LENGTH)
+    changed = bytes.at[:, 15:].set(text_bytes(2, LENGTH, seed=3)[:, 15:])
+    before, after = predict(model, bytes).logits[:, :15], predict(model, changed).logits[:, :15]
+    np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-5)
+    segments = jnp.asarray([[0] * 10 + [1] * 14] * 2)
+    together = predict(model, bytes, segments=segments).logits
+    for start, end in ((0, 10), (10, 24)):
+        alone = predict(model, bytes[:, start:end]).logits
+        np.testing.assert_allclose(together[:, start:end], alone, rtol=1e-4, atol=1e-5)
+
+
+def two_policies(reductions=(), policy_weight=1.0):
+    """Windowed policies at both levels, lively enough to draw varied boundaries."""
+
+    def policy(seed):
+        made = ScoreFunction(
+            8,
+            chunker=SelectDistribute(),
+            target_rate=0.4,
+            reductions=reductions,
+            window=1,
+            scale=1.0,
+            policy_weight=policy_weight,
+            rate_weight=0.0,
+        )
+        return eqx.tree_at(lambda e: e.router.weight, made, 0.3 * jax.random.normal(jax.random.key(seed), (2, 8)))
+
+    outer, inner = small_model(policy(5), dim=8), small_model(policy(6), dim=8, seed=1)
+    return eqx.tree_at(lambda m: m.stage.inner, outer, inner.stage)
+
+
+@pytest.mark.parametrize("reductions", [(), (EarlyExit(),)], ids=["plain", "early exit"])
+def test_the_expected_gradient_of_both_policies_is_that_of_the_expected_likelihood(reductions):
+    """Over all boundary strings of both levels: rewards of chunks are such that the policy losses together have the gradient
+    of E[sum of log-likelihoods], divided by the bytes that decide, for the outer and for the inner policy."""
+    length, model = 5, two_policies(reductions)
+    bytes = text_bytes(1, length)
+    layout = plain_layout(bytes)
+    outer = jnp.asarray([[1, *tail] for tail in itertools.product((0, 1), repeat=length - 1)], bool)
+    inner = jnp.asarray([[1, *tail] for tail in itertools.product((0, 1), repeat=length - 1)], bool)
+
+    def policies(model):
+        return model.stage.estimator.router.weight, model.stage.inner.estimator.router.weight
+
+    def at(weights, outer, inner):
+        moved = eqx.tree_at(policies, model, weights)
+        return moved, moved(bytes, actions=(outer[None], inner[None]), training=True)
+
+    def log_prob(levels):
+        each = [
+            jnp.sum(jnp.where(b.decided, equations.action_log_prob(b.logits, b.actions), 0.0))
+            for b in (level.boundaries for level in levels)
+        ]
+        return each[0] + each[1]
+
+    def counted(outer, inner):
+        """Each string of the inner level once: those whose rows behind the last token are zero."""
+        return jnp.all(~inner | (jnp.arange(length) < jnp.sum(outer)))
+
+    def expected(weights):
+        def one(outer, inner):
+            _, prediction = at(weights, outer, inner)
+            total = jnp.sum(next_byte_log_lik(prediction.logits, bytes))
+            return jnp.where(counted(outer, inner), jnp.exp(log_prob(prediction.levels)), 0.0) * total
+
+        return jnp.sum(jax.vmap(lambda a: jax.vmap(lambda b: one(a, b))(inner))(outer))
+
+    def estimated(weights):
+        def one(outer, inner):
+            moved, prediction = at(weights, outer, inner)
+            found = moved.losses(prediction, layout)
+            loss = found.metrics[0]["policy_loss"] + found.metrics[1]["policy_loss"]
+            chance = jax.lax.stop_gradient(jnp.exp(log_prob(prediction.levels)))
+            return jnp.where(counted(outer, inner), chance, 0.0) * loss
+
+        return -(length - 1) * jnp.sum(jax.vmap(lambda a: jax.vmap(lambda b: one(a, b))(inner))(outer))
+
+    weights = policies(model)
+    wanted, got = jax.jit(jax.grad(expected))(weights), jax.jit(jax.grad(estimated))(weights)
+    for exact, ours in zip(wanted, got, strict=True):
+        assert float(jnp.max(jnp.abs(exact))) > 1e-4
+        np.testing.assert_allclose(ours, exact, rtol=1e-3, atol=2e-6)
+
+
+def test_a_chunk_is_rewarded_with_the_predictions_made_while_it_is_the_last():
+    model = two_policies()
+    bytes = text_bytes(2, 8)
+    actions = jnp.asarray([[1, 0, 1, 0, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0, 1]], bool)
+    level = predict(model, bytes, actions=(actions,)).levels[0]
+    values = jnp.arange(16, dtype=jnp.float32).reshape(2, 8)
+    inside = Reward(values, None, jnp.ones((2, 8), jnp.int32)).inside(level, 8)
+    np.testing.assert_array_equal(inside.log_lik[0, :4], [0 + 1, 2 + 3 + 4, 5 + 6 + 7, 0])
+    np.testing.assert_array_equal(inside.scored, [[2, 3, 3, 0, 0, 0, 0, 0], [1, 6, 1, 0, 0, 0, 0, 0]])
+    np.testing.assert_allclose(inside.log_lik.sum(axis=1), values.sum(axis=1))
+
+
+def test_the_early_head_learns_from_one_level_only():
+    both = two_policies((EarlyExit(0.5), Discount(0.9), BatchCentre()))
+    bytes = text_bytes(2, 8)
+
+    def gradient(model):
+        return jax.jit(jax.grad(lambda m: m.loss(bytes, key=jax.random.key(0)).loss))(model).early_head.weight
+
+    silent = Estimator(WindowedPolicy(8, window=1, target_rate=0.4), SelectDistribute(), NoObjective())
+    alone = eqx.tree_at(lambda m: m.stage.inner.estimator, both, silent)
+    np.testing.assert_allclose(gradient(both), gradient(alone), rtol=1e-5, atol=1e-8)
+    assert np.any(gradient(both) != 0)
+    inside = eqx.tree_at(lambda m: m.stage.estimator, both, silent)
+    assert np.any(gradient(inside) != 0)
+
+
+def test_groups_are_for_one_level():
+    with pytest.raises(ValueError, match="one level of tokens"):
+        two_policies().loss(text_bytes(2, 8), key=jax.random.key(0), capacities=(4, 2), groups=1)
+
+
+def test_layouts_are_read_as_they_are_published():
+    networks = read_layout('["m4", ["T1m4", ["T26"], "m4T1"], "m4"]')
+    assert (networks.encoder, networks.decoder, networks.depth) == ("mmmm", "mmmm", 2)
+    assert networks.inside is not None
+    assert networks.inside.encoder == "Tmmmm"
+    assert networks.inside.inside is not None
+    assert networks.inside.inside.main == "T" * 26
+    for wrong, message in {
+        "m4": "JSON list",
+        '["m4", ["T2"]]': "one or three parts",
+        '["m4", "T2", "m4"]': "one or three parts",
+        '["4m", ["T2"], "m4"]': "letters of mMtT",
+        "[3]": "letters of mMtT",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            read_layout(wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dims": (32, 32)}, "dims needs 3 numbers"),
+        ({"dims": (64, 32, 64)}, "grow inward"),
+        ({"dims": (20, 32, 64)}, "multiple of 64"),
+        ({"heads": (2, 3, 4)}, "3 heads must divide"),
+        ({"rotary_dims": (8, 3, 8)}, "even number"),
+        ({"mlp_dims": (0, 0, 32)}, "MLP"),
+        ({"state": 0}, "at least 1"),
+        ({"windows": (4, -1, 0)}, "not negative"),
+    ],
+)
+def test_shapes_that_make_no_model_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)
+
+
+def test_a_shape_wants_as_many_estimators_as_it_has_levels():
+    with pytest.raises(ValueError, match="2 levels of tokens; got 1"):
+        UNet(SMALL, two_policies().stage.estimator, key=jax.random.key(0))
+
+
+def test_weights_start_as_released():
+    config = dataclasses.replace(nested_config("hnet", "hnet"), unet=dataclasses.replace(SMALL, dims=(128, 128, 192)))
+    model = UNet(config.unet, build_estimators(config, jax.random.key(1)), key=jax.random.key(2))
+    outer = model.stage
+    assert isinstance(outer, Hierarchy)
+    stage = outer.inner
+    assert isinstance(stage, Hierarchy)
+    assert isinstance(stage.inner, Widened)
+    assert isinstance(stage.inner.stage, Flat)
+    np.testing.assert_array_equal(stage.inner.padding, jnp.zeros(64))
+    first, second, main = stage.encoder.blocks[0], stage.encoder.blocks[1], stage.inner.stage.stack.blocks[0]
+
+    def std(linear: Linear) -> float:
+        return float(jnp.std(linear.weight))
+
+    # Two outer layers; three more inside, of which one has an MLP; and the innermost with one.
+    for block, residuals in ((outer.encoder.blocks[0], 2), (second, 2 + 4), (first, 2 + 4), (main, 2 + 4 + 2)):
+        assert isinstance(block, PreNorm)
+        mixer = block.mixer
+        if isinstance(mixer, Mamba2):
+            into, out = mixer.project_in, mixer.project_out
+        else:
+            assert isinstance(mixer, Attention)
+            into, out = mixer.qkv, mixer.out
+        assert std(into) == pytest.approx(0.02, rel=0.05)
+        assert std(out) == pytest.approx(0.02 / math.sqrt(residuals), rel=0.05)
+    assert isinstance(main, PreNorm)
+    assert main.mlp is not None
+    assert std(main.mlp.out) == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
+    assert std(model.head) == pytest.approx(0.02, rel=0.05)
+    assert float(jnp.std(model.embedding)) == pytest.approx(1.0, rel=0.05)
+
+
+# Millions of parameters, as the tables of the papers round them.
+SIZES = {
+    "hnet-1stage-L": (679.405312, 1e-9),
+    "hnet-1stage-XL": (1300, 0.04),
+    "hnet-2stage-L": (870, 0.01),
+    "hnet-2stage-XL": (1600, 0.01),
+    "hnet-space-L": (850, 0.01),
+    "hnet-pool-L": (850, 0.01),
+    "hnet-space-XL": (1600, 0.02),
+    "spacebyte++-L": (850, 0.01),
+    "spacebyte++-XL": (1600, 0.02),
+    "llamabyte-L": (210, 0.025),
+    "mambabyte-L": (190, 0.03),
+    "dna-transformer": (29, 0.02),
+    "dna-mamba": (33, 0.02),
+    "dna-hnet": (64, 0.01),
+    "dna-hnet-mamba": (66, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_presets_have_the_published_sizes(name):
+    config = PRESETS[name]
+    check(config)
+    model = eqx.filter_eval_shape(
+        lambda key: UNet(config.unet, build_estimators(config, key), key=key), jax.random.key(0)
+    )
+    millions = sum(leaf.size for leaf in jax.tree.leaves(model) if hasattr(leaf, "size")) / 1e6
+    size, tolerance = SIZES[name]
+    assert millions == pytest.approx(size, rel=tolerance)
+
+
+def test_every_stage_of_a_preset_is_described_by_its_json(tmp_path):
+    for name in ("hnet-2stage-XL-code", "hnet-2stage-XL-chinese", "dna-hnet", "mambabyte-L"):
+        assert from_json(to_json(PRESETS[name]), "here") == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inner_rates": (0.3, 0.3)}, "2 inner levels are named"),
+        ({"inner_rates": (1.5,)}, "strictly between 0 and 1"),
+        ({"inner_estimators": ("bpe",)}, "bpe reads bytes, not tokens"),
+    ],
+)
+def test_inner_levels_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check(dataclasses.replace(nested_config("hnet"), **changes))
+    with pytest.raises(ConfigError, match="has no level of tokens"):
+        check(dataclasses.replace(PRESETS["mambabyte-L"], estimator="sfe"))
+
+
+def test_inner_levels_have_room_for_what_they_expect():
+    config = dataclasses.replace(nested_config("sfe"), length=1000, capacity_slack=1.5, rate=0.4, inner_rates=(0.5,))
+    routers = [estimator.router for estimator in build_estimators(config, jax.random.key(0))]
+    assert inner_capacities(config, routers, 600) == (300,)
+    assert inner_capacities(config, routers, 200) == (200,)
+    assert inner_capacities(config, routers[:1], 600) == ()
+
+
+def test_stages_learn_at_the_rates_of_equation_11():
+    got = equations.stage_multipliers([3.0, 3.0], [1024, 1024, 1536], 4.6)
+    wanted = [math.sqrt(4.6 * 1.5), math.sqrt(4.6 / 3 * 1.5), math.sqrt(4.6 / 9)]
+    np.testing.assert_allclose(got, wanted)
+    config = dataclasses.replace(nested_config("hnet", "hnet"), length=64)
+    settings = dataclasses.replace(config.optimizer, stage_multipliers=4.6, clip=1e9, weight_decay=0.0)
+    config = dataclasses.replace(config, optimizer=settings, steps=10)
+    model = UNet(config.unet, build_estimators(config, jax.random.key(1)), key=jax.random.key(2))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    depths = stages_of(params)
+    assert depths.embedding == depths.head.weight == depths.stage.encoder.norm.weight == 0
+    assert depths.stage.estimator.router.router.query == 0
+    assert depths.stage.inner.decoder.norm.weight == depths.stage.inner.estimator.chunker.projection.weight == 1
+    assert depths.stage.inner.inner.padding == depths.stage.inner.inner.stage.stack.norm.weight == 2
+    optimizer = make_optimizer(config, multipliers(config, params))
+    ones = jax.tree.map(jnp.ones_like, params)
+    state = optimizer.init(params)
+    # Optax leaves the promotion of a step's number to jax.
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = optimizer.update(ones, state, params)
+        updates, _ = optimizer.update(ones, state, params)
+    each = equations.stage_multipliers([2.0, 2.5], SMALL.dims, 4.6)
+    first = jax.tree.leaves(updates)[0].ravel()[0]
+    for update, stage in zip(jax.tree.leaves(updates), jax.tree.leaves(depths), strict=True):
+        np.testing.assert_allclose(update / first, each[stage] / each[0], rtol=1e-5)
+
+
+def test_vectors_are_exempt_from_decay_where_asked():
+    config = dataclasses.replace(nested_config("hnet", "hnet"), steps=10)
+    settings = dataclasses.replace(config.optimizer, weight_decay=0.5, decay="matrices", stage_multipliers=None)
+    config = dataclasses.replace(config, optimizer=settings)
+    model = UNet(config.unet, build_estimators(config, jax.random.key(1)), key=jax.random.key(2))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    zeros, optimizer = jax.tree.map(jnp.zeros_like, params), make_optimizer(config)
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = optimizer.update(zeros, optimizer.init(params), params)
+        updates, _ = optimizer.update(zeros, state, params)
+    for leaf, update in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
+        assert bool(jnp.any(update != 0)) == (leaf.ndim > 1 and bool(jnp.any(leaf != 0)))
+
+
+def test_the_schedule_warms_up_stays_and_decays():
+    config = nested_config("hnet")
+    settings = dataclasses.replace(config.optimizer, schedule="wsd", learning_rate=2.0, final_fraction=0.1)
+    config = dataclasses.replace(config, optimizer=settings, steps=100)
+    schedule = make_schedule(config)
+    rates = np.asarray([schedule(step) for step in range(101)])
+    np.testing.assert_allclose(rates[:11], np.linspace(0, 2, 11), rtol=1e-5)
+    np.testing.assert_allclose(rates[10:81], 2.0, rtol=1e-6)
+    assert rates[100] == pytest.approx(0.2, rel=1e-5)
+    falls = -np.diff(rates[80:])
+    assert np.all(falls > 0)
+    assert np.all(np.diff(falls) < 0)

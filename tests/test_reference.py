@@ -1,0 +1,183 @@
+"""Models in H-Net's released layout: against what the released program computed, and back."""
+
+import dataclasses
+import json
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from estimators import equations as eq
+from estimators.base import Layout
+from tests.conftest import losses, predict, small_model, small_score_function
+from unet import UNet, from_reference, to_reference
+from unet.likelihood import next_byte_log_lik, plain_layout
+from unet.reference import LayoutError, reference_config, shape_of
+from unet.stage import Drawing
+
+VALUES = {"rtol": 1e-5, "atol": 1e-6}
+GRADIENTS = {"rtol": 1e-4, "atol": 1e-7}
+NAMES = ("hnet_1stage", "hnet_2stage")
+
+
+def read(golden, name):
+    z = golden(name)
+    return z, json.loads(str(z["config"])), {key[6:]: z[key] for key in z.files if key.startswith("param.")}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def released(request, golden):
+    z, config, params = read(golden, request.param)
+    stages = len(config["d_model"]) - 1
+    return z, config, params, from_reference(config, params, chunk_sizes=[3.0] * stages)
+
+
+def test_logits_and_boundaries_of_every_stage_are_the_released_ones(released):
+    z, _, _, model = released
+    prediction = predict(model, jnp.asarray(z["input_ids"]))
+    np.testing.assert_allclose(prediction.logits, z["logits"], **VALUES)
+    for stage, level in enumerate(prediction.levels):
+        rows = z[f"boundary_prob.{stage}"].shape[1]
+        mask = np.asarray(level.layout.mask[:, :rows])
+        assert mask.sum() == level.layout.mask.sum()
+        np.testing.assert_allclose(level.boundaries.probs[:, :rows][mask], z[f"boundary_prob.{stage}"][mask], **VALUES)
+        drawn = np.asarray(level.boundaries.actions[:, :rows])
+        np.testing.assert_array_equal(drawn[mask], z[f"boundary_mask.{stage}"][mask])
+
+
+def test_losses_are_the_released_ones(released):
+    z, _, _, model = released
+    output = losses(model, jnp.asarray(z["input_ids"]), key=None)
+    assert -float(output.log_lik) == pytest.approx(float(z["loss"]), rel=1e-6)
+    assert float(output.metrics[0]["ratio_loss"]) == pytest.approx(float(z["ratio_loss_N3.0"]), rel=1e-5)
+    total = float(z["loss"])
+    for stage, metrics in enumerate(output.metrics):
+        ours = float(metrics["ratio_loss"])
+        assert ours == pytest.approx(ratio_of_tokens(z, stage), rel=1e-5)
+        total += 0.03 * ours
+    assert float(output.loss) == pytest.approx(total, rel=1e-6)
+
+
+def ratio_of_tokens(z, stage):
+    """From the released probabilities, over the rows that hold tokens."""
+    probs, drawn = jnp.asarray(z[f"boundary_prob.{stage}"]), jnp.asarray(z[f"boundary_mask.{stage}"])
+    mask = jnp.ones(drawn.shape, bool)
+    if stage:
+        mask = jnp.arange(drawn.shape[1]) < z[f"boundary_mask.{stage - 1}"].sum(axis=1)[:, None]
+    return float(eq.ratio_loss(drawn, probs, 3.0, mask))
+
+
+def test_gradients_of_one_stage_are_the_released_ones(golden):
+    z, config, params = read(golden, "hnet_1stage")
+    model = from_reference(config, params, chunk_sizes=[3.0])
+    gradient = jax.jit(jax.grad(lambda m: m.loss(jnp.asarray(z["input_ids"]), key=None).loss))(model)
+    check_gradients(z, gradient)
+
+
+def check_gradients(z, gradient):
+    named = to_reference(gradient)
+    names = [name[5:] for name in z.files if name.startswith("grad.")]
+    assert len(names) > 5
+    for name in names:
+        np.testing.assert_allclose(named[name], z[f"grad.{name}"], err_msg=name, **GRADIENTS)
+
+
+def released_loss(model, ids, rows):
+    """The loss as the released program takes it on a padded batch. At inner stages it fills the rows behind a sequence's last
+    token with rows that close none, and counts them in the ratio loss; sequences side by side without padding, as in training,
+    have no such rows, and neither has our loss."""
+    layout, drawing = plain_layout(ids), Drawing()
+    outer = model.stage
+    encoded = outer.encoder(model.embed(layout), layout)
+    drawn = outer.route(encoded, layout, drawing)
+    order = jnp.argsort(~drawn.actions, axis=1, stable=True)[:, :rows]
+    count = jnp.sum(drawn.actions, axis=1)[:, None]
+    tokens = outer.estimator.chunker.down(encoded, drawn, capacity=rows)
+    number = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), order.shape)
+    filled = Layout(layout.bytes[:, :rows], number, jnp.zeros_like(number), jnp.ones(number.shape, bool))
+    inner = outer.inner
+    hidden = inner.encoder(jnp.take_along_axis(encoded, order[..., None], axis=1), filled)
+    routed = inner.route(hidden, filled, drawing)
+    there = jnp.arange(rows) < count
+    kept = dataclasses.replace(routed, actions=routed.actions & there)
+    chunks = inner.estimator.chunker.down(hidden, kept, capacity=rows)
+    main = inner.inner(chunks.values, inner.token_layout(chunks, filled), drawing.inner()).hidden
+    back = inner.decoder(inner.estimator.chunker.up(main, chunks, hidden, kept), filled)
+    joined = outer.estimator.chunker.up(back, tokens, encoded, drawn)
+    logits = model.logits(outer.decoder(joined, layout))
+    loss = -jnp.mean(next_byte_log_lik(logits, ids)[:, :-1])
+    first = eq.ratio_loss(drawn.actions, drawn.probs, 3.0)
+    return loss + 0.03 * (first + eq.ratio_loss(kept.actions, routed.probs, 3.0))
+
+
+def test_gradients_of_two_stages_are_the_released_ones(golden):
+    z, config, params = read(golden, "hnet_2stage")
+    model = from_reference(config, params, chunk_sizes=[3.0, 3.0])
+    rows = z["boundary_prob.1"].shape[1]
+    ids = jnp.asarray(z["input_ids"])
+    loss, gradient = jax.jit(jax.value_and_grad(lambda m: released_loss(m, ids, rows)))(model)
+    assert float(loss) == pytest.approx(float(z["total_loss"]), rel=1e-6)
+    check_gradients(z, gradient)
+
+
+def test_parameters_come_back_as_they_went_in(released):
+    _, config, params, model = released
+    back = to_reference(model)
+    assert back.keys() == params.keys()
+    for name, value in params.items():
+        np.testing.assert_array_equal(back[name], value, err_msg=name, strict=True)
+    written = reference_config(model)
+    # What attention would be like in stages that have none leaves no trace in a model.
+    for key in ("arch_layout", "d_model", "d_intermediate", "vocab_size", "ssm_cfg", "tie_embeddings"):
+        assert written[key] == config[key]
+    again = from_reference(written, back, chunk_sizes=[3.0] * (len(config["d_model"]) - 1))
+    assert eqx.tree_equal(again, model)
+
+
+def test_half_precision_keeps_recurrences_routers_and_residuals_wide(golden):
+    z, config, params = read(golden, "hnet_2stage")
+    model = from_reference(config, params, dtype="bfloat16")
+    kinds = {name: value.dtype for name, value in to_reference(model).items()}
+    wide = {name for name, kind in kinds.items() if kind == np.float32}
+    ends = {name.split(".", 2)[-1].rsplit("mixer.", 1)[-1] for name in wide}
+    assert {"A_log", "D", "dt_bias"} <= ends
+    assert all(kinds[name] == jnp.bfloat16 for name in ("embeddings.weight", "backbone.encoder.rmsnorm.weight"))
+    prediction = predict(model, jnp.asarray(z["input_ids"]))
+    assert prediction.logits.dtype == jnp.float32
+    np.testing.assert_allclose(prediction.logits[:, :4], z["logits"][:, :4], atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c, p: p.pop("lm_head.weight"), "1 missing .such as lm_head.weight."),
+        (lambda c, p: p.update(extra=np.zeros(3, np.float32)), "1 that it has no place for .such as extra."),
+        (lambda c, p: p.update({"lm_head.weight": np.zeros((3, 64), np.float32)}), r"has shape \[3, 64\]"),
+        (lambda c, p: p.update({"lm_head.weight": np.zeros((256, 64), np.int32)}), "is int32"),
+        (lambda c, p: c.update(tie_embeddings=True), "tie_embeddings is true"),
+        (lambda c, p: c.update(vocab_size=300), "vocab_size is 300"),
+        (lambda c, p: c.pop("ssm_cfg"), "ssm_cfg.* is missing"),
+        (lambda c, p: c.update(arch_layout=["m2", "T2", "m2"]), "a stage of a layout is a list"),
+        (lambda c, p: c.update(arch_layout=["m2", ["X2"], "m2"]), "letters of mMtT"),
+        (lambda c, p: c.update(d_model=[64]), "dims needs 2 numbers"),
+        (lambda c, p: c.update(d_model=[64, 32]), "grow inward"),
+        (lambda c, p: c.update(d_intermediate=[0, 0]), "layers with an MLP"),
+        (lambda c, p: c["attn_cfg"].update(num_heads=[4, 5]), "5 heads must divide"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(golden, change, message):
+    _, config, params = read(golden, "hnet_1stage")
+    change(config, params)
+    with pytest.raises(LayoutError, match=message):
+        from_reference(config, params)
+
+
+def test_models_of_other_parts_have_no_released_layout(golden):
+    with pytest.raises(LayoutError, match="no norm but those that end networks"):
+        to_reference(small_model(small_score_function()))
+    _, config, _ = read(golden, "hnet_1stage")
+    shape = shape_of(config)
+    with pytest.raises(LayoutError, match="draw boundaries by cosine"):
+        to_reference(UNet(shape, small_score_function((), dim=64), key=jax.random.key(0)))

@@ -1,0 +1,223 @@
+"""Hierarchies inside hierarchies, of Mamba-2 and transformer layers, in the shapes that H-Net was published in.
+
+"H-Net" is Hwang, Wang and Gu, "Dynamic chunking for end-to-end hierarchical sequence modeling".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from estimators.base import VOCAB, AbstractEstimator
+from unet.attention import Attention
+from unet.blocks import PreNorm, Stack
+from unet.config import AbstractShape, Parts
+from unet.layers import Linear, ScaleNorm, SwiGLU
+from unet.mamba import HEAD, Mamba2
+from unet.stage import AbstractStage, Flat, Hierarchy, Widened
+
+STD = 0.02
+"""Standard deviation of fresh weights, as released."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a layout says of one stage: the layers of its `encoder` and `decoder`, which surround the stage `inside`; or of the
+    innermost stage, whose `main` network is all it has. A layer is one of the letters mMtT."""
+
+    encoder: str = ""
+    inside: Networks | None = None
+    decoder: str = ""
+    main: str = ""
+
+    @property
+    def depth(self) -> int:
+        """Levels of tokens inside."""
+        return 0 if self.inside is None else 1 + self.inside.depth
+
+
+def read_layout(text: str) -> Networks:
+    """What a published layout says, such as `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`.
+
+    m: a Mamba-2 layer, t: attention; M and T: with an MLP. Three parts are encoder, main network, decoder; the main network is a
+    list again, and one part is the main network alone. Raises `ValueError` for anything else.
+    """
+    try:
+        parsed = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"a layout is written as a JSON list; got {text!r} ({error})") from None
+    return _networks(parsed)
+
+
+def _networks(parsed: object) -> Networks:
+    if isinstance(parsed, list) and len(parsed) == 1:
+        return Networks(main=_letters(parsed[0]))
+    if isinstance(parsed, list) and len(parsed) == 3:
+        return Networks(_letters(parsed[0]), _networks(parsed[1]), _letters(parsed[2]))
+    raise ValueError(f"a stage of a layout is a list of one or three parts; got {json.dumps(parsed)}")
+
+
+def _letters(part: object) -> str:
+    if not isinstance(part, str) or not re.fullmatch(r"([mMtT]\d+)+", part):
+        raise ValueError(
+            f'a network of a layout is letters of mMtT, each with a number, such as "T1m4"; got {json.dumps(part)}'
+        )
+    return "".join(letter * int(number) for letter, number in re.findall(r"([mMtT])(\d+)", part))
+
+
+@dataclass(frozen=True)
+class HNetConfig(AbstractShape):
+    """Shape of a hierarchy of any depth, as H-Net was published (section 2.1). Tuples have one number for each stage, the
+    outermost first.
+
+    Raises `ValueError` where the numbers cannot make a model.
+    """
+
+    layout: str
+    """Layers of all networks, as published: `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`."""
+    dims: tuple[int, ...]
+    """Widths of hidden states; they never shrink."""
+    mlp_dims: tuple[int, ...]
+    """Widths inside the MLPs; 0 at stages that have none."""
+    heads: tuple[int, ...]
+    """Attention heads."""
+    rotary_dims: tuple[int, ...]
+    """Dimensions of a head that positions turn."""
+    windows: tuple[int, ...]
+    """Rows that attention sees, its own included; 0 for all before it."""
+    state: int = 128
+    """Columns of the state of a Mamba-2 head."""
+    taps: int = 4
+    """Rows that the convolution of a Mamba-2 layer sees."""
+    expand: int = 2
+    """How many times as wide as its stage a Mamba-2 layer is inside."""
+    network_norms: bool = True
+    """A norm at the end of every network, not of the last alone."""
+    token_positions: Literal["byte", "chunk"] = "chunk"
+    """Rotary positions of a token: its own number, or the position of its boundary at the level it was made of."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        networks = read_layout(self.layout)
+        stages = networks.depth + 1
+        for name in ("dims", "mlp_dims", "heads", "rotary_dims", "windows"):
+            if len(getattr(self, name)) != stages:
+                raise ValueError(f"{name} needs {stages} numbers, one for each stage; got {getattr(self, name)}")
+        if any(inner < outer for outer, inner in zip(self.dims, self.dims[1:], strict=False)):
+            raise ValueError(f"widths grow inward or stay as they are; got dims {self.dims}")
+        if min(self.state, self.taps, self.expand) < 1:
+            raise ValueError("state, taps and expand must be at least 1")
+        for stage, letters in enumerate(_stages(networks)):
+            self._check_stage(stage, letters)
+
+    def _check_stage(self, stage: int, letters: str) -> None:
+        dim, heads, turned = self.dims[stage], self.heads[stage], self.rotary_dims[stage]
+        if dim < 1 or heads < 1 or self.windows[stage] < 0:
+            raise ValueError(f"stage {stage}: widths and heads are at least 1, windows not negative")
+        if set(letters) & set("tT") and (dim % heads or turned % 2 or not 0 <= turned <= dim // heads):
+            raise ValueError(
+                f"stage {stage}: {heads} heads must divide a width of {dim}, and an even number of dimensions of a head be "
+                f"turned; got {turned}"
+            )
+        if set(letters) & set("mM") and self.expand * dim % HEAD:
+            raise ValueError(
+                f"stage {stage}: {self.expand} x {dim} is not a multiple of {HEAD}, as Mamba-2 layers need"
+            )
+        if set(letters) & set("MT") and self.mlp_dims[stage] < 1:
+            raise ValueError(
+                f"stage {stage} has layers with an MLP ({letters}): its width in mlp_dims must be at least 1"
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.dims
+
+    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
+        """Weights are drawn as those of the released code: normal with standard deviation .02, divided in the projections that
+        end a layer by the root of the number of layers on the stream of residuals, those of the stages around included."""
+        networks = read_layout(self.layout)
+        if len(estimators) != networks.depth:
+            raise ValueError(f"{self.layout} has {networks.depth} levels of tokens; got {len(estimators)} estimators")
+        key_embed, key_stage, key_head = jax.random.split(key, 3)
+        head = Linear(self.dims[0], VOCAB, key=key_head)
+        head = eqx.tree_at(lambda linear: linear.weight, head, STD * jax.random.normal(key_head, head.weight.shape))
+        embedding = jax.random.normal(key_embed, (VOCAB, self.dims[0]))
+        return Parts(embedding, self._stage(networks, 0, 0, tuple(estimators), key_stage), None, head)
+
+    def _stage(
+        self,
+        networks: Networks,
+        stage: int,
+        residuals: int,
+        estimators: tuple[AbstractEstimator, ...],
+        key: PRNGKeyArray,
+    ) -> AbstractStage:
+        residuals += _residuals(networks.main + networks.encoder + networks.decoder)
+        key_encoder, key_inside, key_decoder = jax.random.split(key, 3)
+        if networks.inside is None:
+            made: AbstractStage = Flat(self._stack(networks.main, stage, residuals, key_encoder, last=stage == 0))
+        else:
+            made = Hierarchy(
+                self._stack(networks.encoder, stage, residuals, key_encoder),
+                estimators[0],
+                self._stage(networks.inside, stage + 1, residuals, estimators[1:], key_inside),
+                self._stack(networks.decoder, stage, residuals, key_decoder, last=stage == 0),
+                chunk_positions=self.token_positions == "chunk",
+                implementation=self.implementation,
+            )
+        wider = self.dims[stage] - self.dims[stage - 1] if stage else 0
+        return Widened(jnp.zeros((wider,)), made) if wider else made
+
+    def _stack(self, letters: str, stage: int, residuals: int, key: PRNGKeyArray, *, last: bool = False) -> Stack:
+        """`last`: the one that the head follows."""
+        keys = jax.random.split(key, len(letters))
+        blocks = [self._block(letter, stage, residuals, one) for letter, one in zip(letters, keys, strict=True)]
+        norm = ScaleNorm(self.dims[stage]) if self.network_norms or last else None
+        return Stack(blocks, window=self.windows[stage] or None, remat=self.remat, norm=norm)
+
+    def _block(self, letter: str, stage: int, residuals: int, key: PRNGKeyArray) -> PreNorm:
+        dim, heads, turned = self.dims[stage], self.heads[stage], self.rotary_dims[stage]
+        key_mixer, key_mlp, key_draw = jax.random.split(key, 3)
+        if letter in "mM":
+            mixer = Mamba2(dim, state=self.state, taps=self.taps, expand=self.expand, key=key_mixer)
+        else:
+            mixer = Attention(dim, heads, cap=None, turned=turned, key=key_mixer)
+        mlp = SwiGLU(dim, self.mlp_dims[stage], key=key_mlp) if letter in "MT" else None
+        return _drawn(PreNorm(dim, mixer, mlp), residuals, key_draw)
+
+
+def _stages(networks: Networks) -> list[str]:
+    """The letters of each stage, the outermost first."""
+    own = networks.encoder + networks.main + networks.decoder
+    return [own] if networks.inside is None else [own, *_stages(networks.inside)]
+
+
+def _residuals(letters: str) -> int:
+    """How often layers add to the stream of residuals: once, and once more with an MLP."""
+    return sum(2 if letter in "MT" else 1 for letter in letters)
+
+
+def _drawn(block: PreNorm, residuals: int, key: PRNGKeyArray) -> PreNorm:
+    """The block with its matrices drawn anew."""
+    ending = {"out", "project_out"}
+    leaves, tree = jax.tree_util.tree_flatten_with_path(block, is_leaf=lambda node: isinstance(node, Linear))
+    drawn = []
+    for number, (path, leaf) in enumerate(leaves):
+        if isinstance(leaf, Linear):
+            last = path[-1]
+            assert isinstance(last, jax.tree_util.GetAttrKey)
+            std = STD / residuals**0.5 if last.name in ending else STD
+            fresh: Float[Array, "outputs inputs"] = jax.random.normal(
+                jax.random.fold_in(key, number), leaf.weight.shape
+            )
+            leaf = eqx.tree_at(lambda linear: linear.weight, leaf, std * fresh)
+        drawn.append(leaf)
+    return jax.tree_util.tree_unflatten(tree, drawn)

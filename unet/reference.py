@@ -1,0 +1,355 @@
+"""H-Net's released layout of parameters and configurations, and models in it.
+
+A configuration is the JSON object of a published configuration file, parameters are arrays by their published names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from estimators.dynamic_chunking import DynamicChunking
+from estimators.routers import CosineRouter, Likelier
+from unet.attention import Attention
+from unet.blocks import PreNorm, Stack
+from unet.chunkers import Projection, SelectSmooth
+from unet.hnet import HNetConfig, read_layout
+from unet.mamba import Mamba2
+from unet.model import UNet
+from unet.stage import AbstractStage, Flat, Hierarchy, Widened
+
+WeightType = Literal["float32", "bfloat16"]
+
+KEPT_WIDE = (
+    ".A_log",
+    ".D",
+    ".dt_bias",
+    "q_proj_layer.weight",
+    "k_proj_layer.weight",
+    "residual_proj.weight",
+    "residual_proj.bias",
+)
+"""Ends of the names of parameters that stay float32 whatever the others are: those of recurrences, routers and residuals."""
+
+
+class LayoutError(Exception):
+    """What does not fit the released layout, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter of a model, or of the shapes of one, by its published `name`; `shape` is the published one."""
+
+    name: str
+    leaf: Array | jax.ShapeDtypeStruct
+    shape: tuple[int, ...]
+
+
+def shape_of(config: Mapping[str, object], *, compute: WeightType = "float32") -> HNetConfig:
+    """The shape that a published configuration describes. Raises `LayoutError` where it describes none, or one with parts
+    that no published model has."""
+    try:
+        layout, ssm, attention = json.dumps(config["arch_layout"]), config["ssm_cfg"], config["attn_cfg"]
+        assert isinstance(ssm, Mapping)
+        assert isinstance(attention, Mapping)
+        depth = read_layout(layout).depth + 1
+        if config.get("tie_embeddings"):
+            raise LayoutError("tie_embeddings is true: models whose head is their embedding are not supported")
+        if config.get("vocab_size", 256) != 256:
+            raise LayoutError(f"vocab_size is {config['vocab_size']}: models read bytes, of which there are 256")
+        return HNetConfig(
+            layout=layout,
+            dims=_several(config["d_model"], "d_model", depth),
+            mlp_dims=_several(config["d_intermediate"], "d_intermediate", depth),
+            heads=_several(attention["num_heads"], "num_heads", depth),
+            rotary_dims=_several(attention["rotary_emb_dim"], "rotary_emb_dim", depth),
+            # A published window does not count the row itself, and is -1 where there is none.
+            windows=tuple(window + 1 for window in _several(attention["window_size"], "window_size", depth)),
+            state=_one(ssm["d_state"], "d_state"),
+            taps=_one(ssm["d_conv"], "d_conv"),
+            expand=_one(ssm["expand"], "expand"),
+            compute=compute,
+        )
+    except (KeyError, AssertionError) as error:
+        raise LayoutError(f"this is no configuration of a published H-Net: {error} is missing or no object") from None
+    except ValueError as error:
+        raise LayoutError(f"this configuration makes no H-Net: {error}") from None
+
+
+def _several(value: object, name: str, stages: int) -> tuple[int, ...]:
+    values = value if isinstance(value, Sequence) else [value] * stages
+    if any(type(one) is not int for one in values):
+        raise LayoutError(f"{name} must be whole numbers, one for each stage; got {value!r}")
+    return tuple(values)
+
+
+def _one(value: object, name: str) -> int:
+    values = set(value) if isinstance(value, Sequence) and not isinstance(value, str) else {value}
+    if len(values) != 1 or type(one := values.pop()) is not int:
+        raise LayoutError(f"{name} must be a whole number, the same at every stage; got {value!r}")
+    return one
+
+
+def new_hnet(shape: HNetConfig, *, chunk_sizes: Sequence[float] | None = None) -> UNet:
+    """A model of this shape with dynamic chunking at every stage, aiming at `chunk_sizes` rows a chunk (N of H-Net eq. 10; None:
+    as published, 6 for one stage, 3 each for more), and weights as they are drawn with key 0."""
+    widths = shape.widths[:-1]
+    sizes = ([6.0] if len(widths) == 1 else [3.0] * len(widths)) if chunk_sizes is None else list(chunk_sizes)
+    if len(sizes) != len(widths):
+        raise LayoutError(f"{len(widths)} stages with chunks need as many chunk sizes; got {sizes}")
+    estimators = [
+        DynamicChunking(dim, chunker=SelectSmooth(Projection(dim)), target_rate=1 / size)
+        for dim, size in zip(widths, sizes, strict=True)
+    ]
+    return UNet(shape, estimators, key=jax.random.key(0))
+
+
+def from_reference(
+    config: Mapping[str, object],
+    params: Mapping[str, np.ndarray],
+    *,
+    dtype: WeightType = "float32",
+    chunk_sizes: Sequence[float] | None = None,
+) -> UNet:
+    """The language model that a published configuration and its parameters make.
+
+    `model(input_ids)` has `logits`, and in `levels` the boundaries of every stage. `dtype` is that of its weights and products
+    (`KEPT_WIDE` stay float32); `chunk_sizes` as `new_hnet`. Parameters are asked for one after another, so that a mapping that
+    reads them from a file never holds two. Raises `LayoutError` where a name is missing or left over, and where a shape or
+    a dtype is another.
+    """
+    shape = shape_of(config, compute=dtype)
+    skeleton = eqx.filter_eval_shape(new_hnet, shape, chunk_sizes=chunk_sizes)
+    places = list(named_parameters(skeleton))
+    names = {place.name for place in places}
+    if names != params.keys():
+        missing, surplus = sorted(names - params.keys()), sorted(params.keys() - names)
+        raise LayoutError(
+            f"parameters do not fit the configuration: {len(missing)} missing{_first(missing)}, {len(surplus)} that it has no "
+            f"place for{_first(surplus)}"
+        )
+    filled = {id(place.leaf): _weight(place, params[place.name], dtype) for place in places}
+    assert len(filled) == len(places)
+    return jax.tree.map(lambda leaf: filled.get(id(leaf), leaf), skeleton)
+
+
+def _first(names: Sequence[str]) -> str:
+    return f" (such as {names[0]})" if names else ""
+
+
+def _weight(place: Named, value: np.ndarray, dtype: WeightType) -> Array:
+    if value.shape != place.shape:
+        raise LayoutError(f"{place.name} has shape {list(value.shape)}; the configuration asks for {list(place.shape)}")
+    if value.dtype not in (np.float32, np.float16, jnp.bfloat16):
+        raise LayoutError(f"{place.name} is {value.dtype}; weights are float32, float16 or bfloat16")
+    wanted = jnp.float32 if place.name.endswith(KEPT_WIDE) else jnp.dtype(dtype)
+    # Waited for: what is still being copied would pile up.
+    return jax.block_until_ready(jnp.asarray(value.reshape(place.leaf.shape).astype(wanted)))
+
+
+class ReferenceParams(Mapping[str, np.ndarray]):
+    """The parameters of a model by their published names and in their published shapes, each made when it is asked for."""
+
+    def __init__(self, model: UNet):
+        self._named = {one.name: one for one in named_parameters(model)}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        one = self._named[name]
+        assert isinstance(one.leaf, jax.Array)
+        return np.asarray(one.leaf).reshape(one.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+
+def to_reference(model: UNet) -> Mapping[str, np.ndarray]:
+    """The parameters of a model in the released layout: `from_reference` undone.
+
+    Raises `LayoutError` for a model that has parts of which the released layout knows nothing.
+    """
+    return ReferenceParams(model)
+
+
+def reference_config(model: UNet) -> dict[str, object]:
+    """The published configuration of a model. Raises `LayoutError` as `to_reference`."""
+    stages = list(_stages(model.stage))
+    mixers = [[block.mixer for block in _blocks(stack)] for stage in stages for stack in stage.stacks]
+    mambas = [mixer for group in mixers for mixer in group if isinstance(mixer, Mamba2)]
+    state = {(m.conv_weight.shape[0] - m.norm.weight.shape[0]) // 2 for m in mambas} or {128}
+    taps = {m.conv_weight.shape[1] for m in mambas} or {4}
+    expand = {m.project_out.weight.shape[1] // m.project_out.weight.shape[0] for m in mambas} or {2}
+    if max(len(state), len(taps), len(expand)) > 1:
+        raise LayoutError("the Mamba-2 layers of a published model are alike in state, taps and expansion")
+    return {
+        "arch_layout": _layout(model.stage),
+        "d_model": [stage.dim for stage in stages],
+        "d_intermediate": [stage.mlp_dim for stage in stages],
+        "vocab_size": model.embedding.shape[0],
+        "ssm_cfg": {"chunk_size": 256, "d_conv": taps.pop(), "d_state": state.pop(), "expand": expand.pop()},
+        "attn_cfg": {
+            "num_heads": [stage.heads for stage in stages],
+            "rotary_emb_dim": [stage.rotary_dim for stage in stages],
+            "window_size": [stage.window for stage in stages],
+        },
+        "tie_embeddings": False,
+    }
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The stacks of one stage, and what its configuration says."""
+
+    stacks: tuple[Stack, ...]
+    dim: int
+
+    @property
+    def blocks(self) -> list[PreNorm]:
+        return [block for stack in self.stacks for block in _blocks(stack)]
+
+    @property
+    def attention(self) -> list[Attention]:
+        return [block.mixer for block in self.blocks if isinstance(block.mixer, Attention)]
+
+    @property
+    def mlp_dim(self) -> int:
+        return max((block.mlp.out.weight.shape[1] for block in self.blocks if block.mlp is not None), default=0)
+
+    @property
+    def heads(self) -> int:
+        return self.attention[0].heads if self.attention else 1
+
+    @property
+    def rotary_dim(self) -> int:
+        return (self.attention[0].rotary_dim or 0) if self.attention else 0
+
+    @property
+    def window(self) -> int:
+        return -1 if self.stacks[0].window is None else self.stacks[0].window - 1
+
+
+def _stages(stage: AbstractStage) -> Iterator[_Stage]:
+    if isinstance(stage, Widened):
+        yield from _stages(stage.stage)
+    elif isinstance(stage, Flat):
+        yield _Stage((stage.stack,), _width(stage.stack))
+    elif isinstance(stage, Hierarchy):
+        yield _Stage((stage.encoder, stage.decoder), _width(stage.encoder))
+        yield from _stages(stage.inner)
+    else:
+        raise LayoutError(f"the released layout has no {type(stage).__name__}")
+
+
+def _width(stack: Stack) -> int:
+    if stack.norm is None:
+        raise LayoutError("in the released layout every network ends with a norm; one of this model does not")
+    return stack.norm.weight.shape[0]
+
+
+def _blocks(stack: Stack) -> list[PreNorm]:
+    for block in stack.blocks:
+        if not isinstance(block, PreNorm):
+            raise LayoutError(f"the released layout has no {type(block).__name__}: its layers are PreNorm")
+        if isinstance(block.mixer, Attention) and block.mixer.cap is not None:
+            raise LayoutError("attention in the released layout does not cap its logits")
+    return [block for block in stack.blocks if isinstance(block, PreNorm)]
+
+
+def _layout(stage: AbstractStage) -> list[object]:
+    if isinstance(stage, Widened):
+        return _layout(stage.stage)
+    if isinstance(stage, Flat):
+        return [_letters(stage.stack)]
+    assert isinstance(stage, Hierarchy)
+    return [_letters(stage.encoder), _layout(stage.inner), _letters(stage.decoder)]
+
+
+def _letters(stack: Stack) -> str:
+    """Such as `T1m4`."""
+    runs: list[tuple[str, int]] = []
+    for block in _blocks(stack):
+        letter = "m" if isinstance(block.mixer, Mamba2) else "t"
+        letter = letter if block.mlp is None else letter.upper()
+        count = runs.pop()[1] if runs and runs[-1][0] == letter else 0
+        runs.append((letter, count + 1))
+    return "".join(f"{letter}{count}" for letter, count in runs)
+
+
+def named_parameters(model: UNet) -> Iterator[Named]:
+    """Every parameter of a model with its published name. Raises `LayoutError` as `to_reference`."""
+    if model.norm is not None or model.early_head is not None:
+        raise LayoutError("the released layout has one head, and no norm but those that end networks")
+    yield _named("embeddings.weight", model.embedding)
+    yield from _stage_parameters(model.stage, "backbone")
+    yield _named("lm_head.weight", model.head.weight)
+
+
+def _named(name: str, leaf: Array | jax.ShapeDtypeStruct) -> Named:
+    return Named(name, leaf, tuple(leaf.shape))
+
+
+def _stage_parameters(stage: AbstractStage, prefix: str) -> Iterator[Named]:
+    if isinstance(stage, Widened):
+        yield _named(f"{prefix}.pad_dimension", stage.padding)
+        stage = stage.stage
+    if isinstance(stage, Flat):
+        yield from _stack_parameters(stage.stack, f"{prefix}.main_network")
+    elif isinstance(stage, Hierarchy):
+        router, chunker = stage.estimator.router, stage.estimator.chunker
+        router = router.router if isinstance(router, Likelier) else router
+        if not isinstance(router, CosineRouter) or not isinstance(chunker, SelectSmooth) or chunker.projection is None:
+            raise LayoutError(
+                "stages of the released layout draw boundaries by cosine and bring tokens back smoothed, onto a projected "
+                f"residual; this model has {type(router).__name__} and {type(chunker).__name__}"
+            )
+        yield from _stack_parameters(stage.encoder, f"{prefix}.encoder")
+        yield from _stage_parameters(stage.inner, f"{prefix}.main_network")
+        yield from _stack_parameters(stage.decoder, f"{prefix}.decoder")
+        yield _named(f"{prefix}.routing_module.q_proj_layer.weight", router.query)
+        yield _named(f"{prefix}.routing_module.k_proj_layer.weight", router.key)
+        yield _named(f"{prefix}.residual_proj.weight", chunker.projection.weight)
+        yield _named(f"{prefix}.residual_proj.bias", chunker.projection.bias)
+    else:
+        raise LayoutError(f"the released layout has no {type(stage).__name__}")
+
+
+def _stack_parameters(stack: Stack, prefix: str) -> Iterator[Named]:
+    _width(stack)
+    for number, block in enumerate(_blocks(stack)):
+        layer = f"{prefix}.layers.{number}"
+        yield _named(f"{layer}.norm1.weight", block.before_mixer.weight)
+        if isinstance(block.mixer, Mamba2):
+            yield from _mamba_parameters(block.mixer, f"{layer}.mixer")
+        elif isinstance(block.mixer, Attention):
+            yield _named(f"{layer}.mixer.Wqkv.weight", block.mixer.qkv.weight)
+            yield _named(f"{layer}.mixer.out_proj.weight", block.mixer.out.weight)
+        else:
+            raise LayoutError(f"the released layout has no {type(block.mixer).__name__}")
+        if block.mlp is not None and block.before_mlp is not None:
+            yield _named(f"{layer}.norm2.weight", block.before_mlp.weight)
+            yield _named(f"{layer}.mlp.fc1.weight", block.mlp.value_gate.weight)
+            yield _named(f"{layer}.mlp.fc2.weight", block.mlp.out.weight)
+    if stack.norm is not None:
+        yield _named(f"{prefix}.rmsnorm.weight", stack.norm.weight)
+
+
+def _mamba_parameters(mamba: Mamba2, prefix: str) -> Iterator[Named]:
+    channels, taps = mamba.conv_weight.shape
+    yield _named(f"{prefix}.dt_bias", mamba.step_bias)
+    yield _named(f"{prefix}.A_log", mamba.log_rate)
+    yield _named(f"{prefix}.D", mamba.skip)
+    yield _named(f"{prefix}.in_proj.weight", mamba.project_in.weight)
+    yield Named(f"{prefix}.conv1d.weight", mamba.conv_weight, (channels, 1, taps))
+    yield _named(f"{prefix}.conv1d.bias", mamba.conv_bias)
+    yield _named(f"{prefix}.norm.weight", mamba.norm.weight)
+    yield _named(f"{prefix}.out_proj.weight", mamba.project_out.weight)

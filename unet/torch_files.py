@@ -1,0 +1,285 @@
+"""Weights in PyTorch's zip files, read without PyTorch and without running anything that a file names; and written so.
+
+Such a file is a pickle of names and shapes beside one member for each block of numbers. The pickle is read by an unpickler that
+knows tensors and plain containers and refuses everything else by name; the numbers are read when a tensor is asked for, one
+tensor at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+import jax.numpy as jnp
+import numpy as np
+
+LARGEST_PICKLE = 1 << 26
+"""Bytes of names and shapes that a file may have."""
+
+PIECE = 1 << 20
+"""Bytes read at a time."""
+
+
+class TorchFileError(Exception):
+    """What is wrong with a file of weights, in one sentence."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A class of storages in a pickle: what its numbers are."""
+
+    name: str
+    dtype: np.dtype
+
+
+_KINDS = {
+    f"{name}Storage": _Kind(f"{name}Storage", np.dtype(dtype))
+    for name, dtype in {
+        "Float": np.float32,
+        "BFloat16": jnp.bfloat16,
+        "Half": np.float16,
+        "Double": np.float64,
+        "Long": np.int64,
+        "Int": np.int32,
+        "Short": np.int16,
+        "Char": np.int8,
+        "Byte": np.uint8,
+        "Bool": np.bool_,
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """One block of numbers: the member that holds it, and how many there are."""
+
+    kind: _Kind
+    member: str
+    size: int
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where the numbers of a tensor lie."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.storage.kind.dtype
+
+
+class _Ignored:
+    """Stands for settings that the authors' training left beside their parameters: takes whatever it is given, keeps nothing."""
+
+    def __init__(self, *arguments: object, **named: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _rebuild_tensor(storage: object, offset: object, shape: object, strides: object, *rest: object) -> TensorPlace:
+    whole = (offset, *_numbers(shape), *_numbers(strides))
+    if not isinstance(storage, _Storage) or any(type(number) is not int or number < 0 for number in whole):
+        raise pickle.UnpicklingError("a tensor has no sensible shape")
+    place = TensorPlace(storage, cast(int, offset), _numbers(shape), _numbers(strides))
+    if len(place.shape) != len(place.strides):
+        raise pickle.UnpicklingError("a tensor has no sensible shape")
+    last = place.offset + sum((size - 1) * step for size, step in zip(place.shape, place.strides, strict=True))
+    if math.prod(place.shape) and last >= storage.size:
+        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+    return place
+
+
+def _numbers(value: object) -> tuple[int, ...]:
+    if not isinstance(value, tuple):
+        raise pickle.UnpicklingError("a tensor has no sensible shape")
+    return value
+
+
+def _parameter(data: object, *rest: object) -> object:
+    return data
+
+
+_HARMLESS: Mapping[tuple[str, str], Callable[..., object]] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): defaultdict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    **{("builtins", kind.__name__): kind for kind in (dict, list, set, tuple, int, float, str, bool)},
+    # The published checkpoints may carry learning-rate multipliers in such lists.
+    **dict.fromkeys(
+        [
+            ("typing", "Any"),
+            ("omegaconf.listconfig", "ListConfig"),
+            ("omegaconf.dictconfig", "DictConfig"),
+            ("omegaconf.base", "ContainerMetadata"),
+            ("omegaconf.base", "Metadata"),
+            ("omegaconf.nodes", "AnyNode"),
+        ],
+        _Ignored,
+    ),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds tensors and plain containers and nothing else."""
+
+    def find_class(self, module: str, name: str) -> object:  # what a pickle calls or marks a storage with
+        if module == "torch" and name in _KINDS:
+            return _KINDS[name]
+        if (module, name) in _HARMLESS:
+            return _HARMLESS[module, name]
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is neither a tensor nor a plain container")
+
+    def persistent_load(self, pid: object) -> _Storage:
+        match pid:
+            case ("storage", _Kind() as kind, str(member), str(), int(size)):
+                return _Storage(kind, member, size)
+        raise pickle.UnpicklingError("it refers to something that is no storage")
+
+
+class TorchFile(Mapping[str, np.ndarray]):
+    """The tensors of a file by name; each is read when it is asked for.
+
+    Raises `TorchFileError` for a file of another format, a damaged one, and one that names anything but tensors and plain
+    containers.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._zip = zipfile.ZipFile(path)
+            members = [name for name in self._zip.namelist() if name.endswith("/data.pkl")]
+            if len(members) != 1:
+                raise TorchFileError(f"{path} is not a file of PyTorch weights: it has no data.pkl")
+            self._folder = members[0].removesuffix("data.pkl")
+            if self._zip.getinfo(members[0]).file_size > LARGEST_PICKLE:
+                raise TorchFileError(f"{path} has a data.pkl of over {LARGEST_PICKLE} bytes, which no weights need")
+            with self._zip.open(members[0]) as stream:
+                content: object = _Unpickler(stream).load()
+        except zipfile.BadZipFile:
+            raise TorchFileError(
+                f"{path} is not a zip file as PyTorch has written since 1.6: it is damaged, or of an older format"
+            ) from None
+        except pickle.UnpicklingError as error:
+            raise TorchFileError(f"{path} is refused: {error}") from None
+        except TorchFileError:
+            raise
+        # A pickle can fail in any way that its opcodes can.
+        except Exception as error:
+            raise TorchFileError(f"{path} is damaged: its data.pkl cannot be read ({error})") from None
+        self._places = _tensors(content, path)
+
+    def places(self) -> Mapping[str, TensorPlace]:
+        """Shapes and dtypes, without reading the numbers."""
+        return self._places
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        place = self._places[name]
+        storage, dtype = place.storage, place.dtype
+        try:
+            with self._zip.open(f"{self._folder}data/{storage.member}") as stream:
+                if place.strides == _plain_strides(place.shape):
+                    stream.seek(place.offset * dtype.itemsize)
+                    return self._read(stream, dtype, math.prod(place.shape), name).reshape(place.shape)
+                block = self._read(stream, dtype, storage.size, name)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise TorchFileError(f"{self._path} is damaged: the numbers of {name} cannot be read ({error})") from None
+        strides = tuple(step * dtype.itemsize for step in place.strides)
+        return np.lib.stride_tricks.as_strided(block[place.offset :], place.shape, strides).copy()
+
+    def _read(self, stream: zipfile.ZipExtFile | IO[bytes], dtype: np.dtype, count: int, name: str) -> np.ndarray:
+        """So many numbers, read piece by piece so that they are in memory once."""
+        numbers = np.empty(count, dtype)
+        room = numbers.view(np.uint8).data
+        done = 0
+        while done < len(room):
+            piece = stream.read(min(PIECE, len(room) - done))
+            if not piece:
+                raise TorchFileError(f"{self._path} is damaged: {name} has fewer numbers than its shape says")
+            room[done : done + len(piece)] = piece
+            done += len(piece)
+        return numbers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _tensors(content: object, path: Path) -> dict[str, TensorPlace]:
+    """The tensors of a state dictionary, or of the one that a checkpoint holds beside other things."""
+    if isinstance(content, dict) and not any(isinstance(value, TensorPlace) for value in content.values()):
+        inside = [value for key, value in content.items() if key in ("state_dict", "model") and isinstance(value, dict)]
+        content = inside[0] if len(inside) == 1 else content
+    if isinstance(content, dict):
+        found = {name: value for name, value in content.items() if isinstance(value, TensorPlace)}
+        if found and all(isinstance(name, str) for name in found):
+            return found
+    raise TorchFileError(f"{path} holds no dictionary of tensors")
+
+
+def _plain_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Those of rows one after another."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def write_torch_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors as PyTorch reads them (`torch.load` with `weights_only`), one in memory at a time.
+
+    Raises `ValueError` for a dtype that has no storage there.
+    """
+    kinds = {kind.dtype: kind.name for kind in _KINDS.values()}
+    description = bytearray(b"\x80\x02ccollections\nOrderedDict\n)R(")
+    temporary = path.with_name(f".{path.name}.tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for number, name in enumerate(tensors):
+            tensor = np.asarray(tensors[name])
+            if tensor.dtype not in kinds:
+                raise ValueError(f"{name} is {tensor.dtype}, of which PyTorch has no storage")
+            archive.writestr(f"weights/data/{number}", tensor.tobytes())
+            description += _text(name) + _tensor(kinds[tensor.dtype], str(number), tensor.shape)
+        archive.writestr("weights/data.pkl", bytes(description + b"u."))
+        archive.writestr("weights/byteorder", b"little")
+        archive.writestr("weights/version", b"3\n")
+    temporary.replace(path)
+
+
+def _text(text: str) -> bytes:
+    content = text.encode()
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+def _whole(number: int) -> bytes:
+    content = number.to_bytes(8, "little")
+    return b"\x8a\x08" + content
+
+
+def _tensor(kind: str, member: str, shape: tuple[int, ...]) -> bytes:
+    """The opcodes of `_rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`."""
+    storage = b"(" + _text("storage") + f"ctorch\n{kind}\n".encode() + _text(member) + _text("cpu")
+    storage += _whole(math.prod(shape)) + b"tQ"
+    sizes = b"(" + b"".join(_whole(size) for size in shape) + b"t"
+    strides = b"(" + b"".join(_whole(step) for step in _plain_strides(shape)) + b"t"
+    arguments = b"(" + storage + _whole(0) + sizes + strides + b"\x89ccollections\nOrderedDict\n)Rt"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"
