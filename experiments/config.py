@@ -22,6 +22,7 @@ from experiments.sections import (
     MLPConfig,
     OffPolicyConfig,
     OptimizerConfig,
+    PoolConfig,
     ScoreFunctionConfig,
     SmoothConfig,
     StrideConfig,
@@ -127,9 +128,10 @@ class RunConfig:
     """Go on with the run in --out from its last checkpoint."""
     overwrite: bool = False
     """Delete what is in --out first."""
-    chunker: Literal["distribute", "deviate", "mean", "smooth"] | None = None
+    chunker: Literal["distribute", "deviate", "mean", "smooth", "attend"] | None = None
     """How bytes become tokens and come back: select and add the token level's output (distribute) or its change (deviate), the
-    means of groups (mean), select and smooth (smooth); by default what the estimator was published with."""
+    means of groups (mean), select and smooth (smooth), select and let bytes attend to their token (attend, as BLT); by default
+    what the estimator was published with."""
     capacity_slack: float = 1.35
     """Most token rows per sequence in training, as a multiple of rate x length; boundaries beyond are dropped and counted."""
     buckets: int = 4
@@ -147,6 +149,7 @@ class RunConfig:
     mlp: MLPConfig = field(default_factory=MLPConfig)
     hnet: DynamicChunkingConfig = field(default_factory=DynamicChunkingConfig)
     smooth: SmoothConfig = field(default_factory=SmoothConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
     bpe: BPEConfig = field(default_factory=BPEConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
@@ -273,7 +276,23 @@ def _check_levels(config: RunConfig) -> None:
         raise ConfigError(f"{name} reads bytes, not tokens: use it for the first level, and name --inner-estimators")
 
 
+def _check_pool(config: RunConfig) -> None:
+    pool, levels = config.pool, config.levels
+    attends = pool.kind == "attention" or config.chunker == "attend"
+    _require(pool.heads >= 1 and pool.vectors >= 1, "--pool.heads and --pool.vectors must be at least 1")
+    for width in config.unet.widths[: len(levels)]:
+        _require(
+            not attends or width % pool.heads == 0, f"--pool.heads {pool.heads} does not divide a width of {width}"
+        )
+    means = config.chunker == "mean" or any(level.estimator == "gumbel" for level in levels)
+    _require(not means or pool.kind == "last", "--chunker mean makes its tokens itself: leave --pool.kind out")
+    _require(
+        not pool.boundary or pool.kind != "last", "--pool.boundary adds the last row to a pool: name a --pool.kind"
+    )
+
+
 def _check_estimators(config: RunConfig) -> None:
+    _check_pool(config)
     mlp, target = config.mlp, config.target
     _require(mlp.inner is None or mlp.inner >= 1, "--mlp.inner must be at least 1")
     _require(mlp.temperature > 0, f"--mlp.temperature must be positive; got {mlp.temperature}")

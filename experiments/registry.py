@@ -41,7 +41,8 @@ from estimators import (
     Whitespace,
 )
 from experiments.config import EstimatorName, RunConfig
-from unet import MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth, UNet
+from unet import AttendBack, MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth, UNet
+from unet.pooling import AbstractPool, Average, CrossAttention, Largest, Pooled, WithBoundary
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,20 @@ def build_chunker(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractChu
         return SelectSmooth(
             Projection(dim) if smooth.residual == "projected" else None, smooth.smoothing, weighting, way
         )
+    if name == "attend":
+        return AttendBack(dim, config.pool.heads, vectors=config.pool.vectors, key=key, implementation=way)
     return SelectDeviate(way) if name == "deviate" else SelectDistribute(way)
+
+
+def build_pool(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractPool | None:
+    """How tokens are made of the rows that they close; None where they are their last rows."""
+    kind = config.pool.kind
+    if kind == "last":
+        return None
+    pool = (
+        Largest() if kind == "max" else Average() if kind == "mean" else CrossAttention(dim, config.pool.heads, key=key)
+    )
+    return WithBoundary(pool, config.unet.implementation) if config.pool.boundary else pool
 
 
 def build_estimator(config: RunConfig, key: PRNGKeyArray, found: Found | None = None) -> AbstractEstimator | None:
@@ -240,4 +254,6 @@ def build_estimators(config: RunConfig, key: PRNGKeyArray, found: Found | None =
 
 def _at_level(config: RunConfig, dim: int, key: PRNGKeyArray, found: Found) -> AbstractEstimator | None:
     chunker = build_chunker(config, dim, jax.random.fold_in(key, 1))
+    pool = build_pool(config, dim, jax.random.fold_in(key, 2))
+    chunker = chunker if pool is None else Pooled(pool, chunker, config.unet.implementation)
     return REGISTRY[config.estimator](Ingredients(config, dim, chunker, key, found))

@@ -14,17 +14,20 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from estimators.base import VOCAB, AbstractEstimator
 from unet.blocks import Stack, transformer
 from unet.layers import Linear, RMSNorm
+from unet.ngrams import HashedNgrams
 from unet.ops import Implementation
 from unet.stage import AbstractStage, Flat, Hierarchy
 
 
 class Parts(eqx.Module):
-    """What a model is made of: an embedding, a stage, and a head behind a norm (None where the stage ends with one)."""
+    """What a model is made of: an embedding, with or without one of the last few bytes; a stage; and a head behind a norm (None
+    where the stage ends with one)."""
 
     embedding: Float[Array, "vocab dim"]
     stage: AbstractStage
     norm: RMSNorm | None
     head: Linear
+    ngrams: HashedNgrams | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,19 @@ class AbstractShape(ABC):
     """How ragged operations run: as kernels on CUDA and in XLA elsewhere (None), always in `xla`, always as `pallas` kernels, or
     `interpret` those on the host, slowly."""
 
+    ngrams: tuple[int, ...] = ()
+    """Numbers of bytes whose hashed embeddings are added to each byte's own (BLT: 3 4 5 6 7 8); by default none."""
+    ngram_buckets: int = 500_000
+    """Rows of the table of each of these."""
+
+    def new_ngrams(self, key: PRNGKeyArray) -> HashedNgrams | None:
+        """The embeddings of n-grams that were asked for."""
+        key = jax.random.fold_in(key, 7)
+        return HashedNgrams(self.widths[0], self.ngrams, self.ngram_buckets, key=key) if self.ngrams else None
+
     def __post_init__(self):
+        if self.ngram_buckets < 1 or any(size < 2 for size in self.ngrams):
+            raise ValueError(f"ngrams have two bytes or more, and tables rows; got {self.ngrams}, {self.ngram_buckets}")
         if not 0 < self.early_share <= 1:
             raise ValueError(f"early_share is a share of rows above 0, at most 1; got {self.early_share}")
 
@@ -124,4 +139,4 @@ class UNetConfig(AbstractShape):
                 implementation=self.implementation,
             )
         embedding = jax.random.normal(key_embed, (VOCAB, dim))
-        return Parts(embedding, stage, RMSNorm(dim), Linear(dim, VOCAB, key=key_head))
+        return Parts(embedding, stage, RMSNorm(dim), Linear(dim, VOCAB, key=key_head), self.new_ngrams(key_embed))

@@ -15,7 +15,8 @@ from unet.blocks import AbstractBlock, Block, PreNorm, Stack
 from unet.layers import Linear
 from unet.mamba import Mamba2
 from unet.model import UNet
-from unet.stage import AbstractStage, Flat, Hierarchy, Widened
+from unet.stage import AbstractStage, Flat, Hierarchy
+from unet.widened import Widened
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from unet.blocks import PreNorm, Stack
 from unet.config import AbstractShape, Parts
 from unet.layers import Linear, ScaleNorm, SwiGLU
 from unet.mamba import HEAD, Mamba2
-from unet.stage import AbstractStage, Flat, Hierarchy, Widened
+from unet.stage import AbstractStage, Flat, Hierarchy
+from unet.widened import Widened
 
 STD = 0.02
 """Standard deviation of fresh weights, as released."""
@@ -150,7 +151,8 @@ class HNetConfig(AbstractShape):
         head = Linear(self.dims[0], VOCAB, key=key_head)
         head = eqx.tree_at(lambda linear: linear.weight, head, STD * jax.random.normal(key_head, head.weight.shape))
         embedding = jax.random.normal(key_embed, (VOCAB, self.dims[0]))
-        return Parts(embedding, self._stage(networks, 0, 0, tuple(estimators), key_stage), None, head)
+        stage = self._stage(networks, 0, 0, tuple(estimators), key_stage)
+        return Parts(embedding, stage, None, head, self.new_ngrams(key_embed))
 
     def _stage(
         self,

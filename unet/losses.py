@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from estimators.base import AbstractObjective, Layout, Signal
 from unet.likelihood import continues, log_lik_of, next_byte_log_lik
 from unet.ops import token_of
+from unet.ops.rows import add_at
 from unet.stage import Level
 
 
@@ -74,17 +75,9 @@ class Reward(eqx.Module):
         """The rewards of the token rows that `level` makes of these rows: each the sum over the rows from the one that closed
         it to the one before the next closes."""
         index = token_of(level.boundaries.actions)
-
-        def total(values: Array) -> Array:
-            def of_sequence(index: Array, values: Array) -> Array:
-                # Rows before the first token are in none.
-                return (
-                    jnp.zeros((tokens,), values.dtype).at[jnp.where(index < 0, tokens, index)].add(values, mode="drop")
-                )
-
-            return jax.vmap(of_sequence)(index, values)
-
-        return jax.tree.map(total, self)
+        # Rows before the first token are in none.
+        index = jnp.where(index < 0, tokens, index)
+        return jax.tree.map(lambda values: add_at(index, values, tokens), self)
 
     def scaled(self, factor: Float[Array, ""]) -> Reward:
         """With likelihoods times a factor."""

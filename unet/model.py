@@ -17,23 +17,36 @@ from unet.config import AbstractShape
 from unet.layers import Linear, RMSNorm
 from unet.likelihood import plain_layout
 from unet.losses import LossOutput, Prediction, losses
+from unet.ngrams import HashedNgrams
 from unet.stage import AbstractStage, Begun, Drawing, StageOutput, repeated
 
 
+class TextChange(eqx.Module):
+    """How what a model keeps changes: its stage's memory, and the byte that was read."""
+
+    stage: PyTree[Array]
+    bytes: Int[Array, "batch 1"]
+
+
 class TextState(AbstractMemory):
-    """What a model keeps of the first bytes of some texts: its `stage`'s memory, how many there were (`count`), and the `keys`
-    that draw boundaries (None: the likelier action)."""
+    """What a model keeps of the first bytes of some texts: its `stage`'s memory, how many there were (`count`), the `keys` that
+    draw boundaries (None: the likelier action), and the `recent` bytes that embeddings of n-grams look back at."""
 
     stage: PyTree[Array]
     count: Int[Array, " batch"]
     keys: Key[Array, " batch"] | None
+    recent: Int[Array, "batch reach"] | None = None
 
     def noise(self, length: int) -> Float[Array, "batch length"] | None:
         """The uniform numbers with which the outermost level draws at the next `length` bytes; None where it does not draw."""
         return None if self.keys is None else uniforms_from(self.keys, self.count, length)
 
-    def written(self, change: PyTree[Array], advance: Bool[Array, " batch"]) -> TextState:
-        return TextState(written(self.stage, change, advance), self.count + advance.astype(jnp.int32), self.keys)
+    def written(self, change: TextChange, advance: Bool[Array, " batch"]) -> TextState:
+        recent = self.recent
+        if recent is not None:
+            recent = written(recent, jnp.concatenate([recent[:, 1:], change.bytes], axis=1), advance)
+        count = self.count + advance.astype(jnp.int32)
+        return TextState(written(self.stage, change.stage, advance), count, self.keys, recent)
 
 
 class Prefilled(eqx.Module):
@@ -53,7 +66,7 @@ class NextByte(eqx.Module):
 
     logits: Float[Array, "batch vocab"]
     closed: tuple[Bool[Array, " batch"], ...]
-    change: PyTree[Array]
+    change: TextChange
 
 
 def _sizes(capacities: Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -84,6 +97,7 @@ class UNet(eqx.Module):
     early_head: Linear | None
     compute: Literal["float32", "bfloat16"] = eqx.field(static=True)
     early_share: float = eqx.field(static=True)
+    ngrams: HashedNgrams | None = None
 
     def __init__(
         self,
@@ -105,6 +119,7 @@ class UNet(eqx.Module):
         self.early_head = jax.tree.map(lambda leaf: leaf, self.head) if early else None
         self.compute = config.compute
         self.early_share = config.early_share
+        self.ngrams = parts.ngrams
 
     def __call__(
         self,
@@ -149,7 +164,11 @@ class UNet(eqx.Module):
         drawing = Drawing(keys, capacities=tuple(capacities))
         done = self.stage.prefill(self.embed(layout), layout, drawing)
         count = jnp.sum(layout.mask, axis=1, dtype=jnp.int32)
-        return Prefilled(self.predict(done.output), TextState(done.memory, count, keys))
+        recent = None
+        if self.ngrams is not None:
+            place = count[:, None] - self.ngrams.reach + jnp.arange(self.ngrams.reach, dtype=jnp.int32)
+            recent = jnp.take_along_axis(layout.bytes, jnp.maximum(place, 0), axis=1, mode="clip")
+        return Prefilled(self.predict(done.output), TextState(done.memory, count, keys, recent))
 
     def step(
         self,
@@ -167,8 +186,8 @@ class UNet(eqx.Module):
         count = state.count[:, None]
         layout = Layout(bytes[:, None], count, jnp.zeros_like(count), advance[:, None], state.count)
         drawing = Drawing(state.keys, noise=None if noise is None else noise[:, None])
-        done = self.stage.step(self.embed(layout), layout, drawing, state.stage)
-        return NextByte(self.logits(done.hidden)[:, 0], done.closed, done.change)
+        done = self.stage.step(self.embed(layout, state.recent), layout, drawing, state.stage)
+        return NextByte(self.logits(done.hidden)[:, 0], done.closed, TextChange(done.change, layout.bytes))
 
     def predict(self, output: StageOutput, *, early_rows: Int[Array, " rows"] | None = None) -> Prediction:
         """The two heads on top of what the stage returned, the early one at `early_rows` only where they are given."""
@@ -191,10 +210,15 @@ class UNet(eqx.Module):
             return None
         return jax.random.permutation(jax.random.fold_in(key, 2), length)[: max(count, 1)]
 
-    def embed(self, layout: Layout) -> Float[Array, "batch length dim"]:
-        """One vector a byte, in the compute dtype."""
+    def embed(
+        self, layout: Layout, before: Int[Array, "batch reach"] | None = None
+    ) -> Float[Array, "batch length dim"]:
+        """One vector a byte, in the compute dtype; `before`: the bytes before these that embeddings of n-grams look at."""
         with jax.named_scope("embed"):
-            return self.embedding[layout.bytes].astype(self.compute)
+            embedded = self.embedding[layout.bytes]
+            if self.ngrams is not None:
+                embedded = embedded + self.ngrams(layout.bytes, layout.numbers, before)
+            return embedded.astype(self.compute)
 
     def loss(
         self,

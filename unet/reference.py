@@ -24,7 +24,8 @@ from unet.chunkers import Projection, SelectSmooth
 from unet.hnet import HNetConfig, read_layout
 from unet.mamba import Mamba2
 from unet.model import UNet
-from unet.stage import AbstractStage, Flat, Hierarchy, Widened
+from unet.stage import AbstractStage, Flat, Hierarchy
+from unet.widened import Widened
 
 WeightType = Literal["float32", "bfloat16"]
 
@@ -287,8 +288,8 @@ def _letters(stack: Stack) -> str:
 
 def named_parameters(model: UNet) -> Iterator[Named]:
     """Every parameter of a model with its published name. Raises `LayoutError` as `to_reference`."""
-    if model.norm is not None or model.early_head is not None:
-        raise LayoutError("the released layout has one head, and no norm but those that end networks")
+    if model.norm is not None or model.early_head is not None or model.ngrams is not None:
+        raise LayoutError("the released layout has one embedding, one head, and no norm but those that end networks")
     yield _named("embeddings.weight", model.embedding)
     yield from _stage_parameters(model.stage, "backbone")
     yield _named("lm_head.weight", model.head.weight)

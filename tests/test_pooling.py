@@ -1,0 +1,161 @@
+"""Tokens made of all rows that their boundaries close: closed forms, what reaches them, and row by row."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from estimators import Boundaries
+from experiments.config import ConfigError, check
+from experiments.sections import PoolConfig
+from tests.compositions import LENGTH, config_of, registered
+from tests.conftest import losses, predict, text_bytes
+from tests.test_stepping import KEYS, check_row_by_row
+from unet import AttendBack, Average, CrossAttention, Largest, Pooled, SelectDistribute, WithBoundary
+from unet.ngrams import HashedNgrams, rolling_hash
+
+DIM = 8
+ACTIONS = jnp.asarray([[1, 0, 0, 1, 0, 1, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0, 0, 1, 0]], bool)
+# The second sequence holds two documents; the second of them starts at row 8.
+STARTS = jnp.zeros((2, 10), bool).at[:, 0].set(True).at[1, 8].set(True)
+GROUPS = ([[0], [1, 2, 3], [4, 5], [6, 7, 8, 9]], [[0], [1], [8]])
+
+
+def boundaries(actions=ACTIONS, starts=STARTS):
+    probs = jnp.full(actions.shape, 0.5)
+    return Boundaries(actions, jnp.zeros(actions.shape), probs, ~starts, starts)
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    return jax.random.normal(jax.random.key(0), (2, 10, DIM))
+
+
+def by_hand(pool, rows):
+    """What a pool makes of the rows of one group."""
+    if isinstance(pool, WithBoundary):
+        return by_hand(pool.pool, rows) + rows[-1]
+    if isinstance(pool, Largest):
+        return rows.max(axis=0)
+    if isinstance(pool, Average):
+        return rows.mean(axis=0)
+    query = pool.query(rows.max(axis=0)).reshape(pool.heads, -1)
+    keys, values = (part.reshape(len(rows), pool.heads, -1) for part in jnp.split(pool.key_value(rows), 2, axis=-1))
+    weights = jax.nn.softmax(jnp.einsum("hd,rhd->hr", query, keys) / keys.shape[-1] ** 0.5, axis=-1)
+    return pool.out(jnp.einsum("hr,rhd->hd", weights, values).ravel())
+
+
+ATTENTION = CrossAttention(DIM, 2, key=jax.random.key(5))
+POOLS = [Largest(), Average(), ATTENTION, WithBoundary(Largest()), WithBoundary(ATTENTION)]
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=["max", "mean", "attention", "max+last", "attention+last"])
+@pytest.mark.parametrize("capacity", [3, 6])
+def test_tokens_are_made_of_the_rows_that_their_boundary_closes(hidden, pool, capacity):
+    rows = jax.jit(lambda h: Pooled(pool, SelectDistribute()).down(h, boundaries(), capacity=capacity))(hidden)
+    for sequence, groups in enumerate(GROUPS):
+        assert int(rows.lengths[sequence]) == min(len(groups), capacity)
+        for token, group in enumerate(groups[:capacity]):
+            expected = by_hand(pool, hidden[sequence, jnp.asarray(group)])
+            np.testing.assert_allclose(rows.values[sequence, token], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(rows.values[sequence, len(groups) :], 0.0)
+
+
+@pytest.mark.parametrize("pool", POOLS[:3], ids=["max", "mean", "attention"])
+def test_gradients_reach_the_rows_of_the_group_alone(hidden, pool):
+    def token(h):
+        return jnp.sum(Pooled(pool, SelectDistribute()).down(h, boundaries(), capacity=6).values[0, 1] ** 2)
+
+    gradient = jax.jit(jax.grad(token))(hidden)
+    assert np.all(np.isfinite(gradient))
+    assert np.all(np.any(gradient[0, 1:4] != 0, axis=-1) | (isinstance(pool, Largest)))
+    moved = np.ones((2, 10), bool)
+    moved[0, 1:4] = False
+    np.testing.assert_array_equal(gradient[moved], 0.0)
+
+
+def test_bytes_attend_to_the_vectors_of_their_token(hidden):
+    chunker = AttendBack(DIM, 2, vectors=3, key=jax.random.key(1))
+    rows = chunker.down(hidden, boundaries(), capacity=6)
+    outputs = jax.random.normal(jax.random.key(2), rows.values.shape)
+    back = eqx.filter_jit(chunker.up)(outputs, rows, hidden, boundaries())
+    for sequence, byte, token in ((0, 0, 0), (0, 2, 0), (0, 4, 1), (0, 9, 3), (1, 7, 1)):
+        keys, values = (p.reshape(2, 3, -1) for p in jnp.split(chunker.key_value(outputs[sequence, token]), 2))
+        query = chunker.query(hidden[sequence, byte]).reshape(2, -1)
+        weights = jax.nn.softmax(jnp.einsum("hd,hkd->hk", query, keys) / 2.0, axis=-1)
+        mixed = chunker.out(jnp.einsum("hk,hkd->hd", weights, values).ravel())
+        np.testing.assert_allclose(back[sequence, byte], hidden[sequence, byte] + mixed, rtol=1e-5, atol=1e-5)
+
+
+CHOICES = [
+    {"pool": PoolConfig("max")},
+    {"pool": PoolConfig("mean", boundary=True)},
+    {"pool": PoolConfig("attention", heads=2), "chunker": "smooth"},
+    {"pool": PoolConfig("attention", heads=2), "chunker": "attend", "ngrams": (3, 4, 5)},
+]
+
+
+def chosen(choice):
+    config = config_of("sfe")
+    ngrams = choice.get("ngrams", ())
+    unet = dataclasses.replace(config.unet, ngrams=ngrams, ngram_buckets=100)
+    changes = {name: value for name, value in choice.items() if name != "ngrams"}
+    return dataclasses.replace(config, unet=unet, **changes)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_models_with_such_tokens_train_and_step_as_they_read(choice):
+    config = chosen(choice)
+    check(config)
+    model = registered("sfe", config)
+    assert np.isfinite(losses(model, text_bytes(3, LENGTH), key=jax.random.key(0), capacities=(12,)).loss)
+    check_row_by_row(model)
+
+
+def test_nothing_after_a_row_reaches_it():
+    model = registered("sfe", chosen(CHOICES[-1]))
+    bytes = text_bytes(2, LENGTH)
+    changed = bytes.at[:, 15:].set(text_bytes(2, LENGTH, seed=3)[:, 15:])
+    before, after = (predict(model, b, key=KEYS[:2]).logits[:, :15] for b in (bytes, changed))
+    np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pool": PoolConfig("attention", heads=3)}, "does not divide a width of 16"),
+        ({"pool": PoolConfig("max"), "estimator": "gumbel"}, "makes its tokens itself"),
+        ({"pool": PoolConfig(boundary=True)}, "name a --pool.kind"),
+        ({"chunker": "attend", "pool": PoolConfig(vectors=0)}, "at least 1"),
+    ],
+)
+def test_pools_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check(dataclasses.replace(config_of("sfe"), **changes))
+
+
+def test_hashes_are_the_polynomial_of_the_bytes():
+    windows = jnp.asarray([[1, 2, 3], [255, 0, 254], [0, 0, 7]])
+    for window, got in zip(windows.tolist(), rolling_hash(windows, 1000), strict=True):
+        newest_first = window[::-1]
+        total = sum(byte * pow(2_654_435_761, power, 2**32) for power, byte in enumerate(newest_first)) % 2**32
+        assert int(got) == total % 1000
+
+
+def test_ngrams_begin_anew_with_every_document_and_look_back_only():
+    ngrams = HashedNgrams(4, (3, 5), 50, key=jax.random.key(0))
+    bytes, numbers = text_bytes(1, 9), jnp.asarray([[0, 1, 2, 3, 4, 5, 0, 1, 2]])
+    got = eqx.filter_jit(ngrams)(bytes, numbers)
+    third, fifth = ngrams.tables
+    for row in range(9):
+        number = int(numbers[0, row])
+        expected = jnp.zeros(4)
+        for size, table in ((3, third), (5, fifth)):
+            if number >= size - 1:
+                expected = expected + table[rolling_hash(bytes[0, row - size + 1 : row + 1], 50)]
+        np.testing.assert_allclose(got[0, row], expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="two bytes or more"):
+        HashedNgrams(4, (1,), 50, key=jax.random.key(0))

@@ -1,0 +1,323 @@
+"""What a token is made of: its last row, or all rows that its boundary closes.
+
+A group is what one boundary closes: the rows after the boundary before, its own row the last. So a token never depends on a row
+after the one at which it is first used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from estimators.base import AbstractChunker, AbstractMemory, Boundaries, Joined, TokenRows, written
+from unet.cache import NewRow, RowCache, attend_cached
+from unet.layers import Linear
+from unet.ops import Implementation, downsample
+from unet.ops.rows import add_at, bounds_of, spread_rows
+
+
+class Groups(eqx.Module):
+    """Which group each row is in: `index`, `tokens` where no boundary closes it; and how many tokens there is room for."""
+
+    index: Int[Array, "batch length"]
+    tokens: int = eqx.field(static=True)
+
+    def total(self, values: Float[Array, "batch length *rest"]) -> Float[Array, "batch tokens *rest"]:
+        """The sum of each group."""
+        return add_at(self.index, values, self.tokens)
+
+    def largest(self, values: Float[Array, "batch length *rest"]) -> Float[Array, "batch tokens *rest"]:
+        """The largest of each group, number by number; -inf where it has no rows."""
+
+        def most(index: Array, values: Array) -> Array:
+            empty = jnp.full((self.tokens, *values.shape[1:]), -jnp.inf, values.dtype)
+            return empty.at[index].max(values, mode="drop")
+
+        return jax.vmap(most)(self.index, values)
+
+    def spread(self, rows: Float[Array, "batch tokens dim"]) -> Float[Array, "batch length dim"]:
+        """What belongs to each group at all its rows; rows of no group get the last."""
+        index = jnp.minimum(self.index, self.tokens - 1)
+        return spread_rows(rows, index, bounds_of(index, self.tokens), None)
+
+
+def groups_of(boundaries: Boundaries, capacity: int) -> Groups:
+    """The groups that boundaries close. What a document leaves unclosed belongs to none."""
+    closed = boundaries.actions.astype(jnp.int32)
+    index = jnp.cumsum(closed, axis=1) - closed
+    # Rows of the document before would fall to the boundary at a start, which closes its own row alone.
+    last = jnp.flip(jax.lax.cummin(jnp.flip(_next_boundary(boundaries), 1), axis=1), 1)
+    inside = jnp.take_along_axis(boundaries.starts, jnp.minimum(last, closed.shape[1] - 1), axis=1)
+    stray = inside & ~boundaries.starts
+    count = jnp.sum(closed, axis=1, keepdims=True)
+    return Groups(jnp.where(stray | (index >= jnp.minimum(count, capacity)), capacity, index), capacity)
+
+
+def _next_boundary(boundaries: Boundaries) -> Int[Array, "batch length"]:
+    """The number of the row where there is a boundary, beyond all rows elsewhere."""
+    length = boundaries.actions.shape[1]
+    return jnp.where(boundaries.actions, jnp.arange(length, dtype=jnp.int32), length)
+
+
+def open_rows(boundaries: Boundaries, mask: Bool[Array, "batch length"]) -> Bool[Array, "batch length"]:
+    """The rows that no boundary has closed yet, of sequences of one document each."""
+    place = jnp.arange(mask.shape[1], dtype=jnp.int32)
+    last = jnp.max(jnp.where(boundaries.actions, place, -1), axis=1)
+    return (place > last[:, None]) & mask
+
+
+class AbstractPool(eqx.Module):
+    """Makes one row of the rows of a group; row by row, `open` keeps those of the group that is not closed yet."""
+
+    @abstractmethod
+    def __call__(
+        self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, capacity: int
+    ) -> Float[Array, "batch tokens dim"]:
+        """One row for each group; what it says of groups that are not there means nothing."""
+
+    @abstractmethod
+    def open(
+        self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, mask: Bool[Array, "batch length"]
+    ) -> PyTree[Array]:
+        """What is kept of the group that no boundary has closed yet."""
+
+    @abstractmethod
+    def close(self, hidden: Float[Array, "batch 1 dim"], memory: PyTree[Array]) -> Float[Array, "batch 1 dim"]:
+        """The row of the group that the next row would close."""
+
+    @abstractmethod
+    def advance(
+        self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: PyTree[Array]
+    ) -> PyTree[Array]:
+        """How the memory changes with the next row (see `estimators.base.written`)."""
+
+
+class Largest(AbstractPool):
+    """The largest value of each channel in the group (H-Net fig. 13; BLT's first patch query)."""
+
+    def __call__(
+        self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, capacity: int
+    ) -> Float[Array, "batch tokens dim"]:
+        most = groups_of(boundaries, capacity).largest(hidden)
+        return jnp.where(jnp.isfinite(most), most, jnp.zeros((), hidden.dtype))
+
+    def open(
+        self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, mask: Bool[Array, "batch length"]
+    ) -> Float[Array, "batch 1 dim"]:
+        inside = open_rows(boundaries, mask)[..., None]
+        return jnp.max(jnp.where(inside, hidden, jnp.asarray(-jnp.inf, hidden.dtype)), axis=1, keepdims=True)
+
+    def close(
+        self, hidden: Float[Array, "batch 1 dim"], memory: Float[Array, "batch 1 dim"]
+    ) -> Float[Array, "batch 1 dim"]:
+        return jnp.maximum(hidden, memory)
+
+    def advance(
+        self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: Float[Array, "batch 1 dim"]
+    ) -> Float[Array, "batch 1 dim"]:
+        empty = jnp.full_like(memory, -jnp.inf)
+        return jnp.where(boundaries.actions[..., None], empty, jnp.maximum(hidden, memory))
+
+
+class Sum(eqx.Module):
+    """The rows of an open group added up, in float32, and their number."""
+
+    total: Float[Array, "batch 1 dim"]
+    count: Int[Array, "batch 1"]
+
+
+class Average(AbstractPool):
+    """The mean of each channel in the group, in float32 (H-Net fig. 13)."""
+
+    def __call__(
+        self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, capacity: int
+    ) -> Float[Array, "batch tokens dim"]:
+        groups = groups_of(boundaries, capacity)
+        count = groups.total(jnp.ones((*hidden.shape[:2], 1)))
+        return (groups.total(hidden.astype(jnp.float32)) / jnp.maximum(count, 1.0)).astype(hidden.dtype)
+
+    def open(
+        self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, mask: Bool[Array, "batch length"]
+    ) -> Sum:
+        inside = open_rows(boundaries, mask)
+        total = jnp.sum(jnp.where(inside[..., None], hidden.astype(jnp.float32), 0.0), axis=1, keepdims=True)
+        return Sum(total, jnp.sum(inside, axis=1, keepdims=True, dtype=jnp.int32))
+
+    def close(self, hidden: Float[Array, "batch 1 dim"], memory: Sum) -> Float[Array, "batch 1 dim"]:
+        count = (memory.count + 1)[..., None].astype(jnp.float32)
+        return ((memory.total + hidden.astype(jnp.float32)) / count).astype(hidden.dtype)
+
+    def advance(self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: Sum) -> Sum:
+        total = jnp.where(boundaries.actions[..., None], 0.0, memory.total + hidden.astype(jnp.float32))
+        return Sum(total, jnp.where(boundaries.actions, 0, memory.count + 1))
+
+
+class GroupChange(eqx.Module):
+    """One more row of a group, and whether it `closed` it; what the largest values are afterwards."""
+
+    row: NewRow
+    largest: Float[Array, "batch 1 dim"]
+    closed: Bool[Array, " batch"]
+
+
+class GroupMemory(AbstractMemory):
+    """Keys and values of the rows of an open group, and their largest values."""
+
+    rows: RowCache
+    largest: Float[Array, "batch 1 dim"]
+
+    def written(self, change: GroupChange, advance: Bool[Array, " batch"]) -> GroupMemory:
+        rows = self.rows.written(change.row, advance)
+        count = jnp.where(advance & change.closed, 0, rows.count)
+        largest = written(self.largest, change.largest, advance)
+        return GroupMemory(dataclasses.replace(rows, count=count), largest)
+
+
+class CrossAttention(AbstractPool):
+    r"""A query made of the group's largest values attends to the rows of its group alone (BLT's local encoder; H-Net fig. 13).
+
+    $q_m = W_q \max_{l \in g_m} X_l$, $p_m = W_o \sum_{l \in g_m} \mathrm{softmax}_l(q_m \cdot W_k X_l / \sqrt{d_h}) W_v X_l$ per
+    head, softmax in float32.
+    """
+
+    query: Linear
+    key_value: Linear
+    out: Linear
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, dim: int, heads: int, *, key: PRNGKeyArray):
+        """Raises `ValueError` where `heads` does not divide `dim`."""
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {dim}")
+        key_query, key_rows, key_out = jax.random.split(key, 3)
+        self.query, self.out = Linear(dim, dim, key=key_query), Linear(dim, dim, key=key_out)
+        self.key_value, self.heads = Linear(dim, 2 * dim, key=key_rows), heads
+
+    def __call__(
+        self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, capacity: int
+    ) -> Float[Array, "batch tokens dim"]:
+        groups = groups_of(boundaries, capacity)
+        query = self.query(Largest()(hidden, boundaries, capacity))
+        keys, values = jnp.split(self.key_value(hidden), 2, axis=-1)
+        asked, keys, values = (self._heads(rows) for rows in (groups.spread(query), keys, values))
+        logits = jnp.sum(asked.astype(jnp.float32) * keys.astype(jnp.float32), axis=-1) * keys.shape[-1] ** -0.5
+        most = jax.lax.stop_gradient(groups.largest(logits))
+        weights = jnp.exp(logits - groups.spread(jnp.where(jnp.isfinite(most), most, 0.0)))
+        total = groups.total(weights[..., None] * values.astype(jnp.float32))
+        scale = groups.total(weights)
+        mixed = total / jnp.where(scale > 0, scale, 1.0)[..., None]
+        return self.out(mixed.reshape(*mixed.shape[:2], -1).astype(hidden.dtype))
+
+    def open(
+        self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, mask: Bool[Array, "batch length"]
+    ) -> GroupMemory:
+        inside = open_rows(boundaries, mask)
+        count, length = jnp.sum(inside, axis=1, dtype=jnp.int32), mask.shape[1]
+        # The rows of the open group come first.
+        place = jnp.sum(mask, axis=1, dtype=jnp.int32)[:, None] - count[:, None] + jnp.arange(length, dtype=jnp.int32)
+        found = jnp.take_along_axis(self.key_value(hidden), jnp.minimum(place, length - 1)[..., None], axis=1)
+        keys, values = (jnp.swapaxes(self._heads(rows), 1, 2) for rows in jnp.split(found, 2, axis=-1))
+        return GroupMemory(RowCache(keys, values, count, False), Largest().open(hidden, boundaries, mask))
+
+    def close(self, hidden: Float[Array, "batch 1 dim"], memory: GroupMemory) -> Float[Array, "batch 1 dim"]:
+        query = self._heads(self.query(Largest().close(hidden, memory.largest)))[:, 0]
+        mixed = attend_cached(query, self._row(hidden), memory.rows, cap=None)
+        return self.out(mixed.reshape(hidden.shape))
+
+    def advance(self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: GroupMemory) -> GroupChange:
+        largest = Largest().advance(hidden, boundaries, memory.largest)
+        return GroupChange(self._row(hidden), largest, boundaries.actions[:, 0])
+
+    def _row(self, hidden: Float[Array, "batch 1 dim"]) -> NewRow:
+        key, value = (self._heads(rows)[:, 0] for rows in jnp.split(self.key_value(hidden), 2, axis=-1))
+        return NewRow(key, value)
+
+    def _heads(self, rows: Float[Array, "batch length dim"]) -> Float[Array, "batch length heads head_dim"]:
+        return rows.reshape(*rows.shape[:2], self.heads, -1)
+
+
+class WithBoundary(AbstractPool):
+    """What another pool makes of a group plus the group's last row, the one at its boundary (H-Net fig. 13, +Res)."""
+
+    pool: AbstractPool
+    implementation: Implementation | None = eqx.field(static=True, default=None)
+
+    def __call__(
+        self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, capacity: int
+    ) -> Float[Array, "batch tokens dim"]:
+        last = downsample(hidden, boundaries.actions, capacity, implementation=self.implementation).values
+        return self.pool(hidden, boundaries, capacity) + last
+
+    def open(
+        self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, mask: Bool[Array, "batch length"]
+    ) -> PyTree[Array]:
+        return self.pool.open(hidden, boundaries, mask)
+
+    def close(self, hidden: Float[Array, "batch 1 dim"], memory: PyTree[Array]) -> Float[Array, "batch 1 dim"]:
+        return self.pool.close(hidden, memory) + hidden
+
+    def advance(
+        self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: PyTree[Array]
+    ) -> PyTree[Array]:
+        return self.pool.advance(hidden, boundaries, memory)
+
+
+class PooledMemory(eqx.Module):
+    """What the pool keeps of the open group, and what the chunker that brings tokens back keeps."""
+
+    group: PyTree[Array]
+    back: PyTree[Array]
+
+
+class Pooled(AbstractChunker):
+    """Tokens made by a `pool` of the rows that their boundaries close; another chunker brings them `back`."""
+
+    pool: AbstractPool
+    back: AbstractChunker
+    implementation: Implementation | None = eqx.field(static=True, default=None)
+
+    def down(self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, *, capacity: int) -> TokenRows:
+        rows = downsample(hidden, boundaries.actions, capacity, implementation=self.implementation)
+        values = jnp.where(rows.mask[..., None], self.pool(hidden, boundaries, capacity), jnp.zeros((), hidden.dtype))
+        return dataclasses.replace(rows, values=values)
+
+    def up(
+        self,
+        outputs: Float[Array, "batch tokens dim"],
+        rows: TokenRows,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+    ) -> Float[Array, "batch length dim"]:
+        return self.back.up(outputs, rows, hidden, boundaries)
+
+    def remember(
+        self,
+        outputs: Float[Array, "batch tokens dim"],
+        rows: TokenRows,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        mask: Bool[Array, "batch length"],
+    ) -> PooledMemory:
+        back = self.back.remember(outputs, rows, hidden, boundaries, mask)
+        return PooledMemory(self.pool.open(hidden, boundaries, mask), back)
+
+    def down_step(
+        self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: PooledMemory
+    ) -> Float[Array, "batch 1 dim"]:
+        return self.pool.close(hidden, memory.group)
+
+    def up_step(
+        self,
+        output: Float[Array, "batch 1 dim"],
+        value: Float[Array, "batch 1 dim"],
+        hidden: Float[Array, "batch 1 dim"],
+        boundaries: Boundaries,
+        memory: PooledMemory,
+    ) -> Joined:
+        joined = self.back.up_step(output, value, hidden, boundaries, memory.back)
+        return Joined(joined.hidden, PooledMemory(self.pool.advance(hidden, boundaries, memory.group), joined.memory))
