@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import IO
+from collections.abc import Iterable, Iterator
 
 from data.documents import DataError
 
@@ -17,15 +16,15 @@ STRETCH = 1 << 20
 _ALLOWED = re.compile(rb"[ACGTUNRYSWKMBDHVacgtunryswkmbdhv.*-]*")
 
 
-def read_fasta(stream: IO[bytes], where: str) -> Iterator[bytes]:
-    """The sequences of a file as documents of bases, without headers and line ends; letters are made capitals.
+def read_fasta(lines: Iterable[bytes], where: str) -> Iterator[bytes]:
+    """The sequences in the lines of a file as documents of bases, without headers and line ends; letters are made capitals.
 
     Stretches of N (or gaps), which nobody has read, are left out and end a document. Raises `DataError`, naming `where` and
     the line, for anything that is no nucleotide, and for bases before the first header.
     """
     held: list[bytes] = []
     size, begun = 0, False
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(lines, start=1):
         line = line.strip()
         if line.startswith((b">", b";")):
             yield from _cut(b"".join(held))

@@ -17,6 +17,7 @@ from experiments.benchmark.models import ModelReport, measure
 from experiments.benchmark.ops import Compared, Sizes, compare_operations
 from experiments.benchmark.overhead import Overhead, overhead
 from experiments.benchmark.rates import RateReport, token_level
+from experiments.benchmark.recurrence import RecurrenceReport, recurrence
 from experiments.benchmark.roofline import Share
 from experiments.benchmark.steps import WayName, of_estimators, plainer_way, training_step
 from experiments.benchmark.timing import Timing, in_turns
@@ -70,6 +71,8 @@ class BenchConfig:
     writing: tuple[ModelName, ...] = ()
     """Instead: what it takes to write byte by byte with each of these presets, alone and in a batch, against a pass over the
     whole text for each byte; and what the caches hold."""
+    recurrence: bool = False
+    """Instead: the recurrence of a Mamba-2 layer of width 512 at several lengths, and against a plain scan."""
     overhead: bool = False
     """Instead: what the score function adds to a step whose boundaries are given, in operations for every preset and in time for
     --model."""
@@ -126,6 +129,20 @@ def bench_rates(config: BenchConfig, display: Display) -> dict[str, RateReport]:
     found = token_level(run, rounds=config.rounds, calls=config.calls)
     lines = ["| rate | ms | per token, relative to a rate of 0.5 |", "|---|---|---|"]
     lines += [f"| {name} | {one.seconds * 1e3:.0f} | {one.per_token:.2f} |" for name, one in found.items()]
+    display.note("\n".join(lines) + "\n")
+    return found
+
+
+def bench_recurrence(config: BenchConfig, display: Display) -> dict[str, RecurrenceReport]:
+    """The state-space recurrence and its gradient."""
+    display.note(
+        "the recurrence of a Mamba-2 layer of width 512, states of 128 columns, forward and backward; a minute"
+    )
+    found = recurrence(512, 128, rounds=config.rounds, calls=config.calls)
+    lines = ["| rows | ms | a row, relative to the first | times the speed of a plain scan |", "|---|---|---|---|"]
+    for name, one in found.items():
+        scan = "" if one.times_a_scan is None else f"{one.times_a_scan:.1f}"
+        lines.append(f"| {name} | {one.seconds * 1e3:.0f} | {one.per_row:.2f} | {scan} |")
     display.note("\n".join(lines) + "\n")
     return found
 
@@ -279,7 +296,7 @@ def bench(config: BenchConfig, display: Display) -> None:
     """Measure, say what was measured, and write it down where asked. Raises `ConfigError` and `DataError`."""
     if config.rounds < 1 or config.calls < 1:
         raise ConfigError("--rounds and --calls must be at least 1")
-    asked = ("alternatives", "models", "ops", "rates", "writing", "overhead", "compile_for")
+    asked = ("alternatives", "models", "ops", "rates", "recurrence", "writing", "overhead", "compile_for")
     given = [f"--{name.replace('_', '-')}" for name in asked if getattr(config, name)]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} are measured one at a time")
@@ -291,6 +308,8 @@ def bench(config: BenchConfig, display: Display) -> None:
         what, found = "models", bench_models(config, display)
     elif config.rates:
         what, found = "rates", bench_rates(config, display)
+    elif config.recurrence:
+        what, found = "recurrence", bench_recurrence(config, display)
     elif config.writing:
         what, found = "writing", bench_writing(config, display)
     elif config.ops:

@@ -122,6 +122,9 @@ class RunConfig:
     """Target shares of the tokens of the level around that close a token of these levels; --rate for those not named."""
     seed: int = 0
     """Seed of parameters, data order and boundaries."""
+    init: str | None = None
+    """Start from the weights of this model: a run's folder or an exported model, hub:owner/name, or a published H-Net by name
+    (cartesia-ai/hnet_1stage_L) or file; by default new ones are drawn."""
     out: Path | None = None
     """Folder for everything the run leaves; by default runs/ESTIMATOR-DATASET-MODEL-SEED."""
     resume: bool = False
@@ -375,7 +378,8 @@ def from_json(text: str, where: str) -> RunConfig:
         kinds = get_type_hints(RunConfig)
         kinds["unet"] = HNetConfig if isinstance(shape, dict) and "layout" in shape else UNetConfig
         for name, kind in kinds.items():
-            if dataclasses.is_dataclass(kind):
+            # A setting that is newer than the file was what its default is.
+            if dataclasses.is_dataclass(kind) and name in values:
                 values[name] = _build(kind, values[name])
         return _build(RunConfig, values)
     except (ValueError, TypeError, AttributeError, KeyError) as error:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from huggingface_hub import HfApi
@@ -18,9 +18,14 @@ from experiments.config import ConfigError, RunConfig, to_json
 from experiments.display import Display, exit_code
 from experiments.folder import SUMMARY, read_config
 from unet import UNet
+from unet.pretrained import save_hnet
+from unet.reference import LayoutError, to_reference
 from unet.saving import CONFIG, WEIGHTS, load, save, write_atomically
 
 CARD = "README.md"
+
+Layout = Literal["own", "hnet-pt", "hnet-safetensors"]
+"""How files are laid out."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,9 @@ class ExportConfig:
     """A new or empty folder, or hub:owner/name for a repository of the hub, which is made where there is none."""
     private: bool = False
     """Make a new repository private."""
+    layout: Layout = "own"
+    """As this library keeps models; or, for an H-Net, as the published ones are: weights that PyTorch loads, or safetensors, by
+    their published names, and a published configuration."""
 
 
 def export(config: ExportConfig, display: Display) -> None:
@@ -40,28 +48,39 @@ def export(config: ExportConfig, display: Display) -> None:
     run = Path(config.run)
     # What is not there is noticed before anything is made.
     model, settings = load(run).model, read_config(run)
+    if config.layout != "own":
+        try:
+            to_reference(model)
+        except LayoutError as error:
+            raise ConfigError(f"--layout {config.layout}: {error}") from None
     if config.to.startswith("hub:"):
         with tempfile.TemporaryDirectory() as folder:
-            _write(Path(folder), model, settings, run / SUMMARY)
+            _write(Path(folder), model, settings, run / SUMMARY, config.layout)
             _upload(Path(folder), config.to[4:], private=config.private)
     else:
         folder = Path(config.to)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"--to {folder} is not empty; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder, model, settings, run / SUMMARY)
-    display.note(f'{config.to}: load it with unet.load("{config.to}")')
+        _write(folder, model, settings, run / SUMMARY, config.layout)
+    way = "load" if config.layout == "own" else "load_hnet"
+    display.note(f'{config.to}: load it with unet.{way}("{config.to}")')
 
 
-def _write(folder: Path, model: UNet, settings: RunConfig, summary: Path) -> None:
+def _write(folder: Path, model: UNet, settings: RunConfig, summary: Path, layout: Layout) -> None:
     # The model last: a folder with one is complete.
-    write_atomically(folder / CARD, card(settings, summary))
+    write_atomically(folder / CARD, card(settings, summary, layout))
+    if layout != "own":
+        save_hnet(model, folder, kind="pt" if layout == "hnet-pt" else "safetensors")
+        return
     write_atomically(folder / CONFIG, to_json(settings))
     save(model, folder)
 
 
-def card(settings: RunConfig, summary: Path) -> str:
+def card(settings: RunConfig, summary: Path, layout: Layout = "own") -> str:
     """A page about the model, with the metadata that the hub reads."""
+    own = layout == "own"
+    loaded = 'unet.load("FOLDER or hub:owner/name").model' if own else 'unet.load_hnet("FOLDER or owner/name")'
     lines = [
         "---",
         "library_name: caesura",
@@ -76,7 +95,7 @@ def card(settings: RunConfig, summary: Path) -> str:
         "import jax",
         "import unet",
         "",
-        'model = unet.load("FOLDER or hub:owner/name").model',
+        f"model = {loaded}",
         'print(unet.generate(model, ["The "], max_bytes=200, key=jax.random.key(0)).texts[0].text)',
         "```",
         "",
@@ -88,7 +107,12 @@ def card(settings: RunConfig, summary: Path) -> str:
             if figures.get(name) is not None:
                 lines.append(f"| {label} | {_figure(figures[name])} |")
         lines.append("")
-    lines.append(f"All settings of the run are in `{CONFIG}`; `{WEIGHTS}` holds the model.")
+    if own:
+        lines.append(f"All settings of the run are in `{CONFIG}`; `{WEIGHTS}` holds the model.")
+    else:
+        lines.append(
+            "The weights have the names and shapes of the published H-Nets; the JSON file is their configuration."
+        )
     return "\n".join(lines) + "\n"
 
 

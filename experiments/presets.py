@@ -78,7 +78,8 @@ def _hnet(
         buckets=1 if estimator == "hnet" or isotropic else 4,
         # What comes back is smoothed where the router has probabilities that smoothing can teach.
         smooth=SmoothConfig(smoothing=estimator == "hnet", residual="projected" if projected else "plain"),
-        chunker="smooth" if projected and not isotropic else None,
+        # Dynamic chunking smooths of its own accord; other estimators learn through what they were published with.
+        chunker="smooth" if projected and estimator != "hnet" else None,
         stride=StrideConfig(stride=6),
         isotropic=IsotropicConfig(token_level=not isotropic),
         optimizer=OptimizerConfig(

@@ -27,6 +27,7 @@ from experiments.display import Display
 from experiments.evaluate import Validation, evaluate
 from experiments.folder import CHECKPOINTS, METRICS, MetricsLog, read_metrics
 from experiments.found import find, read_found
+from experiments.initial import initial_weights
 from experiments.optimizer import frozen_or_not, make_optimizer, multipliers
 from experiments.registry import Found, build_estimators
 from experiments.step import StepMetrics, TrainState, compiled, fresh_state, make_step
@@ -88,7 +89,7 @@ class Prepared:
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Read the data and build the model. Raises `DataError` and `ConfigError`."""
+    """Read the data and build the model. Raises `DataError`, `ConfigError` and, for weights to start from, `LoadError`."""
     place_batch, replicate = placement(config)
     config = with_implementation(config)
     split = load_split(config)
@@ -98,6 +99,9 @@ def prepare(config: RunConfig) -> Prepared:
     found = find(config, split) if found is None else found
     # Compiled whole: a fraction of the time that its operations take to be compiled one by one.
     model = eqx.filter_jit(lambda: UNet(config.unet, build_estimators(config, key_estimator, found), key=key_model))()
+    # A run that goes on has its weights in its checkpoint.
+    if config.init is not None and not config.resume:
+        model = initial_weights(config.init, model)
     return Prepared(split, found, model, key_steps, key_evaluate, place_batch, replicate)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import bench
-from experiments.benchmark import rates, timing, whole_step
+from experiments.benchmark import rates, recurrence, timing, whole_step
 from experiments.benchmark.deviceless import TARGETS, missing
 from experiments.benchmark.ops import Sizes, operations
 from experiments.benchmark.overhead import overhead
@@ -183,6 +183,17 @@ def test_the_token_level_is_measured_at_several_rates(monkeypatch, tmp_path):
     small = ["--batch", "2", "--length", "32", "--rounds", "1", "--calls", "1", "--json", str(out)]
     assert bench.main(["--rates", *small]) == 0
     assert list(json.loads(out.read_text())["rates"]) == ["0.5", "0.25"]
+
+
+def test_the_recurrence_is_measured_at_several_lengths(monkeypatch, tmp_path):
+    monkeypatch.setattr(recurrence, "LENGTHS", (16, 32))
+    monkeypatch.setattr(recurrence, "COMPARED", 32)
+    out = tmp_path / "bench.json"
+    assert bench.main(["--recurrence", "--rounds", "1", "--calls", "1", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())["recurrence"]
+    assert list(found) == ["16", "32"]
+    assert found["16"]["per_row"] == 1.0
+    assert found["32"]["times_a_scan"] > 0
 
 
 def test_one_thing_is_measured_at_a_time(capsys):

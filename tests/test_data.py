@@ -284,3 +284,48 @@ def test_pythons_own_text_is_there():
 
 def test_prose_has_one_paragraph_a_line():
     assert as_prose("  One\n  line.\n\n\n  And\tmore.\n") == "One line.\nAnd more."
+
+
+GENOME = b""">chr1 first
+ACGTacgt
+NNNNNNacg
+t
+; a comment
+
+>chr2
+GGCCnn-nTTRY*
+"""
+
+
+@pytest.mark.parametrize("name", ["genome.fa", "genome.fasta.gz", "genome.fna"])
+def test_bases_are_read_without_headers_and_unread_stretches(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(GENOME) if name.endswith(".gz") else GENOME)
+    source = open_source(str(path))
+    documents = [document for shard in source.shards() for document in source.documents(shard)]
+    assert documents == [b"ACGTACGT", b"ACGT", b"GGCC", b"TTRY"]
+
+
+def test_a_chromosome_is_several_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.fasta.STRETCH", 10)
+    lines = b"".join(b"ACGTACG\n" for _ in range(9))
+    (tmp_path / "genome.fa").write_bytes(b">long\n" + lines)
+    source = open_source(str(tmp_path / "genome.fa"))
+    documents = [document for shard in source.shards() for document in source.documents(shard)]
+    assert b"".join(documents) == b"ACGTACG" * 9
+    assert max(map(len, documents)) == 10
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ACGT\n", r"genome.fa, line 1: a FASTA file begins with a header"),
+        (b">protein\nACGT\nMKLV\n", r"genome.fa, line 3: 'L' is no nucleotide"),
+        (b">x\nAC GT\n", r"line 2: ' ' is no nucleotide"),
+    ],
+)
+def test_what_is_no_sequence_of_bases_is_refused(tmp_path, content, message):
+    (tmp_path / "genome.fa").write_bytes(content)
+    source = open_source(str(tmp_path / "genome.fa"))
+    with pytest.raises(DataError, match=message):
+        list(source.documents(source.shards()[0]))

@@ -12,15 +12,30 @@ import pytest
 
 from estimators import BatchCentre, Discount, EarlyExit, NoObjective, ScoreFunction, WindowedPolicy, equations
 from estimators.base import Estimator
+from experiments import export
 from experiments.capacity import inner_capacities
 from experiments.config import ConfigError, EstimatorName, RunConfig, check, from_json, to_json
+from experiments.initial import initial_weights
 from experiments.optimizer import make_optimizer, make_schedule, multipliers, stages_of
 from experiments.presets import PRESETS
 from experiments.registry import REGISTRY, build_estimators
+from experiments.sections import SmoothConfig
 from tests.compositions import FROM_DATA, LENGTH, lively
 from tests.conftest import losses, predict, small_model, text_bytes
 from tests.test_stepping import check_row_by_row
-from unet import Flat, Hierarchy, HNetConfig, SelectDistribute, UNet, Widened
+from unet import (
+    Flat,
+    Hierarchy,
+    HNetConfig,
+    LoadError,
+    SelectDistribute,
+    UNet,
+    Widened,
+    load_hnet,
+    save,
+    save_hnet,
+    to_reference,
+)
 from unet.attention import Attention
 from unet.blocks import PreNorm
 from unet.hnet import read_layout
@@ -373,3 +388,41 @@ def test_the_schedule_warms_up_stays_and_decays():
     falls = -np.diff(rates[80:])
     assert np.all(falls > 0)
     assert np.all(np.diff(falls) < 0)
+
+
+def test_training_goes_on_from_weights_of_any_layout(tmp_path):
+    model = nested("hnet", "hnet")
+    fresh = UNet(SMALL, build_estimators(nested_config("hnet", "hnet"), jax.random.key(3)), key=jax.random.key(4))
+    save(model, tmp_path)
+    assert eqx.tree_equal(
+        eqx.filter(initial_weights(str(tmp_path), fresh), eqx.is_array), eqx.filter(model, eqx.is_array)
+    )
+    projected = dataclasses.replace(nested_config("hnet", "hnet"), smooth=SmoothConfig(residual="projected"))
+    released = UNet(SMALL, build_estimators(projected, jax.random.key(3)), key=jax.random.key(4))
+    (tmp_path / "published").mkdir()
+    path = save_hnet(released, tmp_path / "published")
+    again = UNet(SMALL, build_estimators(projected, jax.random.key(5)), key=jax.random.key(6))
+    assert eqx.tree_equal(to_reference(initial_weights(str(path), again))["lm_head.weight"], released.head.weight)
+    with pytest.raises(ConfigError, match="a model of other parts than this run's"):
+        initial_weights(str(tmp_path), small_model())
+    with pytest.raises(LoadError, match="is no file"):
+        initial_weights(str(tmp_path / "none.pt"), fresh)
+
+
+def test_runs_export_in_the_released_layout_what_it_has_room_for(tmp_path, capsys):
+    config = dataclasses.replace(nested_config("hnet", "hnet"), smooth=SmoothConfig(residual="projected"))
+    model = UNet(SMALL, build_estimators(config, jax.random.key(3)), key=jax.random.key(4))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(to_json(config))
+    save(model, tmp_path / "run")
+    for kind in ("pt", "safetensors"):
+        to = tmp_path / kind
+        assert export.main([str(tmp_path / "run"), "--to", str(to), "--layout", f"hnet-{kind}"]) == 0
+        assert sorted(path.name for path in to.iterdir()) == ["README.md", "model.json", f"model.{kind}"]
+        assert "load_hnet" in (to / "README.md").read_text()
+        ids = text_bytes(1, 12)
+        np.testing.assert_array_equal(predict(load_hnet(to), ids).logits, predict(model, ids).logits)
+    save(small_model(), tmp_path / "run")
+    assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "other"), "--layout", "hnet-pt"]) == 2
+    assert "released layout has" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "other").exists()
