@@ -30,6 +30,7 @@ from experiments.launch import with_large_pages
 from experiments.presets import PRESETS
 from experiments.registry import REGISTRY
 from experiments.train import load_split
+from unet.config import UNetConfig
 from unet.ops import Implementation
 
 
@@ -74,7 +75,7 @@ class BenchConfig:
     recurrence: bool = False
     """Instead: the recurrence of a Mamba-2 layer of width 512 at several lengths, and against a plain scan."""
     overhead: bool = False
-    """Instead: what the score function adds to a step whose boundaries are given, in operations for every preset and in time for
+    """Instead: what the score function adds to a step whose boundaries are given, in operations for every preset of transformer blocks and in time for
     --model."""
     estimator: EstimatorName = "sfe"
     """Estimator of the steps of --compile-for and --models."""
@@ -224,7 +225,7 @@ def bench_overhead(config: BenchConfig, display: Display) -> dict[str, Overhead 
     """What learning the boundaries costs. Raises `ConfigError` and `DataError`."""
     found: dict[str, Overhead | Timing] = {}
     lines = ["| preset | MFLOP a byte | policy | objective | early head | all |", "|---|---|---|---|---|---|"]
-    for name in PRESETS:
+    for name in [name for name, run in PRESETS.items() if isinstance(run.unet, UNetConfig)]:
         one = overhead(preset(dataclasses.replace(config, model=name), "sfe"))
         shares = (one.policy, one.objective, one.early_head)
         percent = " | ".join(f"{part / one.prescribed:.3%}" for part in shares)
