@@ -75,8 +75,8 @@ class BenchConfig:
     recurrence: bool = False
     """Instead: the recurrence of a Mamba-2 layer of width 512 at several lengths, and against a plain scan."""
     overhead: bool = False
-    """Instead: what the score function adds to a step whose boundaries are given, in operations for every preset of transformer blocks and in time for
-    --model."""
+    """Instead: what the score function adds to a step whose boundaries are given, in operations for every preset of transformer
+    blocks and in time for --model."""
     estimator: EstimatorName = "sfe"
     """Estimator of the steps of --compile-for and --models."""
     compute: Literal["float32", "bfloat16"] = "bfloat16"

@@ -226,7 +226,10 @@ def curve(folder: Path) -> list[tuple[float, float, float]]:
         if not isinstance(read, int | float):
             continue
         if isinstance(rate := record.get("rate"), float):
-            spent += (read - before) * matrix_flops(model, rate=rate, samples=config.samples).total
+            inside = [record.get(f"level{level}_rate") for level in range(1, len(config.levels))]
+            rates = [one for one in inside if isinstance(one, float)]
+            flops = matrix_flops(model, rate=rate, inner_rates=rates, samples=config.samples)
+            spent += (read - before) * flops.total
             before = float(read)
         if isinstance(bpb := record.get("val_bpb"), float):
             points.append((spent, read / 1e6, bpb))
