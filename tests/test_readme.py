@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["training", "writing"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["training", "hierarchy", "writing"])
 def test_the_examples_run(example, tmp_path):
     (tmp_path / "my-model").mkdir()
     unet.save(registered("sfe"), tmp_path / "my-model")
