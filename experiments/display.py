@@ -61,9 +61,15 @@ class Display:
         agreement = validation.whitespace
         early = "" if math.isnan(validation.early_bpb) else f" (early exit {validation.early_bpb:.4f})"
         inside = "".join(f" / {rate:.3f}" for rate in validation.inner_rates)
+        # Undefined where the text has no white space, and where a model draws no boundaries.
+        agreeing = (
+            ""
+            if math.isnan(agreement.auc)
+            else f", agreement with white space: AUC {agreement.auc:.3f}, F1 {agreement.f1:.3f} greedy, "
+            f"{agreement.sampled_f1:.3f} sampled"
+        )
         self.note(
-            f"step {step}: held-out bpb {validation.bpb:.4f}{early}, rate {validation.rate:.3f}{inside}, agreement with white "
-            f"space: AUC {agreement.auc:.3f}, F1 {agreement.f1:.3f} greedy, {agreement.sampled_f1:.3f} sampled"
+            f"step {step}: held-out bpb {validation.bpb:.4f}{early}, rate {validation.rate:.3f}{inside}{agreeing}"
         )
 
     def stop(self) -> None:

@@ -11,9 +11,12 @@ jax.config.update("jax_platforms", "cpu")
 os.environ["JAX_PLATFORMS"] = "cpu"
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# The models are small and compiled once each: compiling fast beats running fast.
+# The models are small and compiled once each: compiling fast beats running fast. The two flags, for programs in one piece by
+# the older emitters, make it three times as fast.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+FAST_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{FAST_COMPILER} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # What one test has compiled no other compiles again, nor do the processes that tests start.
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"

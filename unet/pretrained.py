@@ -89,9 +89,13 @@ def load_hnet(
     text = str(where)
     weights = Path(where)
     if not weights.exists():
-        if weights.suffix in (".pt", ".safetensors") or text.count("/") != 1:
+        owner, _, name = text.partition("/")
+        if weights.suffix in (".pt", ".safetensors") or owner in ("", ".", "..", "~") or not name or "/" in name:
             raise LoadError(f"{where} is no file, and not the name of a repository of the hub (owner/name)")
-        weights = _fetched(text)
+        try:
+            weights = _fetched(text)
+        except LoadError as error:
+            raise LoadError(f"there is no file or folder {where} here, and {error}") from None
     if weights.is_dir():
         weights = _only_weights(weights)
     settings = _config(weights, None if config is None else Path(config))
@@ -141,7 +145,7 @@ def _config(weights: Path, path: Path | None) -> Mapping[str, object]:
             return PUBLISHED[weights.stem]
         raise LoadError(
             f"{weights} has no configuration beside it ({beside[0].name}, config.json) and is not named as a published model: "
-            "name one with config="
+            "put one there, or name one with config="
         )
     try:
         settings: object = json.loads(path.read_text())
