@@ -29,8 +29,8 @@ from unet.saving import load
 STREAMED = 8
 """Bytes between two looks at a text that is shown as it is written."""
 
-MARK = "·"
-"""Stands behind the byte with which a token closes."""
+MARKS = ("·", "│", "┃")
+"""Stand behind the byte with which a token closes: at the outermost level only, at the one inside it too, further inside."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class GenerateConfig:
     seed: int = 0
     """Seed of bytes and boundaries."""
     show_boundaries: bool = False
-    """Mark where tokens close."""
+    """Mark where tokens close: · of the outermost level, │ of it and the one inside, ┃ of more."""
     stream: bool = False
     """Show the text as it is written."""
     json: bool = False
@@ -135,7 +135,7 @@ def _rounds(writer: Writer) -> Iterator[tuple[Piece | None, ...]]:
 
 def _so_far(writer: Writer, pieces: Sequence[Sequence[Piece]]) -> tuple[Written, ...]:
     whole = (joined(mine) for mine in pieces)
-    return tuple(map(Written, writer.prompts, writer.prompt_boundaries, whole))
+    return tuple(map(Written, writer.prompts, writer.prompt_closed_levels, whole))
 
 
 @contextmanager
@@ -173,13 +173,14 @@ def shown(text: Written, *, marks: bool) -> Text:
     for. What is no UTF-8 is U+FFFD; a last character that is not complete is left out until the text has ended."""
     content = text.prompt + text.piece.bytes
     end = len(content) if text.piece.finish is not None else max(utf8.whole_characters(content), len(text.prompt))
-    closed = np.concatenate([text.prompt_boundaries, text.piece.boundaries])
+    closed = np.concatenate([text.prompt_closed_levels, text.piece.closed_levels])
     result = Text()
     for first, last in characters(content[:end]):
         character = content[first:last].decode("utf-8", errors="replace")
         result.append(character, style="dim" if first < len(text.prompt) else "")
-        if marks and closed[first:last].any():
-            result.append(MARK, style="dim cyan")
+        depth = int(closed[first:last].max())
+        if marks and depth:
+            result.append(MARKS[min(depth, len(MARKS)) - 1], style="dim cyan")
     return result
 
 
@@ -202,6 +203,7 @@ def document(config: GenerateConfig, texts: Sequence[Written], pace: Pace) -> di
         "run": config.run,
         "settings": {name: value for name, value in asdict(config).items() if name not in ("run", "json", "stream")},
         "prompt_boundaries": np.flatnonzero(texts[0].prompt_boundaries).tolist(),
+        "prompt_closed_levels": texts[0].prompt_closed_levels.tolist(),
         "texts": [
             {
                 "text": text.text,
@@ -211,6 +213,7 @@ def document(config: GenerateConfig, texts: Sequence[Written], pace: Pace) -> di
                 "log_lik": float(text.piece.log_lik.sum(dtype=np.float64)),
                 "byte_log_lik": [round(float(value), 6) for value in text.piece.log_lik],
                 "boundaries": np.flatnonzero(text.piece.boundaries).tolist(),
+                "closed_levels": text.piece.closed_levels.tolist(),
             }
             for text in texts
         ],

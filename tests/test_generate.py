@@ -52,10 +52,18 @@ def check_against_the_whole(model, written, keys):
         log_lik = next_byte_log_lik(prediction.logits, padded)[0]
         rows = slice(len(text.prompt), len(values) - 1)
         np.testing.assert_allclose(text.piece.log_lik, log_lik[rows], atol=2e-4, rtol=1e-4)
-        if prediction.levels:
-            closed = np.asarray(prediction.levels[0].boundaries.actions[0])
-            np.testing.assert_array_equal(text.prompt_boundaries, closed[1 : 1 + len(text.prompt)])
-            np.testing.assert_array_equal(text.piece.boundaries, closed[1 + len(text.prompt) : len(values)])
+        closed = closings(prediction.levels, len(values))
+        np.testing.assert_array_equal(text.prompt_closed_levels, closed[1 : 1 + len(text.prompt)])
+        np.testing.assert_array_equal(text.piece.closed_levels, closed[1 + len(text.prompt) :])
+
+
+def closings(levels, length):
+    """How many levels closed a token with each row, token by token."""
+    count, rows = np.zeros(length, int), np.arange(length)
+    for level in levels:
+        rows = rows[np.asarray(level.boundaries.actions[0])[: len(rows)]]
+        count[rows] += 1
+    return count
 
 
 @pytest.mark.parametrize("name", ["sfe", "hnet"])

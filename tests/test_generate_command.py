@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import unet
-from experiments.generate import MARK, characters, main, shown
+from experiments.generate import MARKS, characters, main, shown
 from tests.compositions import registered
 from tests.test_run import usual_promotion as usual_promotion
 from unet.generate import Piece, Written
@@ -59,8 +59,8 @@ def test_marks_stand_where_tokens_close(folder, capsys):
     _, plain, _ = run(capsys, folder, "--prompt", "a man", "--max-bytes", 9, "--utf8")
     _, marked, _ = run(capsys, folder, "--prompt", "a man", "--max-bytes", 9, "--utf8", "--show-boundaries")
     assert plain.startswith("a man")
-    assert MARK in marked
-    assert marked.replace(MARK, "") == plain
+    assert MARKS[0] in marked
+    assert marked.replace(MARKS[0], "") == plain
 
 
 def test_a_stream_is_the_same_text(folder, capsys):
@@ -109,9 +109,10 @@ def test_a_missing_or_damaged_run_is_named(folder, tmp_path, capsys):
 
 
 def piece_of(content, finish, closed=()):
-    boundaries = np.zeros(len(content), bool)
-    boundaries[list(closed)] = True
-    return Written(b"", np.zeros(0, bool), Piece(content, np.zeros(len(content)), boundaries, finish))
+    levels = np.zeros(len(content), int)
+    for place in closed:
+        levels[place] += 1
+    return Written(b"", np.zeros(0, int), Piece(content, np.zeros(len(content)), levels, finish))
 
 
 def test_only_whole_characters_are_shown_until_the_end():
@@ -119,7 +120,9 @@ def test_only_whole_characters_are_shown_until_the_end():
     assert shown(piece_of(content, None), marks=False).plain == "n"
     assert shown(piece_of(content, "length"), marks=False).plain == "n\N{REPLACEMENT CHARACTER}"
     # A token that closes inside a character is marked behind it.
-    assert shown(piece_of("né!".encode(), "length", closed=(1,)), marks=True).plain == f"né{MARK}!"
+    assert shown(piece_of("né!".encode(), "length", closed=(1,)), marks=True).plain == f"né{MARKS[0]}!"
+    # And with another mark where levels inside close one too.
+    assert shown(piece_of(b"abcd", "length", closed=(0, 1, 1, 2, 2, 2, 2)), marks=True).plain == "a·b│c┃d"
 
 
 @pytest.mark.parametrize(

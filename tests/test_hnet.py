@@ -22,6 +22,7 @@ from experiments.registry import REGISTRY, build_estimators
 from experiments.sections import SmoothConfig
 from tests.compositions import FROM_DATA, LENGTH, lively
 from tests.conftest import losses, predict, small_model, text_bytes
+from tests.test_generate import check_against_the_whole
 from tests.test_stepping import check_row_by_row
 from unet import (
     Flat,
@@ -31,9 +32,11 @@ from unet import (
     SelectDistribute,
     UNet,
     Widened,
+    generate,
     load_hnet,
     save,
     save_hnet,
+    score,
     to_reference,
 )
 from unet.attention import Attention
@@ -43,6 +46,7 @@ from unet.layers import Linear
 from unet.likelihood import next_byte_log_lik, plain_layout
 from unet.losses import Reward
 from unet.mamba import Mamba2
+from unet.reading import keys_of
 
 SMALL = HNetConfig(
     layout='["m1", ["T1m1", ["T1"], "t1"], "m1"]',
@@ -81,6 +85,15 @@ def test_every_estimator_works_inside_another_and_steps_as_it_reads(inner):
     assert np.isfinite(output.loss)
     assert 0 < float(output.metrics[1]["rate"]) <= 1
     check_row_by_row(model, (1, 9, LENGTH - 1), jax.random.split(jax.random.key(8), 3))
+
+
+def test_what_is_written_says_which_levels_closed_a_token():
+    model, keys = nested("sfe"), keys_of(jax.random.key(5), 2)
+    written = generate(model, ["a man", ""], max_bytes=20, key=keys, chunk=8, endless=True)
+    check_against_the_whole(model, written, keys)
+    assert {0, 1, 2} == set(written.texts[1].piece.closed_levels)
+    (scored,) = score(model, [written.texts[1].piece.bytes], key=keys[1:], batch=1)
+    np.testing.assert_array_equal(scored.closed_levels, written.texts[1].piece.closed_levels)
 
 
 def test_rows_see_nothing_after_them_and_documents_nothing_of_each_other():

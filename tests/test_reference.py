@@ -11,7 +11,9 @@ import pytest
 
 from estimators import equations as eq
 from estimators.base import Layout
+from tests.compositions import LENGTH
 from tests.conftest import losses, predict, small_model, small_score_function
+from tests.test_stepping import check_row_by_row
 from unet import UNet, from_reference, to_reference
 from unet.likelihood import next_byte_log_lik, plain_layout
 from unet.reference import LayoutError, reference_config, shape_of
@@ -45,6 +47,10 @@ def test_logits_and_boundaries_of_every_stage_are_the_released_ones(released):
         np.testing.assert_allclose(level.boundaries.probs[:, :rows][mask], z[f"boundary_prob.{stage}"][mask], **VALUES)
         drawn = np.asarray(level.boundaries.actions[:, :rows])
         np.testing.assert_array_equal(drawn[mask], z[f"boundary_mask.{stage}"][mask])
+
+
+def test_released_models_step_as_they_read_in_ragged_batches(released):
+    check_row_by_row(released[3], (1, 9, LENGTH - 1), keys=None)
 
 
 def test_losses_are_the_released_ones(released):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -29,15 +30,21 @@ CHUNK = 64
 class Piece:
     """Some more of one text.
 
-    `log_lik`: of each byte in nats, under the model as it is, whatever the sampling made of it; `boundaries`: whether the
-    outermost level closed a token with it (never, without one). `finish` says why the text ends here, if it does: the model
-    wrote the byte EOS, or one of the `stop` strings (neither is part of the text), or there were as many bytes as asked for.
+    `log_lik`: of each byte in nats, under the model as it is, whatever the sampling made of it; `closed_levels`: how many
+    levels closed a token with it, counted from the outermost (0, without one). `finish` says why the text ends here, if it
+    does: the model wrote the byte EOS, or one of the `stop` strings (neither is part of the text), or there were as many bytes
+    as asked for.
     """
 
     bytes: bytes
     log_lik: np.ndarray
-    boundaries: np.ndarray
+    closed_levels: np.ndarray
     finish: Literal["eos", "stop", "length"] | None
+
+    @property
+    def boundaries(self) -> np.ndarray:
+        """Whether the outermost level closed a token with a byte."""
+        return self.closed_levels > 0
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,17 @@ class Pace:
 
 @dataclass(frozen=True)
 class Written:
-    """One text: its `prompt`, with its boundaries behind the BOS, and what was written after it as one piece."""
+    """One text: its `prompt`, with how many levels closed a token with each of its bytes, and what was written after it as one
+    piece."""
 
     prompt: bytes
-    prompt_boundaries: np.ndarray
+    prompt_closed_levels: np.ndarray
     piece: Piece
+
+    @property
+    def prompt_boundaries(self) -> np.ndarray:
+        """Whether the outermost level closed a token with a byte of the prompt."""
+        return self.prompt_closed_levels > 0
 
     @property
     def text(self) -> str:
@@ -106,12 +119,12 @@ class Hand(eqx.Module):
 
 
 class Chunk(eqx.Module):
-    """What was written in one go: bytes (EOS included), their log-likelihoods in nats, where the outermost level closed a token,
+    """What was written in one go: bytes (EOS included), their log-likelihoods in nats, how many levels closed a token with each,
     which rows there are; and how often each level ran."""
 
     bytes: Int[Array, "batch length"]
     log_lik: Float[Array, "batch length"]
-    closed: Bool[Array, "batch length"]
+    closed: Int[Array, "batch length"]
     there: Bool[Array, "batch length"]
     steps: Int[Array, ""]
     token_steps: Int[Array, ""]
@@ -154,7 +167,10 @@ def write_byte(
     log_lik = jnp.take_along_axis(jax.nn.log_softmax(hand.logits, axis=-1), byte[:, None], axis=1)
     goes_on = there & (byte != EOS)
     after = task.model.step(byte, hand.state, goes_on, noise=noise)
-    closed = after.closed[0] if after.closed else jnp.zeros_like(there)
+    # An inner level that did not run closed nothing, whatever stands in its row.
+    closed = sum(
+        (here.astype(jnp.int32) for here in itertools.accumulate(after.closed, jnp.logical_and)), jnp.zeros_like(byte)
+    )
     left = hand.left - goes_on.astype(jnp.int32)
     hand = Hand(
         written(hand.state, after.change, goes_on),
@@ -164,7 +180,7 @@ def write_byte(
         utf8.next_state(hand.character, byte),
         hand.done | (byte == EOS) | (left <= 0),
     )
-    ran = jnp.any(closed).astype(jnp.int32)
+    ran = jnp.any(closed > 0).astype(jnp.int32)
     one = Chunk(byte[:, None], log_lik, closed[:, None], there[:, None], jnp.ones((), jnp.int32), ran)
     return Continued(one, hand)
 
@@ -176,7 +192,7 @@ def write_chunk(task: Task, hand: Hand) -> Continued:
     blank = Chunk(
         jnp.zeros((batch, length), jnp.int32),
         jnp.zeros((batch, length)),
-        jnp.zeros((batch, length), bool),
+        jnp.zeros((batch, length), jnp.int32),
         jnp.zeros((batch, length), bool),
         jnp.zeros((), jnp.int32),
         jnp.zeros((), jnp.int32),
@@ -209,7 +225,7 @@ class Writer:
     """
 
     prompts: tuple[bytes, ...]
-    prompt_boundaries: tuple[np.ndarray, ...]
+    prompt_closed_levels: tuple[np.ndarray, ...]
     pace: Pace
 
     def __init__(
@@ -248,12 +264,12 @@ class Writer:
         ready = read(model, prompts, None if likelier else drawing_keys(keys))
         sizes, closed = [1 + len(prompt) for prompt in prompts], np.asarray(ready.closed)
         self.prompts = tuple(prompts)
-        self.prompt_boundaries = tuple(row[1:size].copy() for row, size in zip(closed, sizes, strict=True))
+        self.prompt_closed_levels = tuple(row[1:size].copy() for row, size in zip(closed, sizes, strict=True))
         self._task = Task(model, (Sampling() if sampling is None else sampling).checked(), valid, endless, chunk)
         self._texts = tuple(_Text(tuple(stop)) for _ in prompts)
         # A cache that is too small grows, but each size is a new program: tokens as frequent as in the prompts, of which short
         # ones say little, and some more.
-        rate = float(np.max((closed.sum(axis=1) + 64 * rate_of(model)) / (np.array(sizes) + 64)))
+        rate = float(np.max(((closed > 0).sum(axis=1) + 64 * rate_of(model)) / (np.array(sizes) + 64)))
         self._expected = math.ceil(1.2 * rate * max_bytes) + chunk
         self._hand = Hand(
             with_room(ready.state, self._expected),
@@ -302,7 +318,7 @@ class _Text:
     def __init__(self, stop: tuple[bytes, ...]):
         self.finished = False
         self._stop = stop
-        self._bytes, self._log_lik, self._closed = b"", np.zeros(0, np.float32), np.zeros(0, bool)
+        self._bytes, self._log_lik, self._closed = b"", np.zeros(0, np.float32), np.zeros(0, np.int32)
 
     def piece(self, chunk: Chunk, row: int, *, ended: bool) -> Piece:
         there = chunk.there[row] & (chunk.bytes[row] != EOS)
@@ -356,7 +372,7 @@ def generate(
             if piece is not None:
                 mine.append(piece)
     whole = map(joined, pieces)
-    return Generated(tuple(map(Written, writer.prompts, writer.prompt_boundaries, whole)), writer.pace)
+    return Generated(tuple(map(Written, writer.prompts, writer.prompt_closed_levels, whole)), writer.pace)
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
@@ -364,6 +380,6 @@ def joined(pieces: Sequence[Piece]) -> Piece:
     return Piece(
         b"".join(piece.bytes for piece in pieces),
         np.concatenate([piece.log_lik for piece in pieces]),
-        np.concatenate([piece.boundaries for piece in pieces]),
+        np.concatenate([piece.closed_levels for piece in pieces]),
         pieces[-1].finish,
     )

@@ -17,6 +17,7 @@ from estimators.base import BOS, EOS, Keys, has_many
 from unet.cache import rounded_up
 from unet.likelihood import next_byte_log_lik
 from unet.model import TextState, UNet
+from unet.stage import closed_levels
 
 
 @runtime_checkable
@@ -42,11 +43,11 @@ def in_enough_rows(length: int, rate: float, compute: Callable[[int], Result]) -
 
 
 class Read(eqx.Module):
-    """Texts that were read: the `logits` of the byte after each, which of its rows `closed` a token, how many tokens had no room
-    (`overflow`, None without a token level), and the `state` to go on from."""
+    """Texts that were read: the `logits` of the byte after each, how many levels `closed` a token with each of its rows, how
+    many tokens had no room (`overflow`, None without a token level), and the `state` to go on from."""
 
     logits: Float[Array, "batch vocab"]
-    closed: Bool[Array, "batch length"]
+    closed: Int[Array, "batch length"]
     overflow: Int[Array, " batch"] | None
     state: TextState
 
@@ -62,8 +63,7 @@ def _read(
     ready = model.prefill(bytes, mask=mask, keys=keys, capacities=(capacity,))
     levels, last = ready.prediction.levels, jnp.sum(mask, axis=1, dtype=jnp.int32) - 1
     logits = jnp.take_along_axis(ready.logits, last[:, None, None], axis=1, mode="clip")[:, 0]
-    closed = levels[0].boundaries.actions if levels else jnp.zeros_like(mask)
-    return Read(logits, closed, levels[0].overflow if levels else None, ready.state)
+    return Read(logits, closed_levels(levels, mask), levels[0].overflow if levels else None, ready.state)
 
 
 def read(model: UNet, texts: Sequence[bytes], keys: Key[Array, " batch"] | None) -> Read:
@@ -125,14 +125,20 @@ def drawing_keys(keys: Key[Array, " batch"]) -> Key[Array, " batch"]:
 class Scored:
     """How likely a text is after its context: `log_lik` in nats over its `bytes`, and that of each byte.
 
-    `greedy`: whether each of its bytes was the likeliest. `boundaries`: whether the outermost level closed a token with it.
+    `greedy`: whether each of its bytes was the likeliest. `closed_levels`: how many levels closed a token with it, counted from
+    the outermost.
     """
 
     log_lik: float
     bytes: int
     byte_log_lik: np.ndarray
     greedy: bool
-    boundaries: np.ndarray
+    closed_levels: np.ndarray
+
+    @property
+    def boundaries(self) -> np.ndarray:
+        """Whether the outermost level closed a token with a byte."""
+        return self.closed_levels > 0
 
 
 def score(
@@ -189,12 +195,12 @@ def score(
 
 
 class Likelihoods(eqx.Module):
-    """Of the byte after each row: its log-likelihood in nats and whether it is the likeliest; which rows closed a token, and how
-    many of those had no room."""
+    """Of the byte after each row: its log-likelihood in nats and whether it is the likeliest; how many levels closed a token
+    with the row, and how many tokens of the outermost had no room."""
 
     log_lik: Float[Array, "batch length"]
     likeliest: Bool[Array, "batch length"]
-    closed: Bool[Array, "batch length"]
+    closed: Int[Array, "batch length"]
     overflow: Int[Array, " batch"] | None
 
 
@@ -208,9 +214,8 @@ def _likelihoods(
 ) -> Likelihoods:
     prediction = model(bytes, key=keys, mask=mask, capacities=(capacity,))
     likeliest, levels = jnp.argmax(prediction.logits, axis=-1) == jnp.roll(bytes, -1, axis=1), prediction.levels
-    closed = levels[0].boundaries.actions if levels else jnp.zeros_like(mask)
     overflow = levels[0].overflow if levels else None
-    return Likelihoods(next_byte_log_lik(prediction.logits, bytes), likeliest, closed, overflow)
+    return Likelihoods(next_byte_log_lik(prediction.logits, bytes), likeliest, closed_levels(levels, mask), overflow)
 
 
 def as_bytes(text: str | bytes) -> bytes:

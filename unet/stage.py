@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TypeVar
 
 import equinox as eqx
@@ -42,6 +43,19 @@ class Level(eqx.Module):
     boundaries: Boundaries
     lengths: Int[Array, " batch"]
     overflow: Int[Array, " batch"]
+
+
+def closed_levels(levels: Sequence[Level], mask: Bool[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """How many levels closed a token with each row of the outermost: 1 where that level closed one, 2 where with it the level
+    inside closed one too, and so on."""
+    rows = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
+    count, closed = jnp.zeros(mask.shape, jnp.int32), mask
+    for level in levels:
+        actions = level.boundaries.actions
+        closed = closed & jnp.take_along_axis(actions, rows, axis=1, mode="clip")
+        count += closed.astype(jnp.int32)
+        rows = jnp.take_along_axis(jnp.cumsum(actions, axis=1) - 1, rows, axis=1, mode="clip")
+    return count
 
 
 class StageOutput(eqx.Module):
