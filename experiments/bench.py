@@ -23,7 +23,8 @@ from experiments.benchmark.steps import WayName, of_estimators, plainer_way, tra
 from experiments.benchmark.timing import Timing, in_turns
 from experiments.benchmark.whole_step import StepReport, compile_elsewhere
 from experiments.benchmark.writing import CacheReport, WritingReport, measure_caches, measure_writing
-from experiments.config import ConfigError, EstimatorName, ModelName, RunConfig, check
+from experiments.checks import check
+from experiments.config import ConfigError, EstimatorName, ModelName, RunConfig
 from experiments.display import Display, exit_code
 from experiments.folder import json_text, write_atomically
 from experiments.launch import with_large_pages

@@ -53,7 +53,9 @@ def inner_capacities(config: RunConfig, routers: Sequence[AbstractRouter], bound
     count where a router aims at a rate, and as many as there can be where it does not."""
     expected, bounds = float(config.length), [bound]
     for number, router in enumerate(routers):
-        expected *= 1.0 if router.rate is None else router.rate
+        # Where the rate of the first level is scheduled, the highest it is ever asked for.
+        scheduled = TargetSchedule.of(config).highest if number == 0 else 0.0
+        expected *= 1.0 if router.rate is None else max(router.rate, scheduled)
         most = bounds[-1] if router.rate is None else 4 * math.ceil(config.capacity_slack * expected / 4 - 1e-9)
         if number:
             bounds.append(min(bounds[-1], most))

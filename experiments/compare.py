@@ -15,8 +15,9 @@ from pathlib import Path
 
 import tyro
 
+from experiments.checks import check
 from experiments.comparison import write_comparison
-from experiments.config import ConfigError, EstimatorName, RunConfig, check, from_json
+from experiments.config import ConfigError, EstimatorName, RunConfig, from_json
 from experiments.display import Display, exit_code
 from experiments.folder import CONFIG, SUMMARY, differing, prepare_new
 from experiments.launch import with_large_pages

@@ -13,7 +13,6 @@ from experiments.sections import (
     OptimizerConfig,
     ScoreFunctionConfig,
     SmoothConfig,
-    StrideConfig,
 )
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
@@ -80,7 +79,6 @@ def _hnet(
         smooth=SmoothConfig(smoothing=estimator == "hnet", residual="projected" if projected else "plain"),
         # Dynamic chunking smooths of its own accord; other estimators learn through what they were published with.
         chunker="smooth" if projected and estimator != "hnet" else None,
-        stride=StrideConfig(stride=6),
         isotropic=IsotropicConfig(token_level=not isotropic),
         optimizer=OptimizerConfig(
             learning_rate=learning_rate,

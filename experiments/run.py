@@ -14,7 +14,8 @@ import jax
 import tyro
 
 from data import DataError
-from experiments.config import ConfigError, RunConfig, check
+from experiments.checks import check
+from experiments.config import ConfigError, RunConfig
 from experiments.display import Display
 from experiments.folder import SUMMARY, differing, held, prepare_new, read_config
 from experiments.found import write_found

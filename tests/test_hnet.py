@@ -14,12 +14,13 @@ from estimators import BatchCentre, Discount, EarlyExit, NoObjective, ScoreFunct
 from estimators.base import Estimator
 from experiments import export
 from experiments.capacity import inner_capacities
-from experiments.config import ConfigError, EstimatorName, RunConfig, check, from_json, to_json
+from experiments.checks import check
+from experiments.config import ConfigError, EstimatorName, RunConfig, from_json, to_json
 from experiments.initial import initial_weights
 from experiments.optimizer import make_optimizer, make_schedule, multipliers, stages_of
 from experiments.presets import PRESETS
 from experiments.registry import REGISTRY, build_estimators
-from experiments.sections import SmoothConfig
+from experiments.sections import IsotropicConfig, ScoreFunctionConfig, SmoothConfig, StrideConfig, TargetConfig
 from tests.compositions import FROM_DATA, LENGTH, lively
 from tests.conftest import losses, predict, small_model, text_bytes
 from tests.test_generate import check_against_the_whole
@@ -331,11 +332,19 @@ def test_every_stage_of_a_preset_is_described_by_its_json(tmp_path):
         ({"inner_rates": (0.3, 0.3)}, "2 inner levels are named"),
         ({"inner_rates": (1.5,)}, "strictly between 0 and 1"),
         ({"inner_estimators": ("bpe",)}, "bpe reads bytes, not tokens"),
+        ({"inner_estimators": ("stride",), "stride": StrideConfig(0)}, "stride must be at least 1"),
+        ({"inner_rates": (0.001,)}, "a rate of 0.001 lies beyond policy logits"),
+        ({"inner_estimators": ("hnet",), "chunker": "distribute"}, "hnet learns through smoothing"),
+        ({"inner_estimators": ("gumbel",), "chunker": "smooth"}, "gumbel learns through the means"),
+        (
+            {"isotropic": IsotropicConfig(False), "inner_estimators": ("isotropic",)},
+            "leaves out the only level of tokens",
+        ),
     ],
 )
 def test_inner_levels_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        check(dataclasses.replace(nested_config("hnet"), **changes))
+        check(dataclasses.replace(nested_config("sfe"), **changes))
     with pytest.raises(ConfigError, match="has no level of tokens"):
         check(dataclasses.replace(PRESETS["mambabyte-L"], estimator="sfe"))
 
@@ -346,6 +355,31 @@ def test_inner_levels_have_room_for_what_they_expect():
     assert inner_capacities(config, routers, 600) == (300,)
     assert inner_capacities(config, routers, 200) == (200,)
     assert inner_capacities(config, routers[:1], 600) == ()
+    scheduled = dataclasses.replace(config, target=TargetConfig(start=0.8))
+    assert inner_capacities(scheduled, routers, 1000) == (600,)
+
+
+def test_draws_are_those_of_any_level():
+    config = dataclasses.replace(
+        nested_config("hnet"), sfe=ScoreFunctionConfig(window=2, samples=3, centring="samples")
+    )
+    check(config)
+    assert config.samples == 3
+    assert dataclasses.replace(config, inner_estimators=("uniform",)).samples == 1
+    model = UNet(config.unet, lively(build_estimators(config, jax.random.key(1))), key=jax.random.key(2))
+    output = losses(model, text_bytes(2, LENGTH), key=jax.random.key(0), samples=3)
+    assert np.isfinite(output.loss)
+    assert float(output.metrics[1]["advantage_rms"]) > 0
+
+
+def test_a_rule_outside_leaves_the_rewards_inside_as_they_are():
+    """It decides nothing, but as many bytes could."""
+    model = two_policies()
+    bytes = text_bytes(4, 8)
+    policies = predict(model, bytes, key=jax.random.key(0), training=True)
+    ruled = eqx.tree_at(lambda p: p.levels[0].boundaries.decided, policies, replace_fn=jnp.zeros_like)
+    one, other = (model.losses(drawn, plain_layout(bytes)).metrics[1]["policy_loss"] for drawn in (policies, ruled))
+    assert float(one) == pytest.approx(float(other), rel=1e-6)
 
 
 def test_stages_learn_at_the_rates_of_equation_11():

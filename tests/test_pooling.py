@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from estimators import Boundaries
-from experiments.config import ConfigError, check
+from experiments.checks import check
+from experiments.config import ConfigError
 from experiments.sections import PoolConfig
 from tests.compositions import LENGTH, config_of, registered
 from tests.conftest import losses, predict, text_bytes
@@ -18,10 +19,12 @@ from unet import AttendBack, Average, CrossAttention, Largest, Pooled, SelectDis
 from unet.ngrams import HashedNgrams, rolling_hash
 
 DIM = 8
-ACTIONS = jnp.asarray([[1, 0, 0, 1, 0, 1, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0, 0, 1, 0]], bool)
-# The second sequence holds two documents; the second of them starts at row 8.
-STARTS = jnp.zeros((2, 10), bool).at[:, 0].set(True).at[1, 8].set(True)
-GROUPS = ([[0], [1, 2, 3], [4, 5], [6, 7, 8, 9]], [[0], [1], [8]])
+ACTIONS = jnp.asarray(
+    [[1, 0, 0, 1, 0, 1, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0, 0, 1, 0], [1, 0, 1, 0, 0, 1, 0, 0, 1, 1]], bool
+)
+# The second and the third sequence hold two documents, whose second start at rows 8 and 5.
+STARTS = jnp.zeros((3, 10), bool).at[:, 0].set(True).at[1, 8].set(True).at[2, 5].set(True)
+GROUPS = ([[0], [1, 2, 3], [4, 5], [6, 7, 8, 9]], [[0], [1], [8]], [[0], [1, 2], [5], [6, 7, 8], [9]])
 
 
 def boundaries(actions=ACTIONS, starts=STARTS):
@@ -31,7 +34,7 @@ def boundaries(actions=ACTIONS, starts=STARTS):
 
 @pytest.fixture(scope="module")
 def hidden():
-    return jax.random.normal(jax.random.key(0), (2, 10, DIM))
+    return jax.random.normal(jax.random.key(0), (3, 10, DIM))
 
 
 def by_hand(pool, rows):
@@ -50,9 +53,10 @@ def by_hand(pool, rows):
 
 ATTENTION = CrossAttention(DIM, 2, key=jax.random.key(5))
 POOLS = [Largest(), Average(), ATTENTION, WithBoundary(Largest()), WithBoundary(ATTENTION)]
+NAMES = ["max", "mean", "attention", "max+last", "attention+last"]
 
 
-@pytest.mark.parametrize("pool", POOLS, ids=["max", "mean", "attention", "max+last", "attention+last"])
+@pytest.mark.parametrize("pool", POOLS, ids=NAMES)
 @pytest.mark.parametrize("capacity", [3, 6])
 def test_tokens_are_made_of_the_rows_that_their_boundary_closes(hidden, pool, capacity):
     rows = jax.jit(lambda h: Pooled(pool, SelectDistribute()).down(h, boundaries(), capacity=capacity))(hidden)
@@ -72,9 +76,37 @@ def test_gradients_reach_the_rows_of_the_group_alone(hidden, pool):
     gradient = jax.jit(jax.grad(token))(hidden)
     assert np.all(np.isfinite(gradient))
     assert np.all(np.any(gradient[0, 1:4] != 0, axis=-1) | (isinstance(pool, Largest)))
-    moved = np.ones((2, 10), bool)
+    moved = np.ones((3, 10), bool)
     moved[0, 1:4] = False
     np.testing.assert_array_equal(gradient[moved], 0.0)
+
+
+@pytest.mark.parametrize("size", [1.0, 40.0])
+@pytest.mark.parametrize("capacity", [3, 6])
+@pytest.mark.parametrize("pool", POOLS, ids=NAMES)
+def test_gradients_are_those_of_each_group_by_itself(hidden, pool, capacity, size):
+    """In packed documents whose ends no boundary closes, where capacity is full, and where attention is all but certain."""
+    hidden = size * hidden
+    weights = jax.random.normal(jax.random.key(3), (3, 6, DIM))
+
+    def found(pool, hidden):
+        return jnp.sum(
+            weights[:, :capacity]
+            * Pooled(pool, SelectDistribute()).down(hidden, boundaries(), capacity=capacity).values
+        )
+
+    def expected(pool, hidden):
+        return sum(
+            jnp.sum(weights[sequence, token] * by_hand(pool, hidden[sequence, jnp.asarray(group)]))
+            for sequence, groups in enumerate(GROUPS)
+            for token, group in enumerate(groups[:capacity])
+        )
+
+    ours, theirs = (
+        jax.jit(jax.grad(lambda both, f=f: f(*both), allow_int=True))((pool, hidden)) for f in (found, expected)
+    )
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * size)
 
 
 def test_bytes_attend_to_the_vectors_of_their_token(hidden):

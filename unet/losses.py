@@ -98,9 +98,10 @@ def losses(
 
     The outermost level is rewarded byte by byte. A row of an inner level is a chunk, and its reward the log-likelihood of all
     predictions made while it was the last chunk of its level: those at the bytes from the one that closed it to the one
-    before the next closes. These sums are scaled by the rows that decide at its level over the bytes that decide, so that the
-    mean over decisions, which policy losses take, weighs a nat as it does at the outermost level: at every level the policy
-    gradient is that of the same sum of log-likelihoods, divided by the same number of bytes. An early prediction depends on no
+    before the next closes. These sums are scaled by the rows that decide at its level over the bytes that decide (or, where the
+    outermost level is a rule, could), so that the mean over decisions, which policy losses take, weighs a nat as it does at the
+    outermost level: at every level the policy gradient is that of the same sum of log-likelihoods, divided by the same number
+    of bytes. An early prediction depends on no
     action of any level, so that the same sums of it are a baseline at all of them; the early head learns from the first level
     that has one.
 
@@ -125,7 +126,9 @@ def losses(
         decided = jnp.maximum(jnp.sum(level.boundaries.decided), 1).astype(jnp.float32)
         here = reward
         if number == 0:
-            deciding = decided
+            # A rule decides nothing; the bytes that are free to close a token stand for those that decide.
+            free = jnp.maximum(jnp.sum(layout.free), 1).astype(jnp.float32)
+            deciding = jnp.where(jnp.any(level.boundaries.decided), decided, free)
         else:
             here, mask, follows = reward.scaled(decided / deciding), reward.scored > 0, continues(level.layout)
         signal = Signal(

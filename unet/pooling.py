@@ -22,10 +22,17 @@ from unet.ops.rows import add_at, bounds_of, spread_rows
 
 
 class Groups(eqx.Module):
-    """Which group each row is in: `index`, `tokens` where no boundary closes it; and how many tokens there is room for."""
+    """Which group each row is in: `index`, `tokens` where no boundary closes it; `upcoming`, the same but for those rows, which
+    get that of some other group, so that it never falls; and how many tokens there is room for."""
 
     index: Int[Array, "batch length"]
+    upcoming: Int[Array, "batch length"]
     tokens: int = eqx.field(static=True)
+
+    @property
+    def inside(self) -> Bool[Array, "batch length"]:
+        """Whether a row is in a group."""
+        return self.index < self.tokens
 
     def total(self, values: Float[Array, "batch length *rest"]) -> Float[Array, "batch tokens *rest"]:
         """The sum of each group."""
@@ -41,9 +48,8 @@ class Groups(eqx.Module):
         return jax.vmap(most)(self.index, values)
 
     def spread(self, rows: Float[Array, "batch tokens dim"]) -> Float[Array, "batch length dim"]:
-        """What belongs to each group at all its rows; rows of no group get the last."""
-        index = jnp.minimum(self.index, self.tokens - 1)
-        return spread_rows(rows, index, bounds_of(index, self.tokens), None)
+        """What belongs to each group at all its rows; rows of no group get that of another."""
+        return spread_rows(rows, self.upcoming, bounds_of(self.upcoming, self.tokens), None)
 
 
 def groups_of(boundaries: Boundaries, capacity: int) -> Groups:
@@ -55,7 +61,8 @@ def groups_of(boundaries: Boundaries, capacity: int) -> Groups:
     inside = jnp.take_along_axis(boundaries.starts, jnp.minimum(last, closed.shape[1] - 1), axis=1)
     stray = inside & ~boundaries.starts
     count = jnp.sum(closed, axis=1, keepdims=True)
-    return Groups(jnp.where(stray | (index >= jnp.minimum(count, capacity)), capacity, index), capacity)
+    outside = stray | (index >= jnp.minimum(count, capacity))
+    return Groups(jnp.where(outside, capacity, index), jnp.minimum(index, capacity - 1), capacity)
 
 
 def _next_boundary(boundaries: Boundaries) -> Int[Array, "batch length"]:
@@ -207,7 +214,10 @@ class CrossAttention(AbstractPool):
         asked, keys, values = (self._heads(rows) for rows in (groups.spread(query), keys, values))
         logits = jnp.sum(asked.astype(jnp.float32) * keys.astype(jnp.float32), axis=-1) * keys.shape[-1] ** -0.5
         most = jax.lax.stop_gradient(groups.largest(logits))
-        weights = jnp.exp(logits - groups.spread(jnp.where(jnp.isfinite(most), most, 0.0)))
+        # Logits of rows of no group have no bound, and an overflow there would be a gradient that is not a number.
+        inside = groups.inside[..., None]
+        shifted = jnp.where(inside, logits - groups.spread(jnp.where(jnp.isfinite(most), most, 0.0)), 0.0)
+        weights = jnp.where(inside, jnp.exp(shifted), 0.0)
         total = groups.total(weights[..., None] * values.astype(jnp.float32))
         scale = groups.total(weights)
         mixed = total / jnp.where(scale > 0, scale, 1.0)[..., None]

@@ -15,7 +15,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from data import Split, open_batches
 from experiments.benchmark.timing import Work
 from experiments.capacity import inner_capacities, training_capacities
-from experiments.config import ConfigError, EstimatorName, RunConfig, check, transformer_shape
+from experiments.checks import check
+from experiments.config import ConfigError, EstimatorName, RunConfig, transformer_shape
 from experiments.found import find, threshold_of
 from experiments.optimizer import make_optimizer, multipliers
 from experiments.registry import ByteModel, Found, build_estimators
