@@ -6,11 +6,13 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
+import numpy as np
+from jax import Array
 
 from experiments.config import ConfigError
 from unet.model import UNet
 from unet.pretrained import load_hnet
-from unet.saving import WEIGHTS, load
+from unet.saving import WEIGHTS, describes_itself, load
 
 
 def initial_weights(where: str, fresh: UNet) -> UNet:
@@ -19,16 +21,28 @@ def initial_weights(where: str, fresh: UNet) -> UNet:
 
     Raises `LoadError` where there is no model, `ConfigError` where it is made of other parts.
     """
-    known = where.startswith("hub:") or (Path(where) / WEIGHTS).is_file()
+    path = Path(where)
+    known = where.startswith("hub:") or describes_itself(path / WEIGHTS if path.is_dir() else path)
     found = load(where).model if known else load_hnet(where)
-    ours, theirs = (jax.tree_util.tree_flatten_with_path(eqx.filter(one, eqx.is_array))[0] for one in (fresh, found))
-    shapes = [{jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves} for leaves in (ours, theirs)]
-    differing = sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
+    ours, theirs = (
+        {
+            jax.tree_util.keystr(path): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(eqx.filter(one, eqx.is_array))
+        }
+        for one in (fresh, found)
+    )
+    fitting = {name for name in ours.keys() & theirs.keys() if _fits(ours[name], theirs[name])}
+    differing = sorted((ours.keys() | theirs.keys()) - fitting)
     if differing:
         raise ConfigError(
             f"--init {where} is a model of other parts than this run's: {len(differing)} of its arrays are missing, left over "
-            f"or of another shape, such as {differing[0]}; name the --model, --estimator and settings it was made with"
+            f"or of another shape or kind, such as {differing[0]}; name the --model, --estimator and settings it was made with"
         )
-    leaves = [leaf for _, leaf in theirs]
+    leaves = [theirs[name].astype(leaf.dtype) for name, leaf in ours.items()]
     params, rest = eqx.partition(fresh, eqx.is_array)
     return eqx.combine(jax.tree.unflatten(jax.tree.structure(params), leaves), rest)
+
+
+def _fits(here: Array, there: Array) -> bool:
+    """Whether the numbers `there` can stand here as they are."""
+    return here.shape == there.shape and np.can_cast(there.dtype, here.dtype)

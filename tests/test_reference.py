@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from estimators import CosineRouter, DynamicChunking
 from estimators import equations as eq
 from estimators.base import Layout
 from tests.compositions import LENGTH
 from tests.conftest import losses, predict, small_model, small_score_function
 from tests.test_stepping import check_row_by_row
-from unet import UNet, from_reference, to_reference
+from unet import Projection, SelectSmooth, UNet, from_reference, to_reference
 from unet.likelihood import next_byte_log_lik, plain_layout
 from unet.reference import LayoutError, reference_config, shape_of
 from unet.stage import Drawing
@@ -167,6 +168,9 @@ def test_half_precision_keeps_recurrences_routers_and_residuals_wide(golden):
         (lambda c, p: c.pop("ssm_cfg"), "ssm_cfg.* is missing"),
         (lambda c, p: c.update(arch_layout=["m2", "T2", "m2"]), "a stage of a layout is a list"),
         (lambda c, p: c.update(arch_layout=["m2", ["X2"], "m2"]), "letters of mMtT"),
+        (lambda c, p: c.update(arch_layout=["m99999999", ["T2"], "m2"]), "at most 4096 layers"),
+        (lambda c, p: c["ssm_cfg"].update(d_state=[[16], [16]]), "d_state must be a whole number"),
+        (lambda c, p: c["ssm_cfg"].update(d_state={}), "d_state must be a whole number"),
         (lambda c, p: c.update(d_model=[64]), "dims needs 2 numbers"),
         (lambda c, p: c.update(d_model=[64, 32]), "grow inward"),
         (lambda c, p: c.update(d_intermediate=[0, 0]), "layers with an MLP"),
@@ -187,3 +191,20 @@ def test_models_of_other_parts_have_no_released_layout(golden):
     shape = shape_of(config)
     with pytest.raises(LayoutError, match="draw boundaries by cosine"):
         to_reference(UNet(shape, small_score_function((), dim=64), key=jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"smoothing": False}, {"weighting": "confidence"}, {"positions": "byte"}, {"draws": True}],
+    ids=str,
+)
+def test_what_the_released_program_would_compute_otherwise_has_no_released_layout(golden, change):
+    _, config, _ = read(golden, "hnet_1stage")
+    dim = config["d_model"][0]
+    settings = {name: value for name, value in change.items() if name in ("smoothing", "weighting")}
+    estimator = DynamicChunking(dim, chunker=SelectSmooth(Projection(dim), **settings), target_rate=0.2)
+    if "draws" in change:
+        estimator = eqx.tree_at(lambda e: e.router, estimator, CosineRouter(dim))
+    shape = dataclasses.replace(shape_of(config), token_positions=change.get("positions", "chunk"))
+    with pytest.raises(LayoutError, match="stages of the released layout"):
+        to_reference(UNet(shape, estimator, key=jax.random.key(0)))

@@ -29,6 +29,9 @@ STD = 0.02
 """Standard deviation of fresh weights, as released."""
 
 
+MOST_LAYERS = 4096
+
+
 @dataclass(frozen=True)
 class Networks:
     """What a layout says of one stage: the layers of its `encoder` and `decoder`, which surround the stage `inside`; or of the
@@ -67,11 +70,14 @@ def _networks(parsed: object) -> Networks:
 
 
 def _letters(part: object) -> str:
-    if not isinstance(part, str) or not re.fullmatch(r"([mMtT]\d+)+", part):
+    if not isinstance(part, str) or not re.fullmatch(r"([mMtT]\d{1,9})+", part):
         raise ValueError(
             f'a network of a layout is letters of mMtT, each with a number, such as "T1m4"; got {json.dumps(part)}'
         )
-    return "".join(letter * int(number) for letter, number in re.findall(r"([mMtT])(\d+)", part))
+    runs = [(letter, int(number)) for letter, number in re.findall(r"([mMtT])(\d+)", part)]
+    if sum(number for _, number in runs) > MOST_LAYERS:
+        raise ValueError(f"a network of a layout has at most {MOST_LAYERS} layers; got {json.dumps(part)}")
+    return "".join(letter * number for letter, number in runs)
 
 
 @dataclass(frozen=True)

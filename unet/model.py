@@ -271,7 +271,13 @@ class UNet(eqx.Module):
             return way
 
         which = smallest_with_room(begun.fullest(groups), sizes)
-        ending = eqx.tree_at(lambda model: (model.embedding, model.stage), self, (None, self.stage.ending()))
+        # What only the beginning needs would get a gradient of zeros from every way to end.
+        ending = eqx.tree_at(
+            lambda model: (model.embedding, model.ngrams, model.stage),
+            self,
+            (None, None, self.stage.ending()),
+            is_leaf=lambda part: part is None,
+        )
         ways = [finish(size) for size in sizes or (None,)]
         loss, output = chosen(which, ways, (ending, begun, drawing, layout))
         # The loss inside `output` stands beside what is differentiated and carries no gradient.

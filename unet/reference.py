@@ -93,10 +93,10 @@ def _several(value: object, name: str, stages: int) -> tuple[int, ...]:
 
 
 def _one(value: object, name: str) -> int:
-    values = set(value) if isinstance(value, Sequence) and not isinstance(value, str) else {value}
-    if len(values) != 1 or type(one := values.pop()) is not int:
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not values or any(type(one) is not int or one != values[0] for one in values):
         raise LayoutError(f"{name} must be a whole number, the same at every stage; got {value!r}")
-    return one
+    return values[0]
 
 
 def new_hnet(shape: HNetConfig, *, chunk_sizes: Sequence[float] | None = None) -> UNet:
@@ -306,12 +306,18 @@ def _stage_parameters(stage: AbstractStage, prefix: str) -> Iterator[Named]:
     if isinstance(stage, Flat):
         yield from _stack_parameters(stage.stack, f"{prefix}.main_network")
     elif isinstance(stage, Hierarchy):
-        router, chunker = stage.estimator.router, stage.estimator.chunker
-        router = router.router if isinstance(router, Likelier) else router
+        likelier, chunker = stage.estimator.router, stage.estimator.chunker
+        router = likelier.router if isinstance(likelier, Likelier) else None
         if not isinstance(router, CosineRouter) or not isinstance(chunker, SelectSmooth) or chunker.projection is None:
             raise LayoutError(
-                "stages of the released layout draw boundaries by cosine and bring tokens back smoothed, onto a projected "
-                f"residual; this model has {type(router).__name__} and {type(chunker).__name__}"
+                "stages of the released layout draw boundaries by cosine, where they are likelier than not, and bring tokens "
+                f"back smoothed, onto a projected residual; this model has {type(likelier).__name__} and "
+                f"{type(chunker).__name__}"
+            )
+        if not chunker.smoothing or chunker.weighting == "confidence" or not stage.chunk_positions:
+            raise LayoutError(
+                "stages of the released layout smooth their tokens, weight them by no confidence, and number them for rotary "
+                "embeddings; this model does not"
             )
         yield from _stack_parameters(stage.encoder, f"{prefix}.encoder")
         yield from _stage_parameters(stage.inner, f"{prefix}.main_network")

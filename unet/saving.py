@@ -90,6 +90,15 @@ def load(where: str | Path, *, known: Sequence[Known] = ()) -> Loaded:
     return Loaded(_read(path, known), _json(config.read_text(), config) if config.is_file() else {})
 
 
+def describes_itself(path: Path) -> bool:
+    """Whether a file says what model its arrays make up, as those of `save` do."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
 def _read(path: Path, known: Sequence[Known]) -> UNet:
     names = {f"{one.__module__}.{one.__qualname__}": one for one in known}
     try:
