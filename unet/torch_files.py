@@ -15,13 +15,16 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, ClassVar, cast
 
 import jax.numpy as jnp
 import numpy as np
 
 LARGEST_PICKLE = 1 << 26
 """Bytes of names and shapes that a file may have."""
+
+MOST_DIMENSIONS = 16
+"""Dimensions that a tensor may have."""
 
 PIECE = 1 << 20
 """Bytes read at a time."""
@@ -31,7 +34,7 @@ class TorchFileError(Exception):
     """What is wrong with a file of weights, in one sentence."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Kind:
     """A class of storages in a pickle: what its numbers are."""
 
@@ -56,7 +59,7 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Storage:
     """One block of numbers: the member that holds it, and how many there are."""
 
@@ -65,7 +68,7 @@ class _Storage:
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorPlace:
     """Where the numbers of a tensor lie."""
 
@@ -85,17 +88,17 @@ class _Ignored:
     def __init__(self, *arguments: object, **named: object):
         pass
 
-    def __setstate__(self, state: object) -> None:
-        pass
-
 
 def _rebuild_tensor(storage: object, offset: object, shape: object, strides: object, *rest: object) -> TensorPlace:
     whole = (offset, *_numbers(shape), *_numbers(strides))
     if not isinstance(storage, _Storage) or any(type(number) is not int or number < 0 for number in whole):
         raise pickle.UnpicklingError("a tensor has no sensible shape")
     place = TensorPlace(storage, cast(int, offset), _numbers(shape), _numbers(strides))
-    if len(place.shape) != len(place.strides):
+    if len(place.shape) != len(place.strides) or len(place.shape) > MOST_DIMENSIONS:
         raise pickle.UnpicklingError("a tensor has no sensible shape")
+    # No number stands for several: what is copied out of a file is never larger than the file.
+    if math.prod(size for size in place.shape if size) > storage.size:
+        raise pickle.UnpicklingError("a tensor has more numbers than its storage")
     last = place.offset + sum((size - 1) * step for size, step in zip(place.shape, place.strides, strict=True))
     if math.prod(place.shape) and last >= storage.size:
         raise pickle.UnpicklingError("a tensor reaches beyond its storage")
@@ -119,8 +122,8 @@ _HARMLESS: Mapping[tuple[str, str], Callable[..., object]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
-    **{("builtins", kind.__name__): kind for kind in (dict, list, set, tuple, int, float, str, bool)},
-    # The published checkpoints may carry learning-rate multipliers in such lists.
+    **{("builtins", kind.__name__): kind for kind in (dict, list, set, tuple)},
+    # Named as the kinds of settings. The published checkpoints may carry learning-rate multipliers in such lists.
     **dict.fromkeys(
         [
             ("typing", "Any"),
@@ -129,14 +132,26 @@ _HARMLESS: Mapping[tuple[str, str], Callable[..., object]] = {
             ("omegaconf.base", "ContainerMetadata"),
             ("omegaconf.base", "Metadata"),
             ("omegaconf.nodes", "AnyNode"),
+            *(("builtins", kind) for kind in ("int", "float", "str", "bool")),
         ],
         _Ignored,
     ),
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds tensors and plain containers and nothing else."""
+class _Unpickler(pickle._Unpickler):
+    """Builds tensors and plain containers and nothing else.
+
+    It is made of the one written in Python, which keeps what a pickle numbers in a dictionary, however large the numbers, and
+    whose opcodes can be changed: BUILD would set attributes of whatever stands on the stack, tensors that were checked included.
+    """
+
+    # Without extensions, and without buffers of whatever size is named; BUILD drops what it is given.
+    dispatch: ClassVar = {
+        code: pickle._Unpickler.dispatch[pickle.POP[0]] if code == pickle.BUILD[0] else load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code not in (*pickle.EXT1, *pickle.EXT2, *pickle.EXT4, *pickle.BYTEARRAY8, *pickle.NEXT_BUFFER)
+    }
 
     def find_class(self, module: str, name: str) -> object:  # what a pickle calls or marks a storage with
         if module == "torch" and name in _KINDS:
@@ -171,6 +186,8 @@ class TorchFile(Mapping[str, np.ndarray]):
                 raise TorchFileError(f"{path} has a data.pkl of over {LARGEST_PICKLE} bytes, which no weights need")
             with self._zip.open(members[0]) as stream:
                 content: object = _Unpickler(stream).load()
+            self._places = _tensors(content, path)
+            self._check_members()
         except zipfile.BadZipFile:
             raise TorchFileError(
                 f"{path} is not a zip file as PyTorch has written since 1.6: it is damaged, or of an older format"
@@ -181,8 +198,26 @@ class TorchFile(Mapping[str, np.ndarray]):
             raise
         # A pickle can fail in any way that its opcodes can.
         except Exception as error:
-            raise TorchFileError(f"{path} is damaged: its data.pkl cannot be read ({error})") from None
-        self._places = _tensors(content, path)
+            raise TorchFileError(f"{path} is damaged: its data.pkl cannot be read ({error!r})") from None
+
+    def _check_members(self) -> None:
+        """Numbers lie in the file as they are, as many as a storage says, lowest byte first."""
+        order = f"{self._folder}byteorder"
+        if order in self._zip.namelist() and self._zip.read(order) != b"little":
+            raise TorchFileError(f"{self._path} has its numbers highest byte first, which is not supported")
+        for name, place in self._places.items():
+            storage = place.storage
+            try:
+                member = self._zip.getinfo(f"{self._folder}data/{storage.member}")
+            except KeyError:
+                raise TorchFileError(f"{self._path} is damaged: it lacks the numbers of {name}") from None
+            if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+                raise TorchFileError(f"{self._path} is refused: the numbers of {name} are compressed or encrypted")
+            size = storage.size * storage.kind.dtype.itemsize
+            if member.file_size != size or size > self._path.stat().st_size:
+                raise TorchFileError(
+                    f"{self._path} is damaged: {name} is said to lie in {size} bytes, which are {member.file_size}"
+                )
 
     def places(self) -> Mapping[str, TensorPlace]:
         """Shapes and dtypes, without reading the numbers."""
@@ -197,7 +232,7 @@ class TorchFile(Mapping[str, np.ndarray]):
                     stream.seek(place.offset * dtype.itemsize)
                     return self._read(stream, dtype, math.prod(place.shape), name).reshape(place.shape)
                 block = self._read(stream, dtype, storage.size, name)
-        except (zipfile.BadZipFile, KeyError) as error:
+        except (zipfile.BadZipFile, OSError, RuntimeError, EOFError) as error:
             raise TorchFileError(f"{self._path} is damaged: the numbers of {name} cannot be read ({error})") from None
         strides = tuple(step * dtype.itemsize for step in place.strides)
         return np.lib.stride_tricks.as_strided(block[place.offset :], place.shape, strides).copy()
