@@ -82,9 +82,11 @@ def test_summaries_need_only_the_kept_arrays():
         "probs": np.zeros(shape),
         "entropy": np.full(shape, np.nan),
         "overflow": np.zeros(2),
+        "tokens": np.asarray([[2, 1], [2, 0]]),
         "bytes": np.full(shape, 97),
     }
     assert summarise(kept).bpb == pytest.approx(1.0)
+    assert summarise(kept).inner_rates == (0.25,)
 
 
 def test_characters_carry_the_probability_of_their_last_byte():
