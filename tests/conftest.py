@@ -16,7 +16,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 FAST_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ["XLA_FLAGS"] = f"{FAST_COMPILER} {os.environ.get('XLA_FLAGS', '')}".strip()
+USUAL_FLAGS = os.environ.get("XLA_FLAGS", "").replace(FAST_COMPILER, "").strip()
+os.environ["XLA_FLAGS"] = f"{FAST_COMPILER} {USUAL_FLAGS}".strip()
 
 # What one test has compiled no other compiles again, nor do the processes that tests start.
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "jax"
