@@ -54,14 +54,15 @@ class Measured:
 @dataclass(frozen=True)
 class Line:
     """One estimator of the table, over its seeds. `gain` is how far its bits per byte lie below the reference's, seed by
-    seed, NaN without one; FLOPs are those of training per byte, at the measured rate, by the two rules of `unet.flops`."""
+    seed, NaN without one; `rates` are those of all levels, the outermost first, of which one may be `missed`; FLOPs are those of
+    training per byte, at the measured rates, by the two rules of `unet.flops`."""
 
     estimator: EstimatorName
     seeds: tuple[int, ...]
     bpb: Measured
     gain: Measured
-    rate: Measured
-    target_rate: float
+    rates: tuple[Measured, ...]
+    target_rates: tuple[float, ...]
     missed: bool
     f1: Measured
     sampled_f1: Measured
@@ -127,16 +128,18 @@ def table(summaries: Mapping[EstimatorName, Sequence[Summary]]) -> list[Line]:
             for run in runs
             if name != REFERENCE and _seed(run) in reference
         ]
-        rate, target = measured("rate"), _value(runs[0], "target_rate")
+        inside = sorted(key.removeprefix("rate") for key in runs[0] if key.startswith("rate_level"))
+        rates = tuple(measured(f"rate{level}") for level in ("", *inside))
+        targets = tuple(_value(runs[0], f"target_rate{level}") for level in ("", *inside))
         lines.append(
             Line(
                 estimator=name,
                 seeds=tuple(_seed(run) for run in runs),
                 bpb=measured("val_bpb"),
                 gain=Measured.of(gains) if gains else Measured(math.nan, math.nan),
-                rate=rate,
-                target_rate=target,
-                missed=abs(rate.mean / target - 1.0) > MISSED,
+                rates=rates,
+                target_rates=targets,
+                missed=any(abs(rate.mean / target - 1) > MISSED for rate, target in zip(rates, targets, strict=True)),
                 f1=measured("boundary_f1_whitespace"),
                 sampled_f1=measured("sampled_f1_whitespace"),
                 auc=measured("boundary_auc_whitespace"),
@@ -157,7 +160,7 @@ def cells(line: Line) -> dict[str, str]:
         "estimator": f"`{line.estimator}`",
         "bpb": line.bpb.text(4),
         "gain": line.gain.text(4),
-        "rate": line.rate.text(3) + (" †" if line.missed else ""),
+        "rate": " / ".join(rate.text(3) for rate in line.rates) + (" †" if line.missed else ""),
         "auc": line.auc.text(3),
         "f1": line.f1.text(3),
         "sampled_f1": line.sampled_f1.text(3),
@@ -183,7 +186,11 @@ def remarks(lines: Sequence[Line]) -> list[str]:
     notes = ["Bits per byte of held-out text with sampled boundaries; ± is the standard error over seeds."]
     missed = [line for line in lines if line.missed]
     if missed:
-        names = ", ".join(f"{line.estimator} {line.rate.mean:.3f} for {line.target_rate:g}" for line in missed)
+        names = ", ".join(
+            f"{line.estimator} {' / '.join(f'{rate.mean:.3f}' for rate in line.rates)} for "
+            f"{' / '.join(f'{target:g}' for target in line.target_rates)}"
+            for line in missed
+        )
         notes.append(
             f"† Missed its target rate by more than {MISSED:.0%} ({names}): more tokens buy better bits per byte, and fewer "
             "cost some. --target.control moves an estimator's own target towards the rate asked for, the faster the larger it is."

@@ -197,6 +197,14 @@ def _figures(config: RunConfig, summary: Summary) -> Iterable[str]:
         ("Held-out bits per byte", _number(summary["val_bpb"])),
         ("… of the early exit", _number(summary["early_val_bpb"])),
         ("Boundary rate, target", f"{_number(summary['rate'], digits=3)}, {config.rate:g}"),
+        *(
+            (
+                f"… at level {level} inside, target",
+                f"{_number(summary[f'rate_level{level}'], digits=3)}, {asked.rate:g}",
+            )
+            for level, asked in enumerate(config.levels)
+            if level
+        ),
         ("White space: AUC of p", _number(summary["boundary_auc_whitespace"])),
         (
             "White space: F1 of boundaries with p > 0.5, of sampled ones",

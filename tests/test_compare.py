@@ -60,6 +60,11 @@ def test_a_missed_rate_is_flagged():
     lines = table({"hnet": [summary("hnet", 0, 2.0, 0.268)], "sfe": [summary("sfe", 0, 2.0, 0.205)]})
     assert [line.missed for line in lines] == [True, False]
     assert "0.268 †" in markdown(lines)
+    inside = {**summary("sfe", 0, 2.0, 0.21), "rate_level1": 0.6, "target_rate_level1": 0.5}
+    (line,) = table({"sfe": [inside]})
+    assert line.missed
+    assert "| 0.210 / 0.600 † |" in markdown([line])
+    assert "sfe 0.210 / 0.600 for 0.2 / 0.5" in " ".join(remarks([line]))
     assert any("hnet 0.268 for 0.2" in note for note in remarks(lines))
 
 
