@@ -117,7 +117,8 @@ def test_a_block_equals_the_gemma_2_layer(golden, name, window):
         return jnp.sum(y * z["cotangent"]), y
 
     (_, y), (gradient_block, gradient_x) = value_and_gradient((block, x))
-    np.testing.assert_allclose(y, z["y"], **VALUES)
+    # Rounding the input alone moves values by 6e-6 of 6.5, and those of the file are 9e-6 from what float64 gives.
+    np.testing.assert_allclose(y, z["y"], rtol=1e-5, atol=5e-5)
 
     def close(found, wanted, name):
         # Sums of hundreds of terms of either sign: absolute errors go with the largest entry.

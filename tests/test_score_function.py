@@ -162,7 +162,8 @@ def test_the_expected_policy_gradient_is_exactly_what_theory_says(
 
 def test_a_decision_earns_nothing_from_predictions_made_before_it(credit):
     k, i = np.meshgrid(np.arange(LENGTH), np.arange(LENGTH), indexing="ij")
-    np.testing.assert_allclose(credit[:, k < i], 0.0, atol=1e-6)
+    # Zeros are what is left of sums of log-likelihoods of either sign.
+    np.testing.assert_allclose(credit[:, k < i], 0.0, atol=5e-5 * float(jnp.max(jnp.abs(credit))))
 
 
 def test_discounting_biases_the_gradient(model, bytes, outcomes):
