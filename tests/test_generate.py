@@ -128,7 +128,7 @@ def test_a_text_ends_before_a_stop_string_even_across_pieces(sfe):
 
 def test_a_text_ends_at_eos_and_stays_ended(sfe):
     # Half of all probability is on EOS wherever the norm's first feature is positive.
-    loud = eqx.tree_at(lambda m: m.head.weight, sfe, sfe.head.weight.at[EOS, 0].set(6.0))
+    loud = eqx.tree_at(lambda m: m.head.weight, sfe, sfe.head.weight.at[0, EOS].set(6.0))
     written = write(loud, ["a", "b", "c", "d"], max_bytes=40, key=KEY)
     finishes = [text.piece.finish for text in written.texts]
     assert "eos" in finishes
@@ -239,7 +239,7 @@ def test_what_was_written_scores_the_same_with_the_same_key(sfe):
 
 def test_what_greedy_sampling_writes_scores_as_greedy(sfe):
     # BOS, which is never written, could be the likeliest byte of an untrained model.
-    model = eqx.tree_at(lambda m: m.head.weight, sfe, sfe.head.weight.at[BOS].set(0.0))
+    model = eqx.tree_at(lambda m: m.head.weight, sfe, sfe.head.weight.at[:, BOS].set(0.0))
     text = write(model, ["so"], max_bytes=12, key=KEY, sampling=Sampling(0.0), likelier=True).texts[0]
     one, other = score(model, [text.piece.bytes, b"zzzz"], contexts=["so", "so"], key=None)
     assert one.greedy

@@ -99,7 +99,10 @@ def test_a_block_equals_the_gemma_2_layer(golden, name, window):
             block = getattr(block, part)
         return block.weight
 
-    weights = [jnp.concatenate([parameter(part) for part in parts]) for parts in names.values()]
+    weights = [
+        jnp.concatenate([parameter(part) for part in parts]).T if "." in path else parameter(parts[0])
+        for path, parts in names.items()
+    ]
     block = eqx.tree_at(lambda b: [weight_of(b, path) for path in names], block, weights)
     positions = jnp.asarray(z["positions"], jnp.int32)
     layout = plain_layout(jnp.zeros_like(positions))
@@ -126,5 +129,5 @@ def test_a_block_equals_the_gemma_2_layer(golden, name, window):
 
     close(gradient_x, z["grad_x"], "x")
     for path, parts in names.items():
-        expected = np.concatenate([z[f"grad.{part}.weight"] for part in parts])
+        expected = np.concatenate([z[f"grad.{part}.weight"] for part in parts]).T
         close(weight_of(gradient_block, path), expected, path)

@@ -224,7 +224,7 @@ class Attention(AbstractMixer):
 
     @property
     def rotary_dim(self) -> int | None:
-        return self.out.weight.shape[1] // self.heads if self.turned is None else self.turned
+        return self.out.weight.shape[0] // self.heads if self.turned is None else self.turned
 
     def __call__(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
         squares = around.squares

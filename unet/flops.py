@@ -127,10 +127,10 @@ def _block_forward(block: AbstractBlock, seen: float) -> float:
 
 def _mixer_forward(mixer: AbstractMixer, seen: float) -> float:
     if isinstance(mixer, Attention):
-        dim, inner = mixer.out.weight.shape
+        inner, dim = mixer.out.weight.shape
         return 2.0 * 3 * dim * inner + 2 * 2 * seen * inner + 3 * mixer.heads * seen + 2 * inner * dim
     if isinstance(mixer, Mamba2):
-        dim, inner = mixer.project_out.weight.shape
+        inner, dim = mixer.project_out.weight.shape
         channels, taps = mixer.conv_weight.shape
         state = (channels - inner) // 2
         # The paper counts the last projection and the convolution as if they were as narrow as the stage.
@@ -140,7 +140,7 @@ def _mixer_forward(mixer: AbstractMixer, seen: float) -> float:
 
 
 def _mlp_forward(out: Linear) -> float:
-    dim, hidden = out.weight.shape
+    hidden, dim = out.weight.shape
     return 2.0 * 3 * dim * hidden + 5 * dim
 
 

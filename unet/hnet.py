@@ -223,9 +223,9 @@ def _drawn(block: PreNorm, residuals: int, key: PRNGKeyArray) -> PreNorm:
             last = path[-1]
             assert isinstance(last, jax.tree_util.GetAttrKey)
             std = STD / residuals**0.5 if last.name in ending else STD
-            fresh: Float[Array, "outputs inputs"] = jax.random.normal(
-                jax.random.fold_in(key, number), leaf.weight.shape
-            )
+            fresh: Float[Array, "inputs outputs"] = jax.random.normal(
+                jax.random.fold_in(key, number), leaf.weight.shape[::-1]
+            ).T
             leaf = eqx.tree_at(lambda linear: linear.weight, leaf, std * fresh)
         drawn.append(leaf)
     return jax.tree_util.tree_unflatten(tree, drawn)

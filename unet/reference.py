@@ -22,6 +22,7 @@ from unet.attention import Attention
 from unet.blocks import PreNorm, Stack
 from unet.chunkers import Projection, SelectSmooth
 from unet.hnet import HNetConfig, read_layout
+from unet.layers import Linear
 from unet.mamba import Mamba2
 from unet.model import UNet
 from unet.stage import AbstractStage, Flat, Hierarchy
@@ -47,11 +48,13 @@ class LayoutError(Exception):
 
 @dataclass(frozen=True)
 class Named:
-    """A parameter of a model, or of the shapes of one, by its published `name`; `shape` is the published one."""
+    """A parameter of a model, or of the shapes of one, by its published `name`; `shape` is the published one, of the transpose
+    where it is `turned`."""
 
     name: str
     leaf: Array | jax.ShapeDtypeStruct
     shape: tuple[int, ...]
+    turned: bool = False
 
 
 def shape_of(config: Mapping[str, object], *, compute: WeightType = "float32") -> HNetConfig:
@@ -152,8 +155,9 @@ def _weight(place: Named, value: np.ndarray, dtype: WeightType) -> Array:
     if value.dtype not in (np.float32, np.float16, jnp.bfloat16):
         raise LayoutError(f"{place.name} is {value.dtype}; weights are float32, float16 or bfloat16")
     wanted = jnp.float32 if place.name.endswith(KEPT_WIDE) else jnp.dtype(dtype)
+    value = value.T if place.turned else value.reshape(place.leaf.shape)
     # Waited for: what is still being copied would pile up.
-    return jax.block_until_ready(jnp.asarray(value.reshape(place.leaf.shape).astype(wanted)))
+    return jax.block_until_ready(jnp.asarray(value.astype(wanted, order="C")))
 
 
 class ReferenceParams(Mapping[str, np.ndarray]):
@@ -165,7 +169,8 @@ class ReferenceParams(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         one = self._named[name]
         assert isinstance(one.leaf, jax.Array)
-        return np.asarray(one.leaf).reshape(one.shape)
+        value = np.asarray(one.leaf)
+        return np.ascontiguousarray(value.T) if one.turned else value.reshape(one.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._named)
@@ -189,7 +194,7 @@ def reference_config(model: UNet) -> dict[str, object]:
     mambas = [mixer for group in mixers for mixer in group if isinstance(mixer, Mamba2)]
     state = {(m.conv_weight.shape[0] - m.norm.weight.shape[0]) // 2 for m in mambas} or {128}
     taps = {m.conv_weight.shape[1] for m in mambas} or {4}
-    expand = {m.project_out.weight.shape[1] // m.project_out.weight.shape[0] for m in mambas} or {2}
+    expand = {m.project_out.weight.shape[0] // m.project_out.weight.shape[1] for m in mambas} or {2}
     if max(len(state), len(taps), len(expand)) > 1:
         raise LayoutError("the Mamba-2 layers of a published model are alike in state, taps and expansion")
     return {
@@ -224,7 +229,7 @@ class _Stage:
 
     @property
     def mlp_dim(self) -> int:
-        return max((block.mlp.out.weight.shape[1] for block in self.blocks if block.mlp is not None), default=0)
+        return max((block.mlp.out.weight.shape[0] for block in self.blocks if block.mlp is not None), default=0)
 
     @property
     def heads(self) -> int:
@@ -292,11 +297,15 @@ def named_parameters(model: UNet) -> Iterator[Named]:
         raise LayoutError("the released layout has one embedding, one head, and no norm but those that end networks")
     yield _named("embeddings.weight", model.embedding)
     yield from _stage_parameters(model.stage, "backbone")
-    yield _named("lm_head.weight", model.head.weight)
+    yield _matrix("lm_head.weight", model.head)
 
 
 def _named(name: str, leaf: Array | jax.ShapeDtypeStruct) -> Named:
     return Named(name, leaf, tuple(leaf.shape))
+
+
+def _matrix(name: str, layer: Linear) -> Named:
+    return Named(name, layer.weight, tuple(layer.weight.shape[::-1]), turned=True)
 
 
 def _stage_parameters(stage: AbstractStage, prefix: str) -> Iterator[Named]:
@@ -338,14 +347,14 @@ def _stack_parameters(stack: Stack, prefix: str) -> Iterator[Named]:
         if isinstance(block.mixer, Mamba2):
             yield from _mamba_parameters(block.mixer, f"{layer}.mixer")
         elif isinstance(block.mixer, Attention):
-            yield _named(f"{layer}.mixer.Wqkv.weight", block.mixer.qkv.weight)
-            yield _named(f"{layer}.mixer.out_proj.weight", block.mixer.out.weight)
+            yield _matrix(f"{layer}.mixer.Wqkv.weight", block.mixer.qkv)
+            yield _matrix(f"{layer}.mixer.out_proj.weight", block.mixer.out)
         else:
             raise LayoutError(f"the released layout has no {type(block.mixer).__name__}")
         if block.mlp is not None and block.before_mlp is not None:
             yield _named(f"{layer}.norm2.weight", block.before_mlp.weight)
-            yield _named(f"{layer}.mlp.fc1.weight", block.mlp.value_gate.weight)
-            yield _named(f"{layer}.mlp.fc2.weight", block.mlp.out.weight)
+            yield _matrix(f"{layer}.mlp.fc1.weight", block.mlp.value_gate)
+            yield _matrix(f"{layer}.mlp.fc2.weight", block.mlp.out)
     if stack.norm is not None:
         yield _named(f"{prefix}.rmsnorm.weight", stack.norm.weight)
 
@@ -355,8 +364,8 @@ def _mamba_parameters(mamba: Mamba2, prefix: str) -> Iterator[Named]:
     yield _named(f"{prefix}.dt_bias", mamba.step_bias)
     yield _named(f"{prefix}.A_log", mamba.log_rate)
     yield _named(f"{prefix}.D", mamba.skip)
-    yield _named(f"{prefix}.in_proj.weight", mamba.project_in.weight)
+    yield _matrix(f"{prefix}.in_proj.weight", mamba.project_in)
     yield Named(f"{prefix}.conv1d.weight", mamba.conv_weight, (channels, 1, taps))
     yield _named(f"{prefix}.conv1d.bias", mamba.conv_bias)
     yield _named(f"{prefix}.norm.weight", mamba.norm.weight)
-    yield _named(f"{prefix}.out_proj.weight", mamba.project_out.weight)
+    yield _matrix(f"{prefix}.out_proj.weight", mamba.project_out)

@@ -29,7 +29,7 @@ from unet.model import UNet
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FORMAT = "caesura"
-VERSION = "1"
+VERSION = "2"
 
 _PACKAGES = ("estimators", "unet")
 _PLAIN = (bool, int, float, str, type(None))
