@@ -15,7 +15,7 @@ from tests.compositions import LENGTH, SHAPE, config_of, lively, registered
 from tests.conftest import text_bytes
 from unet import Flat, Hierarchy, MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth
 from unet.blocks import transformer
-from unet.cache import cache_bytes, filled_cache, rounded_up, with_room
+from unet.cache import RowCache, cache_bytes, filled_cache, filled_quarters, rounded_up, with_room
 
 BOUNDED = {"rtol": 1e-4, "atol": 1e-4}
 LENGTHS = (1, 7, LENGTH - 1, 16)
@@ -38,7 +38,7 @@ def step(model, bytes, state, advance):
     return after.logits, after.closed, written(state, after.change, advance)
 
 
-def check_row_by_row(model, lengths=LENGTHS, keys=KEYS):
+def check_row_by_row(model, lengths=LENGTHS, keys=KEYS, room=LENGTH):
     """Every prediction and every boundary, sequences going on when a coin says so."""
     bytes = text_bytes(len(lengths), LENGTH, seed=4)
     expected = whole(model, bytes, keys)
@@ -48,7 +48,7 @@ def check_row_by_row(model, lengths=LENGTHS, keys=KEYS):
     np.testing.assert_allclose(ready.logits[read], expected.logits[read], **BOUNDED)
     for before, level in zip(ready.prediction.levels[:1], expected.levels[:1], strict=True):
         np.testing.assert_array_equal(before.boundaries.actions[read], level.boundaries.actions[read])
-    state, coins, outer = with_room(ready.state, LENGTH), np.random.default_rng(0), 0
+    state, coins, outer = with_room(ready.state, room), np.random.default_rng(0), 0
     while (done < LENGTH).any():
         advance = (coins.random(len(done)) < 0.6) & (done < LENGTH)
         here = np.minimum(done, LENGTH - 1)
@@ -167,6 +167,53 @@ def test_a_full_token_cache_says_so():
     assert np.all(np.isfinite(logits[0]))
     roomy, _, _ = step(model, bytes[:, 0], with_room(ready.state, 1), jnp.ones(4, bool))
     assert np.all(np.isfinite(roomy))
+
+
+def spoiled(cache):
+    """With slots that turn whatever reads them into no number, from the middle on."""
+    if not isinstance(cache, RowCache) or cache.ring:
+        return cache
+    spoil = (rows.at[:, :, cache.slots // 2 :].set(jnp.nan) for rows in (cache.keys, cache.values))
+    return eqx.tree_at(lambda cache: (cache.keys, cache.values), cache, tuple(spoil))
+
+
+def test_a_quarter_of_a_batch_reads_only_slots_that_are_filled():
+    def after_z(layout: Layout):
+        return layout.bytes == ord("z")
+
+    model = eqx.tree_at(lambda m: m.stage.estimator.router, registered("whitespace"), RuleRouter(after_z, 0))
+    lengths, going = jnp.arange(8) + 3, jnp.ones(8, bool)
+    ready = prefill(model, jnp.full((8, LENGTH), ord("z")), lengths, jax.random.split(jax.random.key(0), 8))
+    state = with_room(ready.state, 150)
+    holed = jax.tree.map(spoiled, state, is_leaf=lambda part: isinstance(part, RowCache))
+    for bytes, read in ((b"azaaazaa", False), (b"zzzaaaaa", True)):
+        bytes = jnp.asarray(list(bytes))
+        expected, found = (step(model, bytes, one, going)[0] for one in (state, holed))
+        assert bool(jnp.all(jnp.isfinite(found))) != read
+        if not read:
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_filled_quarters_are_those_of_the_fullest_cache_with_room_for_one_more():
+    rows = jnp.ones((3, 1, 8, 1))
+
+    def filled(*counts):
+        caches = [filled_cache(rows, rows, jnp.asarray(one), None) for one in counts]
+        return int(filled_quarters(caches, jnp.asarray([0, 2])))
+
+    assert [filled([count, 8, 0]) for count in range(9)] == [1, 1, 2, 2, 3, 3, 4, 4, 4]
+    assert filled([1, 0, 3], [2, 0, 5]) == 3
+    ring = filled_cache(rows, rows, jnp.asarray([8, 8, 8]), 4)
+    assert int(filled_quarters(ring, jnp.asarray([0]))) == 1
+
+
+def test_levels_inside_levels_read_what_is_filled(monkeypatch):
+    monkeypatch.setattr("unet.stage.MANY_SLOTS", 1)
+    flat = Flat(transformer(1, SHAPE.dim, 2, 16, window=None, key=jax.random.key(1)))
+    middle = hierarchy(WindowedPolicy(SHAPE.dim, window=2, target_rate=0.4), SelectDistribute(), flat, 20)
+    outer = hierarchy(WindowedPolicy(SHAPE.dim, window=3, target_rate=0.6), SelectDistribute(), middle, 30)
+    model = eqx.tree_at(lambda m: m.stage, registered("sfe"), outer)
+    check_row_by_row(model, 2 * LENGTHS, jax.random.split(jax.random.key(8), 8), room=0)
 
 
 def test_rows_lie_in_their_slots_and_those_that_wait_stay():

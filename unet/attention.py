@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from estimators.base import Layout
-from unet.cache import Cached, NewRow, RowCache, attend_cached, capped, filled_cache
+from unet.cache import Cached, ChosenRows, NewRow, RowCache, attend_cached, capped, filled_cache
 from unet.folding import Squares
 from unet.layers import Linear, Rotary
 
@@ -239,7 +239,9 @@ class Attention(AbstractMixer):
         lengths = jnp.sum(around.layout.mask, axis=1, dtype=jnp.int32)
         return Cached(self.out(self._mixed(turned, around)), filled_cache(keys, values, lengths, around.window))
 
-    def step(self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: RowCache) -> Cached[NewRow]:
+    def step(
+        self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: RowCache | ChosenRows
+    ) -> Cached[NewRow]:
         turned = self._turned(self.qkv(x), around)
         row = NewRow(turned.key[:, 0], turned.value[:, 0])
         mixed = attend_cached(turned.query[:, 0], row, memory, cap=self.cap)

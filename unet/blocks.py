@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from estimators.base import Layout
 from unet.attention import AbstractMixer, Attention, Surroundings, Visibility
-from unet.cache import Cached, NewRow, RowCache
+from unet.cache import Cached, ChosenRows, NewRow, RowCache
 from unet.folding import Squares
 from unet.layers import GeGLU, RMSNorm, Rotary, ScaleNorm, SwiGLU
 
@@ -71,7 +71,9 @@ class Block(AbstractBlock):
         return Cached(self._after(x, attended.hidden), attended.memory)
 
     @eqx.filter_jit
-    def step(self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: RowCache) -> Cached[NewRow]:
+    def step(
+        self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: RowCache | ChosenRows
+    ) -> Cached[NewRow]:
         attended = self.attention.step(self.before_attention(x), around, memory)
         return Cached(self._after(x, attended.hidden), attended.memory)
 

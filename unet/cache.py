@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from estimators.base import AbstractMemory
 
+MANY_SLOTS = 128
+"""Slots of a token cache from which on a program that reads only the filled ones is worth its compilation."""
+
 Kept = TypeVar("Kept")
 
 
@@ -75,7 +78,78 @@ class RowCache(AbstractMemory):
         return RowCache(keys, values, self.count, self.ring)
 
 
+class ChosenRows(eqx.Module):
+    """The first `slots` slots that some sequences of a batch have in a `cache`, copied only where they are read.
+
+    Enough for another row of each where none has had `slots` rows.
+    """
+
+    cache: RowCache
+    chosen: Int[Array, " rows"]
+    slots: int = eqx.field(static=True)
+
+    @property
+    def count(self) -> Int[Array, " rows"]:
+        return self.cache.count.at[self.chosen].get(mode="promise_in_bounds")
+
+    @property
+    def ring(self) -> bool:
+        return self.cache.ring
+
+    def of(self, chosen: Int[Array, " fewer"], slots: int) -> ChosenRows:
+        """The first `slots` slots of some of these sequences."""
+        return ChosenRows(self.cache, self.chosen.at[chosen].get(mode="promise_in_bounds"), slots)
+
+    def copied(self) -> RowCache:
+        """As a cache of these sequences alone."""
+
+        def some(rows: Float[Array, "batch heads slots head_dim"]) -> Float[Array, "rows heads first head_dim"]:
+            size = (1, rows.shape[1], self.slots, rows.shape[3])
+            return jax.vmap(lambda one: jax.lax.dynamic_slice(rows, (one, 0, 0, 0), size)[0])(self.chosen)
+
+        return RowCache(some(self.cache.keys), some(self.cache.values), self.count, self.ring)
+
+
 Memory = TypeVar("Memory", bound=PyTree[Array])
+
+
+def of_sequences(memory: Memory, chosen: Int[Array, " rows"], quarters: int = 4) -> Memory:
+    """Any tree of arrays that begin with `batch` as it is for the chosen sequences, to be read: of caches only so many quarters
+    of the slots, and those only where they are read (see `ChosenRows`)."""
+
+    def some(part: Array | RowCache | ChosenRows) -> Array | ChosenRows:
+        if not isinstance(part, RowCache | ChosenRows):
+            return part.at[chosen].get(mode="promise_in_bounds")
+        slots = part.slots if part.ring else _slots(part, quarters)
+        return ChosenRows(part, chosen, slots) if isinstance(part, RowCache) else part.of(chosen, slots)
+
+    return jax.tree.map(some, memory, is_leaf=_has_rows)
+
+
+def filled_quarters(memory: PyTree[Array], chosen: Int[Array, " rows"]) -> Int[Array, ""]:
+    """The fewest quarters of its slots in which every cache inside has room for another row of each chosen sequence; 4 where one
+    has room in none."""
+    found = jnp.ones((), jnp.int32)
+    for part in jax.tree.leaves(memory, is_leaf=_has_rows):
+        if isinstance(part, RowCache | ChosenRows) and not part.ring:
+            rows = 1 + jnp.max(part.count.at[chosen].get(mode="promise_in_bounds"))
+            fewer = jnp.asarray([_slots(part, quarters) for quarters in (1, 2, 3)], jnp.int32)
+            found = jnp.maximum(found, 1 + jnp.sum(rows > fewer, dtype=jnp.int32))
+    return found
+
+
+def most_slots(memory: PyTree[Array]) -> int:
+    """The slots of the largest cache inside that is no ring."""
+    parts = jax.tree.leaves(memory, is_leaf=_has_rows)
+    return max((part.slots for part in parts if isinstance(part, RowCache | ChosenRows) and not part.ring), default=0)
+
+
+def _slots(part: RowCache | ChosenRows, quarters: int) -> int:
+    return -(-part.slots * quarters // 4)
+
+
+def _has_rows(part: object) -> bool:
+    return isinstance(part, RowCache | ChosenRows)
 
 
 def _is_cache(part: object) -> bool:
@@ -142,12 +216,14 @@ def capped(logits: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*
 
 
 def attend_cached(
-    query: Float[Array, "batch heads head_dim"], row: NewRow, cache: RowCache, *, cap: float | None
+    query: Float[Array, "batch heads head_dim"], row: NewRow, cache: RowCache | ChosenRows, *, cap: float | None
 ) -> Float[Array, "batch heads head_dim"]:
     r"""$\mathrm{softmax}\big(c\tanh(qk^\top/(c\sqrt{d}))\big)v$ over the rows in a cache and the new `row`; see `attend`.
 
     Where a cache that is no ring has no slot left for the row, the result is not a number.
     """
+    if isinstance(cache, ChosenRows):
+        cache = cache.copied()
     query = (query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype))[:, :, None]
     # The products of whole matrices that a CPU does without turning the cache.
     there = jnp.matmul(query, jnp.swapaxes(cache.keys, -1, -2), preferred_element_type=jnp.float32)[:, :, 0]

@@ -59,6 +59,14 @@ def kept(logits: Float[Array, "batch vocab"], sampling: Sampling) -> Bool[Array,
     return keep
 
 
+def first_likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
+    """What `argmax` says, by two reductions that a CPU vectorises, where its own one is an eighth as fast."""
+    vocab = logits.shape[-1]
+    places = jnp.arange(vocab, dtype=jnp.int32)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.minimum(jnp.min(jnp.where(logits == largest, places, vocab), axis=-1), vocab - 1)
+
+
 def draw(
     logits: Float[Array, "batch vocab"], sampling: Sampling, uniforms: Float[Array, " batch"]
 ) -> Int[Array, " batch"]:
@@ -70,4 +78,4 @@ def draw(
     # Rounding must not lift the last byte's sum to or below u.
     below = cumulative <= jnp.minimum(uniforms, 1.0 - 1e-6)[:, None] * cumulative[:, -1:]
     drawn = jnp.sum(below, axis=-1, dtype=jnp.int32)
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    return jnp.where(temperature > 0, drawn, first_likeliest(logits))

@@ -26,6 +26,7 @@ from estimators.base import (
 )
 from unet.blocks import Stack
 from unet.buckets import smallest_with_room
+from unet.cache import MANY_SLOTS, filled_quarters, most_slots, of_sequences
 from unet.folding import Squares, fold, fold_layout, unfold
 from unet.ops import Implementation, boundary_scan
 
@@ -356,7 +357,7 @@ class Hierarchy(AbstractStage):
 
         They are gathered into as many rows as the smallest of a few sizes that has room for them: none, a quarter of the
         batch, half of it, all of it. So a batch costs what its tokens cost, although its sequences close them at different
-        times.
+        times. A quarter, as which most steps run, reads caches only as far as they are filled, in quarters of their slots.
         """
         batch = layout.mask.shape[0]
         sizes = sorted({-(-batch // 4), -(-batch // 2), batch})
@@ -364,18 +365,23 @@ class Hierarchy(AbstractStage):
         first = jnp.argsort(~closed, stable=True)
         operands = (values, layout, drawing, memory)
 
-        def run(size: int) -> Stepped:
+        def run(size: int, quarters: int = 4) -> Stepped:
             if size == batch:
                 return self.inner.step(*operands)
             chosen = first[:size]
-            done = self.inner.step(*jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="promise_in_bounds"), operands))
+            done = self.inner.step(*of_sequences(operands, chosen, quarters))
             return jax.tree.map(lambda leaf: jnp.zeros((batch, *leaf.shape[1:]), leaf.dtype).at[chosen].set(leaf), done)
 
         def rest() -> Stepped:
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: run(batch)))
 
-        which = jnp.where(jnp.any(closed), 1 + smallest_with_room(jnp.sum(closed, dtype=jnp.int32), sizes), 0)
-        return jax.lax.switch(which, [rest, *(functools.partial(run, size) for size in sizes)])
+        parts = (2, 3, 4) if sizes[0] < batch and most_slots(memory) >= MANY_SLOTS else (4,)
+        ways = [functools.partial(run, sizes[0], quarters) for quarters in parts]
+        filled = jnp.clip(filled_quarters(memory, first[: sizes[0]]) - 2, 0, len(ways) - 1)
+        which = smallest_with_room(jnp.sum(closed, dtype=jnp.int32), sizes)
+        which = jnp.where(which == 0, filled, len(ways) - 1 + which)
+        which = jnp.where(jnp.any(closed), 1 + which, 0)
+        return jax.lax.switch(which, [rest, *ways, *(functools.partial(run, size) for size in sizes[1:])])
 
     def route(self, encoded: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Boundaries:
         """The boundaries of this level, drawn from the encoder's states."""
