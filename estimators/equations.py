@@ -268,3 +268,17 @@ def bits_per_byte(
 ) -> float | Float[Array, ""]:
     r"""$\mathrm{nats} / (\ln 2\cdot\mathrm{bytes})$: a summed negative log-likelihood over the bytes that were predicted."""
     return nats / (math.log(2.0) * num_bytes)
+
+
+def bits_per_byte_error(nats: Float[Array, " documents"], num_bytes: Float[Array, " documents"]) -> Float[Array, ""]:
+    r"""Standard error over documents of bits per byte, $R = \sum_d L_d / \sum_d B_d$ (of a ratio: Cochran 1977, section 2.11).
+
+    $\frac{1}{\ln 2\,\sum_d B_d}\sqrt{\frac{n}{n-1}\sum_d (L_d - R B_d)^2}$ for the summed negative log-likelihoods L, in nats,
+    and the predicted bytes B of n documents drawn independently. Documents without predicted bytes do not count; NaN for
+    fewer than two that do.
+    """
+    total = jnp.sum(num_bytes)
+    count = jnp.sum(num_bytes > 0.0)
+    residuals = nats - jnp.sum(nats) / total * num_bytes
+    variance = count / (count - 1) * jnp.sum(residuals**2)
+    return jnp.where(count > 1, jnp.sqrt(variance) / (math.log(2.0) * total), jnp.nan)

@@ -102,7 +102,8 @@ class RunConfig:
     estimator: EstimatorName = "sfe"
     """How boundaries are drawn and learned."""
     dataset: str = "docs"
-    """docs, stdlib, codeparrot, codeparrot-clean, fineweb, fineweb-edu, hub:owner/name, or a file, folder or glob."""
+    """docs, stdlib, codeparrot, codeparrot-clean, fineweb, fineweb-edu (samples of ten billion tokens), fineweb-100BT,
+    fineweb-edu-100BT, hub:owner/name or hub:owner/name/folder, both with @revision behind or not, or a file, folder or glob."""
     model: ModelName = "tiny"
     """Preset that all other defaults come from."""
     length: int = 4096

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from data import Row
+from data import HeldOutRow, Row
 from estimators import Layout, equations
 from estimators.fixed import is_spacelike, is_whitespace
 from unet.likelihood import continues, next_byte_log_lik, plain_layout
@@ -62,7 +62,8 @@ class Validation:
     """Results on held-out text. `bpb`: bits per byte; `early_bpb`: of the early head, NaN without one; `rate`: share of
     bytes with a boundary; `entropy`: of the policy, nats per decision; `overflow`: share of bytes whose boundary was
     dropped, 0 by construction; `bytes`: how many were predicted; `inner_rates`: of levels inside, the share of the tokens of
-    the level around that close a token."""
+    the level around that close a token; `bpb_error`: the standard error of `bpb` over documents, NaN for one; `documents`: how
+    many different ones were evaluated."""
 
     bpb: float
     early_bpb: float
@@ -73,6 +74,8 @@ class Validation:
     whitespace: Agreement
     spacelike: Agreement
     inner_rates: tuple[float, ...] = ()
+    bpb_error: float = math.nan
+    documents: int = 0
 
 
 @eqx.filter_jit
@@ -128,14 +131,14 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
     return plain_layout(stack("bytes"), stack("segments"), stack("mask"))
 
 
-def evaluate(model: UNet, rows: Sequence[Row], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
+def evaluate(model: UNet, rows: Sequence[HeldOutRow], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
     """Evaluate on all `rows`, `batch` at a time, dropping no boundary.
 
     A batch first runs with `capacity` token rows per sequence; a sequence for which that is too few runs again, alone and
     with the same boundaries, with as many rows as it has bytes. So the usual case costs what training costs.
     """
     batch = min(batch, len(rows))
-    kept: dict[str, list[np.ndarray]] = {}
+    tally = Tally()
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         layout = stack_rows(part, batch)
@@ -148,63 +151,120 @@ def evaluate(model: UNet, rows: Sequence[Row], *, batch: int, capacity: int, key
             again = evaluate_batch(model, alone, key_batch, None, (result.drawn[one],))
             for name, array in vars(again).items():
                 arrays[name][one] = np.asarray(array)
-        for name, array in arrays.items():
-            kept.setdefault(name, []).append(array[: len(part)])
-    return summarise({name: np.concatenate(parts) for name, parts in kept.items()})
+        kept = {name: array[: len(part)] for name, array in arrays.items()}
+        tally.add({**kept, "documents": np.stack([row["documents"] for row in part])})
+    return tally.validation()
 
 
-def summarise(kept: dict[str, np.ndarray]) -> Validation:
-    """Results over all evaluated bytes; `kept` holds the fields of `Evaluated` and the `bytes`."""
-    scored, valid = kept["scored"], kept["valid"]
-    predicted = int(scored.sum())
+class Tally:
+    """What an evaluation keeps of its batches: sums, the sums of each document and, for the areas under ROC curves, the
+    probabilities of the rows where no boundary is forced."""
 
-    def bits(log_lik: np.ndarray) -> float:
-        return float(equations.bits_per_byte(-float(log_lik[scored].sum(dtype=np.float64)), predicted))
+    def __init__(self):
+        values = jnp.arange(256)
+        # For each value of a byte, whether it is in the class.
+        self._classes = [np.asarray(is_whitespace(values)), np.asarray(is_spacelike(values))]
+        self._sums: dict[str, float] = {}
+        self._tokens: np.ndarray | int = 0
+        self._documents = np.zeros((2, 0))
+        self._hits = np.zeros((len(self._classes), 5), np.int64)
+        self._probs: list[np.ndarray] = []
+        self._positive: list[list[np.ndarray]] = [[] for _ in self._classes]
 
-    entropies = kept["entropy"][~np.isnan(kept["entropy"]) & valid]
-    values = jnp.asarray(kept["bytes"])
-    return Validation(
-        bpb=bits(kept["log_lik"]),
-        early_bpb=bits(kept["early_log_lik"]),
-        rate=float(kept["sampled"].sum() / valid.sum()),
-        entropy=float(entropies.mean()) if entropies.size else math.nan,
-        overflow=float(kept["overflow"].sum() / valid.sum()),
-        bytes=predicted,
-        whitespace=agreement(kept, np.asarray(is_whitespace(values))),
-        spacelike=agreement(kept, np.asarray(is_spacelike(values))),
-        inner_rates=inner_rates(kept["tokens"]),
-    )
+    def add(self, kept: dict[str, np.ndarray]) -> None:
+        """A batch: the fields of `Evaluated`, the `bytes`, and the `documents` that they belong to."""
+        scored, valid, free = kept["scored"], kept["valid"], kept["free"]
+        decided = ~np.isnan(kept["entropy"]) & valid
+        sums = {
+            "predicted": int(scored.sum()),
+            "nats": -float(kept["log_lik"][scored].sum(dtype=np.float64)),
+            "early_nats": -float(kept["early_log_lik"][scored].sum(dtype=np.float64)),
+            "valid": int(valid.sum()),
+            "drawn": int(kept["sampled"].sum()),
+            "overflow": int(kept["overflow"].sum()),
+            "decided": int(decided.sum()),
+            "entropy": float(kept["entropy"][decided].sum(dtype=np.float64)),
+        }
+        self._sums = {name: self._sums.get(name, 0) + value for name, value in sums.items()}
+        self._tokens = self._tokens + kept["tokens"].sum(axis=0, dtype=np.int64)
+        self._add_documents(kept["documents"][scored], -kept["log_lik"][scored])
+        self._probs.append(kept["probs"][free])
+        for number, members in enumerate(self._classes):
+            target = members[kept["bytes"]]
+            self._hits[number] += hits(kept, target)
+            self._positive[number].append(target[free])
+
+    def _add_documents(self, documents: np.ndarray, nats: np.ndarray) -> None:
+        size = max(self._documents.shape[1], int(documents.max(initial=-1)) + 1)
+        self._documents = np.pad(self._documents, ((0, 0), (0, size - self._documents.shape[1])))
+        self._documents[0] += np.bincount(documents, weights=nats, minlength=size)
+        self._documents[1] += np.bincount(documents, minlength=size)
+
+    def validation(self) -> Validation:
+        """The results over all that was added."""
+        sums, predicted = self._sums, int(self._sums["predicted"])
+        probs = np.concatenate(self._probs)
+        order = np.sort(probs)
+        whitespace, spacelike = (
+            agreement(counts, area_under_roc(probs, np.concatenate(positive), order))
+            for counts, positive in zip(self._hits, self._positive, strict=True)
+        )
+        return Validation(
+            bpb=float(equations.bits_per_byte(sums["nats"], predicted)),
+            early_bpb=float(equations.bits_per_byte(sums["early_nats"], predicted)),
+            rate=sums["drawn"] / sums["valid"],
+            entropy=sums["entropy"] / sums["decided"] if sums["decided"] else math.nan,
+            overflow=sums["overflow"] / sums["valid"],
+            bytes=predicted,
+            whitespace=whitespace,
+            spacelike=spacelike,
+            inner_rates=inner_rates(np.asarray(self._tokens)),
+            bpb_error=float(equations.bits_per_byte_error(*jnp.asarray(self._documents, jnp.float32))),
+            documents=int((self._documents[1] > 0).sum()),
+        )
 
 
 def inner_rates(tokens: np.ndarray) -> tuple[float, ...]:
-    """Tokens of each level inside the first as shares of those of the level around it."""
-    totals = tokens.sum(axis=0)
-    return tuple(float(inside / around) for around, inside in itertools.pairwise(totals))
+    """Tokens of each level inside the first as shares of those of the level around it, from their numbers by level."""
+    return tuple(float(inside / around) for around, inside in itertools.pairwise(tokens))
 
 
-def agreement(kept: dict[str, np.ndarray], target: np.ndarray) -> Agreement:
-    """How boundaries agree with the bytes for which `target` is True, over the rows where none is forced."""
+def hits(kept: dict[str, np.ndarray], target: np.ndarray) -> np.ndarray:
+    """Of the rows where no boundary is forced, how many are greedy and in `target`, greedy, sampled and in it, sampled, and in
+    it."""
     free = kept["free"]
-    wanted = target[free]
-    greedy = _precision_recall_f1(kept["greedy"][free], wanted)
-    sampled = _precision_recall_f1(kept["sampled"][free], wanted)
-    return Agreement(area_under_roc(kept["probs"][free], wanted), *greedy, *sampled)
+    greedy, sampled, wanted = kept["greedy"] & free, kept["sampled"] & free, target & free
+    return np.array([part.sum() for part in (greedy & wanted, greedy, sampled & wanted, sampled, wanted)])
 
 
-def area_under_roc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Probability that a positive scores higher than a negative, ties counted half; NaN without both kinds."""
+def agreement(counts: np.ndarray, area: float) -> Agreement:
+    """How boundaries agree with a class of bytes, from what `hits` counts and the `area` under the ROC curve."""
+    greedy_hits, greedy, sampled_hits, sampled, wanted = (int(count) for count in counts)
+    return Agreement(
+        area,
+        *_precision_recall_f1(greedy_hits, greedy, wanted),
+        *_precision_recall_f1(sampled_hits, sampled, wanted),
+    )
+
+
+def area_under_roc(scores: np.ndarray, positive: np.ndarray, order: np.ndarray | None = None) -> float:
+    """Probability that a positive scores higher than a negative, ties counted half; NaN without both kinds.
+
+    `order`: the scores, sorted, if they are at hand.
+    """
     positives = int(positive.sum())
     negatives = positive.size - positives
     if not positives or not negatives:
         return math.nan
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    mean_rank = np.cumsum(counts) - (counts - 1) / 2
-    rank_sum = float(mean_rank[inverse][positive].sum())
+    order = np.sort(scores) if order is None else order
+    found = np.sort(scores[positive])
+    # Twice the mean rank of each positive among all: whole numbers.
+    ranks = np.searchsorted(order, found, "left") + np.searchsorted(order, found, "right") + 1
+    rank_sum = int(ranks.sum(dtype=np.int64)) / 2
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
 
 
-def _precision_recall_f1(chosen: np.ndarray, wanted: np.ndarray) -> tuple[float, float, float]:
-    hits, drawn, there = (int(part.sum()) for part in (chosen & wanted, chosen, wanted))
+def _precision_recall_f1(hits: int, drawn: int, there: int) -> tuple[float, float, float]:
     precision = hits / drawn if drawn else math.nan
     recall = hits / there if there else math.nan
     return precision, recall, 2 * hits / (drawn + there) if drawn + there else math.nan

@@ -16,7 +16,7 @@ import tyro
 from data import DataError
 from experiments.checks import check
 from experiments.config import ConfigError, RunConfig
-from experiments.display import Display
+from experiments.display import Display, bits_per_byte
 from experiments.folder import SUMMARY, differing, held, prepare_new, read_config
 from experiments.found import write_found
 from experiments.launch import with_large_pages
@@ -79,7 +79,7 @@ def _run_in(folder: Path, config: RunConfig, prepared: Prepared, display: Displa
     if outcome.validation.rate > 0:
         display.sample([character for row in shaded[:3] for character in row][:600])
     display.note(
-        f"held-out bpb {outcome.validation.bpb:.4f} at rate {outcome.validation.rate:.3f} after "
+        f"held-out bpb {bits_per_byte(outcome.validation)} at rate {outcome.validation.rate:.3f} after "
         f"{config.total_steps * config.bytes_per_step / 1e6:.2f} MB and {outcome.seconds:.0f} s; see {folder / 'report.html'}"
     )
     return outcome

@@ -30,6 +30,7 @@ from experiments.found import find, read_found
 from experiments.initial import initial_weights
 from experiments.optimizer import frozen_or_not, make_optimizer, multipliers
 from experiments.registry import Found, build_estimators
+from experiments.seen import EPOCHS, SHOWN, DataNotes, data_record, latest
 from experiments.step import StepMetrics, TrainState, compiled, fresh_state, make_step
 from unet import SelectSmooth, UNet
 from unet.ops.mosaic import refusal
@@ -50,7 +51,8 @@ class Interrupted(Exception):
 @dataclass(frozen=True)
 class Outcome:
     """A finished run: its model, its last validation, the held-out rows, and what it cost. `seconds` is time spent in the
-    training loop, over all sessions; `bytes_per_second` leaves compilation and validation out."""
+    training loop, over all sessions; `bytes_per_second` leaves compilation and validation out; `epochs`: how often the data was
+    gone through, `shown`: the share of its bytes that the protocol can show, of a stream of those read."""
 
     model: UNet
     validation: Validation
@@ -61,6 +63,8 @@ class Outcome:
     bytes_per_second: float
     overflow: float
     parameters: int
+    epochs: float | None
+    shown: float | None
 
 
 def token_groups(config: RunConfig, model: UNet, capacities: Sequence[int], devices: int | None = None) -> int:
@@ -160,6 +164,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
         display.note(f"resumed at step {progress.step} of {config.total_steps}")
     resumed_data = None if restored is None else progress.data
     batches = open_batches(split, batch=config.batch, seed=config.seed, workers=config.data.workers, state=resumed_data)
+    data_notes = DataNotes(split, batches)
     log = MetricsLog(folder, progress.step)
     total, done = config.total_steps, progress.step
     started, seconds_before = time.perf_counter(), progress.seconds
@@ -183,12 +188,17 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
                     raise
                 state, metrics = step_function(state, place_batch(batch), jax.random.fold_in(prepared.key_steps, done))
                 done += 1
-                record = _record(done, done * config.bytes_per_step, jax.device_get(metrics))
+                record = {
+                    **_record(done, done * config.bytes_per_step, jax.device_get(metrics)),
+                    **data_record(batches),
+                }
                 speed.tick()
                 _refuse_non_finite(record, folder)
                 if done % config.log_every == 0 or done == total:
                     log.write({**record, "seconds": round(seconds(), 3)})
                 display.progress(done, record, speed.bytes_per_second)
+                for note in data_notes.after(done, total, batches):
+                    display.note(note)
                 if _is_due(done, total, config.evaluation.times):
                     validation = validate(state)
                     log.write(_validation_record(done, record["bytes"], validation))
@@ -219,6 +229,8 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
         bytes_per_second=speed.bytes_per_second,
         overflow=_mean_overflow(folder),
         parameters=parameters,
+        epochs=latest(folder, EPOCHS),
+        shown=latest(folder, SHOWN),
     )
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.rows import make_row
+from data.rows import HeldOutRow, make_row
 from estimators import Isotropic
-from experiments.evaluate import agreement, area_under_roc, evaluate, summarise
+from experiments.evaluate import Tally, agreement, area_under_roc, evaluate, hits
 from experiments.shading import characters, colour_of
 from tests.conftest import predict, small_model, small_score_function, text_bytes
 from unet import SelectDistribute, next_byte_log_lik
@@ -31,7 +31,7 @@ def test_agreement_is_precision_recall_and_f1_over_free_rows():
         "greedy": np.array([[1, 1, 1, 0, 1, 0]], bool),
         "sampled": np.array([[1, 0, 0, 0, 1, 0]], bool),
     }
-    got = agreement(kept, target)
+    got = agreement(hits(kept, target), area_under_roc(kept["probs"][kept["free"]], target[kept["free"]]))
     assert (got.precision, got.recall) == (2 / 3, 1.0)
     assert got.f1 == pytest.approx(0.8)
     assert (got.sampled_precision, got.sampled_recall) == (1.0, 0.5)
@@ -41,7 +41,10 @@ def test_agreement_is_precision_recall_and_f1_over_free_rows():
 @pytest.fixture(scope="module")
 def rows():
     values = np.asarray(text_bytes(5, 20), np.uint8)
-    return [make_row([values[i, : 20 - 7 * (i % 2)]], 20) for i in range(5)]
+    return [
+        HeldOutRow(**make_row([values[i, : 20 - 7 * (i % 2)]], 20), documents=np.full(20, i // 2, np.int32))
+        for i in range(5)
+    ]
 
 
 def test_too_small_a_capacity_changes_nothing_but_the_time(rows):
@@ -73,20 +76,52 @@ def test_without_a_token_level_there_is_no_rate(rows):
     assert math.isnan(got.entropy)
 
 
-def test_summaries_need_only_the_kept_arrays():
-    shape = (2, 3)
-    kept = {name: np.zeros(shape, bool) for name in ("sampled", "greedy")}
-    kept |= {name: np.ones(shape, bool) for name in ("scored", "valid", "free")}
-    kept |= {"log_lik": np.full(shape, -math.log(2)), "early_log_lik": np.full(shape, np.nan)}
-    kept |= {
-        "probs": np.zeros(shape),
-        "entropy": np.full(shape, np.nan),
-        "overflow": np.zeros(2),
-        "tokens": np.asarray([[2, 1], [2, 0]]),
-        "bytes": np.full(shape, 97),
+def evaluated(rng, documents):
+    """What is kept of a batch in which everything is drawn by lot."""
+    shape = (len(documents), 9)
+    kept = {name: rng.random(shape) < 0.6 for name in ("sampled", "greedy", "scored", "free")}
+    kept |= {name: rng.random(shape).astype(np.float32) for name in ("probs", "entropy")}
+    kept |= {"log_lik": -rng.random(shape, np.float32), "early_log_lik": np.full(shape, np.nan)}
+    kept |= {"valid": np.ones(shape, bool), "overflow": np.zeros(len(documents)), "bytes": rng.integers(0, 254, shape)}
+    return kept | {
+        "tokens": np.full((len(documents), 2), [4, 1]),
+        "documents": np.repeat(np.array(documents)[:, None], 9, 1),
     }
-    assert summarise(kept).bpb == pytest.approx(1.0)
-    assert summarise(kept).inner_rates == (0.25,)
+
+
+def test_batches_add_up():
+    batches = [
+        evaluated(np.random.default_rng(seed), documents) for seed, documents in enumerate(([3, 1], [1], [0, 3]))
+    ]
+    parts, whole = Tally(), Tally()
+    for batch in batches:
+        parts.add(batch)
+    together = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    whole.add(together)
+    left, right = parts.validation(), whole.validation()
+    assert (left.bytes, left.documents, left.inner_rates) == (int(together["scored"].sum()), 3, (0.25,))
+    assert math.isnan(left.early_bpb)
+    assert (left.whitespace, left.spacelike, left.rate) == (right.whitespace, right.spacelike, right.rate)
+    nats = -together["log_lik"][together["scored"]].sum()
+    assert left.bpb == pytest.approx(nats / math.log(2) / left.bytes, rel=1e-6)
+    assert left.entropy == pytest.approx(together["entropy"].mean(), rel=1e-6)
+    free, space = together["free"], np.isin(together["bytes"], [9, 10, 11, 12, 13, 32])
+    assert left.whitespace.auc == area_under_roc(together["probs"][free], space[free])
+
+
+def test_the_error_of_a_validation_is_over_documents_however_they_are_cut_into_rows():
+    """Two rows of one document are one sample: the error of rows taken for documents would be another."""
+    batch = evaluated(np.random.default_rng(0), [0, 0, 1, 2])
+    tally = Tally()
+    tally.add(batch)
+    sums = [
+        (-batch["log_lik"][rows][batch["scored"][rows]].sum(), batch["scored"][rows].sum())
+        for rows in ([0, 1], [2], [3])
+    ]
+    nats, size = np.array(sums).T
+    ratio = nats.sum() / size.sum()
+    expected = math.sqrt(3 / 2 * ((nats - ratio * size) ** 2).sum()) / size.sum() / math.log(2)
+    assert tally.validation().bpb_error == pytest.approx(expected, rel=1e-5)
 
 
 def test_characters_carry_the_probability_of_their_last_byte():

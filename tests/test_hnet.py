@@ -326,6 +326,15 @@ def test_presets_have_the_published_sizes(name):
     assert millions == pytest.approx(size, rel=tolerance)
 
 
+def test_presets_of_the_papers_validate_on_enough_text_and_name_enough_to_train_on():
+    small = {"tiny", "hnet-tiny", "hnet-2stage-tiny"}
+    assert all((run.evaluation.bytes >= 16_000_000) == (name not in small) for name, run in PRESETS.items())
+    assert PRESETS["tiny"].evaluation.bytes == PRESETS["hnet-tiny"].evaluation.bytes == 262_144
+    english = [run.dataset for name, run in PRESETS.items() if run.bytes == 460_000_000_000 and "dna" not in name]
+    assert set(english) == {"fineweb-edu-100BT", "docs"}
+    assert english.count("docs") == 2  # Chinese and code
+
+
 def test_every_stage_of_a_preset_is_described_by_its_json(tmp_path):
     for name in ("hnet-2stage-XL-code", "hnet-2stage-XL-chinese", "dna-hnet", "mambabyte-L"):
         assert from_json(to_json(PRESETS[name]), "here") == PRESETS[name]
