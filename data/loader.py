@@ -74,6 +74,7 @@ def load(
     Raises `DataError` where the source cannot be read or has too little.
     """
     training: list[bytes] | None = None
+    notes: list[str] = []
     separate = source.held_out_source
     if not source.streamed:
         training = [document for shard in source.shards() for document in source.documents(shard)]
@@ -82,10 +83,14 @@ def load(
         held_out_share = 0.0
     elif training is None:
         held_out = stream_held_out(source, held_out_share, held_out_bytes, length, protocol)
+        notes.append(
+            f"{100 * held_out_share:.3g} % of the documents of {source.name} never train (--data.held-out); validation is on the "
+            f"first {len(held_out):,} of them"
+        )
     else:
         training, held_out = split_documents(training, held_out_share, source.name)
     rows = MemoryRows(held_out, length, protocol, random=False)
-    notes = list(source.notes)
+    notes += source.notes
     coverage = None
     if training is not None:
         coverage = Coverage()
