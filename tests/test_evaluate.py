@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.rows import HeldOutRow, make_row
-from estimators import Isotropic
+from estimators import Isotropic, equations
 from experiments.evaluate import Tally, agreement, area_under_roc, evaluate, hits
 from experiments.shading import characters, colour_of
 from tests.conftest import predict, small_model, small_score_function, text_bytes
@@ -59,12 +59,16 @@ def test_too_small_a_capacity_changes_nothing_but_the_time(rows):
 def test_bits_per_byte_are_those_of_the_model(rows):
     model = small_model(Isotropic(chunker=SelectDistribute()))
     got = evaluate(model, rows, batch=3, capacity=20, key=jax.random.key(0))
-    total = 0.0
-    for row in rows:
+    nats, sizes = np.zeros(3), np.zeros(3)
+    for number, row in enumerate(rows):
         size = int(row["mask"].sum())
         bytes = jnp.asarray(row["bytes"][None, :size], jnp.int32)
-        total -= float(next_byte_log_lik(predict(model, bytes).logits, bytes).sum())
-    assert got.bpb == pytest.approx(total / math.log(2) / got.bytes, rel=1e-5)
+        nats[number // 2] -= float(next_byte_log_lik(predict(model, bytes).logits, bytes).sum())
+        sizes[number // 2] += size - 1
+    assert got.bpb == pytest.approx(nats.sum() / math.log(2) / got.bytes, rel=1e-5)
+    error = equations.bits_per_byte_error(jnp.asarray(nats, jnp.float32), jnp.asarray(sizes, jnp.float32))
+    assert got.bpb_error == pytest.approx(float(error), rel=1e-4)
+    assert got.documents == 3
     assert got.rate == 1.0
     assert math.isnan(got.early_bpb)
 
