@@ -180,12 +180,13 @@ class DataConfig:
     """How documents become training rows."""
 
     protocol: Literal["crop", "cut", "pack"] = "cut"
-    """crop: random stretches of documents; cut: the start of documents that are long enough; pack: documents side by side,
-    none seeing another."""
+    """crop: random stretches of documents; cut: the start of documents that are long enough, and nothing of what follows it;
+    pack: documents side by side, none seeing another."""
     text_field: str | None = None
     """Field of JSON lines and Parquet files that holds the text; by default what the named data set uses, else "text"."""
     held_out: float = 0.05
-    """Share of documents held out for validation, chosen by their content."""
+    """Share of documents held out for validation, chosen by their content; none of a data set that has a validation or test
+    split of its own, by the names of its files, which is used instead and never trains."""
     workers: int = 0
     """Processes that prepare batches; their number never changes a batch."""
     cache: Path | None = None
