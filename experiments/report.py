@@ -215,7 +215,7 @@ def _figures(config: RunConfig, summary: Summary) -> Iterable[str]:
             f"{_number(summary['boundary_f1_spacelike'], digits=3)}, {_number(summary['sampled_f1_spacelike'], digits=3)}",
         ),
         ("Policy entropy, nats a decision", _number(summary["policy_entropy"])),
-        ("Boundaries dropped in training, share of bytes", _number(summary["overflow_fraction"], digits=5)),
+        ("Boundaries dropped in training, share of boundaries", _number(summary["dropped_fraction"], digits=5)),
         ("Training speed, kB/s", _number(summary["bytes_per_second"], 1e3, 1)),
         ("Time in training, s", _number(summary["seconds"], digits=0)),
     ]

@@ -78,6 +78,8 @@ def _run_in(folder: Path, config: RunConfig, prepared: Prepared, display: Displa
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if outcome.validation.rate > 0:
         display.sample([character for row in shaded[:3] for character in row][:600])
+    if outcome.dropped.warning:
+        display.note(outcome.dropped.warning)
     display.note(
         f"held-out bpb {outcome.validation.bpb:.4f} at rate {outcome.validation.rate:.3f} after "
         f"{config.total_steps * config.bytes_per_step / 1e6:.2f} MB and {outcome.seconds:.0f} s; see {folder / 'report.html'}"

@@ -26,6 +26,8 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
         "bytes_per_second": outcome.bytes_per_second,
         "capacity": outcome.capacity,
         "overflow_fraction": outcome.overflow,
+        "dropped_fraction": max(outcome.dropped.shares, default=0.0),
+        "dropped_warning": outcome.dropped.warning,
         "flops_per_byte": matrix_flops(
             outcome.model, rate=validation.rate, inner_rates=validation.inner_rates, samples=config.samples
         ).total,
