@@ -223,10 +223,10 @@ def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     }
     finished = {name: [folder for folder in folders if (folder / SUMMARY).is_file()] for name, folders in names.items()}
     finished = {name: folders for name, folders in finished.items() if folders}
-    known = {job.name for job in jobs}
+    known = {BYTE_MODEL_RUN, *(job.name for job in jobs)}
     others = sorted(path.parent.name for path in config.out.glob(f"*/{SUMMARY}") if path.parent.name not in known)
     if others:
-        display.note(f"left out, since neither --estimators nor --seeds name them: {', '.join(others)}")
+        display.note(f"left out, since --estimators and --seeds do not name them: {', '.join(others)}")
     if finished:
         write_comparison(config.out, finished, pairs_of(config), common, display)
     if failed:

@@ -362,6 +362,7 @@ th, td {{ white-space: nowrap; }} td.quiet {{ color: var(--quiet); }}</style></h
 {remarks_html}
 <h2>Curves</h2>
 <img alt="Held-out bits per byte over training FLOPs and over bytes" src="data:image/png;base64,{encoded}">
+<p class="quiet">Means over seeds, and faint, where there are several, each seed.</p>
 <h2>The same held-out text</h2>
 <p>Boundary probability at each character, {scale()}. A line at the right of a character is a boundary that was drawn.</p>
 {"".join(blocks)}

@@ -13,10 +13,10 @@ import pytest
 
 from experiments import compare as compare_module
 from experiments.comparison import curve, html_table, markdown, remarks, table
-from experiments.config import ConfigError
+from experiments.config import ConfigError, EstimatorName
 from experiments.display import Display
 from experiments.folder import read_config
-from experiments.pairs import PAIR_COLUMNS, compare_pairs, every_pair, pair_cells, pair_json, pair_remarks
+from experiments.pairs import PAIR_COLUMNS, Curve, compare_pairs, difference_json, every_pair, pair_cells, pair_remarks
 from tests.test_run import SMALL
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
@@ -69,12 +69,12 @@ def straight(start, slope, end):
     return [(flops, flops / 1e6, start - slope * flops) for flops in (0.25 * end, 0.5 * end, end)]
 
 
-BPB = {
+BPB: dict[EstimatorName, dict[int, float]] = {
     "uniform": {0: 2.0, 1: 2.2, 2: 2.1},
     "sfe": {0: 1.9, 1: 2.1, 2: 2.0},
     "hnet": {0: 1.9, 1: 2.3, 2: 2.1},
 }
-CURVES = {
+CURVES: dict[EstimatorName, dict[int, Curve]] = {
     "uniform": {seed: straight(3.0, 0.01, 100.0) for seed in range(3)},
     "sfe": {seed: straight(3.0 + 0.1 * seed, 0.02, 120.0) for seed in range(3)},
     "hnet": {seed: straight(3.0, 0.01, 500.0) for seed in range(3)},
@@ -125,7 +125,7 @@ def test_pairs_after_the_same_bytes_and_the_same_flops():
 def test_one_seed_tells_nothing_apart():
     (pair,) = compare_pairs([("sfe", "uniform")], {name: {0: runs[0]} for name, runs in BPB.items()}, CURVES)
     assert pair_cells(pair)["below"] == "+0.1000 (one seed) ≈"
-    assert pair_json(pair)["below"]["distinguishable"] is False
+    assert difference_json(pair.below)["distinguishable"] is False
     assert "One seed has no interval and tells nothing apart" in " ".join(pair_remarks([pair], []))
 
 
@@ -249,9 +249,11 @@ def test_methods_and_seeds_added_later_are_all_that_is_done(launched, corpus, tm
     launched.clear()
     assert start("--estimators", "gumbel", "entropy", "--seeds", "0", "1", *common) == 0
     assert launched == ["gumbel-0", "entropy-0"]
-    assert "left out, since neither --estimators nor --seeds name them: sfe-1, uniform-1" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    assert start("--estimators", "gumbel", "--seeds", "0", "1", *common) == 0
+    assert launched == ["gumbel-0", "entropy-0"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "left out, since --estimators and --seeds do not name them: sfe-1, uniform-1" in said
+    assert said.endswith("do not name them: entropy-0, entropy-1, sfe-1, uniform-1")
 
 
 def test_an_unfinished_run_goes_on_with_the_cores_it_gets(launched, corpus, tmp_path):
