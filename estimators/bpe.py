@@ -137,10 +137,13 @@ def find_size(tree: PrefixTree, layout: Layout, rate: float) -> Sized:
     By bisection, since the rate falls as the vocabulary grows, to the two sizes next to each other between which it passes the
     one asked for; of these the nearer. The whole vocabulary where even that begins tokens more often.
     """
-    begins = jax.jit(lambda size: jnp.sum(tree.begins(layout, size) & layout.mask) / jnp.sum(layout.mask))
+
+    @jax.jit
+    def rate_at(tree: PrefixTree, layout: Layout, size: Int[Array, ""]) -> Float[Array, ""]:
+        return jnp.sum(tree.begins(layout, size) & layout.mask) / jnp.sum(layout.mask)
 
     def sized(size: int) -> Sized:
-        return Sized(size, float(begins(jnp.asarray(size, jnp.int32))))
+        return Sized(size, float(rate_at(tree, layout, jnp.asarray(size, jnp.int32))))
 
     low, high = sized(256), sized(int(jnp.max(tree.rank)) + 1)
     if high.rate > rate:

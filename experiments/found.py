@@ -99,8 +99,8 @@ def notes(config: RunConfig, found: Found) -> list[str]:
         return []
     return [
         f"{len(vocabulary.tokens):,} byte-pair tokens, learned from {vocabulary.learned_from / 1e6:.2f} MB of training text, "
-        f"begin at {vocabulary.rate:.4f} of the bytes of other training text: the nearest to --rate {config.rate:g} that up to "
-        f"{config.bpe.vocabulary:,} come (--bpe.vocabulary, --bpe.text-bytes)"
+        f"begin at {vocabulary.rate:.4f} of the bytes of other training text: no vocabulary of up to {config.bpe.vocabulary:,} "
+        f"tokens of that text comes nearer to --rate {config.rate:g} (--bpe.vocabulary, --bpe.text-bytes)"
     ]
 
 

@@ -39,6 +39,8 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
         "target_rate": config.rate,
         "val_bpb": validation.bpb,
         "early_val_bpb": validation.early_bpb,
+        "val_bpb_greedy": validation.bpb_greedy,
+        "val_bpb_as_trained": validation.bpb_as_trained,
         "val_bytes": validation.bytes,
         "rate": validation.rate,
         "policy_entropy": validation.entropy,

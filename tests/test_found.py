@@ -59,7 +59,7 @@ def test_an_entropy_run_resumes_without_the_run_its_model_came_from(byte_run, co
     np.testing.assert_array_equal(kept[name], before.embedding)
 
 
-def test_a_run_keeps_its_vocabulary_and_resumes(corpus, tmp_path, monkeypatch):
+def test_a_run_keeps_its_vocabulary_and_resumes(corpus, tmp_path, monkeypatch, capsys):
     pytest.importorskip("tokenizers")
     arguments = ("--estimator", "bpe-distilled", "--rate", "0.4", "--bpe.vocabulary", "400", "--dataset", corpus)
     assert start(*arguments, "--out", tmp_path / "whole", *SMALL) == 0
@@ -68,6 +68,10 @@ def test_a_run_keeps_its_vocabulary_and_resumes(corpus, tmp_path, monkeypatch):
         assert start(*arguments, "--out", tmp_path / "cut", *SMALL) == 128 + 15
     assert start("--resume", "--out", tmp_path / "cut") == 0
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    values = summary(tmp_path / "whole")
+    # Of its own boundaries, sampled and greedy, and of the guide's, which it was trained on.
+    assert len({values[name] for name in ("val_bpb", "val_bpb_greedy", "val_bpb_as_trained")} - {None}) == 3
+    assert "greedy; {:.4f} with those it is trained on".format(values["val_bpb_as_trained"]) in capsys.readouterr().err
     found = read_found(tmp_path / "whole", read_config(tmp_path / "whole"))
     assert found is not None
     assert found.vocabulary is not None
@@ -91,10 +95,11 @@ def test_a_vocabulary_that_misses_the_rate_is_used_and_its_rate_told(corpus, tmp
     assert rate > 0.2
     text = " ".join(capsys.readouterr().err.split())
     assert f"begin at {rate:.4f} of the bytes" in text
-    assert "nearest to --rate 0.05" in text
+    assert "comes nearer to --rate 0.05" in text
     values = summary(out)
     assert (values["target_rate"], values["vocabulary_rate"]) == (0.05, rate)
     assert values["vocabulary"] == len(found.vocabulary.tokens)
+    assert values["val_bpb_as_trained"] is None
     # One batch of the four that may be read is kept to measure the rate on; a BOS is no text.
     assert 3 * 64 - 12 <= values["vocabulary_bytes"] <= 3 * 64
     assert values["capacity"] >= min(rate * config.length, config.length)
