@@ -72,6 +72,7 @@ def test_a_run_keeps_its_vocabulary_and_resumes(corpus, tmp_path, monkeypatch, c
     # Of its own boundaries, sampled and greedy, and of the guide's, which it was trained on.
     assert len({values[name] for name in ("val_bpb", "val_bpb_greedy", "val_bpb_as_trained")} - {None}) == 3
     assert "greedy; {:.4f} with those it is trained on".format(values["val_bpb_as_trained"]) in capsys.readouterr().err
+    assert "… with the boundaries it is trained on" in (tmp_path / "whole" / "report.html").read_text()
     found = read_found(tmp_path / "whole", read_config(tmp_path / "whole"))
     assert found is not None
     assert found.vocabulary is not None
