@@ -235,7 +235,14 @@ class Likelier(AbstractRouter):
         return self.router.step(hidden, layout, dataclasses.replace(draw, key=None), memory)
 
 
-class OffPolicy(AbstractRouter):
+class AbstractTaught(AbstractRouter):
+    """A router that in training takes boundaries that another draws, scored under its own policy, and draws its own otherwise.
+
+    So a model is trained on other boundaries than it generates with, and evaluation judges it on both.
+    """
+
+
+class OffPolicy(AbstractTaught):
     """In training, boundaries that the `behaviour` draws, scored under the `policy`; in evaluation the policy's own.
 
     `ImportanceWeight` makes the score function unbiased again. The behaviour's rows must be independent given what its
@@ -288,7 +295,7 @@ class Bernoulli(AbstractRowRouter):
         return Boundaries(actions, jnp.log(probs) - jnp.log1p(-probs), probs, layout.free, layout.starts)
 
 
-class Guided(AbstractRouter):
+class Guided(AbstractTaught):
     """In training, boundaries that the `guide` draws, scored under the `student`; in evaluation the student's own.
 
     With `Imitation` as the objective the student becomes the guide, as far as it can, and generation needs no guide.
@@ -309,7 +316,8 @@ class Guided(AbstractRouter):
         if not draw.training:
             return self.student(hidden, layout, draw)
         drawn = self.guide(hidden, layout, draw)
-        return self.student(hidden, layout, dataclasses.replace(draw, actions=drawn.actions))
+        # Its rate is to be the guide's, whatever was asked for.
+        return self.student(hidden, layout, dataclasses.replace(draw, actions=drawn.actions, target_rate=None))
 
     def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
         """Row by row there is no training: the boundaries are the student's own."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from experiments.config import EstimatorName, ModelName, RunConfig
 from experiments.sections import (
+    BPEConfig,
     DataConfig,
     DynamicChunkingConfig,
     IsotropicConfig,
@@ -39,6 +40,8 @@ def _paper(
         batch=batch,
         bytes=round(training_bytes),
         rate=rate,
+        # The paper's size, and text enough that its last tokens are no accidents.
+        bpe=BPEConfig(vocabulary=200_000, text_bytes=2**28),
         optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_bytes=round(warmup_bytes)),
     )
 

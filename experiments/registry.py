@@ -54,10 +54,20 @@ class ByteModel:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a byte-pair encoding, single bytes first; the `rate` at which they begin in training text that they were
+    not learned from, a share of bytes; and how many bytes of training text they were `learned_from`."""
+
+    tokens: tuple[bytes, ...]
+    rate: float
+    learned_from: int
+
+
+@dataclass(frozen=True)
 class Found:
     """The `vocabulary` of a byte-pair encoding; the `byte_model` whose entropy is watched, and the `threshold` on it."""
 
-    vocabulary: tuple[bytes, ...] | None = None
+    vocabulary: Vocabulary | None = None
     byte_model: ByteModel | None = None
     threshold: float | None = None
 
@@ -171,9 +181,10 @@ def _entropy(given: Ingredients) -> AbstractEstimator:
 
 
 def _bpe(given: Ingredients) -> BPEGuided:
-    if given.found.vocabulary is None:
+    vocabulary = given.found.vocabulary
+    if vocabulary is None:
         raise ValueError("the BPE-guided estimator needs a vocabulary")
-    return BPEGuided(given.found.vocabulary, chunker=given.chunker, target_rate=given.config.rate)
+    return BPEGuided(vocabulary.tokens, chunker=given.chunker, rate=vocabulary.rate)
 
 
 def _distilled(given: Ingredients) -> AbstractEstimator:

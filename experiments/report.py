@@ -196,6 +196,14 @@ def _figures(config: RunConfig, summary: Summary) -> Iterable[str]:
     rows = [
         ("Held-out bits per byte", _number(summary["val_bpb"])),
         ("… of the early exit", _number(summary["early_val_bpb"])),
+        *(
+            (f"… with {whose}", _number(summary[name]))
+            for name, whose in (
+                ("val_bpb_greedy", "its own boundaries, greedy instead of sampled"),
+                ("val_bpb_as_trained", "the boundaries it is trained on"),
+            )
+            if summary.get(name) is not None
+        ),
         ("Boundary rate, target", f"{_number(summary['rate'], digits=3)}, {config.rate:g}"),
         *(
             (

@@ -28,7 +28,7 @@ from experiments.display import Display
 from experiments.dropped import DroppedBoundaries
 from experiments.evaluate import Validation, evaluate
 from experiments.folder import CHECKPOINTS, METRICS, MetricsLog, read_metrics
-from experiments.found import find, read_found
+from experiments.found import find, notes, read_found
 from experiments.initial import initial_weights
 from experiments.optimizer import frozen_or_not, make_optimizer, multipliers
 from experiments.registry import Found, build_model
@@ -51,10 +51,12 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: its model, its last validation, the held-out rows, and what it cost. `seconds` is time spent in the
-    training loop, over all sessions; `bytes_per_second` leaves compilation and validation out."""
+    """A finished run: its model, what was `found` for it in the data first, its last validation, the held-out rows, and what it
+    cost. `seconds` is time spent in the training loop, over all sessions; `bytes_per_second` leaves compilation and
+    validation out."""
 
     model: UNet
+    found: Found
     validation: Validation
     split: Split
     capacity: int
@@ -133,7 +135,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     does not fit or data that has changed.
     """
     split, model, place_batch, replicate = prepared.split, prepared.model, prepared.place_batch, prepared.replicate
-    for note in split.notes:
+    for note in (*split.notes, *notes(config, prepared.found)):
         display.note(note)
     routers = [estimator.router for estimator in model.stage.estimators]
     params, static = eqx.partition(model, eqx.is_inexact_array)
@@ -220,6 +222,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     trained: UNet = eqx.combine(jax.device_get(state.params), static)
     return Outcome(
         model=jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, trained),
+        found=prepared.found,
         validation=validation,
         split=split,
         capacity=capacity,
