@@ -19,6 +19,7 @@ from experiments.checks import check
 from experiments.comparison import REFERENCE, write_comparison
 from experiments.config import ConfigError, EstimatorName, RunConfig, from_json, to_json
 from experiments.display import Display, exit_code
+from experiments.finished import by_estimator, is_finished, of_folder, of_tables, without
 from experiments.folder import CONFIG, SUMMARY, differing, held, prepare_new, write_atomically
 from experiments.launch import with_large_pages
 from experiments.pairs import Names, every_pair
@@ -42,6 +43,8 @@ class CompareConfig:
     """Which of them to compare with each other, as FIRST:SECOND, such as sfe:hnet sfe:uniform; by default every two."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of parameters, data order and boundaries."""
+    tables: tuple[Path, ...] = ()
+    """table.json of comparisons made elsewhere with the same settings: their runs count as if they had been done here."""
     out: Path = field(default=Path("runs/compare"))
     """Folder for the runs, the table and the report."""
     jobs: int = 1
@@ -211,6 +214,8 @@ def _last_line(job: Job, logs: Path) -> str:
 def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     """Do the runs and write the comparison. Returns 0, or 1 where a run failed."""
     runs = runs_of(config, common)
+    elsewhere = of_tables(config.tables, runs)
+    runs = without(runs, elsewhere)
     config.out.mkdir(parents=True, exist_ok=True)
     logs = config.out / LOGS
     logs.mkdir(exist_ok=True)
@@ -218,16 +223,12 @@ def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     for job, run in zip(jobs, runs, strict=True):
         job.reads = next((other for other in jobs if other.folder == run.entropy.model and other is not job), None)
     failed = work_off(jobs, config.jobs, logs, display)
-    names = {
-        estimator: [config.out / f"{estimator}-{seed}" for seed in config.seeds] for estimator in config.estimators
-    }
-    finished = {name: [folder for folder in folders if (folder / SUMMARY).is_file()] for name, folders in names.items()}
-    finished = {name: folders for name, folders in finished.items() if folders}
+    here = [of_folder(job.folder) for job in jobs if job.name != BYTE_MODEL_RUN and is_finished(job.folder)]
     known = {BYTE_MODEL_RUN, *(job.name for job in jobs)}
     others = sorted(path.parent.name for path in config.out.glob(f"*/{SUMMARY}") if path.parent.name not in known)
     if others:
-        display.note(f"left out, since --estimators and --seeds do not name them: {', '.join(others)}")
-    if finished:
+        display.note(f"left out, since --estimators, --seeds and --tables do not ask for them: {', '.join(others)}")
+    if finished := by_estimator([*here, *elsewhere], config.estimators):
         write_comparison(config.out, finished, pairs_of(config), common, display)
     if failed:
         display.note(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}")

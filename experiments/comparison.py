@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,8 @@ from data import Split
 from experiments.config import EstimatorName, RunConfig
 from experiments.display import Display
 from experiments.dropped import TOLERATED
-from experiments.folder import SUMMARY, json_text, read_config, read_metrics, write_atomically
+from experiments.finished import FinishedRun, Runs
+from experiments.folder import json_text, write_atomically
 from experiments.intervals import ALIKE, CONFIDENCE, Difference, paired_difference
 from experiments.pairs import (
     PAIR_COLUMNS,
@@ -33,9 +33,7 @@ from experiments.pairs import (
 )
 from experiments.report import STYLE, picture, scale, shaded_html
 from experiments.shading import Character, shade
-from experiments.summary import Summary
 from experiments.train import load_split
-from unet.flops import matrix_flops
 from unet.saving import load
 
 REFERENCE: EstimatorName = "uniform"
@@ -111,61 +109,35 @@ COLUMNS: dict[str, str] = {
 }
 
 
-Summaries = Mapping[EstimatorName, Sequence[Summary]]
 Curves = Mapping[EstimatorName, Mapping[int, Curve]]
 
 
-def write_comparison(
-    out: Path,
-    folders: Mapping[EstimatorName, Sequence[Path]],
-    pairs: Sequence[Names],
-    common: RunConfig,
-    display: Display,
-) -> list[Line]:
-    """Write everything into `out` from the finished runs in `folders`; returns the lines of the table of methods."""
-    summaries = {name: [_summary(folder) for folder in runs] for name, runs in folders.items()}
-    curves = {
-        name: {_seed(summary): curve(folder) for summary, folder in zip(summaries[name], runs, strict=True)}
-        for name, runs in folders.items()
-    }
-    lines = table(summaries)
-    compared = compare_pairs(pairs, {name: bits_per_byte(runs) for name, runs in summaries.items()}, curves)
+def write_comparison(out: Path, runs: Runs, pairs: Sequence[Names], common: RunConfig, display: Display) -> list[Line]:
+    """Write everything into `out` from finished runs; returns the lines of the table of methods."""
+    curves = {name: {run.seed: run.curve for run in own} for name, own in runs.items()}
+    lines = table(runs)
+    compared = compare_pairs(pairs, {name: bits_per_byte(own) for name, own in runs.items()}, curves)
     notes = [*remarks(lines), *pair_remarks(compared, [line.gain for line in lines])]
     tables = [markdown(lines)]
     if compared:
         tables.append(markdown_table(PAIR_COLUMNS, [pair_cells(pair) for pair in compared]))
-    write_atomically(out / "table.json", json_text(everything(lines, compared, summaries, curves, notes)))
+    write_atomically(out / "table.json", json_text(everything(lines, compared, runs, notes)))
     write_atomically(out / "table.md", "\n".join([*tables, "\n\n".join(notes)]) + "\n")
     drawn = curves_picture(curves)
     write_atomically(out / "curves.png", drawn)
     split = load_split(common)
-    texts = side_by_side({name: runs[0] for name, runs in folders.items()}, split)
+    at_hand = {name: [run.folder for run in own if run.folder is not None] for name, own in runs.items()}
+    texts = side_by_side({name: folders[0] for name, folders in at_hand.items() if folders}, split)
     write_atomically(out / "report.html", page(common, lines, compared, notes, drawn, texts))
     for text in (*tables, *split.notes, *notes, f"see {out / 'report.html'}"):
         display.note(text)
     return lines
 
 
-def everything(
-    lines: Sequence[Line], pairs: Sequence[Pair], summaries: Summaries, curves: Curves, notes: Sequence[str]
-) -> dict[str, object]:
-    """The content of `table.json`: both tables in full, and of each run its summary and its curve."""
+def everything(lines: Sequence[Line], pairs: Sequence[Pair], runs: Runs, notes: Sequence[str]) -> dict[str, object]:
+    """The content of `table.json`: both tables in full, and each run's settings, summary and curve."""
     methods = [
-        {
-            **asdict(line),
-            "gain": difference_json(line.gain),
-            "runs": [
-                {
-                    "seed": _seed(summary),
-                    "summary": summary,
-                    "curve": [
-                        {"flops": flops, "megabytes": megabytes, "bpb": bpb}
-                        for flops, megabytes, bpb in curves[line.estimator][_seed(summary)]
-                    ],
-                }
-                for summary in summaries[line.estimator]
-            ],
-        }
+        {**asdict(line), "gain": difference_json(line.gain), "runs": [run.json() for run in runs[line.estimator]]}
         for line in lines
     ]
     return {
@@ -177,27 +149,27 @@ def everything(
     }
 
 
-def bits_per_byte(runs: Sequence[Summary]) -> dict[int, float]:
+def bits_per_byte(runs: Sequence[FinishedRun]) -> dict[int, float]:
     """Held-out bits per byte by seed."""
-    return {_seed(run): _value(run, "val_bpb") for run in runs}
+    return {run.seed: run.value("val_bpb") for run in runs}
 
 
-def table(summaries: Summaries) -> list[Line]:
+def table(methods: Runs) -> list[Line]:
     """One line an estimator, in the order given."""
-    reference = bits_per_byte(summaries.get(REFERENCE, ()))
+    reference = bits_per_byte(methods.get(REFERENCE, ()))
     lines = []
-    for name, runs in summaries.items():
+    for name, runs in methods.items():
 
-        def measured(key: str, runs: Sequence[Summary] = runs) -> Measured:
-            return Measured.of([_value(run, key) for run in runs])
+        def measured(key: str, runs: Sequence[FinishedRun] = runs) -> Measured:
+            return Measured.of([run.value(key) for run in runs])
 
-        inside = sorted(key.removeprefix("rate") for key in runs[0] if key.startswith("rate_level"))
+        inside = sorted(key.removeprefix("rate") for key in runs[0].summary if key.startswith("rate_level"))
         rates = tuple(measured(f"rate{level}") for level in ("", *inside))
-        targets = tuple(_value(runs[0], f"target_rate{level}") for level in ("", *inside))
+        targets = tuple(runs[0].value(f"target_rate{level}") for level in ("", *inside))
         lines.append(
             Line(
                 estimator=name,
-                seeds=tuple(_seed(run) for run in runs),
+                seeds=tuple(run.seed for run in runs),
                 bpb=measured("val_bpb"),
                 bpb_greedy=measured("val_bpb_greedy"),
                 bpb_as_trained=measured("val_bpb_as_trained"),
@@ -213,7 +185,7 @@ def table(summaries: Summaries) -> list[Line]:
                 seconds=measured("seconds"),
                 bytes_per_second=measured("bytes_per_second"),
                 dropped=measured("dropped_fraction"),
-                parameters=int(_value(runs[0], "parameters")),
+                parameters=int(runs[0].value("parameters")),
             )
         )
     return lines
@@ -320,26 +292,6 @@ def curves_picture(curves: Curves) -> bytes:
     return picture(figure)
 
 
-def curve(folder: Path) -> list[tuple[float, float, float]]:
-    """FLOPs spent, megabytes read and held-out bits per byte at each validation of a run; tokens as they were drawn."""
-    config, model = read_config(folder), load(folder).model
-    spent, before, points = 0.0, 0.0, []
-    for record in read_metrics(folder):
-        # The bytes since the last record of training, where it does not log every step, count at the rate of the validation.
-        kind = "" if "rate" in record else "val_"
-        read, rate = record["bytes"], record.get(f"{kind}rate")
-        if not isinstance(read, int | float) or not isinstance(rate, float):
-            continue
-        inside = [record.get(f"{kind}level{level}_rate") for level in range(1, len(config.levels))]
-        rates = [one for one in inside if isinstance(one, float)]
-        if read > before:
-            flops = matrix_flops(model, rate=rate, inner_rates=rates, samples=config.samples)
-            spent, before = spent + (read - before) * flops.total, float(read)
-        if isinstance(bpb := record.get("val_bpb"), float):
-            points.append((spent, read / 1e6, bpb))
-    return points
-
-
 def side_by_side(folders: Mapping[EstimatorName, Path], split: Split) -> dict[EstimatorName, list[list[Character]]]:
     """The same held-out rows, shaded by each run."""
     rows = split.held_out_rows(TEXT_ROWS * split.length)[:TEXT_ROWS]
@@ -357,7 +309,7 @@ def page(
     """One self-contained page."""
     title, encoded = f"Estimators on {common.dataset}", base64.b64encode(curves).decode()
     blocks = []
-    for number in range(max(map(len, texts.values()))):
+    for number in range(max(map(len, texts.values()), default=0)):
         blocks.append(f"<h3>Text {number + 1}</h3>")
         for name, shaded in texts.items():
             blocks.append(f'<p class="quiet">{name}</p><pre class="text">{shaded_html(shaded[number])}</pre>')
@@ -383,16 +335,3 @@ th, td {{ white-space: nowrap; }} td.quiet {{ color: var(--quiet); }}</style></h
 {"".join(blocks)}
 </body></html>
 """
-
-
-def _summary(folder: Path) -> Summary:
-    return json.loads((folder / SUMMARY).read_text())
-
-
-def _seed(summary: Summary) -> int:
-    return int(_value(summary, "seed"))
-
-
-def _value(summary: Summary, key: str) -> float:
-    value = summary.get(key)
-    return float(value) if isinstance(value, int | float) else math.nan

@@ -12,11 +12,13 @@ import sys
 import pytest
 
 from experiments import compare as compare_module
-from experiments.comparison import curve, html_table, markdown, remarks, table
+from experiments.comparison import html_table, markdown, remarks, table
 from experiments.config import ConfigError, EstimatorName
 from experiments.display import Display
+from experiments.finished import FinishedRun, curve, of_tables
 from experiments.folder import read_config
 from experiments.pairs import PAIR_COLUMNS, Curve, compare_pairs, difference_json, every_pair, pair_cells, pair_remarks
+from experiments.presets import PRESETS
 from tests.test_run import SMALL
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
@@ -30,8 +32,8 @@ def start(*arguments):
     return compare_module.main([str(argument) for argument in arguments])
 
 
-def summary(estimator, seed, bpb, rate=0.2):
-    return {
+def finished_run(estimator: EstimatorName, seed: int, bpb: float, rate: float = 0.2, **more: float) -> FinishedRun:
+    summary: dict[str, float | int | str | None] = {
         "estimator": estimator,
         "seed": seed,
         "val_bpb": bpb,
@@ -46,14 +48,17 @@ def summary(estimator, seed, bpb, rate=0.2):
         "boundary_f1_whitespace": None,
         "sampled_f1_whitespace": 0.5,
         "boundary_auc_whitespace": 0.5,
+        **more,
     }
+    config = dataclasses.replace(PRESETS["tiny"], estimator=estimator, seed=seed)
+    return FinishedRun(config, summary, straight(3.0, 1e-3, 1000.0))
 
 
 def test_means_errors_and_paired_gains():
     lines = table(
         {
-            "uniform": [summary("uniform", 0, 2.0), summary("uniform", 1, 2.2)],
-            "sfe": [summary("sfe", 0, 1.9), summary("sfe", 1, 2.0)],
+            "uniform": [finished_run("uniform", 0, 2.0), finished_run("uniform", 1, 2.2)],
+            "sfe": [finished_run("sfe", 0, 1.9), finished_run("sfe", 1, 2.0)],
         }
     )
     found = [(line.bpb.mean, line.bpb.error, line.bpb.n, line.gain.mean, line.gain.half_width) for line in lines]
@@ -144,15 +149,22 @@ def test_pairs_asked_for():
 
 
 def test_a_missed_rate_is_flagged():
-    lines = table({"hnet": [summary("hnet", 0, 2.0, 0.268)], "sfe": [summary("sfe", 0, 2.0, 0.205)]})
+    lines = table({"hnet": [finished_run("hnet", 0, 2.0, 0.268)], "sfe": [finished_run("sfe", 0, 2.0, 0.205)]})
     assert [line.missed for line in lines] == [True, False]
     assert "0.268 †" in markdown(lines)
-    inside = {**summary("sfe", 0, 2.0, 0.21), "rate_level1": 0.6, "target_rate_level1": 0.5}
+    inside = finished_run("sfe", 0, 2.0, 0.21, rate_level1=0.6, target_rate_level1=0.5)
     (line,) = table({"sfe": [inside]})
     assert line.missed
     assert "| 0.210 / 0.600 † |" in markdown([line])
     assert "sfe 0.210 / 0.600 for 0.2 / 0.5" in " ".join(remarks([line]))
     assert any("hnet 0.268 for 0.2" in note for note in remarks(lines))
+
+
+def test_what_a_reader_of_the_table_has_to_know():
+    taught = finished_run("bpe-distilled", 0, 2.8, val_bpb_greedy=2.7, val_bpb_as_trained=2.6, dropped_fraction=0.02)
+    said = " ".join(remarks(table({"bpe-distilled": [taught], "sfe": [finished_run("sfe", 0, 2.0)]})))
+    assert "2.6000 bits per byte with those, 2.8000 with its own, drawn, and 2.7000 with its own, greedy" in said
+    assert "(bpe-distilled 2.0%)" in said
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +198,25 @@ def test_a_comparison_leaves_its_table_its_curves_and_its_page(finished):
     assert tables.startswith("| estimator |")
     assert "| `sfe` below `uniform` | " in tables
     assert "<td>sfe below uniform</td>" in page
+
+
+def test_runs_made_elsewhere_count_as_if_made_here(finished, launched, corpus, tmp_path):
+    common = ("--dataset", corpus, "--out", tmp_path / "out", "--jobs", "2", *SMALL)
+    table_json = finished / "table.json"
+    assert start("--estimators", "uniform", "sfe", "--seeds", "0", "1", "2", "--tables", table_json, *common) == 0
+    assert launched == ["uniform-2", "sfe-2"]
+    _, asked = compare_module.parse_compare([*ARGUMENTS, "--dataset", str(corpus), *map(str, SMALL)])
+    runs = [dataclasses.replace(asked, estimator=name, seed=0) for name in ("uniform", "sfe")]
+    found = of_tables([table_json, table_json], runs)
+    assert [(run.config.estimator, run.seed) for run in found] == [("uniform", 0), ("sfe", 0)]
+    assert found[1].summary == json.loads((finished / "sfe-0" / "summary.json").read_text())
+    assert found[1].curve == curve(finished / "sfe-0")
+    with pytest.raises(ConfigError, match="other settings for rate"):
+        of_tables([table_json], [dataclasses.replace(runs[1], rate=0.3)])
+    with pytest.raises(ConfigError, match="is not the table"):
+        of_tables([finished / "sfe-0" / "summary.json"], runs)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        of_tables([finished / "nothing.json"], runs)
 
 
 def test_flops_count_up_to_a_validation_between_records(finished, tmp_path):
@@ -236,6 +267,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(compare_module, "_launch", launch)
     monkeypatch.setattr(compare_module, "write_comparison", lambda *arguments: None)
+    monkeypatch.setattr(compare_module, "of_folder", lambda folder: FinishedRun(read_config(folder), {}, []))
     return names
 
 
@@ -252,8 +284,8 @@ def test_methods_and_seeds_added_later_are_all_that_is_done(launched, corpus, tm
     assert start("--estimators", "gumbel", "--seeds", "0", "1", *common) == 0
     assert launched == ["gumbel-0", "entropy-0"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "left out, since --estimators and --seeds do not name them: sfe-1, uniform-1" in said
-    assert said.endswith("do not name them: entropy-0, entropy-1, sfe-1, uniform-1")
+    assert "left out, since --estimators, --seeds and --tables do not ask for them: sfe-1, uniform-1" in said
+    assert said.endswith("do not ask for them: entropy-0, entropy-1, sfe-1, uniform-1")
 
 
 def test_an_unfinished_run_goes_on_with_the_cores_it_gets(launched, corpus, tmp_path):
