@@ -54,6 +54,7 @@ from estimators.reductions import (
     SampleCentre,
 )
 from estimators.routers import (
+    AbstractTaught,
     Bernoulli,
     CosineRouter,
     Guided,
@@ -74,6 +75,7 @@ __all__ = [
     "AbstractReduction",
     "AbstractRouter",
     "AbstractRowRouter",
+    "AbstractTaught",
     "BPEGuided",
     "BatchCentre",
     "Bernoulli",

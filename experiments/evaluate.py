@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import HeldOutRow, Row
-from estimators import Layout, equations
+from estimators import AbstractTaught, Layout, equations
 from estimators.fixed import is_spacelike, is_whitespace
 from unet.likelihood import continues, next_byte_log_lik, plain_layout
 from unet.losses import early_log_lik
@@ -39,6 +39,8 @@ class Evaluated(eqx.Module):
     overflow: Int[Array, " batch"]
     drawn: Bool[Array, "batch length"]
     """The boundaries before any were dropped."""
+    as_trained: Bool[Array, "batch length"]
+    """Those that training would have drawn, where another router draws them then; else none."""
     tokens: Int[Array, "batch levels"]
     """Tokens of each level of the hierarchy, the outermost first."""
 
@@ -63,7 +65,14 @@ class Validation:
     bytes with a boundary; `entropy`: of the policy, nats per decision; `overflow`: share of bytes whose boundary was
     dropped, 0 by construction; `bytes`: how many were predicted; `inner_rates`: of levels inside, the share of the tokens of
     the level around that close a token; `bpb_error`: the standard error of `bpb` over documents, NaN for one; `documents`: how
-    many different ones were evaluated."""
+    many different ones were evaluated.
+
+    Everything but two figures is judged on the boundaries that generation draws. Most estimators are trained on the same:
+    policies sampled in both (`sfe` and its kin, `gumbel`, `uniform`), `hnet` with its likelier actions in both, and rules
+    (`entropy`, `bpe`, `stride`, `whitespace`, `spacelike`, `isotropic`), which leave no choice. Where another router draws in
+    training (`AbstractTaught`: the guide of `bpe-distilled`, the behaviour policy of `sfe-offpolicy`) the model is judged on
+    three kinds of boundaries at its first level: `bpb` is under the router's own, sampled; `bpb_greedy` under its own likelier
+    ones; `bpb_as_trained` under those of the other router, as in training. Both are NaN elsewhere."""
 
     bpb: float
     early_bpb: float
@@ -74,6 +83,8 @@ class Validation:
     whitespace: Agreement
     spacelike: Agreement
     inner_rates: tuple[float, ...] = ()
+    bpb_greedy: float = math.nan
+    bpb_as_trained: float = math.nan
     bpb_error: float = math.nan
     documents: int = 0
 
@@ -101,9 +112,14 @@ def evaluate_batch(
         zeros, none = jnp.zeros_like(log_lik), jnp.zeros(mask.shape[0], jnp.int32)
         unknown = jnp.full_like(zeros, jnp.nan)
         tokens = jnp.zeros((mask.shape[0], 0), jnp.int32)
-        return Evaluated(log_lik, early, scored, zeros, unknown, nothing, nothing, mask, nothing, none, nothing, tokens)
+        return Evaluated(
+            log_lik, early, scored, zeros, unknown, nothing, nothing, mask, nothing, none, nothing, nothing, tokens
+        )
     level = prediction.levels[0]
     greedy = model.stage.route(level.hidden, layout, Drawing()).actions
+    taught = nothing
+    if is_taught(model):
+        taught = model.stage.route(level.hidden, layout, Drawing(key, training=True)).actions
     kept = level.boundaries
     return Evaluated(
         log_lik,
@@ -117,6 +133,7 @@ def evaluate_batch(
         mask & ~layout.starts,
         level.overflow,
         level.drawn,
+        taught,
         jnp.stack([one.lengths for one in prediction.levels], axis=1),
     )
 
@@ -131,29 +148,52 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
     return plain_layout(stack("bytes"), stack("segments"), stack("mask"))
 
 
-def evaluate(model: UNet, rows: Sequence[HeldOutRow], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
-    """Evaluate on all `rows`, `batch` at a time, dropping no boundary.
+def is_taught(model: UNet) -> bool:
+    """Whether its first level is trained on boundaries that another router draws."""
+    return any(isinstance(estimator.router, AbstractTaught) for estimator in model.stage.estimators[:1])
 
-    A batch first runs with `capacity` token rows per sequence; a sequence for which that is too few runs again, alone and
-    with the same boundaries, with as many rows as it has bytes. So the usual case costs what training costs.
-    """
+
+def evaluate(model: UNet, rows: Sequence[HeldOutRow], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
+    """Evaluate on all `rows`, `batch` at a time, dropping no boundary; three times where training draws other boundaries than
+    generation (see `Validation`)."""
     batch = min(batch, len(rows))
     tally = Tally()
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         layout = stack_rows(part, batch)
         key_batch = jax.random.fold_in(key, start)
-        result = evaluate_batch(model, layout, key_batch, capacity)
-        arrays = {name: np.array(array) for name, array in {**vars(result), "bytes": layout.bytes}.items()}
-        for number in np.flatnonzero(arrays["overflow"]):
-            one = slice(number, number + 1)
-            alone = jax.tree.map(lambda leaf, one=one: leaf[one], layout)
-            again = evaluate_batch(model, alone, key_batch, None, (result.drawn[one],))
-            for name, array in vars(again).items():
-                arrays[name][one] = np.asarray(array)
+        arrays = dropping_none(model, layout, key_batch, capacity) | {"bytes": np.asarray(layout.bytes)}
+        if is_taught(model):
+            for name in ("greedy", "as_trained"):
+                given = dropping_none(model, layout, key_batch, capacity, (jnp.asarray(arrays[name]),))
+                arrays[f"log_lik_{name}"] = given["log_lik"]
         kept = {name: array[: len(part)] for name, array in arrays.items()}
         tally.add({**kept, "documents": np.stack([row["documents"] for row in part])})
     return tally.validation()
+
+
+def dropping_none(
+    model: UNet,
+    layout: Layout,
+    key: PRNGKeyArray,
+    capacity: int,
+    actions: tuple[Bool[Array, "batch length"], ...] = (),
+) -> dict[str, np.ndarray]:
+    """The fields of `Evaluated` for one batch, with the `actions` given or those that are drawn, none dropped.
+
+    It first runs with `capacity` token rows per sequence; a sequence for which that is too few runs again, alone and with the
+    same boundaries, with as many rows as it has bytes. So the usual case costs what training costs.
+    """
+    result = evaluate_batch(model, layout, key, capacity, actions)
+    arrays = {name: np.array(array) for name, array in vars(result).items()}
+    for number in np.flatnonzero(arrays["overflow"]):
+        one = slice(number, number + 1)
+        alone = jax.tree.map(lambda leaf, one=one: leaf[one], layout)
+        again = evaluate_batch(model, alone, key, None, (result.drawn[one],))
+        # What training would have drawn is drawn already, and alone would be drawn otherwise.
+        for name in vars(again).keys() - {"as_trained"}:
+            arrays[name][one] = np.asarray(getattr(again, name))
+    return arrays
 
 
 class Tally:
@@ -172,19 +212,21 @@ class Tally:
         self._positive: list[list[np.ndarray]] = [[] for _ in self._classes]
 
     def add(self, kept: dict[str, np.ndarray]) -> None:
-        """A batch: the fields of `Evaluated`, the `bytes`, and the `documents` that they belong to."""
+        """A batch: the fields of `Evaluated`, the `bytes`, the `documents` that they belong to and, where there are any,
+        likelihoods under other boundaries."""
         scored, valid, free = kept["scored"], kept["valid"], kept["free"]
         decided = ~np.isnan(kept["entropy"]) & valid
         sums = {
             "predicted": int(scored.sum()),
-            "nats": -float(kept["log_lik"][scored].sum(dtype=np.float64)),
-            "early_nats": -float(kept["early_log_lik"][scored].sum(dtype=np.float64)),
             "valid": int(valid.sum()),
             "drawn": int(kept["sampled"].sum()),
             "overflow": int(kept["overflow"].sum()),
             "decided": int(decided.sum()),
             "entropy": float(kept["entropy"][decided].sum(dtype=np.float64)),
         }
+        # Of the model, its early head and, where another router draws in training, under other boundaries.
+        log_liks = {name: array for name, array in kept.items() if "log_lik" in name}
+        sums |= {name: float(array[scored].sum(dtype=np.float64)) for name, array in log_liks.items()}
         self._sums = {name: self._sums.get(name, 0) + value for name, value in sums.items()}
         self._tokens = self._tokens + kept["tokens"].sum(axis=0, dtype=np.int64)
         self._add_documents(kept["documents"][scored], -kept["log_lik"][scored])
@@ -203,6 +245,10 @@ class Tally:
     def validation(self) -> Validation:
         """The results over all that was added."""
         sums, predicted = self._sums, int(self._sums["predicted"])
+
+        def bits(name: str) -> float:
+            return float(equations.bits_per_byte(-sums.get(name, math.nan), predicted))
+
         probs = np.concatenate(self._probs)
         order = np.sort(probs)
         whitespace, spacelike = (
@@ -210,8 +256,8 @@ class Tally:
             for counts, positive in zip(self._hits, self._positive, strict=True)
         )
         return Validation(
-            bpb=float(equations.bits_per_byte(sums["nats"], predicted)),
-            early_bpb=float(equations.bits_per_byte(sums["early_nats"], predicted)),
+            bpb=bits("log_lik"),
+            early_bpb=bits("early_log_lik"),
             rate=sums["drawn"] / sums["valid"],
             entropy=sums["entropy"] / sums["decided"] if sums["decided"] else math.nan,
             overflow=sums["overflow"] / sums["valid"],
@@ -219,6 +265,8 @@ class Tally:
             whitespace=whitespace,
             spacelike=spacelike,
             inner_rates=inner_rates(np.asarray(self._tokens)),
+            bpb_greedy=bits("log_lik_greedy"),
+            bpb_as_trained=bits("log_lik_as_trained"),
             bpb_error=float(equations.bits_per_byte_error(*jnp.asarray(self._documents, jnp.float32))),
             documents=int((self._documents[1] > 0).sum()),
         )
