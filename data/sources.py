@@ -7,7 +7,8 @@ from pathlib import Path
 from data.builtin import StandardLibraryCode, StandardLibraryDocs
 from data.documents import AbstractSource
 from data.files import Files
-from data.hub import HUB_DATASETS, HubSource, hub_dataset
+from data.hub import HubSource
+from data.hub_names import HUB_DATASETS, hub_dataset
 
 
 def open_source(

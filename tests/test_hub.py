@@ -8,7 +8,8 @@ import pytest
 from huggingface_hub import constants
 
 from data import DataError, load, open_batches
-from data.hub import HUB_DATASETS, HubDataset, HubSource, hub_dataset
+from data.hub import HubSource
+from data.hub_names import HUB_DATASETS, HubDataset, hub_dataset
 from tests.hub_server import hub
 
 REPOSITORY = "someone/text"
