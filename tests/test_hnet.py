@@ -52,7 +52,7 @@ from unet.reading import keys_of
 SMALL = HNetConfig(
     layout='["m1", ["T1m1", ["T1"], "t1"], "m1"]',
     dims=(32, 32, 64),
-    mlp_dims=(0, 32, 32),
+    mlp_dims=(0, 128, 128),
     heads=(2, 2, 4),
     rotary_dims=(8, 8, 8),
     windows=(4, 5, 0),

@@ -91,10 +91,10 @@ def from_reference(
     sources, given = {place.name: place.name for place in places}, set(params)
     if shape.tie_embeddings:
         _check_tied(params)
-        if EMBEDDING not in given:
-            sources[EMBEDDING] = HEAD
-        else:
+        if EMBEDDING in given:
             given -= {HEAD}
+        elif HEAD in given:
+            sources[EMBEDDING] = HEAD
     names = set(sources.values())
     if names != given:
         missing, surplus = sorted(names - given), sorted(given - names)
