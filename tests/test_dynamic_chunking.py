@@ -115,7 +115,8 @@ def test_a_projected_residual_is_summed_in_float32(inputs):
     outputs, rows, hidden, boundaries = inputs
     projection = eqx.tree_at(lambda p: p.weight, Projection(4, key=jax.random.key(0)), 3.0 + jnp.eye(4))
     half = hidden.astype(jnp.bfloat16)
-    back = SelectSmooth(Projection(4)).up(outputs, rows, half, boundaries)
+    back = SelectSmooth(Projection(4)).up(outputs.astype(jnp.bfloat16), rows, half, boundaries)
+    assert back.dtype == jnp.bfloat16
     joined = SelectSmooth(projection).joined(back, half, boundaries)
     wanted = back.astype(jnp.float32) + projection(half.astype(jnp.float32))
     assert joined.dtype == jnp.bfloat16
