@@ -106,12 +106,12 @@ class HNetConfig(AbstractShape):
     """Rows that the convolution of a Mamba-2 layer sees."""
     expand: int = 2
     """How many times as wide as its stage a Mamba-2 layer is inside."""
-    tie_embeddings: bool = False
-    """Predict with the embedding of bytes: one array for both."""
     network_norms: bool = True
     """A norm at the end of every network, not of the last alone."""
     token_positions: Literal["byte", "chunk"] = "chunk"
     """Rotary positions of a token: its own number, or the position of its boundary at the level it was made of."""
+    tie_embeddings: bool = False
+    """Predict with the embedding of bytes: one array for both."""
 
     def __post_init__(self):
         super().__post_init__()
