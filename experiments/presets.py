@@ -18,7 +18,7 @@ from experiments.sections import (
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
 from unet.pretrained import PUBLISHED
-from unet.reference import shape_of
+from unet.published import shape_of
 
 
 def _paper(

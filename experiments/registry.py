@@ -230,7 +230,7 @@ def build_chunker(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractChu
         published = "straight-through" if config.estimator == "hnet" else "none"
         weighting = published if smooth.weighting is None else smooth.weighting
         return SelectSmooth(
-            Projection(dim) if smooth.residual == "projected" else None, smooth.smoothing, weighting, way
+            Projection(dim, key=key) if smooth.residual == "projected" else None, smooth.smoothing, weighting, way
         )
     if name == "attend":
         return AttendBack(dim, config.pool.heads, vectors=config.pool.vectors, key=key, implementation=way)
