@@ -129,7 +129,20 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
 
 
 def evaluate(model: UNet, rows: Sequence[Row], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
-    """Evaluate on all `rows`, `batch` at a time, dropping no boundary.
+    """Evaluate on all `rows`, `batch` at a time, dropping no boundary."""
+    return summarise(evaluate_rows(model, rows, batch=batch, capacity=capacity, key=key))
+
+
+def evaluate_rows(
+    model: UNet,
+    rows: Sequence[Row],
+    *,
+    batch: int,
+    capacity: int,
+    key: PRNGKeyArray,
+    actions: Bool[np.ndarray, "rows length"] | None = None,
+) -> dict[str, np.ndarray]:
+    """The fields of `Evaluated` and the `bytes` of all `rows`, with sampled boundaries or the `actions` given.
 
     A batch first runs with `capacity` token rows per sequence; a sequence for which that is too few runs again, alone and
     with the same boundaries, with as many rows as it has bytes. So the usual case costs what training costs.
@@ -140,7 +153,10 @@ def evaluate(model: UNet, rows: Sequence[Row], *, batch: int, capacity: int, key
         part = rows[start : start + batch]
         layout = stack_rows(part, batch)
         key_batch = jax.random.fold_in(key, start)
-        result = evaluate_batch(model, layout, key_batch, capacity)
+        given = ()
+        if actions is not None:
+            given = (jnp.asarray(np.pad(actions[start : start + batch], ((0, batch - len(part)), (0, 0)))),)
+        result = evaluate_batch(model, layout, key_batch, capacity, given)
         arrays = {name: np.array(array) for name, array in {**vars(result), "bytes": layout.bytes}.items()}
         for number in np.flatnonzero(arrays["overflow"]):
             one = slice(number, number + 1)
@@ -150,7 +166,7 @@ def evaluate(model: UNet, rows: Sequence[Row], *, batch: int, capacity: int, key
                 arrays[name][one] = np.asarray(array)
         for name, array in arrays.items():
             kept.setdefault(name, []).append(array[: len(part)])
-    return summarise({name: np.concatenate(parts) for name, parts in kept.items()})
+    return {name: np.concatenate(parts) for name, parts in kept.items()}
 
 
 def summarise(kept: dict[str, np.ndarray]) -> Validation:

@@ -8,6 +8,7 @@ import pytest
 from estimators import Characters, Draw, Stride, Thinned, Uniform, equations
 from estimators.fixed import (
     EveryNth,
+    RuleRouter,
     UniformRouter,
     character_first,
     character_last,
@@ -97,8 +98,7 @@ def test_every_second_character_is_counted_from_the_start_of_its_document(at, ex
 def test_characters_refuse_to_take_none():
     with pytest.raises(ValueError, match="at least 1; got 0"):
         Characters(chunker=SelectDistribute(), every=0)
-    stride = Stride(chunker=SelectDistribute(), stride=3).router
-    assert Thinned(stride, 2).rate == pytest.approx(1 / 6)
+    assert Thinned(RuleRouter(EveryNth(3), 0, 1 / 3), 2).rate == pytest.approx(1 / 6)
     assert Characters(chunker=SelectDistribute()).router.rate is None
 
 
