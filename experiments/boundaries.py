@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from data import Row
+from estimators.equations import bits_per_byte
 from experiments.evaluate import agreement, evaluate_rows, summarise
 from experiments.segmentation import PLACES, Marks, Place, Scores, expected_scores
 from unet import UNet
@@ -39,19 +40,25 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Placement:
-    """Bits per byte with boundaries placed somewhere, their `rate`, and the share of them that stand where they were asked for
-    (`there`): the others found no such place left in their row. NaN where nothing was asked for."""
+    """Bits per byte with boundaries placed somewhere, and the `bits` of a predicted byte by its place in its character; the
+    `rate` of the boundaries, and the share of them that stand where they were asked for (`there`, NaN where nothing was asked
+    for): the others found no such place left in their row."""
 
     bpb: float
+    bits: dict[Place, float]
     rate: float
     there: float
 
 
 @dataclass(frozen=True)
 class Examined:
-    """One run. `auc_ends`, `auc_words`: the probability that p is higher at the end of a token, or of a word, than elsewhere."""
+    """One run. `bits`, `early_bits`: bits of a predicted byte by its place in its character, with the token level and from the
+    early head alone (NaN without one): their difference is what boundaries are rewarded for. `auc_ends`, `auc_words`: the
+    probability that p is higher at the end of a token, or of a word, than elsewhere."""
 
     bpb: float
+    bits: dict[Place, float]
+    early_bits: dict[Place, float]
     auc_ends: float
     auc_words: float
     sampled: Drawn
@@ -61,6 +68,7 @@ class Examined:
 
 def examine(kept: dict[str, np.ndarray], marks: Marks) -> Examined:
     """The boundaries that `evaluate_rows` drew against the marks of the same rows. Where one is forced, it does not count."""
+    bits = [bits_by_place(kept[name], kept["scored"], marks) for name in ("log_lik", "early_log_lik")]
     marks = marks.where(kept["free"])
     counted = {**kept, "free": marks.counted}
     ends, words = agreement(counted, marks.ends), agreement(counted, marks.words)
@@ -69,11 +77,23 @@ def examine(kept: dict[str, np.ndarray], marks: Marks) -> Examined:
     greedy = [Scores(one.precision, one.recall, one.f1) for one in targets]
     return Examined(
         bpb=summarise(kept).bpb,
+        bits=bits[0],
+        early_bits=bits[1],
         auc_ends=ends.auc,
         auc_words=words.auc,
         sampled=_against_uniform(kept["sampled"], sampled, marks),
         greedy=_against_uniform(kept["greedy"], greedy, marks),
     )
+
+
+def bits_by_place(log_lik: np.ndarray, scored: Bool[np.ndarray, "rows length"], marks: Marks) -> dict[Place, float]:
+    """Mean bits of the predicted bytes that stand at each place in their characters; `log_lik` of row i is that of byte i + 1."""
+    found = {}
+    for number, name in enumerate(PLACES):
+        chosen = scored[:, :-1] & (marks.places[:, 1:] == number)
+        nats = -float(log_lik[:, :-1][chosen].sum(dtype=np.float64))
+        found[name] = float(bits_per_byte(nats, int(chosen.sum()))) if chosen.any() else math.nan
+    return found
 
 
 def _against_uniform(actions: Bool[np.ndarray, "rows length"], scores: Sequence[Scores], marks: Marks) -> Drawn:
@@ -137,7 +157,8 @@ def placements(
         )
         free = actions & kept["free"]
         there = int((free & places).sum()) / int(free.sum()) if places is not None and free.any() else math.nan
-        found[name] = Placement(summarise(result).bpb, float(actions.sum() / kept["valid"].sum()), there)
+        bits = bits_by_place(result["log_lik"], result["scored"], marks)
+        found[name] = Placement(summarise(result).bpb, bits, float(actions.sum() / kept["valid"].sum()), there)
     return found
 
 

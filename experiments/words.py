@@ -151,7 +151,10 @@ def markdown(grouped: Mapping[str, Sequence[Examined]], marks: Marks, segmenter:
         "forced boundaries, characters cut by a row's edge and the last character of each text do not count. Uniform "
         "boundaries are as many as the model's, their figures exact expectations. ± is the standard error over seeds.",
         _table(["estimator", "bits per byte", "AUC of p, tokens", "AUC of p, words", "runs"], _summary_rows(grouped)),
+        "Where boundaries stand in their characters (a character of one byte; the first, a middle, the last byte of several):",
         _table(["boundaries", "rate", *PLACES], _place_rows(grouped, marks)),
+        "Bits of a predicted byte by its place in its character; less than the early head's is what boundaries are rewarded for:",
+        _table(["estimator", *PLACES], _bit_rows(grouped)),
         _table(
             [
                 "boundaries",
@@ -201,6 +204,17 @@ def _place_rows(grouped: Mapping[str, Sequence[Examined]], marks: Marks) -> list
             rows.append([f"{name}, {way}", Measured.of([one.rate for one in own]).text(), *cells])
     everywhere = shares(marks, marks.counted)
     return [*rows, ["all bytes", "1", *(f"{everywhere[place]:.3f}" for place in PLACES)]]
+
+
+def _bit_rows(grouped: Mapping[str, Sequence[Examined]]) -> list[list[str]]:
+    rows = []
+    for name, runs in grouped.items():
+        for label, bits in {
+            name: [run.bits for run in runs],
+            f"{name}, early head": [run.early_bits for run in runs],
+        }.items():
+            rows.append([label, *(Measured.of([one[place] for one in bits]).text() for place in PLACES)])
+    return rows
 
 
 def _score_rows(grouped: Mapping[str, Sequence[Examined]]) -> list[list[str]]:

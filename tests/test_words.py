@@ -14,7 +14,7 @@ import pytest
 from data.rows import make_row
 from estimators.fixed import is_whitespace
 from experiments import words
-from experiments.boundaries import examine, place, placements
+from experiments.boundaries import bits_by_place, examine, place, placements
 from experiments.config import to_json
 from experiments.evaluate import evaluate_rows, summarise
 from experiments.segmentation import PLACES, by_jieba, by_whitespace, expected_scores, mark
@@ -136,6 +136,15 @@ def test_boundaries_of_a_tiny_text_exactly():
     assert got.sampled.uniform_characters.rate == 3 / 16
 
 
+def test_bits_are_those_of_the_byte_that_is_predicted():
+    row = row_of("a我b".encode(), length=6)
+    marks = mark([row], by_list)
+    log_lik = np.log(2) * -np.array([[1.0, 2.0, 3.0, 4.0, 7.0, 7.0]])
+    scored = np.array([[True] * 4 + [False] * 2])
+    assert bits_by_place(log_lik, scored, marks) == pytest.approx({"single": 4, "first": 1, "middle": 2, "last": 3})
+    assert math.isnan(bits_by_place(log_lik, ~scored, marks)["middle"])
+
+
 def test_other_places_take_as_many_boundaries_as_the_row_had():
     allowed = np.ones((3, 8), bool)
     allowed[:, 0] = False
@@ -180,7 +189,8 @@ def test_other_placements_have_the_same_rate_and_the_own_ones_the_same_likelihoo
     rates = {name: one.rate for name, one in found.items() if name != "where p > 0.5"}
     assert set(rates.values()) == {found["as it draws them"].rate}
     # One byte a character: any place opens and closes one, and none is in the middle.
-    assert found["first bytes of characters"] == found["last bytes of characters"]
+    assert found["first bytes of characters"].bpb == found["last bytes of characters"].bpb
+    assert found["uniform"].bits["single"] == pytest.approx(found["uniform"].bpb, rel=1e-5)
     assert found["middle bytes of characters"].there == 0.0
     counts = (kept["sampled"] & kept["free"]).sum(axis=1)
     most = np.minimum(counts, marks.ends.sum(axis=1))
