@@ -56,6 +56,7 @@ from estimators.reductions import (
     SampleCentre,
 )
 from estimators.routers import (
+    AbstractTaught,
     Bernoulli,
     CosineRouter,
     Guided,
@@ -76,6 +77,7 @@ __all__ = [
     "AbstractReduction",
     "AbstractRouter",
     "AbstractRowRouter",
+    "AbstractTaught",
     "BPEGuided",
     "BatchCentre",
     "Bernoulli",

@@ -133,8 +133,8 @@ class UniformRouter(AbstractRowRouter):
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         mask, starts = layout.mask, layout.starts
-        rate = jnp.asarray(self.target_rate) if draw.target_rate is None else draw.target_rate
-        probs = jnp.broadcast_to(rate.astype(jnp.float32), mask.shape)
+        rate = draw.rate(self.target_rate)
+        probs = jnp.broadcast_to(rate, mask.shape)
         actions = draw.actions
         if actions is None:
             if draw.key is None or draw.by_sequence:

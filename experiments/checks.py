@@ -129,6 +129,9 @@ def _check_estimators(config: RunConfig) -> None:
     )
     _require(config.bpe.vocabulary >= 257, "--bpe.vocabulary has 256 bytes and at least one merge: 257 or more")
     _require(
+        config.bpe.text_bytes >= 1, f"--bpe.text-bytes is an amount of text, at least 1; got {config.bpe.text_bytes}"
+    )
+    _require(
         target.start is None or 0 < target.start < 1,
         f"--target.start is a share of bytes strictly between 0 and 1; got {target.start}",
     )

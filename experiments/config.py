@@ -137,10 +137,12 @@ class RunConfig:
     means of groups (mean), select and smooth (smooth), select and let bytes attend to their token (attend, as BLT); by default
     what the estimator was published with."""
     capacity_slack: float = 1.35
-    """Most token rows per sequence in training, as a multiple of rate x length; boundaries beyond are dropped and counted."""
+    """Most token rows per sequence in training, as a multiple of the boundaries expected: at --rate, or at the rate at which an
+    untrained router draws where that is higher (about one half for hnet and sfe-cosine). Boundaries beyond are dropped and
+    counted."""
     buckets: int = 4
-    """Sizes, up to that bound, of which each step runs the token level in the smallest with room; each takes time to
-    compile."""
+    """Sizes, up to --capacity-slack x --rate x --length, of which each step runs the token level in the smallest with room, and
+    one more where an untrained router draws more; 1 for the largest alone. Each takes time to compile."""
     fold: bool = True
     """Lay the token rows of all sequences of a device one after another in training: then the sum of their tokens decides which
     size has room, not the fullest of them; attention alone always works in the largest. Not where tokens are smoothed."""

@@ -60,6 +60,11 @@ class Display:
         """One line of results."""
         agreement = validation.whitespace
         early = "" if math.isnan(validation.early_bpb) else f" (early exit {validation.early_bpb:.4f})"
+        if not math.isnan(validation.bpb_as_trained):
+            early += (
+                f" with its own boundaries, sampled; {validation.bpb_greedy:.4f} greedy; {validation.bpb_as_trained:.4f} with "
+                "those it is trained on"
+            )
         inside = "".join(f" / {rate:.3f}" for rate in validation.inner_rates)
         # Undefined where the text has no white space, and where a model draws no boundaries.
         agreeing = (

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import Row
-from estimators import Layout, equations
+from estimators import AbstractTaught, Layout, equations
 from estimators.fixed import is_spacelike, is_whitespace
 from unet.likelihood import continues, next_byte_log_lik, plain_layout
 from unet.losses import early_log_lik
@@ -39,6 +39,8 @@ class Evaluated(eqx.Module):
     overflow: Int[Array, " batch"]
     drawn: Bool[Array, "batch length"]
     """The boundaries before any were dropped."""
+    as_trained: Bool[Array, "batch length"]
+    """Those that training would have drawn, where another router draws them then; else none."""
     tokens: Int[Array, "batch levels"]
     """Tokens of each level of the hierarchy, the outermost first."""
 
@@ -62,7 +64,14 @@ class Validation:
     """Results on held-out text. `bpb`: bits per byte; `early_bpb`: of the early head, NaN without one; `rate`: share of
     bytes with a boundary; `entropy`: of the policy, nats per decision; `overflow`: share of bytes whose boundary was
     dropped, 0 by construction; `bytes`: how many were predicted; `inner_rates`: of levels inside, the share of the tokens of
-    the level around that close a token."""
+    the level around that close a token.
+
+    Everything but two figures is judged on the boundaries that generation draws. Most estimators are trained on the same:
+    policies sampled in both (`sfe` and its kin, `gumbel`, `uniform`), `hnet` with its likelier actions in both, and rules
+    (`entropy`, `bpe`, `stride`, `whitespace`, `spacelike`, `isotropic`), which leave no choice. Where another router draws in
+    training (`AbstractTaught`: the guide of `bpe-distilled`, the behaviour policy of `sfe-offpolicy`) the model is judged on
+    three kinds of boundaries at its first level: `bpb` is under the router's own, sampled; `bpb_greedy` under its own likelier
+    ones; `bpb_as_trained` under those of the other router, as in training. Both are NaN elsewhere."""
 
     bpb: float
     early_bpb: float
@@ -73,6 +82,8 @@ class Validation:
     whitespace: Agreement
     spacelike: Agreement
     inner_rates: tuple[float, ...] = ()
+    bpb_greedy: float = math.nan
+    bpb_as_trained: float = math.nan
 
 
 @eqx.filter_jit
@@ -98,9 +109,14 @@ def evaluate_batch(
         zeros, none = jnp.zeros_like(log_lik), jnp.zeros(mask.shape[0], jnp.int32)
         unknown = jnp.full_like(zeros, jnp.nan)
         tokens = jnp.zeros((mask.shape[0], 0), jnp.int32)
-        return Evaluated(log_lik, early, scored, zeros, unknown, nothing, nothing, mask, nothing, none, nothing, tokens)
+        return Evaluated(
+            log_lik, early, scored, zeros, unknown, nothing, nothing, mask, nothing, none, nothing, nothing, tokens
+        )
     level = prediction.levels[0]
     greedy = model.stage.route(level.hidden, layout, Drawing()).actions
+    taught = nothing
+    if is_taught(model):
+        taught = model.stage.route(level.hidden, layout, Drawing(key, training=True)).actions
     kept = level.boundaries
     return Evaluated(
         log_lik,
@@ -114,6 +130,7 @@ def evaluate_batch(
         mask & ~layout.starts,
         level.overflow,
         level.drawn,
+        taught,
         jnp.stack([one.lengths for one in prediction.levels], axis=1),
     )
 
@@ -128,8 +145,14 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
     return plain_layout(stack("bytes"), stack("segments"), stack("mask"))
 
 
+def is_taught(model: UNet) -> bool:
+    """Whether its first level is trained on boundaries that another router draws."""
+    return any(isinstance(estimator.router, AbstractTaught) for estimator in model.stage.estimators[:1])
+
+
 def evaluate(model: UNet, rows: Sequence[Row], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
-    """Evaluate on all `rows`, `batch` at a time, dropping no boundary."""
+    """Evaluate on all `rows`, `batch` at a time, dropping no boundary; three times where training draws other boundaries than
+    generation (see `Validation`)."""
     return summarise(evaluate_rows(model, rows, batch=batch, capacity=capacity, key=key))
 
 
@@ -142,11 +165,9 @@ def evaluate_rows(
     key: PRNGKeyArray,
     actions: Bool[np.ndarray, "rows length"] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The fields of `Evaluated` and the `bytes` of all `rows`, with sampled boundaries or the `actions` given.
-
-    A batch first runs with `capacity` token rows per sequence; a sequence for which that is too few runs again, alone and
-    with the same boundaries, with as many rows as it has bytes. So the usual case costs what training costs.
-    """
+    """What `summarise` reads, for all `rows`: the fields of `Evaluated`, the `bytes`, and, where another router draws the
+    boundaries of training, `log_lik_greedy` and `log_lik_as_trained`. With the `actions` given instead of sampled ones, and then
+    once only."""
     batch = min(batch, len(rows))
     kept: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(rows), batch):
@@ -156,17 +177,38 @@ def evaluate_rows(
         given = ()
         if actions is not None:
             given = (jnp.asarray(np.pad(actions[start : start + batch], ((0, batch - len(part)), (0, 0)))),)
-        result = evaluate_batch(model, layout, key_batch, capacity, given)
-        arrays = {name: np.array(array) for name, array in {**vars(result), "bytes": layout.bytes}.items()}
-        for number in np.flatnonzero(arrays["overflow"]):
-            one = slice(number, number + 1)
-            alone = jax.tree.map(lambda leaf, one=one: leaf[one], layout)
-            again = evaluate_batch(model, alone, key_batch, None, (result.drawn[one],))
-            for name, array in vars(again).items():
-                arrays[name][one] = np.asarray(array)
+        arrays = dropping_none(model, layout, key_batch, capacity, given) | {"bytes": np.asarray(layout.bytes)}
+        if is_taught(model) and actions is None:
+            for name in ("greedy", "as_trained"):
+                forced = dropping_none(model, layout, key_batch, capacity, (jnp.asarray(arrays[name]),))
+                arrays[f"log_lik_{name}"] = forced["log_lik"]
         for name, array in arrays.items():
             kept.setdefault(name, []).append(array[: len(part)])
     return {name: np.concatenate(parts) for name, parts in kept.items()}
+
+
+def dropping_none(
+    model: UNet,
+    layout: Layout,
+    key: PRNGKeyArray,
+    capacity: int,
+    actions: tuple[Bool[Array, "batch length"], ...] = (),
+) -> dict[str, np.ndarray]:
+    """The fields of `Evaluated` for one batch, with the `actions` given or those that are drawn, none dropped.
+
+    It first runs with `capacity` token rows per sequence; a sequence for which that is too few runs again, alone and with the
+    same boundaries, with as many rows as it has bytes. So the usual case costs what training costs.
+    """
+    result = evaluate_batch(model, layout, key, capacity, actions)
+    arrays = {name: np.array(array) for name, array in vars(result).items()}
+    for number in np.flatnonzero(arrays["overflow"]):
+        one = slice(number, number + 1)
+        alone = jax.tree.map(lambda leaf, one=one: leaf[one], layout)
+        again = evaluate_batch(model, alone, key, None, (result.drawn[one],))
+        # What training would have drawn is drawn already, and alone would be drawn otherwise.
+        for name in vars(again).keys() - {"as_trained"}:
+            arrays[name][one] = np.asarray(getattr(again, name))
+    return arrays
 
 
 def summarise(kept: dict[str, np.ndarray]) -> Validation:
@@ -189,6 +231,8 @@ def summarise(kept: dict[str, np.ndarray]) -> Validation:
         whitespace=agreement(kept, np.asarray(is_whitespace(values))),
         spacelike=agreement(kept, np.asarray(is_spacelike(values))),
         inner_rates=inner_rates(kept["tokens"]),
+        bpb_greedy=bits(kept["log_lik_greedy"]) if "log_lik_greedy" in kept else math.nan,
+        bpb_as_trained=bits(kept["log_lik_as_trained"]) if "log_lik_as_trained" in kept else math.nan,
     )
 
 

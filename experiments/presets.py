@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from experiments.config import EstimatorName, ModelName, RunConfig
 from experiments.sections import (
+    BPEConfig,
     DataConfig,
     DynamicChunkingConfig,
     IsotropicConfig,
@@ -39,6 +40,8 @@ def _paper(
         batch=batch,
         bytes=round(training_bytes),
         rate=rate,
+        # The paper's size, and text enough that its last tokens are no accidents.
+        bpe=BPEConfig(vocabulary=200_000, text_bytes=2**28),
         optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_bytes=round(warmup_bytes)),
     )
 
@@ -72,8 +75,6 @@ def _hnet(
         bytes=460_000_000_000,
         rate=rates[0] if rates else 0.2,
         inner_rates=rates[1:],
-        # Boundaries by cosine start at every second row, whatever rate they are held to later.
-        capacity_slack=1.35 if estimator != "hnet" else 3.0,
         buckets=1 if estimator == "hnet" or isotropic else 4,
         # What comes back is smoothed where the router has probabilities that smoothing can teach.
         smooth=SmoothConfig(smoothing=estimator == "hnet", residual="projected" if projected else "plain"),
@@ -147,7 +148,6 @@ def _small_hnet(name: ModelName, layout: str, dims: tuple[int, ...], rates: tupl
         batch=16,
         # On so little text the published weight of .03 leaves the rates a tenth above what is asked.
         hnet=DynamicChunkingConfig(ratio_weight=0.3),
-        capacity_slack=1.6,
         bytes=6_000_000,
         sfe=ScoreFunctionConfig(window=0, discount=0.9, scale=2.4),
         optimizer=dataclasses.replace(run.optimizer, weight_decay=0.01, stage_multipliers=None),

@@ -137,8 +137,11 @@ class EntropyConfig:
 class BPEConfig:
     """Boundaries of a byte-pair encoding of the training text (--estimator bpe, bpe-distilled)."""
 
-    vocabulary: int = 32_768
-    """Tokens to learn at most; as many are used as meet the target rate."""
+    vocabulary: int = 65_536
+    """Tokens to learn at most. The first so many are used whose rate comes nearest to --rate; a run says which rate that is."""
+    text_bytes: int = 2**24
+    """Training text to learn them from, at most: the first that the run sees, and never more than it sees. Memory follows the
+    different words in it: some 4 MB for each MB of English, 100 MB for each MB of a text without spaces."""
     imitation_weight: float = 0.1
     """Weight of the cross-entropy of the distilled policy (bpe-distilled)."""
 

@@ -26,6 +26,8 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
         "bytes_per_second": outcome.bytes_per_second,
         "capacity": outcome.capacity,
         "overflow_fraction": outcome.overflow,
+        "dropped_fraction": max(outcome.dropped.shares, default=0.0),
+        "dropped_warning": outcome.dropped.warning,
         "flops_per_byte": matrix_flops(
             outcome.model, rate=validation.rate, inner_rates=validation.inner_rates, samples=config.samples
         ).total,
@@ -39,10 +41,18 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
         "target_rate": config.rate,
         "val_bpb": validation.bpb,
         "early_val_bpb": validation.early_bpb,
+        "val_bpb_greedy": validation.bpb_greedy,
+        "val_bpb_as_trained": validation.bpb_as_trained,
         "val_bytes": validation.bytes,
         "rate": validation.rate,
         "policy_entropy": validation.entropy,
     }
+    if (vocabulary := outcome.found.vocabulary) is not None:
+        summary |= {
+            "vocabulary": len(vocabulary.tokens),
+            "vocabulary_rate": vocabulary.rate,
+            "vocabulary_bytes": vocabulary.learned_from,
+        }
     for level, rate in enumerate(validation.inner_rates, start=1):
         summary |= {f"target_rate_level{level}": config.levels[level].rate, f"rate_level{level}": rate}
     for name, agreement in (("whitespace", validation.whitespace), ("spacelike", validation.spacelike)):

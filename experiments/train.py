@@ -20,16 +20,18 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from data import Batch, DataError, Split, check_workers, load, open_batches, open_source
+from estimators.keys import named_key
 from experiments.capacity import inner_capacities, training_capacities
 from experiments.checkpoint import Checkpoints, Progress
 from experiments.config import ConfigError, RunConfig
 from experiments.display import Display
+from experiments.dropped import DroppedBoundaries
 from experiments.evaluate import Validation, evaluate
 from experiments.folder import CHECKPOINTS, METRICS, MetricsLog, read_metrics
-from experiments.found import find, read_found
+from experiments.found import find, notes, read_found
 from experiments.initial import initial_weights
 from experiments.optimizer import frozen_or_not, make_optimizer, multipliers
-from experiments.registry import Found, build_estimators
+from experiments.registry import Found, build_model
 from experiments.step import StepMetrics, TrainState, compiled, fresh_state, make_step
 from unet import SelectSmooth, UNet
 from unet.ops.mosaic import refusal
@@ -49,10 +51,12 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: its model, its last validation, the held-out rows, and what it cost. `seconds` is time spent in the
-    training loop, over all sessions; `bytes_per_second` leaves compilation and validation out."""
+    """A finished run: its model, what was `found` for it in the data first, its last validation, the held-out rows, and what it
+    cost. `seconds` is time spent in the training loop, over all sessions; `bytes_per_second` leaves compilation and
+    validation out."""
 
     model: UNet
+    found: Found
     validation: Validation
     split: Split
     capacity: int
@@ -60,6 +64,7 @@ class Outcome:
     seconds: float
     bytes_per_second: float
     overflow: float
+    dropped: DroppedBoundaries
     parameters: int
 
 
@@ -94,14 +99,15 @@ def prepare(config: RunConfig) -> Prepared:
     config = with_implementation(config)
     split = load_split(config)
     check_workers(split, config.data.workers)
-    key_estimator, key_model, key_steps, key_evaluate = jax.random.split(jax.random.key(config.seed), 4)
+    key = jax.random.key(config.seed)
     found = read_found(config.folder, config) if config.resume else None
     found = find(config, split) if found is None else found
     # Compiled whole: a fraction of the time that its operations take to be compiled one by one.
-    model = eqx.filter_jit(lambda: UNet(config.unet, build_estimators(config, key_estimator, found), key=key_model))()
+    model = eqx.filter_jit(lambda: build_model(config, key, found))()
     # A run that goes on has its weights in its checkpoint.
     if config.init is not None and not config.resume:
         model = initial_weights(config.init, model)
+    key_steps, key_evaluate = named_key(key, "steps"), named_key(key, "evaluation")
     return Prepared(split, found, model, key_steps, key_evaluate, place_batch, replicate)
 
 
@@ -129,7 +135,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     does not fit or data that has changed.
     """
     split, model, place_batch, replicate = prepared.split, prepared.model, prepared.place_batch, prepared.replicate
-    for note in split.notes:
+    for note in (*split.notes, *notes(config, prepared.found)):
         display.note(note)
     routers = [estimator.router for estimator in model.stage.estimators]
     params, static = eqx.partition(model, eqx.is_inexact_array)
@@ -165,6 +171,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     started, seconds_before = time.perf_counter(), progress.seconds
     speed = Speedometer(config.bytes_per_step)
     validation: Validation | None = None
+    dropped, warned = DroppedBoundaries(len(routers)), False
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
@@ -185,6 +192,10 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
                 done += 1
                 record = _record(done, done * config.bytes_per_step, jax.device_get(metrics))
                 speed.tick()
+                dropped.add(record)
+                if not warned and (warning := dropped.early_warning):
+                    display.note(f"by step {done}, {warning}")
+                    warned = True
                 _refuse_non_finite(record, folder)
                 if done % config.log_every == 0 or done == total:
                     log.write({**record, "seconds": round(seconds(), 3)})
@@ -211,6 +222,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     trained: UNet = eqx.combine(jax.device_get(state.params), static)
     return Outcome(
         model=jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, trained),
+        found=prepared.found,
         validation=validation,
         split=split,
         capacity=capacity,
@@ -218,6 +230,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
         seconds=seconds(),
         bytes_per_second=speed.bytes_per_second,
         overflow=_mean_overflow(folder),
+        dropped=DroppedBoundaries.of(read_metrics(folder), len(routers)),
         parameters=parameters,
     )
 

@@ -14,7 +14,7 @@ from estimators import Frozen
 from estimators.entropy import find_threshold, surprise
 from experiments.config import EstimatorName, RunConfig
 from experiments.presets import PRESETS
-from experiments.registry import ByteModel, Found, build_estimator
+from experiments.registry import ByteModel, Found, Vocabulary, build_estimator
 from tests.conftest import text_bytes
 from unet import UNet, UNetConfig
 from unet.likelihood import plain_layout
@@ -47,7 +47,7 @@ def found(config: RunConfig) -> Found:
     layout = plain_layout(text_bytes(8, LENGTH, seed=9))
     measured = eqx.filter_jit(surprise)(byte_model, layout)
     threshold = find_threshold(np.asarray(measured), np.asarray(layout.starts), config.rate)
-    return Found(vocabulary, ByteModel(config, byte_model), threshold)
+    return Found(Vocabulary(vocabulary, config.rate, 0), ByteModel(config, byte_model), threshold)
 
 
 def trains(node: Tree) -> Tree:

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from data.rows import make_row
-from estimators import Isotropic
+from estimators import (
+    Bernoulli,
+    Estimator,
+    Guided,
+    Isotropic,
+    Likelier,
+    NoObjective,
+    OffPolicy,
+    PrefixRouter,
+    PrefixTree,
+)
 from experiments.evaluate import agreement, area_under_roc, evaluate, summarise
 from experiments.shading import characters, colour_of
 from tests.conftest import predict, small_model, small_score_function, text_bytes
@@ -64,6 +74,26 @@ def test_bits_per_byte_are_those_of_the_model(rows):
     assert got.bpb == pytest.approx(total / math.log(2) / got.bytes, rel=1e-5)
     assert got.rate == 1.0
     assert math.isnan(got.early_bpb)
+
+
+@pytest.mark.parametrize("kind", ["guided", "off policy"])
+def test_what_is_trained_on_others_boundaries_is_judged_on_theirs_and_on_its_own(rows, kind):
+    own = small_score_function().router
+    tree = PrefixTree([bytes([value]) for value in range(256)] + [bytes([value, 97]) for value in range(97, 123)])
+    other = PrefixRouter(tree) if kind == "guided" else Bernoulli(0.6)
+
+    def judged(router):
+        model = small_model(Estimator(router, SelectDistribute(), NoObjective()))
+        return evaluate(model, rows, batch=5, capacity=20, key=jax.random.key(0))
+
+    got = judged(Guided(own, other) if kind == "guided" else OffPolicy(own, other))
+    expected = {"bpb": judged(own), "bpb_greedy": judged(Likelier(own)), "bpb_as_trained": judged(other)}
+    for name, alone in expected.items():
+        assert getattr(got, name) == pytest.approx(alone.bpb, rel=1e-6)
+        assert math.isnan(alone.bpb_greedy)
+        assert math.isnan(alone.bpb_as_trained)
+    assert len({round(alone.bpb, 5) for alone in expected.values()}) == 3
+    assert got.rate == expected["bpb"].rate
 
 
 def test_without_a_token_level_there_is_no_rate(rows):

@@ -12,6 +12,7 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import VOCAB, AbstractEstimator
+from estimators.keys import named_key
 from unet.blocks import Stack, transformer
 from unet.layers import Linear, RMSNorm
 from unet.ngrams import HashedNgrams
@@ -51,9 +52,10 @@ class AbstractShape(ABC):
     """Rows of the table of each of these."""
 
     def new_ngrams(self, key: PRNGKeyArray) -> HashedNgrams | None:
-        """The embeddings of n-grams that were asked for."""
-        key = jax.random.fold_in(key, 7)
-        return HashedNgrams(self.widths[0], self.ngrams, self.ngram_buckets, key=key) if self.ngrams else None
+        """The embeddings of n-grams that were asked for; `key` is that of the whole model."""
+        if not self.ngrams:
+            return None
+        return HashedNgrams(self.widths[0], self.ngrams, self.ngram_buckets, key=named_key(key, "ngrams"))
 
     def __post_init__(self):
         if self.ngram_buckets < 1 or any(size < 2 for size in self.ngrams):
@@ -120,23 +122,25 @@ class UNetConfig(AbstractShape):
         """Without an estimator the token level is left out: encoder and decoder blocks alone, a purely byte-level model."""
         if len(estimators) > 1:
             raise ValueError(f"this shape has one level of tokens; got {len(estimators)} estimators")
-        key_embed, key_encode, key_main, key_decode, key_head = jax.random.split(key, 5)
         dim, heads = self.dim, self.heads
 
         def byte_level(layers: int, key: PRNGKeyArray) -> Stack:
             return transformer(layers, dim, heads, dim, window=self.window, remat=self.remat, key=key)
 
         if not estimators:
-            stage = Flat(byte_level(self.encoder_layers + self.decoder_layers, key_encode))
+            stage = Flat(byte_level(self.encoder_layers + self.decoder_layers, named_key(key, "encoder")))
         else:
-            main = transformer(self.main_layers, dim, heads, 4 * dim, window=None, remat=self.remat, key=key_main)
+            main = transformer(
+                self.main_layers, dim, heads, 4 * dim, window=None, remat=self.remat, key=named_key(key, "main")
+            )
             stage = Hierarchy(
-                byte_level(self.encoder_layers, key_encode),
+                byte_level(self.encoder_layers, named_key(key, "encoder")),
                 estimators[0],
                 Flat(main),
-                byte_level(self.decoder_layers, key_decode),
+                byte_level(self.decoder_layers, named_key(key, "decoder")),
                 chunk_positions=self.token_positions == "chunk",
                 implementation=self.implementation,
             )
-        embedding = jax.random.normal(key_embed, (VOCAB, dim))
-        return Parts(embedding, stage, RMSNorm(dim), Linear(dim, VOCAB, key=key_head), self.new_ngrams(key_embed))
+        embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, dim))
+        head = Linear(dim, VOCAB, key=named_key(key, "head"))
+        return Parts(embedding, stage, RMSNorm(dim), head, self.new_ngrams(key))

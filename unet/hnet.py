@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import VOCAB, AbstractEstimator
+from estimators.keys import named_key
 from unet.attention import Attention
 from unet.blocks import PreNorm, Stack
 from unet.config import AbstractShape, Parts
@@ -153,12 +154,12 @@ class HNetConfig(AbstractShape):
         networks = read_layout(self.layout)
         if len(estimators) != networks.depth:
             raise ValueError(f"{self.layout} has {networks.depth} levels of tokens; got {len(estimators)} estimators")
-        key_embed, key_stage, key_head = jax.random.split(key, 3)
-        head = Linear(self.dims[0], VOCAB, key=key_head)
-        head = eqx.tree_at(lambda linear: linear.weight, head, STD * jax.random.normal(key_head, head.weight.shape))
-        embedding = jax.random.normal(key_embed, (VOCAB, self.dims[0]))
-        stage = self._stage(networks, 0, 0, tuple(estimators), key_stage)
-        return Parts(embedding, stage, None, head, self.new_ngrams(key_embed))
+        head = Linear(self.dims[0], VOCAB, key=named_key(key, "head"))
+        # The weights of a new linear layer have a standard deviation of their own.
+        head = eqx.tree_at(lambda linear: linear.weight, head, STD * self.dims[0] ** 0.5 * head.weight)
+        embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, self.dims[0]))
+        stage = self._stage(networks, 0, 0, tuple(estimators), named_key(key, "stage"))
+        return Parts(embedding, stage, None, head, self.new_ngrams(key))
 
     def _stage(
         self,
@@ -169,7 +170,7 @@ class HNetConfig(AbstractShape):
         key: PRNGKeyArray,
     ) -> AbstractStage:
         residuals += _residuals(networks.main + networks.encoder + networks.decoder)
-        key_encoder, key_inside, key_decoder = jax.random.split(key, 3)
+        key_encoder, key_inside, key_decoder = (named_key(key, name) for name in ("encoder", "inside", "decoder"))
         if networks.inside is None:
             made: AbstractStage = Flat(self._stack(networks.main, stage, residuals, key_encoder, last=stage == 0))
         else:
