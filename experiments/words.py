@@ -25,8 +25,6 @@ from experiments.train import load_split
 from unet.saving import load
 
 FILES = ("words.md", "words.json")
-DATA = ("dataset", "data", "length", "evaluation")
-"""Settings that say which held-out text a run has."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +67,20 @@ def check(config: WordsConfig) -> None:
             )
 
 
+def held_out_text(run: RunConfig) -> tuple[str | int | float | None, ...]:
+    """The settings that say which held-out text a run has."""
+    data = run.data
+    return run.dataset, run.length, run.evaluation.bytes, data.protocol, data.text_field, data.held_out
+
+
 def check_runs(runs: Mapping[Path, RunConfig]) -> None:
     """Raise `ConfigError` for runs that draw no boundaries, or that cannot be compared."""
     (first, of_first), *others = runs.items()
     for folder, run in others:
-        if any(getattr(run, name) != getattr(of_first, name) for name in DATA):
+        if held_out_text(run) != held_out_text(of_first):
             raise ConfigError(
-                f"{first} and {folder} have different held-out text (--dataset, --data, --length or --evaluation): look at "
-                "them in separate calls"
+                f"{first} and {folder} have different held-out text (--dataset, --length, --evaluation.bytes or --data): look "
+                "at them in separate calls"
             )
     for folder, run in runs.items():
         if not run.levels:
