@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from data import Split
 from experiments.config import EstimatorName, RunConfig
 from experiments.display import Display
+from experiments.dropped import TOLERATED
 from experiments.folder import SUMMARY, json_text, read_config, read_metrics, write_atomically
 from experiments.intervals import ALIKE, CONFIDENCE, Difference, paired_difference
 from experiments.pairs import (
@@ -68,12 +69,15 @@ class Measured:
 @dataclass(frozen=True)
 class Line:
     """One estimator of the table, over its seeds. `gain` is how far its bits per byte lie below the reference's, seed by seed;
+    `bpb_greedy` and `bpb_as_trained` are known of estimators trained on boundaries that another router drew;
     `rates` are those of all levels, the outermost first, of which one may be `missed`; FLOPs are those of training per byte, at
     the measured rates, by the two rules of `unet.flops`."""
 
     estimator: EstimatorName
     seeds: tuple[int, ...]
     bpb: Measured
+    bpb_greedy: Measured
+    bpb_as_trained: Measured
     gain: Difference
     rates: tuple[Measured, ...]
     target_rates: tuple[float, ...]
@@ -85,7 +89,7 @@ class Line:
     layer_flops: Measured
     seconds: Measured
     bytes_per_second: Measured
-    overflow: Measured
+    dropped: Measured
     parameters: int
 
 
@@ -101,7 +105,7 @@ COLUMNS: dict[str, str] = {
     "layer_flops": "… by layers",
     "bytes_per_second": "kB/s",
     "seconds": "seconds",
-    "overflow": "dropped, %",
+    "dropped": "dropped, %",
     "parameters": "parameters",
     "seeds": "seeds",
 }
@@ -195,6 +199,8 @@ def table(summaries: Summaries) -> list[Line]:
                 estimator=name,
                 seeds=tuple(_seed(run) for run in runs),
                 bpb=measured("val_bpb"),
+                bpb_greedy=measured("val_bpb_greedy"),
+                bpb_as_trained=measured("val_bpb_as_trained"),
                 gain=paired_difference({} if name == REFERENCE else reference, bits_per_byte(runs)),
                 rates=rates,
                 target_rates=targets,
@@ -206,7 +212,7 @@ def table(summaries: Summaries) -> list[Line]:
                 layer_flops=measured("layer_flops_per_byte"),
                 seconds=measured("seconds"),
                 bytes_per_second=measured("bytes_per_second"),
-                overflow=measured("overflow_fraction"),
+                dropped=measured("dropped_fraction"),
                 parameters=int(_value(runs[0], "parameters")),
             )
         )
@@ -227,7 +233,7 @@ def cells(line: Line) -> dict[str, str]:
         "layer_flops": f"{line.layer_flops.mean / 1e6:.2f}",
         "bytes_per_second": f"{line.bytes_per_second.mean / 1e3:.1f}",
         "seconds": f"{line.seconds.mean:.0f}",
-        "overflow": f"{100 * line.overflow.mean:.3f}",
+        "dropped": line.dropped.text(3, 0.01),
         "parameters": f"{line.parameters:,}",
         "seeds": ", ".join(map(str, line.seeds)),
     }
@@ -273,6 +279,15 @@ def remarks(lines: Sequence[Line]) -> list[str]:
             f"† Missed its target rate by more than {MISSED:.0%} ({names}): more tokens buy better bits per byte, and fewer "
             "cost some. --target.control moves an estimator's own target towards the rate asked for, the faster the larger it is."
         )
+    if crowded := [line for line in lines if line.dropped.mean > TOLERATED]:
+        names = ", ".join(f"{line.estimator} {line.dropped.mean:.1%}" for line in crowded)
+        notes.append(f"Too many boundaries found no token row in training ({names}): name a larger --capacity-slack.")
+    notes.extend(
+        f"{line.estimator} was trained on boundaries that another router drew: {line.bpb_as_trained.text(4)} bits per byte with "
+        f"those, {line.bpb.text(4)} with its own, drawn, and {line.bpb_greedy.text(4)} with its own, greedy."
+        for line in lines
+        if not math.isnan(line.bpb_as_trained.mean)
+    )
     return notes
 
 

@@ -25,7 +25,6 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
         "seconds": outcome.seconds,
         "bytes_per_second": outcome.bytes_per_second,
         "capacity": outcome.capacity,
-        "overflow_fraction": outcome.overflow,
         "dropped_fraction": max(outcome.dropped.shares, default=0.0),
         "dropped_warning": outcome.dropped.warning,
         "flops_per_byte": matrix_flops(

@@ -63,7 +63,6 @@ class Outcome:
     steps: int
     seconds: float
     bytes_per_second: float
-    overflow: float
     dropped: DroppedBoundaries
     parameters: int
 
@@ -229,7 +228,6 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
         steps=done,
         seconds=seconds(),
         bytes_per_second=speed.bytes_per_second,
-        overflow=_mean_overflow(folder),
         dropped=DroppedBoundaries.of(read_metrics(folder), len(routers)),
         parameters=parameters,
     )
@@ -380,9 +378,3 @@ def _refuse_non_finite(record: dict[str, float | int | None], folder: Path) -> N
 def _is_due(step: int, total: int, times: int) -> bool:
     """Whether `step` of 1 to `total` is one of `times` evenly spread ones, the last of which is `total`."""
     return step * times // total > (step - 1) * times // total
-
-
-def _mean_overflow(folder: Path) -> float:
-    """Share of training bytes whose boundary was dropped, over the logged steps of the whole run."""
-    values = [value for record in read_metrics(folder) if isinstance(value := record.get("overflow"), float)]
-    return sum(values) / len(values) if values else 0.0

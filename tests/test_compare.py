@@ -42,7 +42,7 @@ def summary(estimator, seed, bpb, rate=0.2):
         "layer_flops_per_byte": 2e6,
         "seconds": 10.0,
         "bytes_per_second": 1000.0,
-        "overflow_fraction": 0.0,
+        "dropped_fraction": 0.0,
         "boundary_f1_whitespace": None,
         "sampled_f1_whitespace": 0.5,
         "boundary_auc_whitespace": 0.5,

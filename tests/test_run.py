@@ -75,7 +75,7 @@ def test_a_run_leaves_everything_it_should(finished):
     values = json.loads((finished / "summary.json").read_text())
     for name in (
         *("val_bpb", "early_val_bpb", "rate", "boundary_f1_whitespace", "bytes", "seconds", "bytes_per_second"),
-        *("parameters", "overflow_fraction"),
+        *("parameters", "dropped_fraction"),
     ):
         assert values[name] is not None, name
     assert values["bytes"] == 8 * 4 * 16
