@@ -153,20 +153,38 @@ def is_taught(model: UNet) -> bool:
 def evaluate(model: UNet, rows: Sequence[Row], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
     """Evaluate on all `rows`, `batch` at a time, dropping no boundary; three times where training draws other boundaries than
     generation (see `Validation`)."""
+    return summarise(evaluate_rows(model, rows, batch=batch, capacity=capacity, key=key))
+
+
+def evaluate_rows(
+    model: UNet,
+    rows: Sequence[Row],
+    *,
+    batch: int,
+    capacity: int,
+    key: PRNGKeyArray,
+    actions: Bool[np.ndarray, "rows length"] | None = None,
+) -> dict[str, np.ndarray]:
+    """What `summarise` reads, for all `rows`: the fields of `Evaluated`, the `bytes`, and, where another router draws the
+    boundaries of training, `log_lik_greedy` and `log_lik_as_trained`. With the `actions` given instead of sampled ones, and then
+    once only."""
     batch = min(batch, len(rows))
     kept: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         layout = stack_rows(part, batch)
         key_batch = jax.random.fold_in(key, start)
-        arrays = dropping_none(model, layout, key_batch, capacity) | {"bytes": np.asarray(layout.bytes)}
-        if is_taught(model):
+        given = ()
+        if actions is not None:
+            given = (jnp.asarray(np.pad(actions[start : start + batch], ((0, batch - len(part)), (0, 0)))),)
+        arrays = dropping_none(model, layout, key_batch, capacity, given) | {"bytes": np.asarray(layout.bytes)}
+        if is_taught(model) and actions is None:
             for name in ("greedy", "as_trained"):
-                given = dropping_none(model, layout, key_batch, capacity, (jnp.asarray(arrays[name]),))
-                arrays[f"log_lik_{name}"] = given["log_lik"]
+                forced = dropping_none(model, layout, key_batch, capacity, (jnp.asarray(arrays[name]),))
+                arrays[f"log_lik_{name}"] = forced["log_lik"]
         for name, array in arrays.items():
             kept.setdefault(name, []).append(array[: len(part)])
-    return summarise({name: np.concatenate(parts) for name, parts in kept.items()})
+    return {name: np.concatenate(parts) for name, parts in kept.items()}
 
 
 def dropping_none(

@@ -337,6 +337,7 @@ def test_every_stage_of_a_preset_is_described_by_its_json(tmp_path):
         ({"inner_rates": (0.3, 0.3)}, "2 inner levels are named"),
         ({"inner_rates": (1.5,)}, "strictly between 0 and 1"),
         ({"inner_estimators": ("bpe",)}, "bpe reads bytes, not tokens"),
+        ({"inner_estimators": ("characters",)}, "characters reads bytes, not tokens"),
         ({"inner_estimators": ("stride",), "stride": StrideConfig(0)}, "stride must be at least 1"),
         ({"inner_rates": (0.001,)}, "a rate of 0.001 lies beyond policy logits"),
         ({"inner_estimators": ("hnet",), "chunker": "distribute"}, "hnet learns through smoothing"),
