@@ -9,9 +9,9 @@ from data.documents import DataError
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where a data set lies on the hub: its repository, a folder in it ("" for all), file patterns (empty: the
-    first of `hub.FORMATS` that is there), the field of the text, the repository of its own held-out split, if it has one, and the branch,
-    tag or commit to read ("" for the newest commit when it is first listed)."""
+    """Where a data set lies on the hub: its repository, a folder in it ("" for all), file patterns (empty: the first of
+    `hub.FORMATS` that is there), the field of the text, the repository of its own held-out split, if it has one, and the
+    branch, tag or commit to read ("" for the newest commit when it is first listed)."""
 
     name: str
     repository: str

@@ -25,11 +25,13 @@ from estimators.bpe import BPEGuided, Distilled, PrefixRouter, PrefixTree
 from estimators.dynamic_chunking import DynamicChunking
 from estimators.entropy import Entropy, EntropyRouter
 from estimators.fixed import (
+    Characters,
     EveryNth,
     Isotropic,
     RuleRouter,
     Spacelike,
     Stride,
+    Thinned,
     Uniform,
     UniformRouter,
     Whitespace,
@@ -82,6 +84,7 @@ __all__ = [
     "BinomialPrior",
     "Boundaries",
     "BoundaryScan",
+    "Characters",
     "CosineRouter",
     "Credit",
     "Critic",
@@ -118,6 +121,7 @@ __all__ = [
     "Spacelike",
     "StraightThroughGumbel",
     "Stride",
+    "Thinned",
     "TokenRows",
     "Uniform",
     "UniformRouter",

@@ -74,7 +74,7 @@ def _check_levels(config: RunConfig) -> None:
         f"--isotropic.no-token-level leaves out the only level of tokens, but the layout of --model {config.model} has "
         f"{config.unet.levels}: name a --unet.layout without any, such as '[\"m4\"]'",
     )
-    for name in {level.estimator for level in config.levels[1:]} & {"entropy", "bpe", "bpe-distilled"}:
+    for name in {level.estimator for level in config.levels[1:]} & {"entropy", "bpe", "bpe-distilled", "characters"}:
         raise ConfigError(f"{name} reads bytes, not tokens: use it for the first level, and name --inner-estimators")
 
 
@@ -118,6 +118,7 @@ def _check_estimators(config: RunConfig) -> None:
         stride is None or stride >= 1 or all(level.estimator != "stride" for level in config.levels),
         f"--stride.stride must be at least 1; got {stride}",
     )
+    _require(config.characters.every >= 1, f"--characters.every must be at least 1; got {config.characters.every}")
     mlp, target = config.mlp, config.target
     _require(mlp.inner is None or mlp.inner >= 1, "--mlp.inner must be at least 1")
     _require(mlp.temperature > 0, f"--mlp.temperature must be positive; got {mlp.temperature}")

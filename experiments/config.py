@@ -12,6 +12,7 @@ import tyro
 
 from experiments.sections import (
     BPEConfig,
+    CharactersConfig,
     CheckpointConfig,
     DataConfig,
     DynamicChunkingConfig,
@@ -43,6 +44,7 @@ EstimatorName = Literal[
     "bpe-distilled",
     "uniform",
     "stride",
+    "characters",
     "whitespace",
     "spacelike",
     "isotropic",
@@ -159,6 +161,7 @@ class RunConfig:
     bpe: BPEConfig = field(default_factory=BPEConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     stride: StrideConfig = field(default_factory=StrideConfig)
+    characters: CharactersConfig = field(default_factory=CharactersConfig)
     isotropic: IsotropicConfig = field(default_factory=IsotropicConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -21,6 +21,8 @@ from unet.likelihood import continues, next_byte_log_lik, plain_layout
 from unet.losses import early_log_lik
 from unet.model import UNet
 from unet.stage import Drawing, Hierarchy
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 class Evaluated(eqx.Module):
@@ -156,20 +158,55 @@ def is_taught(model: UNet) -> bool:
 def evaluate(model: UNet, rows: Sequence[HeldOutRow], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
     """Evaluate on all `rows`, `batch` at a time, dropping no boundary; three times where training draws other boundaries than
     generation (see `Validation`)."""
-    batch = min(batch, len(rows))
     tally = Tally()
+    for part, kept in evaluated_batches(model, rows, batch=batch, capacity=capacity, key=key):
+        tally.add({**kept, "documents": np.stack([row["documents"] for row in part])})
+    return tally.validation()
+
+
+def evaluate_rows(
+    model: UNet,
+    rows: Sequence[Row],
+    *,
+    batch: int,
+    capacity: int,
+    key: PRNGKeyArray,
+    actions: Bool[np.ndarray, "rows length"] | None = None,
+) -> dict[str, np.ndarray]:
+    """What `evaluated_batches` keeps, for all `rows` at once: some 30 bytes a byte."""
+    kept: dict[str, list[np.ndarray]] = {}
+    for _, arrays in evaluated_batches(model, rows, batch=batch, capacity=capacity, key=key, actions=actions):
+        for name, array in arrays.items():
+            kept.setdefault(name, []).append(array)
+    return {name: np.concatenate(parts) for name, parts in kept.items()}
+
+
+def evaluated_batches(
+    model: UNet,
+    rows: Sequence[AnyRow],
+    *,
+    batch: int,
+    capacity: int,
+    key: PRNGKeyArray,
+    actions: Bool[np.ndarray, "rows length"] | None = None,
+) -> Iterator[tuple[Sequence[AnyRow], dict[str, np.ndarray]]]:
+    """What `summarise` reads, for some `rows` after others: the fields of `Evaluated`, the `bytes`, and, where another router
+    draws the boundaries of training, `log_lik_greedy` and `log_lik_as_trained`. With the `actions` given instead of sampled ones,
+    and then once only."""
+    batch = min(batch, len(rows))
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         layout = stack_rows(part, batch)
         key_batch = jax.random.fold_in(key, start)
-        arrays = dropping_none(model, layout, key_batch, capacity) | {"bytes": np.asarray(layout.bytes)}
-        if is_taught(model):
+        given = ()
+        if actions is not None:
+            given = (jnp.asarray(np.pad(actions[start : start + batch], ((0, batch - len(part)), (0, 0)))),)
+        arrays = dropping_none(model, layout, key_batch, capacity, given) | {"bytes": np.asarray(layout.bytes)}
+        if is_taught(model) and actions is None:
             for name in ("greedy", "as_trained"):
-                given = dropping_none(model, layout, key_batch, capacity, (jnp.asarray(arrays[name]),))
-                arrays[f"log_lik_{name}"] = given["log_lik"]
-        kept = {name: array[: len(part)] for name, array in arrays.items()}
-        tally.add({**kept, "documents": np.stack([row["documents"] for row in part])})
-    return tally.validation()
+                forced = dropping_none(model, layout, key_batch, capacity, (jnp.asarray(arrays[name]),))
+                arrays[f"log_lik_{name}"] = forced["log_lik"]
+        yield part, {name: array[: len(part)] for name, array in arrays.items()}
 
 
 def dropping_none(
@@ -212,7 +249,7 @@ class Tally:
         self._positive: list[list[np.ndarray]] = [[] for _ in self._classes]
 
     def add(self, kept: dict[str, np.ndarray]) -> None:
-        """A batch: the fields of `Evaluated`, the `bytes`, the `documents` that they belong to and, where there are any,
+        """A batch: the fields of `Evaluated`, the `bytes` and, where they are known, the `documents` that these belong to, and
         likelihoods under other boundaries."""
         scored, valid, free = kept["scored"], kept["valid"], kept["free"]
         decided = ~np.isnan(kept["entropy"]) & valid
@@ -229,11 +266,12 @@ class Tally:
         sums |= {name: float(array[scored].sum(dtype=np.float64)) for name, array in log_liks.items()}
         self._sums = {name: self._sums.get(name, 0) + value for name, value in sums.items()}
         self._tokens = self._tokens + kept["tokens"].sum(axis=0, dtype=np.int64)
-        self._add_documents(kept["documents"][scored], -kept["log_lik"][scored])
+        if "documents" in kept:
+            self._add_documents(kept["documents"][scored], -kept["log_lik"][scored])
         self._probs.append(kept["probs"][free])
         for number, members in enumerate(self._classes):
             target = members[kept["bytes"]]
-            self._hits[number] += hits(kept, target)
+            self._hits[number] += _hits(kept, target)
             self._positive[number].append(target[free])
 
     def _add_documents(self, documents: np.ndarray, nats: np.ndarray) -> None:
@@ -252,7 +290,7 @@ class Tally:
         probs = np.concatenate(self._probs)
         order = np.sort(probs)
         whitespace, spacelike = (
-            agreement(counts, area_under_roc(probs, np.concatenate(positive), order))
+            _agreement(counts, area_under_roc(probs, np.concatenate(positive), order))
             for counts, positive in zip(self._hits, self._positive, strict=True)
         )
         return Validation(
@@ -277,7 +315,20 @@ def inner_rates(tokens: np.ndarray) -> tuple[float, ...]:
     return tuple(float(inside / around) for around, inside in itertools.pairwise(tokens))
 
 
-def hits(kept: dict[str, np.ndarray], target: np.ndarray) -> np.ndarray:
+def summarise(kept: dict[str, np.ndarray]) -> Validation:
+    """The results of what `evaluate_rows` returns; without `documents` there is no error over them."""
+    tally = Tally()
+    tally.add(kept)
+    return tally.validation()
+
+
+def agreement(kept: dict[str, np.ndarray], target: np.ndarray) -> Agreement:
+    """How boundaries agree with the bytes for which `target` is True, over the rows where none is forced."""
+    free = kept["free"]
+    return _agreement(_hits(kept, target), area_under_roc(kept["probs"][free], target[free]))
+
+
+def _hits(kept: dict[str, np.ndarray], target: np.ndarray) -> np.ndarray:
     """Of the rows where no boundary is forced, how many are greedy and in `target`, greedy, sampled and in it, sampled, and in
     it."""
     free = kept["free"]
@@ -285,8 +336,8 @@ def hits(kept: dict[str, np.ndarray], target: np.ndarray) -> np.ndarray:
     return np.array([part.sum() for part in (greedy & wanted, greedy, sampled & wanted, sampled, wanted)])
 
 
-def agreement(counts: np.ndarray, area: float) -> Agreement:
-    """How boundaries agree with a class of bytes, from what `hits` counts and the `area` under the ROC curve."""
+def _agreement(counts: np.ndarray, area: float) -> Agreement:
+    """From what `_hits` counts and the `area` under the ROC curve."""
     greedy_hits, greedy, sampled_hits, sampled, wanted = (int(count) for count in counts)
     return Agreement(
         area,

@@ -19,7 +19,7 @@ from experiments.sections import (
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
 from unet.pretrained import PUBLISHED
-from unet.reference import shape_of
+from unet.published import shape_of
 
 PAPER_EVALUATION = EvaluationConfig(bytes=16_000_000)
 """Enough held-out text to tell methods apart whose bits per byte differ by a few thousandths."""

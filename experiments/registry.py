@@ -17,6 +17,7 @@ from estimators import (
     BatchCentre,
     Bernoulli,
     BPEGuided,
+    Characters,
     CosineRouter,
     Critic,
     Discount,
@@ -197,6 +198,11 @@ def _stride(given: Ingredients) -> AbstractEstimator:
     return Stride(chunker=given.chunker, stride=round(1 / given.config.rate) if stride is None else stride)
 
 
+def _characters(given: Ingredients) -> AbstractEstimator:
+    characters = given.config.characters
+    return Characters(chunker=given.chunker, every=characters.every, at=characters.at)
+
+
 def _isotropic(given: Ingredients) -> AbstractEstimator | None:
     return Isotropic(chunker=given.chunker) if given.config.isotropic.token_level else None
 
@@ -214,6 +220,7 @@ REGISTRY: dict[EstimatorName, Builder] = {
     "bpe-distilled": _distilled,
     "uniform": lambda given: Uniform(chunker=given.chunker, target_rate=given.config.rate),
     "stride": _stride,
+    "characters": _characters,
     "whitespace": lambda given: Whitespace(chunker=given.chunker),
     "spacelike": lambda given: Spacelike(chunker=given.chunker),
     "isotropic": _isotropic,
@@ -230,7 +237,7 @@ def build_chunker(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractChu
         published = "straight-through" if config.estimator == "hnet" else "none"
         weighting = published if smooth.weighting is None else smooth.weighting
         return SelectSmooth(
-            Projection(dim) if smooth.residual == "projected" else None, smooth.smoothing, weighting, way
+            Projection(dim, key=key) if smooth.residual == "projected" else None, smooth.smoothing, weighting, way
         )
     if name == "attend":
         return AttendBack(dim, config.pool.heads, vectors=config.pool.vectors, key=key, implementation=way)

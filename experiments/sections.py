@@ -48,6 +48,16 @@ class StrideConfig:
 
 
 @dataclass(frozen=True)
+class CharactersConfig:
+    """Boundaries at UTF-8 characters (--estimator characters)."""
+
+    every: int = 1
+    """Characters per token, white space and punctuation among them; --rate has no say."""
+    at: Literal["last", "first"] = "last"
+    """The byte of a character at which a token closes."""
+
+
+@dataclass(frozen=True)
 class IsotropicConfig:
     """A byte-level baseline (--estimator isotropic)."""
 

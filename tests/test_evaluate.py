@@ -20,7 +20,7 @@ from estimators import (
     PrefixTree,
     equations,
 )
-from experiments.evaluate import Tally, agreement, area_under_roc, evaluate, hits
+from experiments.evaluate import Tally, agreement, area_under_roc, evaluate, summarise
 from experiments.shading import characters, colour_of
 from tests.conftest import predict, small_model, small_score_function, text_bytes
 from unet import SelectDistribute, next_byte_log_lik
@@ -42,7 +42,7 @@ def test_agreement_is_precision_recall_and_f1_over_free_rows():
         "greedy": np.array([[1, 1, 1, 0, 1, 0]], bool),
         "sampled": np.array([[1, 0, 0, 0, 1, 0]], bool),
     }
-    got = agreement(hits(kept, target), area_under_roc(kept["probs"][kept["free"]], target[kept["free"]]))
+    got = agreement(kept, target)
     assert (got.precision, got.recall) == (2 / 3, 1.0)
     assert got.f1 == pytest.approx(0.8)
     assert (got.sampled_precision, got.sampled_recall) == (1.0, 0.5)
@@ -128,12 +128,11 @@ def test_batches_add_up():
     batches = [
         evaluated(np.random.default_rng(seed), documents) for seed, documents in enumerate(([3, 1], [1], [0, 3]))
     ]
-    parts, whole = Tally(), Tally()
+    parts = Tally()
     for batch in batches:
         parts.add(batch)
     together = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    whole.add(together)
-    left, right = parts.validation(), whole.validation()
+    left, right = parts.validation(), summarise(together)
     assert (left.bytes, left.documents, left.inner_rates) == (int(together["scored"].sum()), 3, (0.25,))
     assert math.isnan(left.early_bpb)
     assert (left.whitespace, left.spacelike, left.rate) == (right.whitespace, right.spacelike, right.rate)

@@ -277,6 +277,7 @@ WRONG = [
     (("--batch", "1"), "centred returns of a batch of 1 are all zero"),
     (("--optimizer.accumulate", "3"), "--optimizer.accumulate 3 does not divide --batch 16"),
     (("--estimator", "stride", "--stride.stride", "0"), "--stride.stride must be at least 1"),
+    (("--estimator", "characters", "--characters.every", "0"), "--characters.every must be at least 1; got 0"),
     (("--resume", "--overwrite"), "holds no run to resume"),
     (("--devices", "99"), "--devices 99 cannot share a batch"),
 ]

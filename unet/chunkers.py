@@ -210,18 +210,20 @@ class MeanPool(AbstractChunker):
 
 
 class Projection(eqx.Module):
-    """H-Net's residual projection: a linear layer with a bias, in float32, both zero at first (H-Net eq. 3)."""
+    """H-Net's residual projection: a linear layer with a bias, in float32, its weight zero at first (H-Net eq. 3)."""
 
     weight: Float[Array, "dim dim"]
     bias: Float[Array, " dim"]
 
-    def __init__(self, dim: int):
-        """A projection of states of width `dim`."""
-        self.weight, self.bias = jnp.zeros((dim, dim)), jnp.zeros(dim)
+    def __init__(self, dim: int, *, key: PRNGKeyArray | None = None):
+        """A projection of states of width `dim`. With a key the bias starts as in the released program, which leaves it as
+        PyTorch draws it: uniform within `dim**-0.5`; without one it starts at zero."""
+        self.weight, bound = jnp.zeros((dim, dim)), dim**-0.5
+        self.bias = jnp.zeros(dim) if key is None else jax.random.uniform(key, (dim,), minval=-bound, maxval=bound)
 
     def __call__(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
-        """In the dtype of `hidden`."""
-        return (hidden.astype(jnp.float32) @ self.weight.T + self.bias).astype(hidden.dtype)
+        """In float32."""
+        return hidden.astype(jnp.float32) @ self.weight.T + self.bias
 
 
 class SelectSmooth(AbstractChunker):
@@ -230,7 +232,7 @@ class SelectSmooth(AbstractChunker):
     $Y_i = r(X_i) + w_i\,\bar z_{\mathrm{token\_of}(i)}$, with $\bar z$ the average that `unet.ops.smooth` takes over the token
     outputs with the probabilities of their boundaries (`smoothing` False: the outputs themselves), $w_i$ by `weighting`:
     `straight-through`, 1 with the gradient of the confidence $c_i$; `confidence`, $c_i$ itself; `none`, 1. The residual r is
-    the identity, or the `projection` where there is one.
+    the identity, or the `projection` where there is one; then the sum is float32, and only its result has the dtype of X.
     """
 
     projection: Projection | None = None
@@ -270,12 +272,14 @@ class SelectSmooth(AbstractChunker):
         boundaries: Boundaries,
     ) -> Float[Array, "batch length dim"]:
         """Y, from the average at every byte."""
+        if self.projection is not None:
+            back = back.astype(jnp.float32)
         if self.weighting != "none":
             sure = boundaries.confidence
             if self.weighting == "straight-through":
                 sure = 1.0 + (sure - jax.lax.stop_gradient(sure))
             back = back * sure.astype(back.dtype)[..., None]
-        return back + (hidden if self.projection is None else self.projection(hidden))
+        return (back + (hidden if self.projection is None else self.projection(hidden))).astype(hidden.dtype)
 
     def remember(
         self,

@@ -21,13 +21,13 @@ from unet.stage import AbstractStage, Flat, Hierarchy
 
 
 class Parts(eqx.Module):
-    """What a model is made of: an embedding, with or without one of the last few bytes; a stage; and a head behind a norm (None
-    where the stage ends with one)."""
+    """What a model is made of: an embedding, with or without one of the last few bytes; a stage; and a head (None where the
+    embedding is the head too) behind a norm (None where the stage ends with one)."""
 
     embedding: Float[Array, "vocab dim"]
     stage: AbstractStage
     norm: RMSNorm | None
-    head: Linear
+    head: Linear | None
     ngrams: HashedNgrams | None = None
 
 
@@ -119,7 +119,11 @@ class UNetConfig(AbstractShape):
         return (self.dim, self.dim)
 
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
-        """Without an estimator the token level is left out: encoder and decoder blocks alone, a purely byte-level model."""
+        """Without an estimator the token level is left out: encoder and decoder blocks alone, a purely byte-level model.
+
+        Linear layers are drawn from normals of standard deviation `inputs**-0.5`, the embedding of 1; norms start at one, and
+        heads have no biases. The authors' score-function code draws its linear layers, the heads and their biases included,
+        uniformly within `inputs**-0.5`, a deviation of 1/√3 of this one (docs/hnet.md)."""
         if len(estimators) > 1:
             raise ValueError(f"this shape has one level of tokens; got {len(estimators)} estimators")
         dim, heads = self.dim, self.heads

@@ -45,9 +45,9 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
     """6 per parameter and byte, or token at the token level; embeddings are lookups (score-function paper, appendix D).
 
     `rate` is in tokens per byte, each of `inner_rates` in tokens per token of the level around. Every parameter of matrices
-    and vectors counts but the embedding's; a frozen parameter counts 2, for the forward pass alone. With several `samples` of
-    boundaries a byte passes all that follows the encoder so many times. What a token level does counts as `mid`, whatever
-    levels there are inside. Raises `ValueError` where rates of levels are missing.
+    and vectors counts but the embedding's, unless it is the head too; a frozen parameter counts 2, for the forward pass alone.
+    With several `samples` of boundaries a byte passes all that follows the encoder so many times. What a token level does
+    counts as `mid`, whatever levels there are inside. Raises `ValueError` where rates of levels are missing.
     """
 
     def stage_cost(stage: AbstractStage, rates: Sequence[float]) -> float:
@@ -72,7 +72,7 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
         decode=6.0 * after * _size(outer.decoder),
         heads=6.0
         * after
-        * (_size((model.norm, model.head)) + model.early_share * _size((model.early_norm, model.early_head))),
+        * (_size((model.norm, model.output_head)) + model.early_share * _size((model.early_norm, model.early_head))),
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -52,8 +51,9 @@ class Networks:
 def read_layout(text: str) -> Networks:
     """What a published layout says, such as `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`.
 
-    m: a Mamba-2 layer, t: attention; M and T: with an MLP. Three parts are encoder, main network, decoder; the main network is a
-    list again, and one part is the main network alone. Raises `ValueError` for anything else.
+    m: a Mamba-2 layer, t: attention; M and T: with an MLP; an empty network is a norm alone. Three parts are encoder, main
+    network, decoder; the main network is a list again, and one part is the main network alone. Raises `ValueError` for
+    anything else.
     """
     try:
         parsed = json.loads(text)
@@ -71,7 +71,7 @@ def _networks(parsed: object) -> Networks:
 
 
 def _letters(part: object) -> str:
-    if not isinstance(part, str) or not re.fullmatch(r"([mMtT]\d{1,9})+", part):
+    if not isinstance(part, str) or not re.fullmatch(r"([mMtT]\d{1,9})*", part):
         raise ValueError(
             f'a network of a layout is letters of mMtT, each with a number, such as "T1m4"; got {json.dumps(part)}'
         )
@@ -111,6 +111,8 @@ class HNetConfig(AbstractShape):
     """A norm at the end of every network, not of the last alone."""
     token_positions: Literal["byte", "chunk"] = "chunk"
     """Rotary positions of a token: its own number, or the position of its boundary at the level it was made of."""
+    tie_embeddings: bool = False
+    """Predict with the embedding of bytes: one array for both."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -128,9 +130,10 @@ class HNetConfig(AbstractShape):
 
     def _check_stage(self, stage: int, letters: str) -> None:
         dim, heads, turned = self.dims[stage], self.heads[stage], self.rotary_dims[stage]
-        if dim < 1 or heads < 1 or self.windows[stage] < 0:
+        attends = bool(set(letters) & set("tT"))
+        if dim < 1 or self.windows[stage] < 0 or (attends and heads < 1):
             raise ValueError(f"stage {stage}: widths and heads are at least 1, windows not negative")
-        if set(letters) & set("tT") and (dim % heads or turned % 2 or not 0 <= turned <= dim // heads):
+        if attends and (dim % heads or turned % 2 or not 0 <= turned <= dim // heads):
             raise ValueError(
                 f"stage {stage}: {heads} heads must divide a width of {dim}, and an even number of dimensions of a head be "
                 f"turned; got {turned}"
@@ -150,13 +153,14 @@ class HNetConfig(AbstractShape):
 
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
         """Weights are drawn as those of the released code: normal with standard deviation .02, divided in the projections that
-        end a layer by the root of the number of layers on the stream of residuals, those of the stages around included."""
+        end a layer by the root of the number of layers on the stream of residuals, those of the stages around included. The
+        embedding, the head with it where they are one, has a standard deviation of 1."""
         networks = read_layout(self.layout)
         if len(estimators) != networks.depth:
             raise ValueError(f"{self.layout} has {networks.depth} levels of tokens; got {len(estimators)} estimators")
-        head = Linear(self.dims[0], VOCAB, key=named_key(key, "head"))
-        # The weights of a new linear layer have a standard deviation of their own.
-        head = eqx.tree_at(lambda linear: linear.weight, head, STD * self.dims[0] ** 0.5 * head.weight)
+        head = None
+        if not self.tie_embeddings:
+            head = Linear.of(STD * jax.random.normal(named_key(key, "head"), (self.dims[0], VOCAB)))
         embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, self.dims[0]))
         stage = self._stage(networks, 0, 0, tuple(estimators), named_key(key, "stage"))
         return Parts(embedding, stage, None, head, self.new_ngrams(key))
@@ -227,6 +231,6 @@ def _drawn(block: PreNorm, residuals: int, key: PRNGKeyArray) -> PreNorm:
             fresh: Float[Array, "inputs outputs"] = jax.random.normal(
                 jax.random.fold_in(key, number), leaf.weight.shape[::-1]
             ).T
-            leaf = eqx.tree_at(lambda linear: linear.weight, leaf, std * fresh)
+            leaf = Linear.of(std * fresh)
         drawn.append(leaf)
     return jax.tree_util.tree_unflatten(tree, drawn)

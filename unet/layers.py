@@ -19,6 +19,13 @@ class Linear(eqx.Module):
         """Weights are drawn from a normal of standard deviation `inputs**-0.5`."""
         self.weight = jax.random.normal(key, (outputs, inputs)).T * inputs**-0.5
 
+    @classmethod
+    def of(cls, weight: Float[Array, "inputs outputs"]) -> Linear:
+        """The layer with this weight."""
+        layer = object.__new__(cls)
+        object.__setattr__(layer, "weight", weight)
+        return layer
+
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         return x @ self.weight.astype(x.dtype)
 
