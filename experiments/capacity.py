@@ -15,6 +15,9 @@ from experiments.evaluate import stack_rows
 from experiments.target import TargetSchedule
 from unet.ops import boundary_scan
 
+MEASURED_BYTES = 2**21
+"""Held-out text, at most, that the boundaries of a rule are counted on."""
+
 
 def training_capacities(config: RunConfig, router: AbstractRouter | None, split: Split) -> tuple[int, ...]:
     """The token rows per sequence that a step in training can choose from; the largest is the bound.
@@ -26,7 +29,7 @@ def training_capacities(config: RunConfig, router: AbstractRouter | None, split:
         return (config.length,)
     if router.rate is not None:
         return rated_capacities(config, router)
-    rows = split.held_out_rows(config.evaluation.bytes)
+    rows = split.held_out_rows(min(config.evaluation.bytes, MEASURED_BYTES))
     layout = stack_rows(rows, len(rows))
     nothing = jnp.zeros((*layout.bytes.shape, 1))
     drawn = jnp.sum(router(nothing, layout, Draw(boundary_scan)).actions, axis=1)
