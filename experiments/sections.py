@@ -156,7 +156,8 @@ class TargetConfig:
     """Share of training after which --rate is reached."""
     control: float = 0.0
     """Gain of a slow controller that moves an estimator's own target, in log-odds per step and unit of relative error, until
-    the measured rate is the one asked for; 0 leaves the target alone."""
+    the measured rate is the one asked for; 0 leaves the target alone. Rules draw at their own rate all the same, and so does the
+    policy of sfe-offpolicy: the rate measured there is that of the boundaries drawn by lot."""
 
 
 @dataclass(frozen=True)
