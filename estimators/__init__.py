@@ -23,7 +23,7 @@ from estimators.base import (
 )
 from estimators.bpe import BPEGuided, Distilled, PrefixRouter, PrefixTree
 from estimators.dynamic_chunking import DynamicChunking
-from estimators.entropy import Entropy, EntropyRouter
+from estimators.entropy import AbstractPatchRule, CombinedRule, Entropy, EntropyRouter, GlobalRule, RiseRule
 from estimators.fixed import (
     EveryNth,
     Isotropic,
@@ -71,6 +71,7 @@ __all__ = [
     "AbstractChunker",
     "AbstractEstimator",
     "AbstractObjective",
+    "AbstractPatchRule",
     "AbstractReduction",
     "AbstractRouter",
     "AbstractRowRouter",
@@ -80,6 +81,7 @@ __all__ = [
     "BinomialPrior",
     "Boundaries",
     "BoundaryScan",
+    "CombinedRule",
     "CosineRouter",
     "Credit",
     "Critic",
@@ -94,6 +96,7 @@ __all__ = [
     "EveryNth",
     "Frozen",
     "GeneralisedAdvantage",
+    "GlobalRule",
     "Guided",
     "Imitation",
     "ImportanceWeight",
@@ -107,6 +110,7 @@ __all__ = [
     "PrefixRouter",
     "PrefixTree",
     "RatioObjective",
+    "RiseRule",
     "RuleRouter",
     "SampleCentre",
     "Sampler",

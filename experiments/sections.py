@@ -117,10 +117,11 @@ class EntropyConfig:
 
     model: Path | None = None
     """Folder of the run that trained the byte model: one of --estimator isotropic, best without its token level."""
-    rule: Literal["global", "combined"] = "global"
-    """A threshold on the entropy, or one on its rise as well and never two boundaries in a row."""
+    rule: Literal["global", "rise", "combined"] = "global"
+    """A token closes where the entropy of the next byte passes a threshold, where it rises by more than one, or both (BLT). The
+    threshold is found from the data: that on the rise for the rule of that name, that on the entropy for the others."""
     increase: float = 0.0
-    """Least rise of the entropy in nats, for the combined rule; its threshold on the entropy is found from the data."""
+    """Least rise of the entropy in nats, for the combined rule."""
 
 
 @dataclass(frozen=True)
