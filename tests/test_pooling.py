@@ -16,7 +16,6 @@ from tests.compositions import LENGTH, config_of, registered
 from tests.conftest import losses, predict, text_bytes
 from tests.test_stepping import KEYS, check_row_by_row
 from unet import AttendBack, Average, CrossAttention, Largest, Pooled, SelectDistribute, WithBoundary
-from unet.ngrams import HashedNgrams, rolling_hash
 
 DIM = 8
 ACTIONS = jnp.asarray(
@@ -167,27 +166,3 @@ def test_nothing_after_a_row_reaches_it():
 def test_pools_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         check(dataclasses.replace(config_of("sfe"), **changes))
-
-
-def test_hashes_are_the_polynomial_of_the_bytes():
-    windows = jnp.asarray([[1, 2, 3], [255, 0, 254], [0, 0, 7]])
-    for window, got in zip(windows.tolist(), rolling_hash(windows, 1000), strict=True):
-        newest_first = window[::-1]
-        total = sum(byte * pow(2_654_435_761, power, 2**32) for power, byte in enumerate(newest_first)) % 2**32
-        assert int(got) == total % 1000
-
-
-def test_ngrams_begin_anew_with_every_document_and_look_back_only():
-    ngrams = HashedNgrams(4, (3, 5), 50, key=jax.random.key(0))
-    bytes, numbers = text_bytes(1, 9), jnp.asarray([[0, 1, 2, 3, 4, 5, 0, 1, 2]])
-    got = eqx.filter_jit(ngrams)(bytes, numbers)
-    third, fifth = ngrams.tables
-    for row in range(9):
-        number = int(numbers[0, row])
-        expected = jnp.zeros(4)
-        for size, table in ((3, third), (5, fifth)):
-            if number >= size - 1:
-                expected = expected + table[rolling_hash(bytes[0, row - size + 1 : row + 1], 50)]
-        np.testing.assert_allclose(got[0, row], expected, rtol=1e-6)
-    with pytest.raises(ValueError, match="two bytes or more"):
-        HashedNgrams(4, (1,), 50, key=jax.random.key(0))

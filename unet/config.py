@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from estimators.base import VOCAB, AbstractEstimator
 from unet.blocks import Stack, transformer
 from unet.layers import Linear, RMSNorm
-from unet.ngrams import HashedNgrams
+from unet.ngrams import LONGEST, PRIMES, HashedNgrams
 from unet.ops import Implementation
 from unet.stage import AbstractStage, Flat, Hierarchy
 
@@ -49,15 +49,29 @@ class AbstractShape(ABC):
     """Numbers of bytes whose hashed embeddings are added to each byte's own (BLT: 3 4 5 6 7 8); by default none."""
     ngram_buckets: int = 500_000
     """Rows of the table of each of these."""
+    ngram_functions: int = 1
+    """Hash functions by which each of these is looked up, in a table of its own (BLT: 1)."""
 
     def new_ngrams(self, key: PRNGKeyArray) -> HashedNgrams | None:
-        """The embeddings of n-grams that were asked for."""
-        key = jax.random.fold_in(key, 7)
-        return HashedNgrams(self.widths[0], self.ngrams, self.ngram_buckets, key=key) if self.ngrams else None
+        """The embeddings of n-grams that were asked for, of the standard deviation that those of single bytes have."""
+        if not self.ngrams:
+            return None
+        return HashedNgrams(
+            self.widths[0],
+            self.ngrams,
+            self.ngram_buckets,
+            functions=self.ngram_functions,
+            key=jax.random.fold_in(key, 7),
+        )
 
     def __post_init__(self):
-        if self.ngram_buckets < 1 or any(size < 2 for size in self.ngrams):
-            raise ValueError(f"ngrams have two bytes or more, and tables rows; got {self.ngrams}, {self.ngram_buckets}")
+        if not 1 <= self.ngram_buckets <= 2**31 or any(not 2 <= size <= LONGEST for size in self.ngrams):
+            raise ValueError(
+                f"ngrams have two bytes or more, at most {LONGEST}, and tables one row or more, at most 2^31; got "
+                f"{self.ngrams}, {self.ngram_buckets}"
+            )
+        if not 1 <= self.ngram_functions <= len(PRIMES):
+            raise ValueError(f"ngram_functions lies between 1 and {len(PRIMES)}; got {self.ngram_functions}")
         if not 0 < self.early_share <= 1:
             raise ValueError(f"early_share is a share of rows above 0, at most 1; got {self.early_share}")
 
