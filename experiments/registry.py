@@ -47,7 +47,7 @@ from estimators import (
 )
 from experiments.config import EstimatorName, RunConfig
 from experiments.sections import EntropyConfig
-from unet import AttendBack, MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth, UNet
+from unet import MeanPool, Projection, SelectAttend, SelectDeviate, SelectDistribute, SelectSmooth, UNet
 from unet.pooling import AbstractPool, Average, CrossAttention, Largest, Pooled, WithBoundary
 
 
@@ -233,7 +233,7 @@ def build_chunker(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractChu
             Projection(dim) if smooth.residual == "projected" else None, smooth.smoothing, weighting, way
         )
     if name == "attend":
-        return AttendBack(dim, config.pool.heads, vectors=config.pool.vectors, key=key, implementation=way)
+        return SelectAttend(way)
     return SelectDeviate(way) if name == "deviate" else SelectDistribute(way)
 
 

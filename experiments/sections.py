@@ -102,13 +102,12 @@ class PoolConfig:
     """What tokens are made of, for chunkers that would take the row at the boundary (all but mean)."""
 
     kind: Literal["last", "max", "mean", "attention"] = "last"
-    """The row at the boundary; the largest or mean values of the rows that it closes; or attention to them (H-Net fig. 13)."""
+    """The row at the boundary; the largest or mean values of the rows that it closes; or attention to them (H-Net fig. 13; as in
+    BLT's encoder)."""
     boundary: bool = False
     """Add the row at the boundary to what the others make (H-Net fig. 13, +Res)."""
     heads: int = 4
-    """Heads of attention to the rows of a token, and of --chunker attend."""
-    vectors: int = 2
-    """Keys and values into which --chunker attend unfolds a token."""
+    """Heads of attention to the rows of a token."""
 
 
 @dataclass(frozen=True)

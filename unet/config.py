@@ -12,7 +12,7 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import VOCAB, AbstractEstimator
-from unet.blocks import Stack, transformer
+from unet.blocks import Attends, Stack, attending, transformer
 from unet.layers import Linear, RMSNorm
 from unet.ngrams import LONGEST, PRIMES, HashedNgrams
 from unet.ops import Implementation
@@ -51,6 +51,11 @@ class AbstractShape(ABC):
     """Rows of the table of each of these."""
     ngram_functions: int = 1
     """Hash functions by which each of these is looked up, in a table of its own (BLT: 1)."""
+    attend: Attends = "none"
+    """Which blocks after the tokens have come back let every byte attend to its token first: none, the first, or every one (as
+    BLT). With as many heads as attention to bytes; at every level of tokens."""
+    attend_vectors: int = 2
+    """Vectors into which a token is unfolded for that."""
 
     def new_ngrams(self, key: PRNGKeyArray) -> HashedNgrams | None:
         """The embeddings of n-grams that were asked for, of the standard deviation that those of single bytes have."""
@@ -72,6 +77,8 @@ class AbstractShape(ABC):
             )
         if not 1 <= self.ngram_functions <= len(PRIMES):
             raise ValueError(f"ngram_functions lies between 1 and {len(PRIMES)}; got {self.ngram_functions}")
+        if self.attend_vectors < 1:
+            raise ValueError(f"attend_vectors must be at least 1; got {self.attend_vectors}")
         if not 0 < self.early_share <= 1:
             raise ValueError(f"early_share is a share of rows above 0, at most 1; got {self.early_share}")
 
@@ -121,6 +128,10 @@ class UNetConfig(AbstractShape):
         for name in ("encoder_layers", "main_layers", "decoder_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} cannot be negative; got {getattr(self, name)}")
+        if self.attend != "none" and not self.decoder_layers:
+            raise ValueError(
+                f"there is no decoder block that could attend to tokens: decoder_layers is 0, attend {self.attend}"
+            )
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(
                 f"heads must divide dim into heads of even width; got dim {self.dim} and heads {self.heads}"
@@ -131,7 +142,8 @@ class UNetConfig(AbstractShape):
         return (self.dim, self.dim)
 
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
-        """Without an estimator the token level is left out: encoder and decoder blocks alone, a purely byte-level model."""
+        """Without an estimator the token level is left out, and what attends to it: encoder and decoder blocks alone, a purely
+        byte-level model."""
         if len(estimators) > 1:
             raise ValueError(f"this shape has one level of tokens; got {len(estimators)} estimators")
         key_embed, key_encode, key_main, key_decode, key_head = jax.random.split(key, 5)
@@ -143,12 +155,20 @@ class UNetConfig(AbstractShape):
         if not estimators:
             stage = Flat(byte_level(self.encoder_layers + self.decoder_layers, key_encode))
         else:
+            decoder = attending(
+                byte_level(self.decoder_layers, key_decode),
+                self.attend,
+                dim=dim,
+                heads=heads,
+                vectors=self.attend_vectors,
+                key=jax.random.fold_in(key_decode, self.decoder_layers),
+            )
             main = transformer(self.main_layers, dim, heads, 4 * dim, window=None, remat=self.remat, key=key_main)
             stage = Hierarchy(
                 byte_level(self.encoder_layers, key_encode),
                 estimators[0],
                 Flat(main),
-                byte_level(self.decoder_layers, key_decode),
+                decoder,
                 chunk_positions=self.token_positions == "chunk",
                 implementation=self.implementation,
             )
