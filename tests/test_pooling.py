@@ -13,9 +13,20 @@ from experiments.checks import check
 from experiments.config import ConfigError
 from experiments.sections import PoolConfig
 from tests.compositions import LENGTH, config_of, lively, registered
-from tests.conftest import losses, predict, text_bytes
+from tests.conftest import losses, predict, small_score_function, text_bytes
 from tests.test_stepping import KEYS, check_row_by_row
-from unet import Average, CrossAttention, Largest, Pooled, SelectDistribute, WithBoundary
+from unet import (
+    Average,
+    CrossAttention,
+    HNetConfig,
+    Largest,
+    Pooled,
+    SelectAttend,
+    SelectDistribute,
+    UNet,
+    UNetConfig,
+    WithBoundary,
+)
 from unet.blocks import Attending, Stack, attending, transformer
 from unet.cross import tokens_seen
 from unet.likelihood import plain_layout
@@ -183,6 +194,44 @@ def test_models_with_such_tokens_train_and_step_as_they_read(choice):
     model = registered("sfe", config)
     assert np.isfinite(losses(model, text_bytes(3, LENGTH), key=jax.random.key(0), capacities=(12,)).loss)
     check_row_by_row(model)
+
+
+def test_folded_tokens_are_seen_by_their_own_bytes():
+    model, bytes = registered("sfe", chosen(CHOICES[-1])), text_bytes(4, LENGTH)
+    apart, folded = (
+        losses(model, bytes, key=jax.random.key(0), capacities=((20,),), groups=groups).loss for groups in (0, 2)
+    )
+    assert float(apart) == pytest.approx(float(folded), rel=1e-5)
+
+
+def test_decoders_of_any_shape_and_level_attend():
+    shape = HNetConfig(
+        layout='["T1", ["T1", ["T1"], "t1"], "m1T1"]',
+        dims=(32, 32, 48),
+        mlp_dims=(32, 32, 32),
+        heads=(2, 4, 2),
+        rotary_dims=(8, 8, 8),
+        windows=(4, 4, 0),
+        state=8,
+        attend="every",
+    )
+    policies = [small_score_function((), dim=32) for _ in range(2)]
+    model = lively(
+        UNet(shape, [eqx.tree_at(lambda e: e.chunker, one, SelectAttend()) for one in policies], key=KEYS[0])
+    )
+    parts = jax.tree.leaves(model, is_leaf=lambda part: isinstance(part, Attending))
+    assert sum(isinstance(part, Attending) for part in parts) == 3
+    check_row_by_row(model)
+
+
+@pytest.mark.parametrize("layout", ['["T1"]', '["T1", ["T1"], "t0"]'])
+def test_shapes_with_nothing_to_attend_are_refused(layout):
+    stages = 1 if layout == '["T1"]' else 2
+    one = (16,) * stages
+    with pytest.raises(ValueError, match="attend"):
+        HNetConfig(layout, one, one, (2,) * stages, (8,) * stages, (0,) * stages, attend="every")
+    with pytest.raises(ValueError, match="decoder_layers is 0"):
+        UNetConfig(16, 2, 1, 1, 0, attend="first")
 
 
 def test_nothing_after_a_row_reaches_it():
