@@ -176,7 +176,7 @@ CHOICES = [
     {
         "pool": PoolConfig("attention", heads=2),
         "chunker": "attend",
-        "unet": {"ngrams": (3, 4, 5), "ngram_buckets": 100, "attend": "every", "decoder_layers": 2},
+        "unet": {"ngrams": (3, 4, 5), "ngram_buckets": 100, "attend": "every", "decoder_layers": 2, "remat": True},
     },
 ]
 
