@@ -23,7 +23,7 @@ from estimators.base import (
 )
 from estimators.bpe import BPEGuided, Distilled, PrefixRouter, PrefixTree
 from estimators.dynamic_chunking import DynamicChunking
-from estimators.entropy import Entropy, EntropyRouter
+from estimators.entropy import AbstractPatchRule, CombinedRule, Entropy, EntropyRouter, GlobalRule, RiseRule
 from estimators.fixed import (
     Characters,
     EveryNth,
@@ -74,6 +74,7 @@ __all__ = [
     "AbstractChunker",
     "AbstractEstimator",
     "AbstractObjective",
+    "AbstractPatchRule",
     "AbstractReduction",
     "AbstractRouter",
     "AbstractRowRouter",
@@ -85,6 +86,7 @@ __all__ = [
     "Boundaries",
     "BoundaryScan",
     "Characters",
+    "CombinedRule",
     "CosineRouter",
     "Credit",
     "Critic",
@@ -99,6 +101,7 @@ __all__ = [
     "EveryNth",
     "Frozen",
     "GeneralisedAdvantage",
+    "GlobalRule",
     "Guided",
     "Imitation",
     "ImportanceWeight",
@@ -112,6 +115,7 @@ __all__ = [
     "PrefixRouter",
     "PrefixTree",
     "RatioObjective",
+    "RiseRule",
     "RuleRouter",
     "SampleCentre",
     "Sampler",

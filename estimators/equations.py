@@ -340,6 +340,47 @@ def entropy(logits: Float[Array, "*shape vocab"]) -> Float[Array, "*shape"]:
     return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
 
+def patch_over_threshold(
+    entropies: Float[Array, "*shape"], numbers: Int[Array, "*shape"], threshold: float | Float[Array, ""]
+) -> Bool[Array, "*shape"]:
+    r"""$i = 0 \lor H_i > \theta_g$: whether a patch ends with row i of its document (BLT, the global rule).
+
+    $H_i$ is the entropy in nats of the prediction that row i makes of the byte after it, `numbers` is i. The program speaks of
+    the byte i + 1 with which a patch starts; row 0 is BOS, alone in its patch.
+    """
+    return (entropies > threshold) | (numbers == 0)
+
+
+def patch_on_rise(
+    entropies: Float[Array, "*shape"],
+    before: Float[Array, "*shape"],
+    numbers: Int[Array, "*shape"],
+    threshold: float | Float[Array, ""],
+) -> Bool[Array, "*shape"]:
+    r"""$i \le 1 \lor H_i - H_{i-1} > \theta_r$: whether a patch ends with row i (BLT, the rule of approximate monotonicity).
+
+    `before` is $H_{i-1}$. The program leaves out the entropy at BOS, so that row 1 has no rise to go by: its patch ends there.
+    """
+    return (entropies - before > threshold) | (numbers <= 1)
+
+
+def patch_on_rise_over_threshold(
+    entropies: Float[Array, "*shape"],
+    before: Float[Array, "*shape"],
+    numbers: Int[Array, "*shape"],
+    threshold: float | Float[Array, ""],
+    increase: float | Float[Array, ""],
+) -> Bool[Array, "*shape"]:
+    r"""$i \le 1 \lor i \ne 2 \land H_i > \theta_g \land H_i - H_{i-1} > \theta_r$: whether a patch ends with row i (BLT, both
+    rules together).
+
+    Row 2 is excluded in the program, as the one behind the first that is set; patches of one byte may follow one another
+    everywhere else.
+    """
+    drawn = (entropies > threshold) & (entropies - before > increase) & (numbers != 2)
+    return drawn | (numbers <= 1)
+
+
 def bits_per_byte(
     nats: float | Float[Array, ""], num_bytes: int | float | Float[Array, ""]
 ) -> float | Float[Array, ""]:

@@ -80,11 +80,15 @@ def _check_levels(config: RunConfig) -> None:
 
 def _check_pool(config: RunConfig) -> None:
     pool, levels = config.pool, config.levels
-    attends = pool.kind == "attention" or config.chunker == "attend"
-    _require(pool.heads >= 1 and pool.vectors >= 1, "--pool.heads and --pool.vectors must be at least 1")
+    _require(pool.heads >= 1, "--pool.heads must be at least 1")
+    _require(
+        config.chunker != "attend" or config.unet.attend != "none",
+        "--chunker attend brings no token back itself: name the blocks that attend to them with --unet.attend first or every",
+    )
     for width in config.unet.widths[: len(levels)]:
         _require(
-            not attends or width % pool.heads == 0, f"--pool.heads {pool.heads} does not divide a width of {width}"
+            pool.kind != "attention" or width % pool.heads == 0,
+            f"--pool.heads {pool.heads} does not divide a width of {width}",
         )
     means = config.chunker == "mean" or any(level.estimator == "gumbel" for level in levels)
     _require(not means or pool.kind == "last", "--chunker mean makes its tokens itself: leave --pool.kind out")

@@ -135,8 +135,8 @@ class RunConfig:
     """Delete what is in --out first."""
     chunker: Literal["distribute", "deviate", "mean", "smooth", "attend"] | None = None
     """How bytes become tokens and come back: select and add the token level's output (distribute) or its change (deviate), the
-    means of groups (mean), select and smooth (smooth), select and let bytes attend to their token (attend, as BLT); by default
-    what the estimator was published with."""
+    means of groups (mean), select and smooth (smooth), select and leave it to the decoder to attend to tokens (attend, as BLT:
+    with --unet.attend every); by default what the estimator was published with."""
     capacity_slack: float = 1.35
     """Most token rows per sequence in training, as a multiple of the boundaries expected: at --rate, or at the rate at which an
     untrained router draws where that is higher (about one half for hnet and sfe-cosine). Boundaries beyond are dropped and

@@ -15,10 +15,10 @@ import numpy as np
 from data import BOS, Batch, Split, open_batches
 from estimators import Layout
 from estimators.bpe import PrefixTree, find_size, train_vocabulary
-from estimators.entropy import find_threshold, surprise
+from estimators.entropy import find_threshold, next_byte_entropy
 from experiments.config import ConfigError, RunConfig, to_json
 from experiments.folder import read_config
-from experiments.registry import ByteModel, Found, Vocabulary
+from experiments.registry import ByteModel, Found, Vocabulary, patch_rule
 from unet import UNet
 from unet.likelihood import plain_layout
 from unet.saving import CONFIG, WEIGHTS, load, save, write_atomically
@@ -80,16 +80,16 @@ def read_byte_model(folder: Path) -> ByteModel:
 
 
 def threshold_of(config: RunConfig, model: UNet, split: Split) -> float:
-    """The threshold at which the entropy of `model` makes boundaries at the rate asked for, on training text.
+    """The threshold at which the rule asked for, on entropies of `model`, makes boundaries at the rate asked for, on training
+    text.
 
     Raises `ValueError` where there is none.
     """
-    unsure = eqx.filter_jit(surprise)
+    entropies = eqx.filter_jit(next_byte_entropy)
     layouts = [_layout_of(batch) for batch in _batches(config, split, RATE_BYTES)]
-    measured = np.concatenate([np.asarray(unsure(model, layout)) for layout in layouts])
-    starts = np.concatenate([np.asarray(layout.starts) for layout in layouts])
-    increase = config.entropy.increase if config.entropy.rule == "combined" else None
-    return find_threshold(measured, starts, config.rate, increase)
+    measured = np.concatenate([np.asarray(entropies(model, layout)) for layout in layouts])
+    numbers = np.concatenate([np.asarray(layout.numbers) for layout in layouts])
+    return find_threshold(measured, numbers, config.rate, patch_rule(config.entropy))
 
 
 def notes(config: RunConfig, found: Found) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -12,12 +13,14 @@ from jaxtyping import PRNGKeyArray
 from estimators import (
     AbstractChunker,
     AbstractEstimator,
+    AbstractPatchRule,
     AbstractReduction,
     AbstractRouter,
     BatchCentre,
     Bernoulli,
     BPEGuided,
     Characters,
+    CombinedRule,
     CosineRouter,
     Critic,
     Discount,
@@ -28,10 +31,12 @@ from estimators import (
     EntropyRouter,
     Estimator,
     GeneralisedAdvantage,
+    GlobalRule,
     ImportanceWeight,
     Isotropic,
     MLPRouter,
     OffPolicy,
+    RiseRule,
     SampleCentre,
     ScoreFunction,
     Spacelike,
@@ -42,7 +47,8 @@ from estimators import (
 )
 from estimators.keys import named_key
 from experiments.config import EstimatorName, RunConfig
-from unet import AttendBack, MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth, UNet
+from experiments.sections import EntropyConfig
+from unet import MeanPool, Projection, SelectAttend, SelectDeviate, SelectDistribute, SelectSmooth, UNet
 from unet.pooling import AbstractPool, Average, CrossAttention, Largest, Pooled, WithBoundary
 
 
@@ -172,12 +178,18 @@ def _dynamic_chunking(given: Ingredients) -> AbstractEstimator:
     )
 
 
+def patch_rule(settings: EntropyConfig) -> Callable[[float], AbstractPatchRule]:
+    """Makes the rule that a configuration asks for, of the threshold found for it."""
+    if settings.rule == "combined":
+        return functools.partial(CombinedRule, increase=settings.increase)
+    return RiseRule if settings.rule == "rise" else GlobalRule
+
+
 def _entropy(given: Ingredients) -> AbstractEstimator:
     found, settings = given.found, given.config.entropy
     if found.byte_model is None or found.threshold is None:
         raise ValueError("the entropy estimator needs a byte model and a threshold")
-    increase = settings.increase if settings.rule == "combined" else None
-    router = EntropyRouter(found.byte_model.model, found.threshold, increase, target_rate=given.config.rate)
+    router = EntropyRouter(found.byte_model.model, patch_rule(settings)(found.threshold), target_rate=given.config.rate)
     return Entropy(router, chunker=given.chunker)
 
 
@@ -240,7 +252,7 @@ def build_chunker(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractChu
             Projection(dim, key=key) if smooth.residual == "projected" else None, smooth.smoothing, weighting, way
         )
     if name == "attend":
-        return AttendBack(dim, config.pool.heads, vectors=config.pool.vectors, key=key, implementation=way)
+        return SelectAttend(way)
     return SelectDeviate(way) if name == "deviate" else SelectDistribute(way)
 
 

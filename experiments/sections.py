@@ -112,13 +112,12 @@ class PoolConfig:
     """What tokens are made of, for chunkers that would take the row at the boundary (all but mean)."""
 
     kind: Literal["last", "max", "mean", "attention"] = "last"
-    """The row at the boundary; the largest or mean values of the rows that it closes; or attention to them (H-Net fig. 13)."""
+    """The row at the boundary; the largest or mean values of the rows that it closes; or attention to them (H-Net fig. 13; as in
+    BLT's encoder)."""
     boundary: bool = False
     """Add the row at the boundary to what the others make (H-Net fig. 13, +Res)."""
     heads: int = 4
-    """Heads of attention to the rows of a token, and of --chunker attend."""
-    vectors: int = 2
-    """Keys and values into which --chunker attend unfolds a token."""
+    """Heads of attention to the rows of a token."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,11 @@ class EntropyConfig:
 
     model: Path | None = None
     """Folder of the run that trained the byte model: one of --estimator isotropic, best without its token level."""
-    rule: Literal["global", "combined"] = "global"
-    """A threshold on the entropy, or one on its rise as well and never two boundaries in a row."""
+    rule: Literal["global", "rise", "combined"] = "global"
+    """A token closes where the entropy of the next byte passes a threshold, where it rises by more than one, or both (BLT). The
+    threshold is found from the data: that on the rise for the rule of that name, that on the entropy for the others."""
     increase: float = 0.0
-    """Least rise of the entropy in nats, for the combined rule; its threshold on the entropy is found from the data."""
+    """Least rise of the entropy in nats, for the combined rule."""
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,9 @@ def test_transposed_and_scaled_copies_are_seen():
 @pytest.mark.parametrize("name", sorted(set(REGISTRY) - set(FROM_DATA)))
 def test_no_two_weights_of_a_model_of_one_level_are_drawn_alike(name):
     pool = PoolConfig() if name == "gumbel" else PoolConfig(kind="attention")
-    unet = dataclasses.replace(SHAPE, ngrams=(2, 3), ngram_buckets=32)
-    chunker = "attend" if name == "sfe-mlp" else None
+    attends = name == "sfe-mlp"
+    unet = dataclasses.replace(SHAPE, ngrams=(2, 3), ngram_buckets=32, attend="every" if attends else "none")
+    chunker = "attend" if attends else None
     config = dataclasses.replace(config_of(name), unet=unet, pool=pool, chunker=chunker)
     assert copies(eqx.filter_jit(lambda: build_model(config, jax.random.key(0)))()) == []
 

@@ -15,7 +15,8 @@ from estimators.base import Layout
 from tests.compositions import LENGTH
 from tests.conftest import losses, predict, small_model, small_score_function
 from tests.test_stepping import check_row_by_row
-from unet import Projection, SelectSmooth, UNet, from_reference, to_reference
+from unet import Hierarchy, Projection, SelectSmooth, UNet, from_reference, to_reference
+from unet.blocks import Stack
 from unet.likelihood import next_byte_log_lik, plain_layout
 from unet.published import LayoutError, shape_of
 from unet.reference import new_hnet, reference_config
@@ -227,6 +228,13 @@ def test_models_of_other_parts_have_no_released_layout(golden):
         to_reference(small_model(small_score_function()))
     _, config, _ = read(golden, "hnet_1stage")
     shape = shape_of(config)
+    model = from_reference(*read(golden, "hnet_1stage")[1:])
+    assert isinstance(model.stage, Hierarchy)
+    encoder = model.stage.encoder
+    encoder = Stack(encoder.blocks, window=encoder.window, norm=encoder.norm, rotary_base=5e5)
+    rotated = eqx.tree_at(lambda m: m.stage.encoder, model, encoder)
+    with pytest.raises(LayoutError, match="base 10000, not 500000"):
+        to_reference(rotated)
     with pytest.raises(LayoutError, match="draw boundaries by cosine"):
         to_reference(UNet(shape, small_score_function((), dim=64), key=jax.random.key(0)))
 

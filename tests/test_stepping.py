@@ -110,6 +110,7 @@ def test_every_chunker_steps_as_it_reads(chunker):
     [
         {"isotropic": {"token_level": False}, "estimator": "isotropic"},
         {"entropy": {"rule": "combined"}, "estimator": "entropy"},
+        {"entropy": {"rule": "rise"}, "estimator": "entropy"},
         {"sfe": {"window": 9}},
         {"unet": {"token_positions": "chunk"}},
         {"unet": {"window": 40, "encoder_layers": 0, "main_layers": 0, "decoder_layers": 2}},

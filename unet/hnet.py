@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from estimators.base import VOCAB, AbstractEstimator
 from estimators.keys import named_key
 from unet.attention import Attention
-from unet.blocks import PreNorm, Stack
+from unet.blocks import PreNorm, Stack, attending
 from unet.config import AbstractShape, Parts
 from unet.layers import Linear, ScaleNorm, SwiGLU
 from unet.mamba import HEAD, Mamba2
@@ -127,6 +127,8 @@ class HNetConfig(AbstractShape):
             raise ValueError("state, taps and expand must be at least 1")
         for stage, letters in enumerate(_stages(networks)):
             self._check_stage(stage, letters)
+        if self.attend != "none":
+            self._check_attend(networks)
 
     def _check_stage(self, stage: int, letters: str) -> None:
         dim, heads, turned = self.dims[stage], self.heads[stage], self.rotary_dims[stage]
@@ -146,6 +148,18 @@ class HNetConfig(AbstractShape):
             raise ValueError(
                 f"stage {stage} has layers with an MLP ({letters}): its width in mlp_dims must be at least 1"
             )
+
+    def _check_attend(self, networks: Networks) -> None:
+        """Every stage but the innermost has a decoder, whose heads divide its width."""
+        if networks.inside is None:
+            raise ValueError(f"attend {self.attend}: {self.layout} has no tokens to attend to")
+        for stage in range(networks.depth):
+            inside = _at(networks, stage)
+            if not inside.decoder or self.dims[stage] % self.heads[stage]:
+                raise ValueError(
+                    f"stage {stage}: to attend to tokens a decoder needs a layer, and a width that its heads divide; got "
+                    f"{len(inside.decoder)} layers, {self.heads[stage]} heads and a width of {self.dims[stage]}"
+                )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -182,7 +196,14 @@ class HNetConfig(AbstractShape):
                 self._stack(networks.encoder, stage, residuals, key_encoder),
                 estimators[0],
                 self._stage(networks.inside, stage + 1, residuals, estimators[1:], key_inside),
-                self._stack(networks.decoder, stage, residuals, key_decoder, last=stage == 0),
+                attending(
+                    self._stack(networks.decoder, stage, residuals, key_decoder, last=stage == 0),
+                    self.attend,
+                    dim=self.dims[stage],
+                    heads=self.heads[stage],
+                    vectors=self.attend_vectors,
+                    key=named_key(key, "attention to tokens"),
+                ),
                 chunk_positions=self.token_positions == "chunk",
                 implementation=self.implementation,
             )
@@ -211,6 +232,11 @@ def _stages(networks: Networks) -> list[str]:
     """The letters of each stage, the outermost first."""
     own = networks.encoder + networks.main + networks.decoder
     return [own] if networks.inside is None else [own, *_stages(networks.inside)]
+
+
+def _at(networks: Networks, stage: int) -> Networks:
+    """What a layout says of the stage of that number."""
+    return networks if stage == 0 or networks.inside is None else _at(networks.inside, stage - 1)
 
 
 def _residuals(letters: str) -> int:

@@ -20,7 +20,7 @@ from unet.attention import Attention
 from unet.blocks import PreNorm, Stack
 from unet.chunkers import Projection, SelectSmooth
 from unet.hnet import HNetConfig
-from unet.layers import Linear
+from unet.layers import ROTARY_BASE, Linear
 from unet.mamba import Mamba2
 from unet.model import UNet
 from unet.published import LayoutError, WeightType, rounded, shape_of
@@ -248,6 +248,10 @@ def _width(stack: Stack) -> int:
 
 
 def _blocks(stack: Stack) -> list[PreNorm]:
+    if stack.rotary_base != ROTARY_BASE:
+        raise LayoutError(
+            f"rotary embeddings of the released layout have base {ROTARY_BASE:g}, not {stack.rotary_base:g}"
+        )
     for block in stack.blocks:
         if not isinstance(block, PreNorm):
             raise LayoutError(f"the released layout has no {type(block).__name__}: its layers are PreNorm")

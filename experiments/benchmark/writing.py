@@ -18,9 +18,9 @@ from estimators import Layout, RuleRouter
 from experiments.config import RunConfig
 from experiments.registry import build_model
 from unet import UNet, Writer
-from unet.cache import RowCache, rounded_up
+from unet.cache import HierarchyMemory, RowCache, rounded_up
 from unet.reading import padded, rate_of
-from unet.stage import Hierarchy, HierarchyMemory
+from unet.stage import Hierarchy
 
 BATCH = 16
 PROMPT = 512
