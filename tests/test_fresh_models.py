@@ -94,7 +94,7 @@ def test_names_make_keys_that_numbers_do_not():
     assert len({tuple(jax.random.key_data(one).tolist()) for one in names}) == len(names)
 
 
-RATED = sorted(set(REGISTRY) - set(FROM_DATA) - {"whitespace", "spacelike"})
+RATED = sorted(set(REGISTRY) - set(FROM_DATA) - {"whitespace", "spacelike", "characters"})
 
 
 @pytest.mark.parametrize(("name", "routing"), [*((name, "cosine") for name in RATED), ("hnet", "direct")])
