@@ -244,6 +244,8 @@ def _build(kind: type[Built], values: object) -> Built:
     if not isinstance(values, dict):
         raise TypeError(f"{kind.__name__} is written as an object, not {values!r}")
     hints = get_type_hints(kind)
+    if unknown := sorted(values.keys() - hints.keys()):
+        raise TypeError(f"{kind.__name__} has no setting {', '.join(unknown)}: another version wrote it")
     paths = {name: Path(value) for name, value in values.items() if hints[name] == Path | None and value is not None}
     # JSON has lists only.
     tuples = {name: tuple(value) for name, value in values.items() if get_origin(hints[name]) is tuple}

@@ -1,6 +1,7 @@
 """Fresh models: every weight drawn for itself, and room for the boundaries with which they start."""
 
 import dataclasses
+import json
 
 import equinox as eqx
 import jax
@@ -11,7 +12,7 @@ import pytest
 from estimators import Bernoulli, CosineRouter, Draw, Likelier, MLPRouter, OffPolicy, WindowedPolicy
 from estimators.keys import named_key
 from experiments.capacity import inner_capacities, rated_capacities
-from experiments.config import LevelConfig
+from experiments.config import ConfigError, LevelConfig, from_json, to_json
 from experiments.presets import PRESETS
 from experiments.registry import REGISTRY, build_estimators, build_model
 from experiments.sections import DynamicChunkingConfig, PoolConfig
@@ -176,3 +177,10 @@ def test_presets_have_no_slack_of_their_own():
     """What a router draws at its start says how much room it needs."""
     assert {config.capacity_slack for config in PRESETS.values()} == {1.35}
     assert LevelConfig("hnet", 0.2) in PRESETS["hnet-tiny"].levels
+
+
+def test_a_setting_of_another_version_is_named():
+    values = json.loads(to_json(PRESETS["tiny"]))
+    values["pool"]["vectors"] = 2
+    with pytest.raises(ConfigError, match="old/config.json is not .*PoolConfig has no setting vectors"):
+        from_json(json.dumps(values), "old/config.json")
