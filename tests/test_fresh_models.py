@@ -182,5 +182,5 @@ def test_presets_have_no_slack_of_their_own():
 def test_a_setting_of_another_version_is_named():
     values = json.loads(to_json(PRESETS["tiny"]))
     values["pool"]["vectors"] = 2
-    with pytest.raises(ConfigError, match="old/config.json is not .*PoolConfig has no setting vectors"):
+    with pytest.raises(ConfigError, match="PoolConfig has no setting vectors"):
         from_json(json.dumps(values), "old/config.json")
