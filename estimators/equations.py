@@ -108,6 +108,83 @@ def batch_centred(
     return (returns - baseline) * valid
 
 
+LEAST_WEIGHT = 1e-12
+"""Importance weights are divided by no less. What has smaller ones happens that rarely under the policy, and a baseline may
+be anything."""
+
+
+def weighted_batch_centred(
+    returns: Float[Array, "batch length"],
+    weights: Float[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    leave_one_out: bool = False,
+) -> Float[Array, "batch length"]:
+    r"""$A_{b,i} = G_{b,i} - \rho_{b,i}\,\sum_{c \ne b} G_{c,i} / \sum_{c \ne b} \rho_{c,i}$ over the valid sequences; 0 where masked.
+
+    `returns` are sums of weighted rewards, $G_i = \sum_{j \ge i} \gamma^{j-i} \rho_j r_j$, and `weights` $\rho_i$ the ratio of
+    probabilities up to row i. Under another policy's draws $E[\nabla\log\pi(a_i)\,b]$ is not 0 but $E[\nabla\log\pi(a_i)\,\rho_i b]$
+    is, for a b that depends on no later draw. The quotient estimates the return that the policy itself would expect at row i
+    from the other sequences alone (self-normalised importance sampling), so that nothing is biased.
+
+    Without `leave_one_out` the advantages are $(n - 1)/n$ times these for n valid sequences: the baseline is then a mean in
+    which the sequence's own return counts 1/n, and the expected gradient shrinks by as much as without weights. With weights
+    of 1 this is `batch_centred`; as there, a row valid in only one sequence keeps its return, or has 0.
+    """
+    valid = mask.astype(returns.dtype)
+    count = jnp.sum(valid, axis=0, keepdims=True)
+    baseline = _sum_of_others(returns * valid) / jnp.maximum(_sum_of_others(weights * valid), LEAST_WEIGHT)
+    share = 1.0 if leave_one_out else (count - 1.0) / jnp.maximum(count, 1.0)
+    return share * (returns - weights * baseline) * valid
+
+
+def _sum_of_others(values: Float[Array, "batch length"]) -> Float[Array, "batch length"]:
+    """At every row the sum over the other sequences, of what stands before and after each. A total minus its own value would
+    lose those beside a large one."""
+    before = jnp.pad(jnp.cumsum(values, axis=0)[:-1], ((1, 0), (0, 0)))
+    after = jnp.pad(jnp.cumsum(values[::-1], axis=0)[:-1], ((1, 0), (0, 0)))[::-1]
+    return before + after
+
+
+def generalised_advantages(
+    rewards: Float[Array, "batch length"],
+    values: Float[Array, "batch length"],
+    discount: float,
+    decay: float,
+    continues: Bool[Array, "batch length"],
+    weights: Float[Array, "batch length"] | None = None,
+) -> Float[Array, "batch length"]:
+    r"""$A_i = \sum_{l \ge 0} (\gamma\lambda)^l \rho_{i+l} \delta_{i+l}$, $\delta_j = r_j + \gamma v_{j+1} - v_j$ (Schulman et al. 2016, eq. 16).
+
+    `values` are v, `discount` γ, `decay` λ; sums end where `continues` is False. Where another policy drew, each error is
+    weighted by the ratio ρ of probabilities up to its row (None: 1), as rewards are (Precup et al. 2000): its expectation is
+    then the policy's own, and errors of 0 stay 0.
+    """
+    after = jnp.where(continues, jnp.roll(values, -1, axis=1), 0.0)
+    errors = rewards + discount * after - values
+    errors = errors if weights is None else weights * errors
+    return discounted_returns(errors, discount * decay, continues)
+
+
+def value_loss(
+    values: Float[Array, "batch length"],
+    returns: Float[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    weights: Float[Array, "batch length"] | None = None,
+) -> Float[Array, ""]:
+    r"""$\mathrm{mean}_i\,\rho_i (v_i - G_i/\rho_i)^2$ over the rows of `mask`; without `weights` ρ is 1.
+
+    `returns` are sums of weighted rewards, $G_i = \sum_{j \ge i} \gamma^{j-i} \rho_j r_j$: divided by $\rho_i$ they are weighted for
+    what follows row i, and ρ weights what led there. The gradient, $2 (\rho_i v_i - G_i)$, has under the behaviour's draws the
+    expectation that $2 (v_i - G_i)$ has under the policy's own, so that v learns the return that the policy would expect; with
+    clipped weights it learns $E[G_i]/E[\rho_i]$. No gradient passes through returns and weights.
+    """
+    returns = jax.lax.stop_gradient(returns)
+    if weights is None:
+        return masked_mean((values - returns) ** 2, mask)
+    weights = jax.lax.stop_gradient(weights)
+    return masked_mean(weights * (values - returns / jnp.maximum(weights, LEAST_WEIGHT)) ** 2, mask)
+
+
 def masked_mean(values: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
     """The mean of `values` where `mask` is True; 0 where it is True nowhere."""
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1).astype(values.dtype)

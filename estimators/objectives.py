@@ -46,7 +46,7 @@ class ScoreFunctionObjective(AbstractObjective):
     def credit(self, signal: Signal) -> Credit:
         """What each decision is credited with once every reduction has been applied."""
         rewards = jax.lax.stop_gradient(jnp.where(signal.mask, signal.log_lik, 0.0))
-        credit = Credit(rewards, None, jnp.zeros(()))
+        credit = Credit(rewards, None, jnp.zeros(()), None)
         for reduction in self.reductions:
             credit = reduction(credit, signal)
         return credit
