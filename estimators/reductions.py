@@ -269,7 +269,9 @@ class ImportanceWeight(AbstractReduction):
         if boundaries.behaviour_log_prob is None:
             raise ValueError("ImportanceWeight needs boundaries drawn by an OffPolicy router")
         if credit.weights is not None:
-            raise ValueError("ImportanceWeight stands there twice, which would weight every reward twice: leave one out")
+            raise ValueError(
+                "ImportanceWeight stands there twice, which would weight every reward twice: leave one out"
+            )
         weights = importance_weights(
             boundaries.logits, boundaries.actions, boundaries.behaviour_log_prob, boundaries.decided, boundaries.starts
         )

@@ -102,10 +102,10 @@ def run(config: LabConfig, display: Display) -> None:
         raise ConfigError(f"the laboratory needs diffrax ({error}): pip install 'caesura-lm[lab]'") from error
 
     config.out.mkdir(parents=True, exist_ok=True)
-    started, worked = time.perf_counter(), time.process_time()
+    started = time.process_time()
 
     def note(text: str) -> None:
-        display.note(f"{time.perf_counter() - started:4.0f} s  {text}")
+        display.note(f"{time.process_time() - started:4.0f} s of CPU time  {text}")
 
     key = jax.random.key(config.seed)
     tables, ways, paths = [], [], []
@@ -163,7 +163,7 @@ def run(config: LabConfig, display: Display) -> None:
     )
     write_atomically(config.out / "lab.md", page)
     display.note(page)
-    note(f"see {config.out / 'lab.md'} and {config.out / 'lab.png'}; {time.process_time() - worked:.0f} s of CPU time")
+    note(f"see {config.out / 'lab.md'} and {config.out / 'lab.png'}")
 
 
 def _subjects(config: LabConfig, key: PRNGKeyArray) -> Iterator[list[Subjects]]:

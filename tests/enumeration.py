@@ -142,7 +142,9 @@ def world(
     # several times over.
     rest = np.array(list(itertools.product([False, True], repeat=starts[:, 1:].size)))
     times = 2.0 ** np.sum(~free[:, 1:])
-    actions = np.concatenate([np.ones((len(rest), len(starts), 1), bool), rest.reshape(-1, *starts[:, 1:].shape)], axis=2)
+    actions = np.concatenate(
+        [np.ones((len(rest), len(starts), 1), bool), rest.reshape(-1, *starts[:, 1:].shape)], axis=2
+    )
     actions = (actions | starts) & np.asarray(layout.mask)
 
     def scored(weight: Float[Array, "taps dim"], taken: Bool[Array, "batch length"]) -> Boundaries:
@@ -172,4 +174,3 @@ def world(
     signals = jax.vmap(seen)(limited, jnp.asarray(log_lik, jnp.float32))
 
     return World(layout, draws, signals, jnp.asarray(actions), scores, on, off)
-

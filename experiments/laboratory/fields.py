@@ -94,7 +94,7 @@ class GreedyNeighbourhood(AbstractField):
     """An unbiased estimate of the gradient of the greedy loss, averaged over a neighbourhood."""
 
     subject: Subject
-    scale: float = eqx.field(static=True)
+    scale: Float[Array, ""]
     samples: int = eqx.field(static=True)
 
     def __call__(self, logits: Float[Array, "texts decisions"], key: PRNGKeyArray) -> Float[Array, "texts decisions"]:
@@ -117,7 +117,7 @@ class SampledScore(AbstractField):
         returns = jnp.take_along_axis(self.returns, place_of(actions)[:, None, None], axis=1)[:, 0] - self.baseline
         if self.centred:
             returns = batch_centred(returns, None, leave_one_out=False)
-        return -(actions - probs) * returns / logits.shape[1]
+        return -(actions.astype(jnp.float32) - probs) * returns / logits.shape[1]
 
 
 def place_of(actions: Bool[Array, "*texts decisions"]) -> Array:

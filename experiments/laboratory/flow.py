@@ -110,7 +110,7 @@ def _smooth_flows(subject: Subject, time: float, key: PRNGKeyArray) -> tuple[lis
     courses = [
         Course(reference, "smooth", "drawn", ExactSmooth(subject), drawn, reference),
         Course("dynamic chunking, drawn", "smooth", "drawn", ExpectedChunking(subject), drawn, reference),
-        Course(around, "smooth", "greedy", GreedyNeighbourhood(subject, 1.0, 4), greedy, around),
+        Course(around, "smooth", "greedy", GreedyNeighbourhood(subject, jnp.ones(()), 4), greedy, around),
         Course("dynamic chunking, greedy", "smooth", "greedy", GreedyChunking(subject), greedy, around),
     ]
     start = start_of(subject)
@@ -272,12 +272,11 @@ def noisy_flows(
 def _mean_flow(paths: Sequence[Flow]) -> Flow:
     """The mean over paths of one model."""
 
-    def mean(field: str) -> float:
-        return float(np.mean([getattr(path, field) for path in paths]))
-
-    losses = np.mean([path.losses for path in paths], axis=0)
     return dataclasses.replace(
         paths[0],
-        losses=tuple(losses.tolist()),
-        **{field: mean(field) for field in ("end", "greedy", "rate", "closed")},
+        losses=tuple(np.mean([path.losses for path in paths], axis=0).tolist()),
+        end=float(np.mean([path.end for path in paths])),
+        greedy=float(np.mean([path.greedy for path in paths])),
+        rate=float(np.mean([path.rate for path in paths])),
+        closed=float(np.mean([path.closed for path in paths])),
     )

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from estimators import EarlyExit, ImportanceWeight
 from experiments.laboratory.greedy import at_a_point, neighbourhood
@@ -18,6 +19,7 @@ from experiments.laboratory.moments import (
     credit,
     disarm_moments,
     exact_gradient,
+    given_critic,
     moments_of,
     off_policy_returns,
     pathwise,
@@ -122,24 +124,29 @@ def score_functions(
         ("early exit, γ = .99, λ = .5", advantages(logits, tables, strings, critic, 0.5), 1.0),
         ("early exit, γ = .99, 2 samples", sample_moments(logits, strings, far, 2), 2.0),
         ("early exit, γ = .99, 4 samples", sample_moments(logits, strings, far, 4), 4.0),
-        *off_policy(logits, tables, strings),
+        *off_policy(logits, tables, strings, linear_critic(logits, tables, strings, credit(early, 1.0))),
     ]
     named = [(name if name == PAPER else f"score function: {name}", of, cost) for name, of, cost in tried]
     return [*named, ("DisARM", disarm_moments(logits, strings, tables), 2.0)]
 
 
 def off_policy(
-    logits: Float[Array, "texts decisions"], tables: Tables, strings: Bool[Array, "strings length"]
+    logits: Float[Array, "texts decisions"],
+    tables: Tables,
+    strings: Bool[Array, "strings length"],
+    critic: Float[Array, "texts decisions"],
 ) -> list[tuple[str, Moments, float]]:
-    """Boundaries drawn at a fixed rate, their rewards weighted with every clip."""
+    """Boundaries drawn at a fixed rate, their rewards weighted with every clip, without and with a baseline."""
     found = []
     for rate in (0.2, 0.5):
         behaviour = jnp.full_like(logits, jax.scipy.special.logit(rate))
         for clip in CLIPS:
-            returns = off_policy_returns((EarlyExit(), ImportanceWeight(clip)), logits, behaviour, strings, tables)
-            moments = moments_of(score_of(logits, strings) * returns, behaviour, strings)
             bound = "not clipped" if clip is None else f"clipped at {clip:g}"
-            found.append((f"early exit, drawn at rate {rate:g}, {bound}", moments, 1.0))
+            plain = EarlyExit(), ImportanceWeight(clip)
+            for reductions, addition in ((plain, ""), ((*plain, given_critic()), ", linear critic")):
+                returns = off_policy_returns(reductions, logits, behaviour, strings, tables, critic)
+                moments = moments_of(score_of(logits, strings) * returns, behaviour, strings)
+                found.append((f"early exit, drawn at rate {rate:g}, {bound}{addition}", moments, 1.0))
     return found
 
 
@@ -185,7 +192,7 @@ def _greedy(subject: Subject, logits: Float[Array, "texts decisions"], key: PRNG
     here = at_a_point(subject, logits)
     tried = [Tried(name, "smooth", "greedy, boundaries fixed", here, None, at_a_point(unweighted, logits), 1.0)]
     for scale in SCALES:
-        around = neighbourhood(subject, unweighted, logits, key, scale=scale, samples=NEIGHBOURS)
+        around = neighbourhood(subject, unweighted, logits, key, scale=jnp.asarray(scale), samples=NEIGHBOURS)
         tried.append(
             Tried(name, "smooth", f"greedy, s = {scale:g}", around.estimator, None, around.gradient, 1.0),
         )
@@ -197,20 +204,27 @@ def without_weights(subject: Subject) -> Subject:
     return with_chunker(subject, SelectSmooth(weighting="none"))
 
 
+@eqx.filter_jit
 def linear_critic(
     logits: Float[Array, "texts decisions"],
     tables: Tables,
-    strings: Array,
+    strings: Bool[Array, "strings length"],
     returns: Float[Array, "texts strings decisions"],
 ) -> Float[Array, "texts decisions"]:
-    """What the best linear critic on the encoder's states expects of the returns, by ridge regression on their means."""
-    mean = jnp.einsum("ts,tsd->td", string_probs(logits, strings), returns).reshape(-1)
-    states = tables.hidden.reshape(-1, tables.hidden.shape[-1])
-    features = jnp.concatenate([states, jnp.ones((len(states), 1))], axis=1)
-    # Fewer states than dimensions would let the critic know every mean by heart, as no critic of unseen text can.
-    ridge = 0.1 * len(states) * jnp.eye(features.shape[1])
-    weights = jnp.linalg.solve(features.T @ features + ridge, features.T @ mean)
-    return (features @ weights).reshape(logits.shape)
+    """What a linear critic on the encoder's states expects of the returns: for each text the ridge regression on the means
+    of the other texts, so that it is never asked about what it was fitted to."""
+    mean = jnp.einsum("ts,tsd->td", string_probs(logits, strings), returns)
+    features = jnp.concatenate([tables.hidden, jnp.ones((*mean.shape, 1))], axis=2)
+    dim = features.shape[2]
+
+    def one(number: Int[Array, ""]) -> Float[Array, " decisions"]:
+        others = jnp.where(jnp.arange(len(mean)) == number, 0.0, 1.0)
+        ridge = 0.1 * (len(mean) - 1) * mean.shape[1] * jnp.eye(dim)
+        square = jnp.einsum("t,tdf,tdg->fg", others, features, features)
+        weights = jnp.linalg.solve(square + ridge, jnp.einsum("t,tdf,td->f", others, features, mean))
+        return features[number] @ weights
+
+    return jax.lax.map(one, jnp.arange(len(mean)))
 
 
 def advantages(
@@ -246,10 +260,10 @@ def _found(tried: Sequence[Tried]) -> list[Finding]:
     paper_variance = paper_snr = math.nan
     for one in sorted(tried, key=lambda one: one.name != PAPER):
         mean, exact = np.asarray(one.mean, np.float64).reshape(-1), np.asarray(one.exact, np.float64).reshape(-1)
-        size, exact_size, product = np.linalg.norm(mean), np.linalg.norm(exact), float(mean @ exact)
+        size, exact_size, product = float(np.linalg.norm(mean)), float(np.linalg.norm(exact)), float(mean @ exact)
         cosine = product / (size * exact_size) if size and exact_size else math.nan
         variance = math.nan if one.variance is None else one.variance
-        snr = float(size**2) / variance
+        snr = size**2 / variance
         along = snr * cosine * abs(cosine)
         if one.name == PAPER:
             paper_variance, paper_snr = variance, along
@@ -258,8 +272,8 @@ def _found(tried: Sequence[Tried]) -> list[Finding]:
                 one.name,
                 one.model,
                 one.objective,
-                bias=float(np.linalg.norm(mean - exact) / exact_size) if exact_size else math.nan,
-                scale=product / float(exact_size**2) if exact_size else math.nan,
+                bias=float(np.linalg.norm(mean - exact)) / exact_size if exact_size else math.nan,
+                scale=product / exact_size**2 if exact_size else math.nan,
                 cosine=cosine,
                 variance=variance / paper_variance,
                 snr=snr,

@@ -25,7 +25,7 @@ Loss = Callable[[Float[Array, "rows decisions"], Bool[Array, "rows decisions"]],
 """The mean loss of one text, in nats, at logits and actions of its decisions, a row a try."""
 
 
-def greedy_start(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "texts decisions"]:
+def greedy_start(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "texts decisions"]:
     """Logits whose greedy boundaries come at the rate `RATE`: normal, with the mean that leaves so many above 0."""
     return SPREAD * (jax.scipy.special.ndtri(RATE) + jax.random.normal(key, shape))
 
@@ -53,7 +53,7 @@ def fixed_gradient(loss: Loss, logits: Float[Array, "rows decisions"]) -> Float[
 
 
 def jumps(
-    loss: Loss, logits: Float[Array, " decisions"], noise: Float[Array, "samples decisions"], scale: float
+    loss: Loss, logits: Float[Array, " decisions"], noise: Float[Array, "samples decisions"], scale: Float[Array, ""]
 ) -> Float[Array, " decisions"]:
     r"""What the gradient at fixed boundaries leaves out of $\nabla J_s$, for one text.
 
@@ -85,7 +85,7 @@ def neighbourhood(
     logits: Float[Array, "texts decisions"],
     key: PRNGKeyArray,
     *,
-    scale: float,
+    scale: Float[Array, ""],
     samples: int,
 ) -> Neighbourhood:
     """Both, from the same `samples` draws of logistic noise.

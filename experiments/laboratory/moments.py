@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from estimators import AbstractReduction, Boundaries, ScoreFunctionObjective, Signal
+from estimators import AbstractReduction, Boundaries, Critic, ScoreFunctionObjective, Signal
 from estimators.equations import action_log_prob, discounted_returns
 from experiments.laboratory.subjects import RATE, Tables
 
@@ -152,10 +152,12 @@ def off_policy_returns(
     behaviour: Float[Array, "texts decisions"],
     strings: Bool[Array, "strings length"],
     tables: Tables,
+    values: Float[Array, "texts decisions"],
 ) -> Float[Array, "texts strings decisions"]:
     """What the library itself credits decisions with after `reductions`, for all strings as if `behaviour` had drawn them.
 
-    The strings of a text stand for the sequences of a batch, so no reduction may look from one sequence at another.
+    The strings of a text stand for the sequences of a batch, so no reduction may look from one sequence at another. The
+    encoder's states are `values` alone, so that `given_critic` among the reductions expects just these.
     """
     starts = jnp.broadcast_to(jnp.arange(strings.shape[1]) == 0, strings.shape)
     scored = jnp.broadcast_to(jnp.arange(strings.shape[1]) < strings.shape[1] - 1, strings.shape)
@@ -164,19 +166,23 @@ def off_policy_returns(
     def rows(values: Float[Array, " decisions"]) -> Float[Array, "strings length"]:
         return jnp.broadcast_to(jnp.pad(values, (1, 0)), strings.shape)
 
-    def one(part: tuple[Array, Array, Tables]) -> Float[Array, "strings decisions"]:
-        row, drawn_by, text = part
+    def one(part: tuple[Array, Array, Tables, Array]) -> Float[Array, "strings decisions"]:
+        row, drawn_by, text, state = part
         log_prob = action_log_prob(rows(drawn_by), strings)
         boundaries = Boundaries(
             strings, rows(row), jax.nn.sigmoid(rows(row)), ~starts, starts, behaviour_log_prob=log_prob
         )
-        # Of the encoder's states the first row's is not in the tables; it makes no decision.
-        hidden = jnp.broadcast_to(jnp.pad(text.hidden, ((1, 0), (0, 0))), (*strings.shape, text.hidden.shape[-1]))
+        hidden = rows(state)[..., None]
         log_lik = jnp.pad(text.log_lik, ((0, 0), (0, 1)))
         early = jnp.broadcast_to(jnp.pad(text.early_log_lik, (0, 1)), strings.shape)
         return objective.advantages(Signal(boundaries, hidden, log_lik, early, scored, scored))[:, 1:]
 
-    return jax.lax.map(one, (logits, behaviour, tables))
+    return jax.lax.map(one, (logits, behaviour, tables, values))
+
+
+def given_critic() -> Critic:
+    """A critic that expects what the states of width 1 say."""
+    return eqx.tree_at(lambda critic: critic.weight, Critic(1), jnp.ones(1))
 
 
 @eqx.filter_jit

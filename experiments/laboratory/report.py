@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.intervals import Interval
+from experiments.laboratory.intervals import Interval
 from experiments.laboratory.results import FindingSummary, Flow, FlowSummary, NoiseSummary
 from experiments.report import picture
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.intervals import Interval, geometric_interval, mean_interval, ratio_interval
+from experiments.laboratory.intervals import Interval, geometric_interval, mean_interval, ratio_interval
 
 
 @dataclass(frozen=True)

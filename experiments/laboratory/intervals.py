@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy.special import stdtrit
+
 CONFIDENCE = 0.95
 
 
@@ -25,33 +27,14 @@ class Interval:
 NOTHING = Interval(math.nan, math.nan, math.nan)
 
 
-def student_t(t: float, freedom: int) -> float:
-    r"""$P(|T| < t)$ for Student's T with `freedom` degrees of freedom, t not negative (Abramowitz and Stegun 26.7.3-4).
+def t_quantile(count: int) -> float:
+    """The t with $P(|T| < t)$ = `CONFIDENCE` for the mean of `count` values (Student, *The Probable Error of a Mean*, 1908).
 
-    With $\theta = \arctan(t/\sqrt\nu)$: $\frac2\pi(\theta + \sin\theta\,(\cos\theta + \frac23\cos^3\theta + \dots))$ for odd ν,
-    $\sin\theta\,(1 + \frac12\cos^2\theta + \frac{1\cdot3}{2\cdot4}\cos^4\theta + \dots)$ for even ν, up to $\cos^{\nu-2}\theta$.
+    Raises `ValueError` for fewer than two.
     """
-    angle = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for power in range(odd, freedom - 1, 2):
-        total += term
-        term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
-    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-
-
-def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """The t with $P(|T| < t)$ = `confidence`, by bisection. Raises `ValueError` without a degree of freedom."""
-    if freedom < 1:
-        raise ValueError("an interval needs at least two independent values")
-    low, high = 0.0, 1.0
-    while student_t(high, freedom) < confidence:
-        high *= 2.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if student_t(middle, freedom) < confidence else (low, middle)
-    return 0.5 * (low + high)
+    if count < 2:
+        raise ValueError(f"an interval needs at least two independent values; got {count}")
+    return float(stdtrit(count - 1, 0.5 * (1.0 + CONFIDENCE)))
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -59,7 +42,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
     Raises `ValueError` for fewer than two.
     """
-    quantile = t_quantile(len(values) - 1)
+    quantile = t_quantile(len(values))
     if not all(math.isfinite(value) for value in values):
         return NOTHING
     mean = math.fsum(values) / len(values)
@@ -80,7 +63,7 @@ def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval |
     itself not further from 0 than that, these r have no bounds: there is no ratio to speak of.
     Raises `ValueError` for fewer than two pairs.
     """
-    scale = t_quantile(len(below) - 1) ** 2 / len(below)
+    scale = t_quantile(len(below)) ** 2 / len(below)
     x, y = (math.fsum(values) / len(values) for values in (below, above))
     # (ȳ - r x̄)² ≤ t²/n (s_yy - 2 r s_xy + r² s_xx), a quadratic in r.
     square = x * x - scale * _covariance(below, below)
