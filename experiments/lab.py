@@ -48,11 +48,11 @@ class LabConfig:
     """Bytes of a text; 2 to the power of length - 1 strings are tried."""
     models: int = 5
     """Small models of different seeds for each chunker, and runs of `tiny`: intervals are over these."""
-    sets: int = 3
+    sets: int = 2
     """Sets of texts that the gradients of each model are averaged over; its flows use the first."""
     texts: int = 6
     """Texts of a set."""
-    steps: int = 600
+    steps: int = 400
     """Training steps of the small models."""
     time: float = 3000.0
     """Time for which the gradient flows run."""

@@ -315,7 +315,7 @@ def test_the_command_leaves_tables_and_a_figure(corpus, tmp_path):
     pytest.importorskip("diffrax")
     out = tmp_path / "lab"
     settings = (
-        *("--length", 3, "--models", 2, "--sets", 2, "--texts", 2, "--steps", 2),
+        *("--length", 4, "--models", 2, "--sets", 2, "--texts", 2, "--steps", 1),
         *("--time", 10, "--learning-rates", 1, "--paths", 2, "--after"),
     )
     arguments = [str(argument) for argument in ("--dataset", corpus, "--out", out, *settings)]

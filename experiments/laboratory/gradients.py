@@ -55,7 +55,7 @@ CLIPS = (None, 5.0, 2.0, 1.0)
 
 @dataclass(frozen=True)
 class Tried:
-    """An estimator's mean and variance (None for one without noise), and the exact gradient of its objective."""
+    """An estimator's mean and variance (None, or 0, for one without noise), and the exact gradient of its objective."""
 
     name: str
     model: str
@@ -262,7 +262,7 @@ def _found(tried: Sequence[Tried]) -> list[Finding]:
         mean, exact = np.asarray(one.mean, np.float64).reshape(-1), np.asarray(one.exact, np.float64).reshape(-1)
         size, exact_size, product = float(np.linalg.norm(mean)), float(np.linalg.norm(exact)), float(mean @ exact)
         cosine = product / (size * exact_size) if size and exact_size else math.nan
-        variance = math.nan if one.variance is None else one.variance
+        variance = one.variance or math.nan
         snr = size**2 / variance
         along = snr * cosine * abs(cosine)
         if one.name == PAPER:

@@ -74,8 +74,8 @@ def jumps(
 class Neighbourhood(eqx.Module):
     """Averages over a neighbourhood of the logits: of dynamic chunking's estimator, and the gradient of the averaged loss."""
 
-    estimator: Float[Array, "texts decisions"]
-    gradient: Float[Array, "texts decisions"]
+    estimator: Float[Array, "*texts decisions"]
+    gradient: Float[Array, "*texts decisions"]
 
 
 @eqx.filter_jit
