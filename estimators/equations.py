@@ -119,12 +119,12 @@ def weighted_batch_centred(
     mask: Bool[Array, "batch length"],
     leave_one_out: bool = False,
 ) -> Float[Array, "batch length"]:
-    r"""$A_{b,i} = G_{b,i} - \rho_{b,i}\,\sum_{c \ne b} G_{c,i} / \sum_{c \ne b} \rho_{c,i}$ over the valid sequences; 0 where masked.
+    r"""$A_{b,i} = G_{b,i} - \rho_{b,i}\,\sum_{c \ne b} G_{c,i} / \sum_{c \ne b} \rho_{c,i}$ over the valid sequences, else 0.
 
     `returns` are sums of weighted rewards, $G_i = \sum_{j \ge i} \gamma^{j-i} \rho_j r_j$, and `weights` $\rho_i$ the ratio of
-    probabilities up to row i. Under another policy's draws $E[\nabla\log\pi(a_i)\,b]$ is not 0 but $E[\nabla\log\pi(a_i)\,\rho_i b]$
-    is, for a b that depends on no later draw. The quotient estimates the return that the policy itself would expect at row i
-    from the other sequences alone (self-normalised importance sampling), so that nothing is biased.
+    probabilities up to row i. Under another policy's draws $E[\nabla\log\pi(a_i)\,\rho_i b]$ is 0 for a b that depends on neither
+    $a_i$ nor what comes of it, and $E[\nabla\log\pi(a_i)\,b]$ is not. The quotient estimates the return that the policy itself
+    would expect at row i from the other sequences alone (self-normalised importance sampling), so that nothing is biased.
 
     Without `leave_one_out` the advantages are $(n - 1)/n$ times these for n valid sequences: the baseline is then a mean in
     which the sequence's own return counts 1/n, and the expected gradient shrinks by as much as without weights. With weights
@@ -153,11 +153,11 @@ def generalised_advantages(
     continues: Bool[Array, "batch length"],
     weights: Float[Array, "batch length"] | None = None,
 ) -> Float[Array, "batch length"]:
-    r"""$A_i = \sum_{l \ge 0} (\gamma\lambda)^l \rho_{i+l} \delta_{i+l}$, $\delta_j = r_j + \gamma v_{j+1} - v_j$ (Schulman et al. 2016, eq. 16).
+    r"""$A_i = \sum_{l \ge 0} (\gamma\lambda)^l \rho_{i+l} \delta_{i+l}$, $\delta_j = r_j + \gamma v_{j+1} - v_j$.
 
-    `values` are v, `discount` γ, `decay` λ; sums end where `continues` is False. Where another policy drew, each error is
-    weighted by the ratio ρ of probabilities up to its row (None: 1), as rewards are (Precup et al. 2000): its expectation is
-    then the policy's own, and errors of 0 stay 0.
+    Schulman et al. 2016, eq. 16. `values` are v, `discount` γ, `decay` λ; sums end where `continues` is False. Where another
+    policy drew, each error is weighted by the ratio ρ of probabilities up to its row (None: 1), as rewards are (Precup et al.
+    2000): its expectation is then the policy's own, and errors of 0 stay 0.
     """
     after = jnp.where(continues, jnp.roll(values, -1, axis=1), 0.0)
     errors = rewards + discount * after - values
@@ -173,10 +173,10 @@ def value_loss(
 ) -> Float[Array, ""]:
     r"""$\mathrm{mean}_i\,\rho_i (v_i - G_i/\rho_i)^2$ over the rows of `mask`; without `weights` ρ is 1.
 
-    `returns` are sums of weighted rewards, $G_i = \sum_{j \ge i} \gamma^{j-i} \rho_j r_j$: divided by $\rho_i$ they are weighted for
-    what follows row i, and ρ weights what led there. The gradient, $2 (\rho_i v_i - G_i)$, has under the behaviour's draws the
-    expectation that $2 (v_i - G_i)$ has under the policy's own, so that v learns the return that the policy would expect; with
-    clipped weights it learns $E[G_i]/E[\rho_i]$. No gradient passes through returns and weights.
+    `returns` are sums of weighted rewards, $G_i = \sum_{j \ge i} \gamma^{j-i} \rho_j r_j$: divided by $\rho_i$ they are weighted
+    for what follows row i, and ρ weights what led there. The gradient, $2 (\rho_i v_i - G_i)$, has under the behaviour's draws
+    the expectation that $2 (v_i - G_i)$ has under the policy's own, so that v learns the return that the policy would expect;
+    with clipped weights it learns $E[G_i]/E[\rho_i]$. No gradient passes through returns and weights.
     """
     returns = jax.lax.stop_gradient(returns)
     if weights is None:

@@ -32,10 +32,10 @@ class Credit(eqx.Module):
     rewards have been summed. `loss` gathers what the steps themselves have to learn, already weighted. `centred_by` names the
     step that has compared the sequences with each other, if one has.
 
-    `weights_i` is $\rho_i = \prod_{k \le i} \pi(a_k)/\mu(a_k)$ where another policy $\mu$ drew the boundaries, None where it is 1.
-    Rewards carry no weight until they are summed, each then its own; from then on a baseline b is subtracted as $\rho_i b_i$,
-    since of the two only that has the expectation 0 under the draws of $\mu$. A step makes its result by
-    `dataclasses.replace`, so that it keeps what it does not know of.
+    `weights_i` is $\rho_i = \prod_{k \le i} \pi(a_k)/\mu(a_k)$ where another policy $\mu$ drew the boundaries; None stands for 1.
+    Rewards carry no weight until they are summed, each then its own. A baseline b is subtracted from returns as $\rho_i b_i$:
+    under the draws of $\mu$, $E[\nabla\log\pi(a_i)\,\rho_i b_i]$ is 0 and $E[\nabla\log\pi(a_i)\,b_i]$ is not. A step makes its
+    result by `dataclasses.replace`, so that it keeps what it does not know of.
     """
 
     rewards: Float[Array, "batch length"]
@@ -148,8 +148,8 @@ class BatchCentre(AbstractReduction):
 class SampleCentre(AbstractReduction):
     """Returns relative to those of the other draws for the same sequence: k-sample leave-one-out (Kool et al. 2019; RLOO).
 
-    Unbiased, since the draws are independent given the sequence; weighted like `BatchCentre`. Needs `Signal.samples` of 2 or more, that is a training
-    step that draws boundaries that often for every encoder pass; raises `ValueError` otherwise.
+    Unbiased, since the draws are independent given the sequence; weighted as in `BatchCentre`. Needs `Signal.samples` of 2 or
+    more, that is a training step that draws boundaries that often for every encoder pass; raises `ValueError` otherwise.
     """
 
     @property
@@ -165,7 +165,7 @@ class SampleCentre(AbstractReduction):
             return jnp.swapaxes(rows.reshape(-1, signal.samples, rows.shape[1]), 0, 1)
 
         weights = None if credit.weights is None else apart(credit.weights)
-        centred = jax.vmap(lambda *rows: _centred(*rows, True), 1, 1)(apart(returns), apart(signal.mask), weights)
+        centred = jax.vmap(lambda r, m, w: _centred(r, m, w, True), 1, 1)(apart(returns), apart(signal.mask), weights)
         return credit.compared("SampleCentre", jnp.swapaxes(centred, 0, 1).reshape(returns.shape))
 
 
@@ -243,9 +243,9 @@ class GeneralisedAdvantage(AbstractReduction):
 class ImportanceWeight(AbstractReduction):
     r"""Rewards of boundaries that another policy drew, weighted to stand for the policy's own.
 
-    $\rho_j r_j$ with $\rho_j = \prod_{k \le j} \pi(a_k)/\mu(a_k)$ over the decisions of the document so far (per-decision importance
-    sampling, Precup et al. 2000): unbiased, whatever the behaviour $\mu$, as long as it may draw what $\pi$ may. The weights
-    go with the credit, so that every baseline after it is weighted as well, and `EarlyExit` may come before or after.
+    $\rho_j r_j$ with $\rho_j = \prod_{k \le j} \pi(a_k)/\mu(a_k)$ over the decisions of the document so far (per-decision
+    importance sampling, Precup et al. 2000): unbiased, whatever the behaviour $\mu$, as long as it may draw what $\pi$ may. The
+    weights go with the credit, so that every baseline after it is weighted as well, and `EarlyExit` may come before or after.
 
     The product's variance grows exponentially with the decisions in it; `clip` bounds the weights from above,
     $\min(\rho_j, c)$, wherever they are used, rewards and baselines alike. That is biased: what exceeds the bound is lost,

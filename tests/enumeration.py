@@ -52,7 +52,7 @@ class World(eqx.Module):
     """
 
     layout: Layout
-    router: OffPolicy
+    policy: WindowedPolicy
     signals: Signal
     actions: Bool[Array, "outcomes batch length"]
     scores: Float[Array, "outcomes batch length taps dim"]
@@ -91,7 +91,7 @@ class World(eqx.Module):
         Every row has weights of its own; what row k earns counts γ^(k-i) times for those of row i. `batch_mean` scales row i
         by (n - 1)/n for its n valid sequences.
         """
-        length, policy, hidden = self.layout.mask.shape[1], self.router.policy, self.signals.hidden[0]
+        length, policy, hidden = self.layout.mask.shape[1], self.policy, self.signals.hidden[0]
         starts, free = self.layout.starts, self.layout.free
         times = 2.0 ** jnp.sum(~free[:, 1:])
 
@@ -131,7 +131,8 @@ def world(
         None if segments is None else jnp.asarray(segments),
         None if mask is None else jnp.asarray(mask),
     )
-    draws = OffPolicy(policy(1), policy(2) if behaviour is None else Bernoulli(behaviour))
+    own_policy = policy(1)
+    draws = OffPolicy(own_policy, policy(2) if behaviour is None else Bernoulli(behaviour))
     hidden = jnp.asarray(rng.normal(size=(batch, length, DIM)), jnp.float32)
     # Likelihoods of bytes in nats: far from 0, so that a baseline that is not subtracted rightly shows.
     worth, early = rng.normal(-5.0, 1.0, (batch, length, 2**length)), rng.normal(-5.0, 1.0, (batch, length))
@@ -148,14 +149,17 @@ def world(
     actions = (actions | starts) & np.asarray(layout.mask)
 
     def scored(weight: Float[Array, "taps dim"], taken: Bool[Array, "batch length"]) -> Boundaries:
-        changed = eqx.tree_at(lambda r: r.policy.weight, draws, weight)
-        return changed(hidden, layout, Draw(boundary_scan, actions=taken, training=True))
+        changed = eqx.tree_at(lambda p: p.weight, own_policy, weight)
+        return dataclasses.replace(draws, policy=changed)(
+            hidden, layout, Draw(boundary_scan, actions=taken, training=True)
+        )
 
     def drawn(taken: Bool[Array, "batch length"]):
-        full = scored(draws.policy.weight, taken)
+        full = scored(own_policy.weight, taken)
         own, theirs = eq.action_log_prob(full.logits, taken), full.behaviour_log_prob
+        assert theirs is not None
         on, off = (jnp.exp(jnp.sum(log_probs, where=layout.free)) / times for log_probs in (own, theirs))
-        scores = jax.jacobian(lambda w: eq.action_log_prob(scored(w, taken).logits, taken))(draws.policy.weight)
+        scores = jax.jacobian(lambda w: eq.action_log_prob(scored(w, taken).logits, taken))(own_policy.weight)
         return full.limited(length if capacity is None else capacity), scores, on, off
 
     limited, scores, on, off = jax.jit(jax.vmap(drawn))(jnp.asarray(actions))
@@ -173,4 +177,4 @@ def world(
 
     signals = jax.vmap(seen)(limited, jnp.asarray(log_lik, jnp.float32))
 
-    return World(layout, draws, signals, jnp.asarray(actions), scores, on, off)
+    return World(layout, own_policy, signals, jnp.asarray(actions), scores, on, off)

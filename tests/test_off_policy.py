@@ -86,11 +86,16 @@ def test_every_order_of_every_combination_is_unbiased_or_refused(two, summing):
     single = jax.tree.map(lambda leaf: leaf[0], two.signals)
     parts = [("early",), ("critic",), ("batch", "leave-one-out")]
     combinations = itertools.product(*[(None, *names) for names in parts])
-    exact, errors = {}, {}
+    exact, errors, refused = {}, {}, set()
     for others in combinations:
         names = [name for name in ("weight", summing, *others) if name is not None]
         for order in itertools.permutations(names):
             if not has_sense(order):
+                # It is refused at the first step that comes too late, whatever stands behind it.
+                order = next(order[:n] for n in range(len(order) + 1) if not has_sense(order[:n]))
+                if order in refused:
+                    continue
+                refused.add(order)
                 with pytest.raises(ValueError, match="must stand before"):
                     ScoreFunctionObjective(chain(order), BEHAVIOUR).advantages(single)
                 continue
@@ -102,21 +107,20 @@ def test_every_order_of_every_combination_is_unbiased_or_refused(two, summing):
     assert max(errors.values()) < 2e-4, {order: error for order, error in errors.items() if error >= 2e-4}
 
 
+SEGMENTS = np.array([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]])
+MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], bool)
 WORLDS = {
-    "three sequences": {"batch": 3, "length": 4},
-    "a behaviour with memory": {"behaviour": None},
-    "packed and padded": {
-        "segments": np.array([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]),
-        "mask": np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], bool),
-    },
-    "suppressed boundaries": {"capacity": 3},
-    "several samples": {"batch": 1, "samples": 2},
+    "three sequences": lambda: world(3, 4),
+    "a behaviour with memory": lambda: world(behaviour=None),
+    "packed and padded": lambda: world(segments=SEGMENTS, mask=MASK),
+    "suppressed boundaries": lambda: world(capacity=3),
+    "several samples": lambda: world(1, samples=2),
 }
 
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_reductions_are_unbiased_in_rows_of_every_kind(name):
-    here = world(**WORLDS[name])
+    here = WORLDS[name]()
     if name == "suppressed boundaries":
         decided = here.signals.boundaries.decided
         assert jnp.any(decided != decided[:1]), "some strings must run out of rows for this to test anything"
@@ -145,6 +149,28 @@ def test_what_can_be_configured_is_unbiased(two, centring):
         config = dataclasses.replace(plain, estimator="sfe-offpolicy", sfe=sfe, offpolicy=offpolicy)
         found = here.expected([lively(step) for step in reductions(config, DIM)])
         assert float(jnp.linalg.norm(found - exact)) < 2e-4 * float(jnp.linalg.norm(exact)), sfe
+
+
+def test_samples_are_compared_within_their_sequence_only():
+    rng = np.random.default_rng(1)
+    signal = jax.tree.map(lambda leaf: leaf[93], world(1, samples=2).signals)
+    actions = jnp.asarray(rng.random((6, 5)) < 0.4).at[:, 0].set(True)
+    behaviour = jnp.asarray(-rng.exponential(size=(6, 5)), jnp.float32)
+    rows = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 3), signal)
+    rows = dataclasses.replace(
+        rows,
+        boundaries=dataclasses.replace(rows.boundaries, actions=actions, behaviour_log_prob=behaviour),
+        log_lik=jnp.where(rows.mask, jnp.asarray(rng.normal(size=(6, 5)), jnp.float32), 0.0),
+    )
+
+    def advantages(names, seen):
+        return ScoreFunctionObjective(chain(names), BEHAVIOUR).advantages(seen)
+
+    found = advantages(("weight", "discount", "samples"), rows)
+    for first in (0, 2, 4):
+        pair = jax.tree.map(lambda leaf, first=first: leaf[first : first + 2], rows)
+        alone = advantages(("weight", "discount", "leave-one-out"), pair)
+        np.testing.assert_allclose(found[first : first + 2], alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("step", ["critic", "gae(1)"])
@@ -179,7 +205,7 @@ def test_a_behaviour_that_is_the_policy_changes_nothing(two):
 
 
 def test_clipped_weights_are_the_same_wherever_they_are_used(two):
-    """And biased: on this world the relative errors fall from 1.1 to 0.4 as the bound rises from 1 to 5 and are 0 without."""
+    """In rewards and in baselines; and whatever the bound, it biases."""
     signal = jax.tree.map(lambda leaf: leaf[93], two.signals)
 
     def advantages(*steps):
