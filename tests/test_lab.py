@@ -12,7 +12,7 @@ import pytest
 from estimators import EarlyExit, Estimator, ImportanceWeight, NoObjective
 from estimators import equations as eq
 from experiments import lab
-from experiments.config import ConfigError, transformer_shape
+from experiments.config import transformer_shape
 from experiments.laboratory import greedy
 from experiments.laboratory.fields import Drawn, Exact, ExpectedScore, SampledScore, landscape, place_of
 from experiments.laboratory.greedy import fixed_gradient, jumps
@@ -32,7 +32,7 @@ from experiments.laboratory.moments import (
 )
 from experiments.laboratory.results import Flow, Noise, summarise_flows, summarise_noise
 from experiments.laboratory.scale import noise
-from experiments.laboratory.subjects import SHAPE, Subject, TabularRouter, Tables
+from experiments.laboratory.subjects import SHAPE, Subject, Tables, TabularRouter
 from experiments.presets import PRESETS
 from tests.test_run import corpus as corpus
 from unet import SelectDistribute, UNet
