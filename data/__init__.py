@@ -1,8 +1,9 @@
 """Text for byte-level language models: sources, protocols, and a deterministic loader."""
 
+from data.coverage import Coverage
 from data.documents import BOS, AbstractSource, DataError, Shard
 from data.loader import Batch, Batches, Split, check_workers, load, open_batches
-from data.rows import MemoryRows, Protocol, Row
+from data.rows import HeldOutRow, MemoryRows, Protocol, Row
 from data.sources import open_source
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "AbstractSource",
     "Batch",
     "Batches",
+    "Coverage",
     "DataError",
+    "HeldOutRow",
     "MemoryRows",
     "Protocol",
     "Row",

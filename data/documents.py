@@ -40,6 +40,11 @@ class AbstractSource(ABC):
         """A data set of its own that holds the held-out documents; None where they are a share of these."""
         return None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the user about what of it is not read, or read for another purpose than training."""
+        return ()
+
     @abstractmethod
     def shards(self) -> Sequence[Shard]:
         """All parts, in a fixed order. Raises `DataError` where they cannot be listed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from data.documents import DataError
 
@@ -16,18 +16,20 @@ STRETCH = 1 << 20
 _ALLOWED = re.compile(rb"[ACGTUNRYSWKMBDHVacgtunryswkmbdhv.*-]*")
 
 
-def read_fasta(lines: Iterable[bytes], where: str) -> Iterator[bytes]:
+def read_fasta(
+    lines: Iterable[bytes], where: str, leave_out: Callable[[int], None] = lambda bases: None
+) -> Iterator[bytes]:
     """The sequences in the lines of a file as documents of bases, without headers and line ends; letters are made capitals.
 
-    Stretches of N (or gaps), which nobody has read, are left out and end a document. Raises `DataError`, naming `where` and
-    the line, for anything that is no nucleotide, and for bases before the first header.
+    Stretches of N (or gaps), which nobody has read, are left out and end a document; `leave_out` is told their lengths.
+    Raises `DataError`, naming `where` and the line, for anything that is no nucleotide, and for bases before the first header.
     """
     held: list[bytes] = []
     size, begun = 0, False
     for number, line in enumerate(lines, start=1):
         line = line.strip()
         if line.startswith((b">", b";")):
-            yield from _cut(b"".join(held))
+            yield from _cut(b"".join(held), leave_out)
             held, size, begun = [], 0, begun or line.startswith(b">")
             continue
         if line and not begun:
@@ -38,14 +40,16 @@ def read_fasta(lines: Iterable[bytes], where: str) -> Iterator[bytes]:
         size += len(line)
         if size >= 2 * STRETCH:
             content = b"".join(held)
-            yield from _cut(content[:STRETCH])
+            yield from _cut(content[:STRETCH], leave_out)
             held, size = [content[STRETCH:]], len(content) - STRETCH
-    yield from _cut(b"".join(held))
+    yield from _cut(b"".join(held), leave_out)
 
 
-def _cut(content: bytes) -> Iterator[bytes]:
+def _cut(content: bytes, leave_out: Callable[[int], None]) -> Iterator[bytes]:
     """What was read between unread stretches."""
-    for part in re.split(rb"[N.*-]+", content):
+    parts = re.split(rb"[N.*-]+", content)
+    leave_out(len(content) - sum(map(len, parts)))
+    for part in parts:
         for start in range(0, len(part), STRETCH):
             yield part[start : start + STRETCH]
 

@@ -6,12 +6,16 @@ import glob
 import gzip
 import io
 import json
+import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from data.documents import AbstractSource, DataError, Shard, checked_utf8
 from data.fasta import SUFFIXES, read_fasta
+from data.splits import Splits
+
+JSON_LINES = (".jsonl", ".json", ".ndjson")
 
 PLAIN_DOCUMENT = 64 * 1024
 """A plain text file longer than this is cut at line ends into documents of about this many bytes."""
@@ -22,47 +26,98 @@ class Files(AbstractSource):
 
     `.jsonl`, `.json` and `.ndjson` hold one JSON object a line and `.parquet` one row a document, the text in `text_field`;
     `.fa`, `.fasta` and `.fna` hold nucleotide sequences; `.gz` and `.zst` may follow. Every other file is plain text: one
-    document, or several where it is long. More than `memory_limit` bytes of files are streamed.
+    document, or several where it is long. More than `memory_limit` bytes of files are streamed. Where some of several
+    files of JSON or Parquet are named as a validation or test split, the first of these splits is the held-out text.
     """
 
-    def __init__(self, pattern: str, text_field: str, memory_limit: int = 512 * 2**20):
-        """Raises `DataError` where nothing matches."""
+    def __init__(self, pattern: str, text_field: str, memory_limit: int = 512 * 2**20, *, held_out: bool = False):
+        """`held_out`: the held-out text itself, of files of which others train. Raises `DataError` where nothing matches."""
         self._pattern = pattern
         self._text_field = text_field
-        self._shards = [Shard(str(path), path.stat().st_size) for path in _matches(pattern)]
         self._memory_limit = memory_limit
+        self._held_out = held_out
+        paths = _matches(pattern)
+        self._splits = _splits_of(paths)
+        chosen = self._splits.held_out if held_out else self._splits.training
+        self._shards = [Shard(str(path), path.stat().st_size) for path in paths if str(path) in chosen]
+        self._unread: dict[str, int] = {}
 
     @property
     def name(self) -> str:
-        return self._pattern
+        return f"{self._pattern} (held-out split)" if self._held_out else self._pattern
 
     @property
     def streamed(self) -> bool:
         return sum(shard.size for shard in self._shards) > self._memory_limit
 
+    @property
+    def held_out_source(self) -> AbstractSource | None:
+        if self._held_out or not self._splits.held_out:
+            return None
+        return Files(self._pattern, self._text_field, self._memory_limit, held_out=True)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        notes = self._splits.notes(self.name)
+        if unread := sum(self._unread.values()):
+            notes += (
+                f"{unread:,} unread bases and gaps (N, ., -, *) of {self.name} are left out, of what is read so far",
+            )
+        return notes
+
     def shards(self) -> Sequence[Shard]:
         return self._shards
 
     def documents(self, shard: Shard) -> Iterator[bytes]:
-        return read_documents(Path(shard.name), self._text_field)
+        self._unread[shard.name] = 0
+
+        def leave_out(bases: int) -> None:
+            self._unread[shard.name] += bases
+
+        return read_documents(Path(shard.name), self._text_field, leave_out)
 
 
-def read_documents(path: Path, text_field: str) -> Iterator[bytes]:
-    """The documents of one file, in order; empty ones are left out. Raises `DataError` naming the file and the place."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in (".gz", ".zst") else (suffixes or [""])[-1]
+def read_documents(
+    path: Path, text_field: str, leave_out: Callable[[int], None] = lambda bases: None
+) -> Iterator[bytes]:
+    """The documents of one file, in order; empty ones are left out. `leave_out` hears of unread bases that are.
+
+    Raises `DataError` naming the file and the place.
+    """
+    kind = _kind(path)
     try:
         if kind == ".parquet":
             yield from _parquet_documents(path, text_field)
-        elif kind in (".jsonl", ".json", ".ndjson"):
+        elif kind in JSON_LINES:
             yield from _json_documents(path, text_field)
         elif kind in SUFFIXES:
             with _open(path) as stream:
-                yield from read_fasta(stream, str(path))
+                yield from read_fasta(stream, str(path), leave_out)
         else:
             yield from _plain_documents(path)
     except (OSError, EOFError, zlib.error, *_zstd_errors()) as error:
         raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says what is in a file, compressed or not."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in (".gz", ".zst") else (suffixes or [""])[-1]
+
+
+def _splits_of(paths: Sequence[Path]) -> Splits:
+    """What several files are for by their names below the folder that holds them all, where some of them are for training;
+    the names of other files than JSON and Parquet, such as tests among source code, say nothing."""
+    everything = Splits(tuple(str(path) for path in paths))
+    if len(paths) == 1:
+        return everything
+    root = Path(os.path.commonpath(paths))
+    splits = Splits.of(path.relative_to(root).as_posix() for path in paths if _kind(path) in (".parquet", *JSON_LINES))
+    apart = {str(root / name) for name in (*splits.held_out, *splits.unused)}
+    training = tuple(path for path in everything.training if path not in apart)
+    if not training:
+        return everything
+    return Splits(training, *(tuple(str(root / name) for name in part) for part in (splits.held_out, splits.unused)))
 
 
 def _zstd_errors() -> tuple[type[Exception], ...]:
@@ -85,8 +140,8 @@ def _matches(pattern: str) -> list[Path]:
         problem = f"there is no data set, file or folder called {pattern!r}"
     if not found:
         raise DataError(
-            f"{problem}; use docs, stdlib, codeparrot, codeparrot-clean, fineweb, fineweb-edu, hub:owner/name, "
-            "or the path of a file, a folder or a glob"
+            f"{problem}; use docs, stdlib, codeparrot, codeparrot-clean, fineweb, fineweb-edu, fineweb-100BT, "
+            "fineweb-edu-100BT, hub:owner/name/folder@revision, or the path of a file, a folder or a glob"
         )
     return found
 

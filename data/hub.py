@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -16,16 +17,20 @@ from typing import TypeVar
 import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
 
 from data.documents import AbstractSource, DataError, Shard
 from data.files import read_documents
+from data.hub_names import HubDataset
+from data.splits import Splits, named_split
 
 TRIES = 6
 """Times a shard is asked for before giving up."""
@@ -36,39 +41,9 @@ FORMATS = (
     ("*.json",),
     ("*.txt", "*.txt.gz"),
 )
-"""Files that hold documents, the kinds in order of preference: a repository's shards are all of the first kind it has."""
+"""Files that hold documents, the kinds in order of preference: the shards of a split are all of the first kind it has."""
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """Where a data set lies on the hub: its repository, a folder in it ("" for all), file patterns (empty: the first of
-    `FORMATS` that is there), the field of the text, and the repository of its own held-out split, if it has one."""
-
-    name: str
-    repository: str
-    folder: str = ""
-    patterns: tuple[str, ...] = ()
-    text_field: str = "text"
-    held_out_repository: str | None = None
-
-
-HUB_DATASETS: dict[str, HubDataset] = {
-    dataset.name: dataset
-    for dataset in (
-        HubDataset("codeparrot", "transformersbook/codeparrot", patterns=("*.json.gz",), text_field="content"),
-        HubDataset(
-            "codeparrot-clean",
-            "codeparrot/codeparrot-clean-train",
-            patterns=("*.json.gz",),
-            text_field="content",
-            held_out_repository="codeparrot/codeparrot-clean-valid",
-        ),
-        HubDataset("fineweb", "HuggingFaceFW/fineweb", folder="sample/10BT", patterns=("*.parquet",)),
-        HubDataset("fineweb-edu", "HuggingFaceFW/fineweb-edu", folder="sample/10BT", patterns=("*.parquet",)),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -92,7 +67,8 @@ class Manifest:
 class HubSource(AbstractSource):
     """A data set on the hub.
 
-    Its files are listed at one commit, and that list is kept: later runs use it without asking again. A shard is looked for
+    Its files are listed at one commit, and that list is kept: later runs use it without asking again. Files that are named
+    as its validation or test split never train: the first of these that it has is its held-out text. A shard is looked for
     in the user's own Hugging Face cache, then in ours, then downloaded; ours is kept below `cache_bytes` by deleting the
     shards that were used longest ago. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
     """
@@ -106,14 +82,16 @@ class HubSource(AbstractSource):
         cache_bytes: int = 8 * 2**30,
         endpoint: str | None = None,
         wait: Callable[[float], None] = time.sleep,
+        held_out: bool = False,
     ):
-        """`cache`: a folder of our own, by default `caesura` in the user's cache folder. `wait` sleeps between tries."""
+        """`cache`: a folder of our own, by default `caesura` in the user's cache folder. `wait` sleeps between tries.
+        `held_out`: this is the held-out text itself: the files named so or, where none are, all."""
         root = _default_cache() if cache is None else cache
         self._dataset = dataset
         self._text_field = text_field
-        self._folder = (
-            root / "hub" / dataset.repository.replace("/", "--") / (dataset.folder.replace("/", "--") or "all")
-        )
+        self._held_out = held_out
+        part = (dataset.folder or "all") + (f"@{dataset.revision}" if dataset.revision else "")
+        self._folder = root / "hub" / dataset.repository.replace("/", "--") / part.replace("/", "--")
         self._cache = cache
         self._cache_bytes = cache_bytes
         self._endpoint = endpoint
@@ -130,10 +108,15 @@ class HubSource(AbstractSource):
 
     @property
     def held_out_source(self) -> AbstractSource | None:
-        repository = self._dataset.held_out_repository
-        if repository is None:
+        dataset, name = self._dataset, f"{self.name} (held-out split)"
+        if self._held_out:
             return None
-        dataset = HubDataset(f"{self.name} (held-out split)", repository, "", self._dataset.patterns, self._text_field)
+        if dataset.held_out_repository is not None:
+            dataset = HubDataset(name, dataset.held_out_repository, "", dataset.patterns, self._text_field)
+        elif self._splits().held_out:
+            dataset = dataclasses.replace(dataset, name=name)
+        else:
+            return None
         return HubSource(
             dataset,
             text_field=self._text_field,
@@ -141,10 +124,27 @@ class HubSource(AbstractSource):
             cache_bytes=self._cache_bytes,
             endpoint=self._endpoint,
             wait=self._wait,
+            held_out=True,
         )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._splits().notes(self.name)
+
     def shards(self) -> Sequence[Shard]:
-        return [Shard(file.path, file.size) for file in self._listed().files]
+        splits, sizes = self._splits(), {file.path: file.size for file in self._listed().files}
+        files = splits.training
+        if self._held_out:
+            files = splits.held_out or splits.training
+        elif not files:
+            raise DataError(
+                f"every file of {self.name} is named as a test or validation split ({splits.held_out[0]} …), which never trains; "
+                "name a data set or a folder with others"
+            )
+        return [Shard(path, sizes[path]) for path in files]
+
+    def _splits(self) -> Splits:
+        return Splits.of(file.path for file in self._listed().files)
 
     def documents(self, shard: Shard) -> Iterator[bytes]:
         file = next(file for file in self._listed().files if file.path == shard.name)
@@ -164,11 +164,11 @@ class HubSource(AbstractSource):
 
     def _remote_manifest(self) -> Manifest:
         api = HfApi(endpoint=self._endpoint)
-        repository, folder = self._dataset.repository, self._dataset.folder
+        repository, folder, revision = self._dataset.repository, self._dataset.folder, self._dataset.revision or None
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
         def look() -> Manifest:
-            commit = api.dataset_info(repository, timeout=10).sha
+            commit = api.dataset_info(repository, revision=revision, timeout=10).sha
             if commit is None:
                 raise DataError(f"the hub names no commit of {repository}, so its files cannot be pinned")
             tree = api.list_repo_tree(repository, folder or None, recursive=True, revision=commit, repo_type="dataset")
@@ -184,26 +184,43 @@ class HubSource(AbstractSource):
 
     def _cached_manifest(self) -> Manifest:
         """Offline and never listed before: whatever shards the user's own Hugging Face cache holds."""
-        root = Path(constants.HF_HUB_CACHE) / f"datasets--{self._dataset.repository.replace('/', '--')}" / "snapshots"
-        snapshots = sorted(root.iterdir(), key=lambda path: path.stat().st_mtime) if root.is_dir() else []
+        root = Path(constants.HF_HUB_CACHE) / f"datasets--{self._dataset.repository.replace('/', '--')}"
+        snapshots = sorted((root / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
+        revision = self._dataset.revision
+        if revision:
+            named = root / "refs" / revision
+            commit = named.read_text().strip() if named.is_file() else revision
+            snapshots = [path for path in snapshots if path.name == commit]
         if not snapshots:
-            raise self._unreachable("list its files", "offline mode is on (HF_HUB_OFFLINE) and no file of it is cached")
+            cached = f"of its revision {revision} " if revision else ""
+            raise self._unreachable(
+                "list its files", f"offline mode is on (HF_HUB_OFFLINE) and no file of it {cached}is cached"
+            )
         newest = snapshots[-1]
         found = sorted(path for path in newest.rglob("*") if path.is_file())
         files = tuple(RemoteFile(path.relative_to(newest).as_posix(), path.stat().st_size, None) for path in found)
-        inside = tuple(file for file in files if file.path.startswith(self._dataset.folder))
+        folder = f"{self._dataset.folder}/" if self._dataset.folder else ""
+        inside = tuple(file for file in files if file.path.startswith(folder))
         return self._with_shards_only(Manifest(self._dataset.repository, newest.name, inside))
 
     def _with_shards_only(self, manifest: Manifest) -> Manifest:
-        for patterns in (self._dataset.patterns,) if self._dataset.patterns else FORMATS:
-            files = [
-                file for file in manifest.files if any(fnmatch.fnmatch(file.path, pattern) for pattern in patterns)
-            ]
-            if files:
-                shards = tuple(sorted(files, key=lambda file: file.path))
-                return Manifest(manifest.repository, manifest.commit, shards)
+        """The files of the first format that there is, of each split for itself."""
+        by_split: dict[str, list[RemoteFile]] = {}
+        for file in manifest.files:
+            by_split.setdefault(named_split(file.path) or "training", []).append(file)
+        kept = [file for files in by_split.values() for file in self._of_one_format(files)]
+        if kept:
+            return dataclasses.replace(manifest, files=tuple(sorted(kept, key=lambda file: file.path)))
         wanted = ", ".join(self._dataset.patterns or [pattern for patterns in FORMATS for pattern in patterns])
-        raise DataError(f"{manifest.repository} on the hub has no files like {wanted}")
+        inside = f"in {self._dataset.folder} " if self._dataset.folder else ""
+        raise DataError(f"{manifest.repository} on the hub has no files {inside}like {wanted}")
+
+    def _of_one_format(self, files: Sequence[RemoteFile]) -> list[RemoteFile]:
+        for patterns in (self._dataset.patterns,) if self._dataset.patterns else FORMATS:
+            chosen = [file for file in files if any(fnmatch.fnmatch(file.path, pattern) for pattern in patterns)]
+            if chosen:
+                return chosen
+        return []
 
     def _local(self, file: RemoteFile) -> Path:
         """The path of a shard on this machine, downloaded if it must be."""
@@ -308,6 +325,10 @@ def _explain(error: BaseException) -> str:
         return "access is granted only to users who asked for it: accept its terms on the hub and set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such repository, or it is private and HF_TOKEN is not set"
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision"
+    if isinstance(error, EntryNotFoundError):
+        return "it has no such folder or file"
     if isinstance(error, HfHubHTTPError):
         return f"the hub answered {error.response.status_code}"
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, overload
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 
 from data.documents import BOS
 
@@ -22,6 +22,13 @@ class Row(TypedDict):
     bytes: UInt8[np.ndarray, " length"]
     segments: Int32[np.ndarray, " length"]
     mask: Bool[np.ndarray, " length"]
+
+
+class HeldOutRow(Row):
+    """A row that knows where its bytes come from: the number of the document of each, -1 for padding. Copies of a document
+    share its number."""
+
+    documents: Int32[np.ndarray, " length"]
 
 
 @dataclass(frozen=True)
@@ -109,11 +116,47 @@ class MemoryRows:
         number, piece = self._rows[index]
         return make_row([cut_piece(self._documents[number], piece, rng)], self.length)
 
+    def documents_of(self, index: int) -> range:
+        """The numbers of the documents in row `index`, in order."""
+        if self.protocol == "pack":
+            begin, end = index * self.length, min((index + 1) * self.length, int(self._starts[-1]))
+            first, last = np.searchsorted(self._starts, [begin, end - 1], side="right") - 1
+            return range(int(first), int(last) + 1)
+        number, _ = self._rows[index]
+        return range(number, number + 1)
+
+    def identities(self) -> Int32[np.ndarray, " documents"]:
+        """For each document the number of the first that is the same."""
+        first: dict[bytes, int] = {}
+        return np.array([first.setdefault(one.tobytes(), at) for at, one in enumerate(self._documents)], np.int32)
+
     def _packed(self, index: int) -> Iterator[UInt8[np.ndarray, " _"]]:
         begin, end = index * self.length, min((index + 1) * self.length, int(self._starts[-1]))
-        number = int(np.searchsorted(self._starts, begin, side="right")) - 1
-        while begin < end:
+        for number in self.documents_of(index):
             stop = min(end, int(self._starts[number + 1]))
             offset = int(self._starts[number])
             yield self._documents[number][begin - offset : stop - offset]
-            begin, number = stop, number + 1
+            begin = stop
+
+
+class HeldOutRows(Sequence[HeldOutRow]):
+    """Rows of held-out documents in a given order, each made when it is asked for."""
+
+    def __init__(self, rows: MemoryRows, order: Int64[np.ndarray, " rows"]):
+        self._rows, self._order, self._identities = rows, order, rows.identities()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> HeldOutRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[HeldOutRow]: ...
+    def __getitem__(self, index: int | slice) -> HeldOutRow | Sequence[HeldOutRow]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = int(self._order[index])
+        row = self._rows.row(number, None)
+        # Padding has the segment behind the last.
+        present = np.append(self._identities[list(self._rows.documents_of(number))], np.int32(-1))
+        return HeldOutRow(**row, documents=present[row["segments"]])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.builtin import StandardLibraryCode, StandardLibraryDocs
-from data.documents import AbstractSource, DataError
+from data.documents import AbstractSource
 from data.files import Files
-from data.hub import HUB_DATASETS, HubDataset, HubSource
+from data.hub import HubSource
+from data.hub_names import HUB_DATASETS, hub_dataset
 
 
 def open_source(
@@ -15,7 +16,8 @@ def open_source(
 ) -> AbstractSource:
     """The source called `name`.
 
-    `docs` and `stdlib` come with Python; `codeparrot`, `codeparrot-clean`, `fineweb`, `fineweb-edu` and `hub:owner/name`
+    `docs` and `stdlib` come with Python; `codeparrot`, `codeparrot-clean`, `fineweb`, `fineweb-edu` (samples of ten billion
+    tokens), `fineweb-100BT`, `fineweb-edu-100BT` and `hub:owner/name/folder@revision` (folder and revision may be left out)
     are data sets of the Hugging Face hub, kept in `cache` up to `cache_bytes`; everything else is the path of a file, a
     folder or a glob. `text_field` names the field of structured files that holds the text (default: `text`, or what the
     named data set uses). Raises `DataError` where there is no such source.
@@ -27,10 +29,7 @@ def open_source(
     if name in HUB_DATASETS:
         dataset = HUB_DATASETS[name]
     elif name.startswith("hub:"):
-        repository = name.removeprefix("hub:")
-        if repository.count("/") != 1 or not all(repository.split("/")):
-            raise DataError(f"a hub data set is written hub:owner/name; got {name!r}")
-        dataset = HubDataset(name, repository)
+        dataset = hub_dataset(name)
     else:
         return Files(name, text_field or "text")
     return HubSource(dataset, text_field=text_field or dataset.text_field, cache=cache, cache_bytes=cache_bytes)

@@ -23,13 +23,15 @@ from estimators.base import (
 )
 from estimators.bpe import BPEGuided, Distilled, PrefixRouter, PrefixTree
 from estimators.dynamic_chunking import DynamicChunking
-from estimators.entropy import Entropy, EntropyRouter
+from estimators.entropy import AbstractPatchRule, CombinedRule, Entropy, EntropyRouter, GlobalRule, RiseRule
 from estimators.fixed import (
+    Characters,
     EveryNth,
     Isotropic,
     RuleRouter,
     Spacelike,
     Stride,
+    Thinned,
     Uniform,
     UniformRouter,
     Whitespace,
@@ -54,6 +56,7 @@ from estimators.reductions import (
     SampleCentre,
 )
 from estimators.routers import (
+    AbstractTaught,
     Bernoulli,
     CosineRouter,
     Guided,
@@ -71,15 +74,19 @@ __all__ = [
     "AbstractChunker",
     "AbstractEstimator",
     "AbstractObjective",
+    "AbstractPatchRule",
     "AbstractReduction",
     "AbstractRouter",
     "AbstractRowRouter",
+    "AbstractTaught",
     "BPEGuided",
     "BatchCentre",
     "Bernoulli",
     "BinomialPrior",
     "Boundaries",
     "BoundaryScan",
+    "Characters",
+    "CombinedRule",
     "CosineRouter",
     "Credit",
     "Critic",
@@ -94,6 +101,7 @@ __all__ = [
     "EveryNth",
     "Frozen",
     "GeneralisedAdvantage",
+    "GlobalRule",
     "Guided",
     "Imitation",
     "ImportanceWeight",
@@ -107,6 +115,7 @@ __all__ = [
     "PrefixRouter",
     "PrefixTree",
     "RatioObjective",
+    "RiseRule",
     "RuleRouter",
     "SampleCentre",
     "Sampler",
@@ -116,6 +125,7 @@ __all__ = [
     "Spacelike",
     "StraightThroughGumbel",
     "Stride",
+    "Thinned",
     "TokenRows",
     "Uniform",
     "UniformRouter",

@@ -165,7 +165,8 @@ class Draw(eqx.Module):
     `key` draws the boundaries (None: the likelier action of each row, `probs > 0.5`). Where there is a key for each sequence,
     what a row draws depends on nothing but that key and the row's number, whatever stands beside or after it; `noise`, where
     given, are the uniform numbers that come of it. `actions`, where given, are scored instead of drawn. `target_rate`, where
-    given, takes the place of the rate that a router or an objective was built for, so that it can move during training.
+    given, is the rate to aim at now: routers that draw at a given rate by lot (`UniformRouter`, `Bernoulli`) follow it at once.
+    Routers that learn ignore it, since what they were built for is only where they start: their objective aims at it for them.
     """
 
     sampler: Sampler = eqx.field(static=True)
@@ -186,6 +187,10 @@ class Draw(eqx.Module):
             return jax.random.uniform(self.key, (batch, length))
         first = jnp.zeros((batch,), jnp.int32) if layout.before is None else layout.before
         return uniforms_from(self.key, first, length)
+
+    def rate(self, built_for: float) -> Float[Array, ""]:
+        """The rate to draw at by lot: `target_rate`, or the one that the router was built for."""
+        return jnp.asarray(built_for if self.target_rate is None else self.target_rate, jnp.float32)
 
     @property
     def by_sequence(self) -> bool:
@@ -251,6 +256,11 @@ class AbstractRouter(eqx.Module):
     @abstractmethod
     def rate(self) -> float | None:
         """The share of bytes at which it aims to draw a boundary, or None where the text alone decides."""
+
+    @property
+    def initial_rate(self) -> float | None:
+        """The share of bytes at which it draws a boundary before training; token levels have room for that and for `rate`."""
+        return self.rate
 
     @abstractmethod
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax
@@ -32,7 +33,8 @@ space, such as an indentation. Written for bytes read as Latin-1, so that every 
 def train_vocabulary(texts: Iterable[bytes], size: int) -> list[bytes]:
     """The tokens of a byte-pair encoding learned from `texts`, single bytes first, then in the order they were merged.
 
-    Needs the extra `bpe` (the `tokenizers` library). Raises `ImportError`, saying so, without it, and `ValueError` for a
+    `texts` are read once and not kept: memory follows the different words in them (see `WORDS`), not their length. Needs the
+    extra `bpe` (the `tokenizers` library). Raises `ImportError`, saying so, without it, and `ValueError` for a
     `size` below 257.
     """
     if size < 257:
@@ -121,26 +123,35 @@ class PrefixTree(eqx.Module):
         return Read(begins.T, node)
 
 
-def find_size(tree: PrefixTree, layout: Layout, rate: float) -> int:
-    """The smallest vocabulary, counted in tokens, whose tokens begin at no more than `rate` of the bytes of `layout`.
+@dataclass(frozen=True)
+class Sized:
+    """How many tokens of a vocabulary to read, and the `rate` at which they begin: a share of bytes."""
 
-    By bisection, since the rate falls as the vocabulary grows. Raises `ValueError` where even the whole one is too small.
+    size: int
+    rate: float
+
+
+def find_size(tree: PrefixTree, layout: Layout, rate: float) -> Sized:
+    """The size at which tokens begin nearest to `rate` of the bytes of `layout`, and the rate that they do begin at.
+
+    By bisection, since the rate falls as the vocabulary grows, to the two sizes next to each other between which it passes the
+    one asked for; of these the nearer. The whole vocabulary where even that begins tokens more often.
     """
-    begins = jax.jit(lambda size: jnp.sum(tree.begins(layout, size) & layout.mask) / jnp.sum(layout.mask))
 
-    def rate_at(size: int) -> float:
-        return float(begins(jnp.asarray(size, jnp.int32)))
+    @jax.jit
+    def rate_at(tree: PrefixTree, layout: Layout, size: Int[Array, ""]) -> Float[Array, ""]:
+        return jnp.sum(tree.begins(layout, size) & layout.mask) / jnp.sum(layout.mask)
 
-    low, high = 256, int(jnp.max(tree.rank)) + 1
-    if rate_at(high) > rate:
-        raise ValueError(
-            f"a vocabulary of {high} tokens begins one at {rate_at(high):.3f} of all bytes, more than the {rate} asked for: "
-            "train a larger one"
-        )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if rate_at(middle) <= rate else (middle, high)
-    return high
+    def sized(size: int) -> Sized:
+        return Sized(size, float(rate_at(tree, layout, jnp.asarray(size, jnp.int32))))
+
+    low, high = sized(256), sized(int(jnp.max(tree.rank)) + 1)
+    if high.rate > rate:
+        return high
+    while high.size - low.size > 1:
+        middle = sized((low.size + high.size) // 2)
+        low, high = (low, middle) if middle.rate <= rate else (middle, high)
+    return min(low, high, key=lambda one: abs(one.rate - rate))
 
 
 class PrefixRouter(AbstractRouter):
@@ -148,14 +159,17 @@ class PrefixRouter(AbstractRouter):
 
     The score-function authors take the tokens of the whole text and shift their boundaries by one byte; which tokens those
     are still depends on bytes to come, since merges do. Reading prefixes never looks ahead.
+
+    Its rate is a property of the vocabulary and of the text: `measured_rate` is what `find_size` measured, None where nobody did.
+    Nothing moves it, no target rate either.
     """
 
     tree: PrefixTree
-    target_rate: float = eqx.field(static=True)
+    measured_rate: float | None = eqx.field(static=True, default=None)
 
     @property
     def rate(self) -> float | None:
-        return self.target_rate
+        return self.measured_rate
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         return certain(self.tree.begins(layout) if draw.actions is None else draw.actions, layout)
@@ -179,9 +193,9 @@ class BPEGuided(AbstractEstimator):
     chunker: AbstractChunker
     objective: AbstractObjective
 
-    def __init__(self, vocabulary: Sequence[bytes], *, chunker: AbstractChunker, target_rate: float = 0.2):
-        """`target_rate` is what the vocabulary was chosen to meet (`find_size`); it sizes buffers."""
-        self.router = PrefixRouter(PrefixTree(vocabulary), target_rate)
+    def __init__(self, vocabulary: Sequence[bytes], *, chunker: AbstractChunker, rate: float | None = None):
+        """`rate` is the share of bytes at which tokens of the vocabulary begin (`find_size`), where it is known."""
+        self.router = PrefixRouter(PrefixTree(vocabulary), rate)
         self.chunker, self.objective = chunker, NoObjective()
 
 

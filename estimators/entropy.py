@@ -1,14 +1,17 @@
-"""Boundaries where a small language model is unsure of what comes: BLT's patching rules.
+"""Boundaries before bytes that a small language model does not foresee: BLT's patching rules.
 
-"BLT" is Pagnoni et al., "Byte latent transformer: patches scale better than tokens".
+"BLT" is Pagnoni et al., "Byte latent transformer: patches scale better than tokens". Its program says with which byte a patch
+starts; here a boundary stands where a token closes, so it stands one byte earlier: at the row that makes the prediction. The
+token level then speaks right before the byte that is hard to foresee, as in BLT.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -24,7 +27,7 @@ from estimators.base import (
     Layout,
     Routed,
 )
-from estimators.equations import entropy
+from estimators.equations import entropy, patch_on_rise, patch_on_rise_over_threshold, patch_over_threshold
 from estimators.fixed import certain
 from estimators.objectives import NoObjective
 
@@ -80,77 +83,97 @@ class HasChange(Protocol):
     def change(self) -> PyTree[Array]: ...
 
 
-def surprise(model: ByteModel, layout: Layout) -> Float[Array, "batch length"]:
-    """$H_{i-1}$: the entropy in nats of the prediction of byte i, made at row i - 1; infinite where a document starts."""
-    return _surprise(model(layout.bytes, segments=layout.segments, mask=layout.mask).logits, layout)
+def next_byte_entropy(model: ByteModel, layout: Layout) -> Float[Array, "batch length"]:
+    """$H_i$: the entropy in nats of the prediction that row i makes of the byte after it."""
+    return entropy(model(layout.bytes, segments=layout.segments, mask=layout.mask).logits)
 
 
-def _surprise(logits: Float[Array, "batch length vocab"], layout: Layout) -> Float[Array, "batch length"]:
-    before = jnp.pad(entropy(logits)[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(layout.starts, jnp.inf, before)
+class AbstractPatchRule(eqx.Module):
+    """Says from two entropies where patches end. Each row is decided by itself, so that a text can be read byte by byte."""
+
+    @abstractmethod
+    def __call__(
+        self, entropies: Float[Array, "*shape"], before: Float[Array, "*shape"], numbers: Int[Array, "*shape"]
+    ) -> Bool[Array, "*shape"]:
+        """Whether a patch ends with each row: `entropies` in nats are those of the rows' predictions, `before` those of the
+        rows before them, `numbers` the places of the rows in their documents, from 0."""
 
 
-def over_threshold(surprise: Float[Array, "*shape"], threshold: float | Float[Array, ""]) -> Bool[Array, "*shape"]:
-    r"""$H_{i-1} > \theta_g$: the global rule (BLT)."""
-    return surprise > threshold
+class GlobalRule(AbstractPatchRule):
+    """The entropy passes a threshold: `equations.patch_over_threshold`."""
+
+    threshold: Frozen[Float[Array, ""]]
+
+    def __init__(self, threshold: float):
+        """`threshold` in nats."""
+        self.threshold = Frozen(jnp.asarray(threshold, jnp.float32))
+
+    def __call__(
+        self, entropies: Float[Array, "*shape"], before: Float[Array, "*shape"], numbers: Int[Array, "*shape"]
+    ) -> Bool[Array, "*shape"]:
+        return patch_over_threshold(entropies, numbers, self.threshold())
 
 
-def over_both(
-    surprise: Float[Array, "batch length"],
-    starts: Bool[Array, "batch length"],
-    threshold: float | Float[Array, ""],
-    increase: float | Float[Array, ""],
+class RiseRule(AbstractPatchRule):
+    """The entropy rises by more than a threshold: `equations.patch_on_rise`."""
+
+    threshold: Frozen[Float[Array, ""]]
+
+    def __init__(self, threshold: float):
+        """`threshold` in nats."""
+        self.threshold = Frozen(jnp.asarray(threshold, jnp.float32))
+
+    def __call__(
+        self, entropies: Float[Array, "*shape"], before: Float[Array, "*shape"], numbers: Int[Array, "*shape"]
+    ) -> Bool[Array, "*shape"]:
+        return patch_on_rise(entropies, before, numbers, self.threshold())
+
+
+class CombinedRule(AbstractPatchRule):
+    """The entropy passes a threshold and rises by more than an increase: `equations.patch_on_rise_over_threshold`."""
+
+    threshold: Frozen[Float[Array, ""]]
+    increase: Frozen[Float[Array, ""]]
+
+    def __init__(self, threshold: float, increase: float = 0.0):
+        """Both in nats."""
+        self.threshold = Frozen(jnp.asarray(threshold, jnp.float32))
+        self.increase = Frozen(jnp.asarray(increase, jnp.float32))
+
+    def __call__(
+        self, entropies: Float[Array, "*shape"], before: Float[Array, "*shape"], numbers: Int[Array, "*shape"]
+    ) -> Bool[Array, "*shape"]:
+        return patch_on_rise_over_threshold(entropies, before, numbers, self.threshold(), self.increase())
+
+
+def patch_ends(
+    rule: AbstractPatchRule, entropies: Float[Array, "batch length"], numbers: Int[Array, "batch length"]
 ) -> Bool[Array, "batch length"]:
-    r"""$H_{i-1} > \theta_g$ and $H_{i-1} - H_{i-2} > \theta_r$, and no boundary just before: the combined rule (BLT).
-
-    Of several candidates in a row every second one is taken, the first included. The row after a document's start has no
-    rise to go by, and a boundary just before it.
-    """
-    return candidate_runs(surprise, starts, threshold, increase) % 2 == 1
-
-
-def candidate_runs(
-    surprise: Float[Array, "batch length"],
-    starts: Bool[Array, "batch length"],
-    threshold: float | Float[Array, ""],
-    increase: float | Float[Array, ""],
-) -> Int[Array, "batch length"]:
-    """How many candidates of the combined rule in a row end at each row, 0 where it is none itself."""
-    before = jnp.pad(surprise[:, :-1], ((0, 0), (1, 0)), constant_values=jnp.inf)
-    candidate = (surprise > threshold) & (surprise - before > increase) | starts
-    place = jnp.arange(surprise.shape[1])[None, :]
-    # The last row that is no candidate, or the start of this document: candidates are counted from there.
-    since = jnp.where(~candidate, place, jnp.where(starts, place - 1, -1))
-    return place - jax.lax.cummax(since, axis=1)
+    """Where the patches of whole documents end."""
+    before = jnp.pad(entropies[:, :-1], ((0, 0), (1, 0)))
+    return rule(entropies, before, numbers)
 
 
 class EntropyMemory(eqx.Module):
-    """The byte model's `state`; the entropy of its prediction of the `next` byte; the `surprise` of the last row, and how many
-    candidates of the combined rule end there in a `run`."""
+    """The byte model's `state`, and the entropy of the `last` prediction it made."""
 
     state: PyTree[Array]
-    next: Float[Array, " batch"]
-    surprise: Float[Array, " batch"]
-    run: Int[Array, " batch"]
+    last: Float[Array, "batch 1"]
 
 
 class EntropyRouter(AbstractRouter):
-    """Boundaries where a frozen byte model's entropy passes a threshold; with an `increase`, BLT's combined rule.
+    """Boundaries where a rule on a frozen byte model's entropies ends a patch.
 
-    `target_rate` is what the thresholds were chosen to meet, by `find_threshold` on training text.
+    `target_rate` is what the rule's threshold was chosen to meet, by `find_threshold` on training text.
     """
 
     model: Frozen[ByteModel]
-    threshold: Frozen[Float[Array, ""]]
-    increase: Frozen[Float[Array, ""]] | None
+    rule: AbstractPatchRule
     target_rate: float = eqx.field(static=True)
 
-    def __init__(self, model: ByteModel, threshold: float, increase: float | None = None, *, target_rate: float):
-        """Thresholds are entropies in nats."""
-        self.model = Frozen(model)
-        self.threshold = Frozen(jnp.asarray(threshold, jnp.float32))
-        self.increase = None if increase is None else Frozen(jnp.asarray(increase, jnp.float32))
-        self.target_rate = target_rate
+    def __init__(self, model: ByteModel, rule: AbstractPatchRule, *, target_rate: float):
+        """`model` is left as it is."""
+        self.model, self.rule, self.target_rate = Frozen(model), rule, target_rate
 
     @property
     def rate(self) -> float | None:
@@ -159,73 +182,55 @@ class EntropyRouter(AbstractRouter):
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         if draw.actions is not None:
             return certain(draw.actions, layout)
-        return self.boundaries(surprise(self.model(), layout), layout)
-
-    def boundaries(self, surprise: Float[Array, "batch length"], layout: Layout) -> Boundaries:
-        """Those of the rule, of whole documents."""
-        if self.increase is None:
-            return certain(over_threshold(surprise, self.threshold()), layout)
-        return certain(over_both(surprise, layout.starts, self.threshold(), self.increase()), layout)
+        return certain(patch_ends(self.rule, next_byte_entropy(self.model(), layout), layout.numbers), layout)
 
     def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
         ready = self.model().prefill(layout.bytes, mask=layout.mask)
-        unsure, last = _surprise(ready.logits, layout), jnp.maximum(jnp.sum(layout.mask, axis=1, keepdims=True) - 1, 0)
-
-        def at_last(rows: Array) -> Array:
-            return jnp.take_along_axis(rows, last, axis=1, mode="clip")[:, 0]
-
-        run = jnp.zeros(layout.mask.shape, jnp.int32)
-        if self.increase is not None:
-            run = candidate_runs(unsure, layout.starts, self.threshold(), self.increase()).astype(jnp.int32)
-        memory = EntropyMemory(ready.state, at_last(entropy(ready.logits)), at_last(unsure), at_last(run))
-        given = draw.actions
-        return Routed(self.boundaries(unsure, layout) if given is None else certain(given, layout), memory)
+        entropies = entropy(ready.logits)
+        last = jnp.maximum(jnp.sum(layout.mask, axis=1, keepdims=True) - 1, 0)
+        memory = EntropyMemory(ready.state, jnp.take_along_axis(entropies, last, axis=1, mode="clip"))
+        actions = patch_ends(self.rule, entropies, layout.numbers) if draw.actions is None else draw.actions
+        return Routed(certain(actions, layout), memory)
 
     def step(self, hidden: Float[Array, "batch 1 dim"], layout: Layout, draw: Draw, memory: EntropyMemory) -> Routed:
         read = self.model().step(layout.bytes[:, 0], memory.state, layout.mask[:, 0])
-        unsure, run = memory.next, memory.run
-        actions = over_threshold(unsure, self.threshold())
-        if self.increase is not None:
-            run = jnp.where(actions & (unsure - memory.surprise > self.increase()), run + 1, 0)
-            actions = run % 2 == 1
-        actions = actions[:, None] if draw.actions is None else draw.actions
-        after = EntropyMemory(read.change, entropy(read.logits[:, None])[:, 0], unsure, run)
-        return Routed(certain(actions, layout), after)
+        entropies = entropy(read.logits[:, None])
+        actions = self.rule(entropies, memory.last, layout.numbers) if draw.actions is None else draw.actions
+        return Routed(certain(actions, layout), EntropyMemory(read.change, entropies))
 
 
 class Entropy(AbstractEstimator):
-    """Tokens begin where the next byte was hard to foresee (BLT)."""
+    """A token closes where the next byte is hard to foresee (BLT)."""
 
     router: AbstractRouter
     chunker: AbstractChunker
     objective: AbstractObjective
 
     def __init__(self, router: EntropyRouter, *, chunker: AbstractChunker):
-        """`router` holds the byte model and the thresholds."""
+        """`router` holds the byte model and the rule."""
         self.router, self.chunker, self.objective = router, chunker, NoObjective()
 
 
-def find_threshold(surprise: np.ndarray, starts: np.ndarray, rate: float, increase: float | None = None) -> float:
-    """The threshold at which the rule draws boundaries at `rate` on the text that `surprise` was measured on.
+def find_threshold(
+    entropies: np.ndarray, numbers: np.ndarray, rate: float, rule: Callable[[float], AbstractPatchRule]
+) -> float:
+    """The threshold at which a rule draws boundaries at `rate` on the text that `entropies` were measured on.
 
-    Both arrays are `batch length`, without padding. Found by bisection to within a millionth of a nat; the rate moves in
-    steps, and the threshold returned is the lower end of the last interval. Raises `ValueError` where no threshold reaches
-    the rate: with an `increase`, boundaries cannot be more frequent than rises are.
+    `rule` makes the rule of a threshold. `entropies` in nats and `numbers`, the places of the rows in their documents, are
+    `batch length`, without padding. Found by bisection to within a millionth of a nat; the rate moves in steps, and the
+    threshold returned is the lower end of the last interval. Raises `ValueError` where no threshold reaches the rate: those of
+    the combined rule draw no boundaries beside the rises.
     """
-    unsure, begin = jnp.asarray(surprise, jnp.float32), jnp.asarray(starts)
-
-    def rule(threshold: float) -> Bool[Array, "batch length"]:
-        if increase is None:
-            return over_threshold(unsure, threshold)
-        return over_both(unsure, begin, threshold, increase)
+    measured, places = jnp.asarray(entropies, jnp.float32), jnp.asarray(numbers)
 
     def rate_at(threshold: float) -> float:
-        return float(jnp.mean(rule(threshold) | begin))
+        return float(jnp.mean(patch_ends(rule(threshold), measured, places)))
 
-    low, high = 0.0, float(np.max(surprise[np.isfinite(surprise)], initial=0.0))
+    high = float(np.max(entropies, initial=0.0)) + 1e-6
+    low = -high
     if rate_at(low) < rate:
         raise ValueError(
-            f"no threshold on entropy draws boundaries at {rate} of all bytes: even 0 draws them at {rate_at(low):.3f}; "
+            f"no threshold on entropy draws boundaries at {rate} of all bytes: the lowest draws them at {rate_at(low):.3f}; "
             "ask for a smaller increase"
         )
     while high - low > 1e-6:

@@ -340,8 +340,63 @@ def entropy(logits: Float[Array, "*shape vocab"]) -> Float[Array, "*shape"]:
     return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
 
+def patch_over_threshold(
+    entropies: Float[Array, "*shape"], numbers: Int[Array, "*shape"], threshold: float | Float[Array, ""]
+) -> Bool[Array, "*shape"]:
+    r"""$i = 0 \lor H_i > \theta_g$: whether a patch ends with row i of its document (BLT, the global rule).
+
+    $H_i$ is the entropy in nats of the prediction that row i makes of the byte after it, `numbers` is i. The program speaks of
+    the byte i + 1 with which a patch starts; row 0 is BOS, alone in its patch.
+    """
+    return (entropies > threshold) | (numbers == 0)
+
+
+def patch_on_rise(
+    entropies: Float[Array, "*shape"],
+    before: Float[Array, "*shape"],
+    numbers: Int[Array, "*shape"],
+    threshold: float | Float[Array, ""],
+) -> Bool[Array, "*shape"]:
+    r"""$i \le 1 \lor H_i - H_{i-1} > \theta_r$: whether a patch ends with row i (BLT, the rule of approximate monotonicity).
+
+    `before` is $H_{i-1}$. The program leaves out the entropy at BOS, so that row 1 has no rise to go by: its patch ends there.
+    """
+    return (entropies - before > threshold) | (numbers <= 1)
+
+
+def patch_on_rise_over_threshold(
+    entropies: Float[Array, "*shape"],
+    before: Float[Array, "*shape"],
+    numbers: Int[Array, "*shape"],
+    threshold: float | Float[Array, ""],
+    increase: float | Float[Array, ""],
+) -> Bool[Array, "*shape"]:
+    r"""$i \le 1 \lor i \ne 2 \land H_i > \theta_g \land H_i - H_{i-1} > \theta_r$: whether a patch ends with row i (BLT, both
+    rules together).
+
+    Row 2 is excluded in the program, as the one behind the first that is set; patches of one byte may follow one another
+    everywhere else.
+    """
+    drawn = (entropies > threshold) & (entropies - before > increase) & (numbers != 2)
+    return drawn | (numbers <= 1)
+
+
 def bits_per_byte(
     nats: float | Float[Array, ""], num_bytes: int | float | Float[Array, ""]
 ) -> float | Float[Array, ""]:
     r"""$\mathrm{nats} / (\ln 2\cdot\mathrm{bytes})$: a summed negative log-likelihood over the bytes that were predicted."""
     return nats / (math.log(2.0) * num_bytes)
+
+
+def bits_per_byte_error(nats: Float[Array, " documents"], num_bytes: Float[Array, " documents"]) -> Float[Array, ""]:
+    r"""Standard error over documents of bits per byte, $R = \sum_d L_d / \sum_d B_d$ (of a ratio: Cochran 1977, section 2.11).
+
+    $\frac{1}{\ln 2\,\sum_d B_d}\sqrt{\frac{n}{n-1}\sum_d (L_d - R B_d)^2}$ for the summed negative log-likelihoods L, in nats,
+    and the predicted bytes B of n documents drawn independently. Documents without predicted bytes do not count; NaN for
+    fewer than two that do.
+    """
+    total = jnp.sum(num_bytes)
+    count = jnp.sum(num_bytes > 0.0)
+    residuals = nats - jnp.sum(nats) / total * num_bytes
+    variance = count / (count - 1) * jnp.sum(residuals**2)
+    return jnp.where(count > 1, jnp.sqrt(variance) / (math.log(2.0) * total), jnp.nan)

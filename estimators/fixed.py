@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from estimators.base import (
     BOS,
@@ -22,7 +24,7 @@ from estimators.base import (
     Layout,
     Routed,
 )
-from estimators.equations import logit
+from estimators.equations import logit, start_of
 from estimators.objectives import NoObjective
 
 CERTAIN = 20.0
@@ -39,8 +41,19 @@ def is_spacelike(bytes: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
     digit = (bytes >= 48) & (bytes <= 57)
     upper = (bytes >= 65) & (bytes <= 90)
     lower = (bytes >= 97) & (bytes <= 122)
-    continuation = (bytes >= 0x80) & (bytes <= 0xBF)
-    return ~(digit | upper | lower | continuation)
+    return ~(digit | upper | lower | is_continuation(bytes))
+
+
+def is_continuation(bytes: Int[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """True for the bytes 0x80-0xBF, which open no UTF-8 character."""
+    return (bytes >= 0x80) & (bytes <= 0xBF)
+
+
+def character_size(bytes: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """How many bytes a UTF-8 character that opens with this byte has (RFC 3629); 0 for continuation bytes, which open none,
+    and 1 for 0xF8-0xFF, which occur in no text and mark documents."""
+    below = [bytes < bound for bound in (0x80, 0xC0, 0xE0, 0xF0, 0xF8)]
+    return jnp.select(below, [jnp.full_like(bytes, size) for size in (1, 0, 2, 3, 4)], jnp.full_like(bytes, 1))
 
 
 def every_byte(layout: Layout) -> Bool[Array, "batch length"]:
@@ -58,6 +71,26 @@ def spacelike(layout: Layout) -> Bool[Array, "batch length"]:
     here = is_spacelike(layout.bytes)
     predecessor = jnp.pad(here[:, :-1], ((0, 0), (1, 0)))
     return here & ~predecessor | (layout.bytes == BOS)
+
+
+def character_first(layout: Layout) -> Bool[Array, "batch length"]:
+    """At the first byte of every UTF-8 character."""
+    return character_size(layout.bytes) > 0
+
+
+def character_last(layout: Layout) -> Bool[Array, "batch length"]:
+    """At the last byte of every UTF-8 character: its first byte tells how many follow, so that the last is known when it comes.
+
+    A character whose first byte lies before the document's begin, or that another cuts short, has none.
+    """
+    bytes = layout.bytes
+    last, inside = character_size(bytes) == 1, is_continuation(bytes)
+    for back in (1, 2, 3):
+        shifted = jnp.pad(bytes, ((0, 0), (back, 0)))[:, : bytes.shape[1]]
+        earlier = jnp.where(layout.numbers >= back, shifted, 0)
+        last = last | inside & (character_size(earlier) == back + 1)
+        inside = inside & is_continuation(earlier)
+    return last
 
 
 @dataclass(frozen=True)
@@ -100,8 +133,8 @@ class UniformRouter(AbstractRowRouter):
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         mask, starts = layout.mask, layout.starts
-        rate = jnp.asarray(self.target_rate) if draw.target_rate is None else draw.target_rate
-        probs = jnp.broadcast_to(rate.astype(jnp.float32), mask.shape)
+        rate = draw.rate(self.target_rate)
+        probs = jnp.broadcast_to(rate, mask.shape)
         actions = draw.actions
         if actions is None:
             if draw.key is None or draw.by_sequence:
@@ -157,6 +190,48 @@ class RuleRouter(AbstractRouter):
         return Routed(certain(actions, layout), bytes[:, 1:])
 
 
+class Thinned(AbstractRouter):
+    """Every n-th boundary of another rule in each document, counted from the one at its start, which is the first taken.
+
+    Raises `ValueError` for `every` below 1.
+    """
+
+    rule: RuleRouter
+    every: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        if self.every < 1:
+            raise ValueError(f"every n-th boundary is taken, for an n of at least 1; got {self.every}")
+
+    @property
+    def rate(self) -> float | None:
+        return None if self.rule.rate is None else self.rule.rate / self.every
+
+    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+        return self.prefill(hidden, layout, draw).boundaries
+
+    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
+        """The memory is the rule's, and how many boundaries the rule has asked for, whatever was drawn instead."""
+        asked = self.rule.prefill(hidden, layout, dataclasses.replace(draw, actions=None))
+        actions = asked.boundaries.actions
+        one = actions.astype(jnp.int32)
+        before = jnp.cumsum(one, axis=1) - one
+        number = before - jnp.take_along_axis(before, start_of(layout.starts), axis=1)
+        return Routed(self._taken(actions, number, layout, draw), (asked.memory, jnp.sum(one, axis=1)))
+
+    def step(self, hidden: Float[Array, "batch 1 dim"], layout: Layout, draw: Draw, memory: PyTree[Array]) -> Routed:
+        inner, count = memory
+        asked = self.rule.step(hidden, layout, dataclasses.replace(draw, actions=None), inner)
+        actions = asked.boundaries.actions
+        boundaries = self._taken(actions, count[:, None], layout, draw)
+        return Routed(boundaries, (asked.memory, count + actions[:, 0].astype(jnp.int32)))
+
+    def _taken(
+        self, asked: Bool[Array, "batch length"], number: Int[Array, "batch length"], layout: Layout, draw: Draw
+    ) -> Boundaries:
+        return certain(asked & (number % self.every == 0) if draw.actions is None else draw.actions, layout)
+
+
 class Uniform(AbstractEstimator):
     """`round(n · target_rate)` boundaries at random places: the baseline of the score-function paper."""
 
@@ -180,6 +255,21 @@ class Stride(AbstractEstimator):
         """Raises `ValueError` for a stride below 1."""
         rule = EveryNth(stride)
         self.router, self.chunker, self.objective = RuleRouter(rule, 0, 1.0 / stride), chunker, NoObjective()
+
+
+class Characters(AbstractEstimator):
+    """Tokens of `every` UTF-8 characters each, closed by the last byte of a character, or by its first.
+
+    Where a script has no white space, these are the units a rule can know. Raises `ValueError` for `every` below 1.
+    """
+
+    router: AbstractRouter
+    chunker: AbstractChunker
+    objective: AbstractObjective
+
+    def __init__(self, *, chunker: AbstractChunker, every: int = 1, at: Literal["last", "first"] = "last"):
+        rule = RuleRouter(character_last, 3) if at == "last" else RuleRouter(character_first, 0)
+        self.router, self.chunker, self.objective = Thinned(rule, every), chunker, NoObjective()
 
 
 class Whitespace(AbstractEstimator):

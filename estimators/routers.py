@@ -105,7 +105,7 @@ class MLPRouter(AbstractRowRouter):
 
     $l_i = w_2 \cdot \mathrm{GELU}(W_1 X_i + b_1) + b_2$, $s_i = \sigma((l_i + \mathrm{logit}(u_i))/\tau)$, $a_i = 1[s_i > 1/2]$,
     which is a draw from $\mathrm{Bernoulli}(\sigma(l_i))$; `relaxed` is $a$ with the gradient of $s$. The last bias starts
-    at the logit of the target rate, so that training starts near it. In float32.
+    at the logit of the target rate (or of `start`), so that training starts near it. In float32.
     """
 
     weight_in: Float[Array, "inner dim"]
@@ -122,10 +122,12 @@ class MLPRouter(AbstractRowRouter):
         *,
         target_rate: float = 0.2,
         temperature: float = 0.5,
+        start: float | None = None,
         key: PRNGKeyArray,
     ):
-        """`inner` is the width of the hidden layer, by default `dim`; `temperature` is τ. Raises `ValueError` for a
-        temperature that is not positive or a rate outside (0, 1)."""
+        """`inner` is the width of the hidden layer, by default `dim`; `temperature` is τ; `start` the probability that fresh
+        rows have, about: by default the target rate. `Likelier` needs one half, or there would be no boundary at first.
+        Raises `ValueError` for a temperature that is not positive or a rate outside (0, 1)."""
         if temperature <= 0:
             raise ValueError(f"the temperature must be positive; got {temperature}")
         inner = dim if inner is None else inner
@@ -133,7 +135,7 @@ class MLPRouter(AbstractRowRouter):
         self.weight_in = jax.random.normal(key_in, (inner, dim)) * dim**-0.5
         self.bias_in = jnp.zeros(inner)
         self.weight_out = jax.random.normal(key_out, (inner,)) * 0.1 * inner**-0.5
-        self.bias_out = jnp.asarray(logit(target_rate))
+        self.bias_out = jnp.asarray(logit(target_rate if start is None else start))
         self.target_rate = target_rate
         self.temperature = temperature
 
@@ -178,6 +180,11 @@ class CosineRouter(AbstractRouter):
     def rate(self) -> float | None:
         return self.target_rate
 
+    @property
+    def initial_rate(self) -> float | None:
+        """One half: neighbouring states of a fresh encoder are about as often alike as unlike."""
+        return max(self.target_rate, 0.5)
+
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         wide = hidden.astype(jnp.float32)
         probs = routing_probability(wide @ self.query.T, wide @ self.key.T, layout.starts)
@@ -213,6 +220,11 @@ class Likelier(AbstractRouter):
     def rate(self) -> float | None:
         return self.router.rate
 
+    @property
+    def initial_rate(self) -> float | None:
+        """One half, or more: fresh probabilities that are to become boundaries lie on both sides of one half."""
+        return None if self.rate is None else max(self.rate, 0.5)
+
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         return self.router(hidden, layout, dataclasses.replace(draw, key=None))
 
@@ -223,7 +235,14 @@ class Likelier(AbstractRouter):
         return self.router.step(hidden, layout, dataclasses.replace(draw, key=None), memory)
 
 
-class OffPolicy(AbstractRouter):
+class AbstractTaught(AbstractRouter):
+    """A router that in training takes boundaries that another draws, scored under its own policy, and draws its own otherwise.
+
+    So a model is trained on other boundaries than it generates with, and evaluation judges it on both.
+    """
+
+
+class OffPolicy(AbstractTaught):
     """In training, boundaries that the `behaviour` draws, scored under the `policy`; in evaluation the policy's own.
 
     `ImportanceWeight` makes the score function unbiased again. The behaviour's rows must be independent given what its
@@ -237,6 +256,10 @@ class OffPolicy(AbstractRouter):
     @property
     def rate(self) -> float | None:
         return self.policy.rate
+
+    @property
+    def initial_rate(self) -> float | None:
+        return self.behaviour.initial_rate
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         if not draw.training:
@@ -267,13 +290,12 @@ class Bernoulli(AbstractRowRouter):
         return self.target_rate
 
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
-        probs = jnp.full(layout.mask.shape, self.target_rate)
+        probs = jnp.broadcast_to(draw.rate(self.target_rate), layout.mask.shape)
         actions = draw.bernoulli(probs, layout)
-        logits = jnp.full(layout.mask.shape, logit(self.target_rate))
-        return Boundaries(actions, logits, probs, layout.free, layout.starts)
+        return Boundaries(actions, jnp.log(probs) - jnp.log1p(-probs), probs, layout.free, layout.starts)
 
 
-class Guided(AbstractRouter):
+class Guided(AbstractTaught):
     """In training, boundaries that the `guide` draws, scored under the `student`; in evaluation the student's own.
 
     With `Imitation` as the objective the student becomes the guide, as far as it can, and generation needs no guide.
@@ -286,11 +308,16 @@ class Guided(AbstractRouter):
     def rate(self) -> float | None:
         return self.guide.rate
 
+    @property
+    def initial_rate(self) -> float | None:
+        return self.guide.initial_rate
+
     def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
         if not draw.training:
             return self.student(hidden, layout, draw)
         drawn = self.guide(hidden, layout, draw)
-        return self.student(hidden, layout, dataclasses.replace(draw, actions=drawn.actions))
+        # Its rate is to be the guide's, whatever was asked for.
+        return self.student(hidden, layout, dataclasses.replace(draw, actions=drawn.actions, target_rate=None))
 
     def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Routed:
         """Row by row there is no training: the boundaries are the student's own."""

@@ -27,12 +27,18 @@ from experiments.checks import check
 from experiments.config import ConfigError, EstimatorName, ModelName, RunConfig
 from experiments.display import Display, exit_code
 from experiments.folder import json_text, write_atomically
+from experiments.intervals import ALIKE, CONFIDENCE
 from experiments.launch import with_large_pages
 from experiments.presets import PRESETS
 from experiments.registry import REGISTRY
 from experiments.train import load_split
 from unet.config import UNetConfig
 from unet.ops import Implementation
+
+INTERVALS = (
+    f"In brackets: an interval that holds the median ratio over rounds with a confidence of {CONFIDENCE:.0%}, which takes 6 "
+    f"rounds; {ALIKE} not distinguishable: it contains 1, or there is none."
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class BenchConfig:
     implementation: Literal["both", "kernels", "xla"] = "both"
     """Compile with the kernels, without them, or once each."""
     rounds: int = 7
-    """Times that every alternative is measured, in turns; medians are reported."""
+    """Times that every alternative is measured, in turns; medians are reported, from 6 on with their intervals."""
     calls: int = 5
     """Steps that each measurement takes together."""
     json: Path | None = None
@@ -155,10 +161,10 @@ def bench_operations(config: BenchConfig, display: Display) -> dict[str, Compare
     what = f"{sizes.batch} x {sizes.length} rows of {sizes.dim}, {sizes.rate:.2f} boundaries a row"
     display.note(f"operations on {what}, with their gradients where they have one")
     found = compare_operations(sizes, rounds=config.rounds, calls=config.calls)
-    lines = ["| operation | ms | instead of | times its speed |", "|---|---|---|---|"]
+    lines = [f"| operation | ms | instead of | times its speed, {CONFIDENCE:.0%} interval |", "|---|---|---|---|"]
     for name, one in found.items():
-        lines.append(f"| {name} | {one.own.seconds * 1e3:.1f} | {one.other} | {one.own.speedup:.1f} |")
-    display.note("\n".join(lines) + "\n")
+        lines.append(f"| {name} | {one.own.seconds * 1e3:.1f} | {one.other} | {one.own.ratio} |")
+    display.note("\n".join([*lines, "", INTERVALS]) + "\n")
     return found
 
 
@@ -239,8 +245,10 @@ def bench_overhead(config: BenchConfig, display: Display) -> dict[str, Overhead 
     if steps.left_out:
         raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in steps.left_out.items()))
     timings = in_turns(steps.works, baseline="stride", rounds=config.rounds, calls=config.calls)
+    sfe = timings["sfe"]
     display.note(
-        f"a step with learned boundaries takes {1 / timings['sfe'].speedup:.3f} times as long as one with given ones"
+        f"a step with learned boundaries takes {1 / sfe.speedup:.3f} times as long as one with given ones "
+        f"({CONFIDENCE:.0%} interval of the median: {1 / sfe.high:.3f} to {1 / sfe.low:.3f})"
     )
     return {**found, f"seconds of {config.model}": timings["sfe"]}
 
@@ -288,10 +296,12 @@ def preset(config: BenchConfig, estimator: EstimatorName) -> RunConfig:
 
 def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int, baseline: str = "uniform") -> str:
     """Speeds and ratios in Markdown."""
-    lines = [f"| {what} | kB/s | times the speed of `{baseline}` |", "|---|---|---|"]
+    lines = [f"| {what} | kB/s | times the speed of `{baseline}`, {CONFIDENCE:.0%} interval |", "|---|---|---|"]
     for name, timing in timings.items():
-        lines.append(f"| `{name}` | {bytes_per_call / timing.seconds / 1e3:.1f} | {timing.speedup:.2f} |")
-    return "\n".join(lines) + "\n"
+        lines.append(
+            f"| `{name}` | {bytes_per_call / timing.seconds / 1e3:.1f} | {'–' if name == baseline else timing.ratio} |"
+        )
+    return "\n".join([*lines, "", INTERVALS]) + "\n"
 
 
 def bench(config: BenchConfig, display: Display) -> None:

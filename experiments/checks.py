@@ -74,17 +74,21 @@ def _check_levels(config: RunConfig) -> None:
         f"--isotropic.no-token-level leaves out the only level of tokens, but the layout of --model {config.model} has "
         f"{config.unet.levels}: name a --unet.layout without any, such as '[\"m4\"]'",
     )
-    for name in {level.estimator for level in config.levels[1:]} & {"entropy", "bpe", "bpe-distilled"}:
+    for name in {level.estimator for level in config.levels[1:]} & {"entropy", "bpe", "bpe-distilled", "characters"}:
         raise ConfigError(f"{name} reads bytes, not tokens: use it for the first level, and name --inner-estimators")
 
 
 def _check_pool(config: RunConfig) -> None:
     pool, levels = config.pool, config.levels
-    attends = pool.kind == "attention" or config.chunker == "attend"
-    _require(pool.heads >= 1 and pool.vectors >= 1, "--pool.heads and --pool.vectors must be at least 1")
+    _require(pool.heads >= 1, "--pool.heads must be at least 1")
+    _require(
+        config.chunker != "attend" or config.unet.attend != "none",
+        "--chunker attend brings no token back itself: name the blocks that attend to them with --unet.attend first or every",
+    )
     for width in config.unet.widths[: len(levels)]:
         _require(
-            not attends or width % pool.heads == 0, f"--pool.heads {pool.heads} does not divide a width of {width}"
+            pool.kind != "attention" or width % pool.heads == 0,
+            f"--pool.heads {pool.heads} does not divide a width of {width}",
         )
     means = config.chunker == "mean" or any(level.estimator == "gumbel" for level in levels)
     _require(not means or pool.kind == "last", "--chunker mean makes its tokens itself: leave --pool.kind out")
@@ -118,6 +122,7 @@ def _check_estimators(config: RunConfig) -> None:
         stride is None or stride >= 1 or all(level.estimator != "stride" for level in config.levels),
         f"--stride.stride must be at least 1; got {stride}",
     )
+    _require(config.characters.every >= 1, f"--characters.every must be at least 1; got {config.characters.every}")
     mlp, target = config.mlp, config.target
     _require(mlp.inner is None or mlp.inner >= 1, "--mlp.inner must be at least 1")
     _require(mlp.temperature > 0, f"--mlp.temperature must be positive; got {mlp.temperature}")
@@ -127,6 +132,9 @@ def _check_estimators(config: RunConfig) -> None:
         "its folder with --entropy.model",
     )
     _require(config.bpe.vocabulary >= 257, "--bpe.vocabulary has 256 bytes and at least one merge: 257 or more")
+    _require(
+        config.bpe.text_bytes >= 1, f"--bpe.text-bytes is an amount of text, at least 1; got {config.bpe.text_bytes}"
+    )
     _require(
         target.start is None or 0 < target.start < 1,
         f"--target.start is a share of bytes strictly between 0 and 1; got {target.start}",

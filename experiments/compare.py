@@ -16,12 +16,14 @@ from pathlib import Path
 import tyro
 
 from experiments.checks import check
-from experiments.comparison import write_comparison
-from experiments.config import ConfigError, EstimatorName, RunConfig, from_json
+from experiments.comparison import REFERENCE, write_comparison
+from experiments.config import ConfigError, EstimatorName, RunConfig, from_json, to_json
 from experiments.display import Display, exit_code
-from experiments.folder import CONFIG, SUMMARY, differing, prepare_new
+from experiments.finished import by_estimator, is_finished, of_folder, of_tables, without
+from experiments.folder import CONFIG, SUMMARY, differing, held, prepare_new, write_atomically
 from experiments.launch import with_large_pages
-from experiments.run import parse
+from experiments.pairs import Names, every_pair
+from experiments.run import read
 
 LOGS = "logs"
 BYTE_MODEL_RUN = "byte-model"
@@ -37,8 +39,12 @@ class CompareConfig:
 
     estimators: tuple[EstimatorName, ...] = ("sfe", "gumbel", "hnet", "uniform")
     """What to compare; the others are measured against uniform boundaries where those are among them."""
+    pairs: tuple[str, ...] = ()
+    """Which of them to compare with each other, as FIRST:SECOND, such as sfe:hnet sfe:uniform; by default every two."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of parameters, data order and boundaries."""
+    tables: tuple[Path, ...] = ()
+    """table.json of comparisons made elsewhere with the same settings: their runs count as if they had been done here."""
     out: Path = field(default=Path("runs/compare"))
     """Folder for the runs, the table and the report."""
     jobs: int = 1
@@ -80,7 +86,26 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, RunConfig]:
         raise ConfigError("--estimators and --seeds name each estimator and each seed once")
     if not config.estimators or not config.seeds or config.jobs < 1:
         raise ConfigError("a comparison needs at least one estimator, one seed and one job")
-    return config, parse(rest)
+    pairs_of(config)
+    return config, read(rest)
+
+
+def pairs_of(config: CompareConfig) -> list[Names]:
+    """The pairs asked for. Raises `ConfigError` for one that is not of two estimators compared, or is there twice."""
+    if not config.pairs:
+        return every_pair(config.estimators, last=REFERENCE)
+    by_name = {name: name for name in config.estimators}
+    pairs = []
+    for text in config.pairs:
+        first, _, second = text.partition(":")
+        if first not in by_name or second not in by_name or first == second:
+            raise ConfigError(
+                f"--pairs {text!r} is not FIRST:SECOND of two different ones of --estimators ({', '.join(by_name)})"
+            )
+        pairs.append((by_name[first], by_name[second]))
+    if len({frozenset(pair) for pair in pairs}) < len(pairs):
+        raise ConfigError("--pairs names each pair once, in one order")
+    return pairs
 
 
 def runs_of(config: CompareConfig, common: RunConfig) -> list[RunConfig]:
@@ -109,16 +134,22 @@ def runs_of(config: CompareConfig, common: RunConfig) -> list[RunConfig]:
 
 
 def ready(run: RunConfig) -> Job:
-    """A run's folder with its configuration in it. Raises `ConfigError` where it holds a run of other settings."""
+    """A run's folder with its configuration in it. Raises `ConfigError` where it holds a run of other settings, or one that
+    another process is at work on while its number of devices has to change."""
     folder = run.folder
     path = folder / CONFIG
     if not path.is_file():
         prepare_new(run)
-    else:
-        there = from_json(path.read_text(), str(path))
-        # How many cores a run had moves its curve by no more than rounding.
-        if changed := differing(run, there, may_differ=("devices",)):
-            raise ConfigError(f"{folder} holds a run with other settings for {', '.join(changed)}; name another --out")
+        return Job(folder.name, folder)
+    there = from_json(path.read_text(), str(path))
+    # How many cores a run had moves its curve by no more than rounding. A byte model serves for seeds named later, too.
+    may_differ = ("devices", "seed") if folder.name == BYTE_MODEL_RUN else ("devices",)
+    if changed := differing(run, there, may_differ):
+        raise ConfigError(f"{folder} holds a run with other settings for {', '.join(changed)}; name another --out")
+    if run.devices != there.devices and not (folder / SUMMARY).is_file():
+        # It goes on with the cores that it gets now, or two devices would share one.
+        with held(folder):
+            write_atomically(path, to_json(dataclasses.replace(there, devices=run.devices)))
     return Job(folder.name, folder)
 
 
@@ -183,6 +214,8 @@ def _last_line(job: Job, logs: Path) -> str:
 def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     """Do the runs and write the comparison. Returns 0, or 1 where a run failed."""
     runs = runs_of(config, common)
+    elsewhere = of_tables(config.tables, runs)
+    runs = without(runs, elsewhere)
     config.out.mkdir(parents=True, exist_ok=True)
     logs = config.out / LOGS
     logs.mkdir(exist_ok=True)
@@ -190,13 +223,13 @@ def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     for job, run in zip(jobs, runs, strict=True):
         job.reads = next((other for other in jobs if other.folder == run.entropy.model and other is not job), None)
     failed = work_off(jobs, config.jobs, logs, display)
-    names = {
-        estimator: [config.out / f"{estimator}-{seed}" for seed in config.seeds] for estimator in config.estimators
-    }
-    finished = {name: [folder for folder in folders if (folder / SUMMARY).is_file()] for name, folders in names.items()}
-    finished = {name: folders for name, folders in finished.items() if folders}
-    if finished:
-        write_comparison(config.out, finished, common, display)
+    here = [of_folder(job.folder) for job in jobs if job.name != BYTE_MODEL_RUN and is_finished(job.folder)]
+    known = {BYTE_MODEL_RUN, *(job.name for job in jobs)}
+    others = sorted(path.parent.name for path in config.out.glob(f"*/{SUMMARY}") if path.parent.name not in known)
+    if others:
+        display.note(f"left out, since --estimators, --seeds and --tables do not ask for them: {', '.join(others)}")
+    if finished := by_estimator([*here, *elsewhere], config.estimators):
+        write_comparison(config.out, finished, pairs_of(config), common, display)
     if failed:
         display.note(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}")
     return 1 if failed else 0

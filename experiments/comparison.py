@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +15,25 @@ from matplotlib.figure import Figure
 from data import Split
 from experiments.config import EstimatorName, RunConfig
 from experiments.display import Display
-from experiments.folder import SUMMARY, json_text, read_config, read_metrics, write_atomically
+from experiments.dropped import TOLERATED
+from experiments.finished import FinishedRun, Runs
+from experiments.folder import json_text, write_atomically
+from experiments.intervals import ALIKE, CONFIDENCE, Difference, paired_difference
+from experiments.pairs import (
+    PAIR_COLUMNS,
+    Curve,
+    Names,
+    Pair,
+    compare_pairs,
+    difference_json,
+    pair_cells,
+    pair_json,
+    pair_remarks,
+    text_of,
+)
 from experiments.report import STYLE, picture, scale, shaded_html
 from experiments.shading import Character, shade
-from experiments.summary import Summary
 from experiments.train import load_split
-from unet.flops import matrix_flops
 from unet.saving import load
 
 REFERENCE: EstimatorName = "uniform"
@@ -32,16 +44,17 @@ TEXT_ROWS = 3
 
 @dataclass(frozen=True)
 class Measured:
-    """A mean over seeds and its standard error (NaN for one seed)."""
+    """A mean over `n` seeds and its standard error (NaN for one seed)."""
 
     mean: float
     error: float
+    n: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Measured:
         """Of one value a seed."""
         error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-        return cls(float(np.mean(values)), error)
+        return cls(float(np.mean(values)), error, len(values))
 
     def text(self, digits: int = 3, unit: float = 1.0) -> str:
         """As in a table; a dash where it is not known."""
@@ -53,14 +66,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Line:
-    """One estimator of the table, over its seeds. `gain` is how far its bits per byte lie below the reference's, seed by
-    seed, NaN without one; `rates` are those of all levels, the outermost first, of which one may be `missed`; FLOPs are those of
-    training per byte, at the measured rates, by the two rules of `unet.flops`."""
+    """One estimator of the table, over its seeds. `gain` is how far its bits per byte lie below the reference's, seed by seed;
+    `bpb_greedy` and `bpb_as_trained` are known of estimators trained on boundaries that another router drew;
+    `rates` are those of all levels, the outermost first, of which one may be `missed`; FLOPs are those of training per byte, at
+    the measured rates, by the two rules of `unet.flops`."""
 
     estimator: EstimatorName
     seeds: tuple[int, ...]
     bpb: Measured
-    gain: Measured
+    bpb_greedy: Measured
+    bpb_as_trained: Measured
+    gain: Difference
     rates: tuple[Measured, ...]
     target_rates: tuple[float, ...]
     missed: bool
@@ -71,14 +87,14 @@ class Line:
     layer_flops: Measured
     seconds: Measured
     bytes_per_second: Measured
-    overflow: Measured
+    dropped: Measured
     parameters: int
 
 
 COLUMNS: dict[str, str] = {
     "estimator": "estimator",
     "bpb": "bits per byte",
-    "gain": f"below `{REFERENCE}`",
+    "gain": f"below `{REFERENCE}`, {CONFIDENCE:.0%} interval",
     "rate": "rate",
     "auc": "AUC of p",
     "f1": "F1, p > 0.5",
@@ -87,56 +103,77 @@ COLUMNS: dict[str, str] = {
     "layer_flops": "… by layers",
     "bytes_per_second": "kB/s",
     "seconds": "seconds",
-    "overflow": "dropped, %",
+    "dropped": "dropped, %",
     "parameters": "parameters",
     "seeds": "seeds",
 }
 
 
-def write_comparison(
-    out: Path, folders: Mapping[EstimatorName, Sequence[Path]], common: RunConfig, display: Display
-) -> list[Line]:
-    """Write everything into `out` from the finished runs in `folders`; returns the lines of the table."""
-    summaries = {name: [_summary(folder) for folder in runs] for name, runs in folders.items()}
-    lines = table(summaries)
-    notes = remarks(lines)
-    write_atomically(out / "table.json", json_text([asdict(line) for line in lines]))
-    write_atomically(out / "table.md", markdown(lines) + "\n" + "\n".join(notes) + "\n")
-    curves = curves_picture(folders)
-    write_atomically(out / "curves.png", curves)
+Curves = Mapping[EstimatorName, Mapping[int, Curve]]
+
+
+def write_comparison(out: Path, runs: Runs, pairs: Sequence[Names], common: RunConfig, display: Display) -> list[Line]:
+    """Write everything into `out` from finished runs; returns the lines of the table of methods."""
+    curves = {name: {run.seed: run.curve for run in own} for name, own in runs.items()}
+    lines = table(runs)
+    compared = compare_pairs(pairs, {name: bits_per_byte(own) for name, own in runs.items()}, curves)
+    notes = [*remarks(lines), *pair_remarks(compared, [line.gain for line in lines])]
+    tables = [markdown(lines)]
+    if compared:
+        tables.append(markdown_table(PAIR_COLUMNS, [pair_cells(pair) for pair in compared]))
+    write_atomically(out / "table.json", json_text(everything(lines, compared, runs, notes)))
+    write_atomically(out / "table.md", "\n".join([*tables, "\n\n".join(notes)]) + "\n")
+    drawn = curves_picture(curves)
+    write_atomically(out / "curves.png", drawn)
     split = load_split(common)
-    texts = side_by_side({name: runs[0] for name, runs in folders.items()}, split)
-    write_atomically(out / "report.html", page(common, lines, notes, curves, texts))
-    display.note(markdown(lines))
-    for note in (*split.notes, *notes):
-        display.note(note)
-    display.note(f"see {out / 'report.html'}")
+    at_hand = {name: [run.folder for run in own if run.folder is not None] for name, own in runs.items()}
+    texts = side_by_side({name: folders[0] for name, folders in at_hand.items() if folders}, split)
+    write_atomically(out / "report.html", page(common, lines, compared, notes, drawn, texts))
+    for text in (*tables, *split.notes, *notes, f"see {out / 'report.html'}"):
+        display.note(text)
     return lines
 
 
-def table(summaries: Mapping[EstimatorName, Sequence[Summary]]) -> list[Line]:
+def everything(lines: Sequence[Line], pairs: Sequence[Pair], runs: Runs, notes: Sequence[str]) -> dict[str, object]:
+    """The content of `table.json`: both tables in full, and each run's settings, summary and curve."""
+    methods = [
+        {**asdict(line), "gain": difference_json(line.gain), "runs": [run.json() for run in runs[line.estimator]]}
+        for line in lines
+    ]
+    return {
+        "reference": REFERENCE,
+        "confidence": CONFIDENCE,
+        "methods": methods,
+        "pairs": [pair_json(pair) for pair in pairs],
+        "notes": list(notes),
+    }
+
+
+def bits_per_byte(runs: Sequence[FinishedRun]) -> dict[int, float]:
+    """Held-out bits per byte by seed."""
+    return {run.seed: run.value("val_bpb") for run in runs}
+
+
+def table(methods: Runs) -> list[Line]:
     """One line an estimator, in the order given."""
-    reference = {_seed(summary): _value(summary, "val_bpb") for summary in summaries.get(REFERENCE, ())}
+    reference = bits_per_byte(methods.get(REFERENCE, ()))
     lines = []
-    for name, runs in summaries.items():
+    for name, runs in methods.items():
 
-        def measured(key: str, runs: Sequence[Summary] = runs) -> Measured:
-            return Measured.of([_value(run, key) for run in runs])
+        def measured(key: str, runs: Sequence[FinishedRun] = runs) -> Measured:
+            return Measured.of([run.value(key) for run in runs])
 
-        gains = [
-            reference[_seed(run)] - _value(run, "val_bpb")
-            for run in runs
-            if name != REFERENCE and _seed(run) in reference
-        ]
-        inside = sorted(key.removeprefix("rate") for key in runs[0] if key.startswith("rate_level"))
+        inside = sorted(key.removeprefix("rate") for key in runs[0].summary if key.startswith("rate_level"))
         rates = tuple(measured(f"rate{level}") for level in ("", *inside))
-        targets = tuple(_value(runs[0], f"target_rate{level}") for level in ("", *inside))
+        targets = tuple(runs[0].value(f"target_rate{level}") for level in ("", *inside))
         lines.append(
             Line(
                 estimator=name,
-                seeds=tuple(_seed(run) for run in runs),
+                seeds=tuple(run.seed for run in runs),
                 bpb=measured("val_bpb"),
-                gain=Measured.of(gains) if gains else Measured(math.nan, math.nan),
+                bpb_greedy=measured("val_bpb_greedy"),
+                bpb_as_trained=measured("val_bpb_as_trained"),
+                gain=paired_difference({} if name == REFERENCE else reference, bits_per_byte(runs)),
                 rates=rates,
                 target_rates=targets,
                 missed=any(abs(rate.mean / target - 1) > MISSED for rate, target in zip(rates, targets, strict=True)),
@@ -147,8 +184,8 @@ def table(summaries: Mapping[EstimatorName, Sequence[Summary]]) -> list[Line]:
                 layer_flops=measured("layer_flops_per_byte"),
                 seconds=measured("seconds"),
                 bytes_per_second=measured("bytes_per_second"),
-                overflow=measured("overflow_fraction"),
-                parameters=int(_value(runs[0], "parameters")),
+                dropped=measured("dropped_fraction"),
+                parameters=int(runs[0].value("parameters")),
             )
         )
     return lines
@@ -159,7 +196,7 @@ def cells(line: Line) -> dict[str, str]:
     return {
         "estimator": f"`{line.estimator}`",
         "bpb": line.bpb.text(4),
-        "gain": line.gain.text(4),
+        "gain": text_of(line.gain),
         "rate": " / ".join(rate.text(3) for rate in line.rates) + (" †" if line.missed else ""),
         "auc": line.auc.text(3),
         "f1": line.f1.text(3),
@@ -168,22 +205,41 @@ def cells(line: Line) -> dict[str, str]:
         "layer_flops": f"{line.layer_flops.mean / 1e6:.2f}",
         "bytes_per_second": f"{line.bytes_per_second.mean / 1e3:.1f}",
         "seconds": f"{line.seconds.mean:.0f}",
-        "overflow": f"{100 * line.overflow.mean:.3f}",
+        "dropped": line.dropped.text(3, 0.01),
         "parameters": f"{line.parameters:,}",
         "seeds": ", ".join(map(str, line.seeds)),
     }
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """The table in Markdown."""
-    rows = [COLUMNS, *map(cells, lines)]
-    text = ["| " + " | ".join(row[name] for name in COLUMNS) + " |" for row in rows]
-    return "\n".join([text[0], "|" + "---|" * len(COLUMNS), *text[1:]]) + "\n"
+    """The table of methods in Markdown."""
+    return markdown_table(COLUMNS, [cells(line) for line in lines])
+
+
+def markdown_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
+    """A table in Markdown; `columns` are the headings by name."""
+    text = ["| " + " | ".join(row[name] for name in columns) + " |" for row in (columns, *rows)]
+    return "\n".join([text[0], "|" + "---|" * len(columns), *text[1:]]) + "\n"
+
+
+def html_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
+    """The same as HTML, differences that are none in a quiet colour."""
+
+    def cell(text: str) -> str:
+        kind = ' class="quiet"' if text.endswith(ALIKE) else ""
+        return f"<td{kind}>{html.escape(text.replace('`', ''))}</td>"
+
+    head = "".join(f"<th>{html.escape(text.replace('`', ''))}</th>" for text in columns.values())
+    body = "".join("<tr>" + "".join(cell(row[name]) for name in columns) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def remarks(lines: Sequence[Line]) -> list[str]:
     """What a reader of the table has to know."""
-    notes = ["Bits per byte of held-out text with sampled boundaries; ± is the standard error over seeds."]
+    notes = [
+        "Bits per byte of held-out text with sampled boundaries; ± is the standard error of a mean over the seeds named in its "
+        "row. Whether two methods differ, only their difference seed by seed can tell."
+    ]
     missed = [line for line in lines if line.missed]
     if missed:
         names = ", ".join(
@@ -195,52 +251,45 @@ def remarks(lines: Sequence[Line]) -> list[str]:
             f"† Missed its target rate by more than {MISSED:.0%} ({names}): more tokens buy better bits per byte, and fewer "
             "cost some. --target.control moves an estimator's own target towards the rate asked for, the faster the larger it is."
         )
+    if crowded := [line for line in lines if line.dropped.mean > TOLERATED]:
+        names = ", ".join(f"{line.estimator} {line.dropped.mean:.1%}" for line in crowded)
+        notes.append(f"Too many boundaries found no token row in training ({names}): name a larger --capacity-slack.")
+    notes.extend(
+        f"{line.estimator} was trained on boundaries that another router drew: {line.bpb_as_trained.text(4)} bits per byte with "
+        f"those, {line.bpb.text(4)} with its own, drawn, and {line.bpb_greedy.text(4)} with its own, greedy."
+        for line in lines
+        if not math.isnan(line.bpb_as_trained.mean)
+    )
     return notes
 
 
-def curves_picture(folders: Mapping[EstimatorName, Sequence[Path]]) -> bytes:
-    """Held-out bits per byte over the training FLOPs spent (score-function paper, figure 10) and over bytes, as a PNG."""
+def curves_picture(curves: Curves) -> bytes:
+    """Held-out bits per byte over the training FLOPs spent (score-function paper, figure 10) and over bytes, as a PNG: the
+    means over seeds and, faint, each seed."""
     figure = Figure(figsize=(10.5, 4.2), dpi=130, layout="constrained")
     by_flops, by_bytes = figure.subplots(1, 2, sharey=True)
     lowest: list[float] = []
-    for number, (name, runs) in enumerate(folders.items()):
-        points = [np.array(curve(folder)) for folder in runs]
-        length = min(map(len, points))
+    for number, (name, runs) in enumerate(curves.items()):
+        length = min(map(len, runs.values()))
         if not length:
             continue
-        flops, megabytes, bpb = np.mean([part[:length] for part in points], axis=0).T
-        lowest.append(float(bpb.min()))
-        style = {"label": name, "color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
-        by_flops.plot(flops, bpb, marker=".", linewidth=1.2, **style)
-        by_bytes.plot(megabytes, bpb, marker=".", linewidth=1.2, **style)
+        points = np.array([part[:length] for part in runs.values()])
+        mean = points.mean(axis=0)
+        lowest.append(float(mean[:, 2].min()))
+        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+        for axes, column in ((by_flops, 0), (by_bytes, 1)):
+            axes.plot(mean[:, column], mean[:, 2], marker=".", linewidth=1.2, label=name, **style)
+            for seed in points if len(points) > 1 else ():
+                axes.plot(seed[:, column], seed[:, 2], linewidth=0.5, alpha=0.35, **style)
     if lowest:
         by_flops.set_ylim(min(lowest) - 0.05, min(lowest) + 1.0)
     by_flops.set_xlabel("training FLOPs (6 per parameter and byte or token)")
-    by_flops.set_ylabel("held-out bits per byte, mean over seeds")
+    by_flops.set_ylabel("held-out bits per byte, means over seeds")
     by_bytes.set_xlabel("training bytes / 10⁶")
     for axes in (by_flops, by_bytes):
         axes.grid(alpha=0.25)
     by_bytes.legend(fontsize=8, frameon=False)
     return picture(figure)
-
-
-def curve(folder: Path) -> list[tuple[float, float, float]]:
-    """FLOPs spent, megabytes read and held-out bits per byte at each validation of a run; tokens as they were drawn."""
-    config, model = read_config(folder), load(folder).model
-    spent, points, before = 0.0, [], 0.0
-    for record in read_metrics(folder):
-        read = record["bytes"]
-        if not isinstance(read, int | float):
-            continue
-        if isinstance(rate := record.get("rate"), float):
-            inside = [record.get(f"level{level}_rate") for level in range(1, len(config.levels))]
-            rates = [one for one in inside if isinstance(one, float)]
-            flops = matrix_flops(model, rate=rate, inner_rates=rates, samples=config.samples)
-            spent += (read - before) * flops.total
-            before = float(read)
-        if isinstance(bpb := record.get("val_bpb"), float):
-            points.append((spent, read / 1e6, bpb))
-    return points
 
 
 def side_by_side(folders: Mapping[EstimatorName, Path], split: Split) -> dict[EstimatorName, list[list[Character]]]:
@@ -252,49 +301,37 @@ def side_by_side(folders: Mapping[EstimatorName, Path], split: Split) -> dict[Es
 def page(
     common: RunConfig,
     lines: Sequence[Line],
+    pairs: Sequence[Pair],
     notes: Sequence[str],
     curves: bytes,
     texts: Mapping[EstimatorName, Sequence[Sequence[Character]]],
 ) -> str:
     """One self-contained page."""
     title, encoded = f"Estimators on {common.dataset}", base64.b64encode(curves).decode()
-    head = "".join(f"<th>{html.escape(text.replace('`', ''))}</th>" for text in COLUMNS.values())
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cells(line)[name].replace('`', ''))}</td>" for name in COLUMNS) + "</tr>"
-        for line in lines
-    )
     blocks = []
-    for number in range(max(map(len, texts.values()))):
+    for number in range(max(map(len, texts.values()), default=0)):
         blocks.append(f"<h3>Text {number + 1}</h3>")
         for name, shaded in texts.items():
             blocks.append(f'<p class="quiet">{name}</p><pre class="text">{shaded_html(shaded[number])}</pre>')
     remarks_html = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    paired = ""
+    if pairs:
+        paired = "<h2>Pairs</h2>\n" + html_table(PAIR_COLUMNS, [pair_cells(pair) for pair in pairs])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE} .wide {{ overflow-x: auto; }} th {{ text-align: left; padding-right: .8rem; }}
-th, td {{ white-space: nowrap; }}</style></head><body>
+th, td {{ white-space: nowrap; }} td.quiet {{ color: var(--quiet); }}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p class="quiet">{html.escape(common.model)}, {common.length} bytes x {common.batch} sequences a step,
 {common.total_steps * common.bytes_per_step / 1e6:.2f} MB of training text, target rate {common.rate:g}</p>
-<div class="wide"><table><tr>{head}</tr>{body}</table></div>
+{html_table(COLUMNS, [cells(line) for line in lines])}
+{paired}
 {remarks_html}
 <h2>Curves</h2>
 <img alt="Held-out bits per byte over training FLOPs and over bytes" src="data:image/png;base64,{encoded}">
+<p class="quiet">Means over seeds, and faint, where there are several, each seed.</p>
 <h2>The same held-out text</h2>
 <p>Boundary probability at each character, {scale()}. A line at the right of a character is a boundary that was drawn.</p>
 {"".join(blocks)}
 </body></html>
 """
-
-
-def _summary(folder: Path) -> Summary:
-    return json.loads((folder / SUMMARY).read_text())
-
-
-def _seed(summary: Summary) -> int:
-    return int(_value(summary, "seed"))
-
-
-def _value(summary: Summary, key: str) -> float:
-    value = summary.get(key)
-    return float(value) if isinstance(value, int | float) else math.nan

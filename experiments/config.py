@@ -12,6 +12,7 @@ import tyro
 
 from experiments.sections import (
     BPEConfig,
+    CharactersConfig,
     CheckpointConfig,
     DataConfig,
     DynamicChunkingConfig,
@@ -43,6 +44,7 @@ EstimatorName = Literal[
     "bpe-distilled",
     "uniform",
     "stride",
+    "characters",
     "whitespace",
     "spacelike",
     "isotropic",
@@ -102,7 +104,8 @@ class RunConfig:
     estimator: EstimatorName = "sfe"
     """How boundaries are drawn and learned."""
     dataset: str = "docs"
-    """docs, stdlib, codeparrot, codeparrot-clean, fineweb, fineweb-edu, hub:owner/name, or a file, folder or glob."""
+    """docs, stdlib, codeparrot, codeparrot-clean, fineweb, fineweb-edu (samples of ten billion tokens), fineweb-100BT,
+    fineweb-edu-100BT, hub:owner/name or hub:owner/name/folder, both with @revision behind or not, or a file, folder or glob."""
     model: ModelName = "tiny"
     """Preset that all other defaults come from."""
     length: int = 4096
@@ -132,13 +135,15 @@ class RunConfig:
     """Delete what is in --out first."""
     chunker: Literal["distribute", "deviate", "mean", "smooth", "attend"] | None = None
     """How bytes become tokens and come back: select and add the token level's output (distribute) or its change (deviate), the
-    means of groups (mean), select and smooth (smooth), select and let bytes attend to their token (attend, as BLT); by default
-    what the estimator was published with."""
+    means of groups (mean), select and smooth (smooth), select and leave it to the decoder to attend to tokens (attend, as BLT:
+    with --unet.attend every); by default what the estimator was published with."""
     capacity_slack: float = 1.35
-    """Most token rows per sequence in training, as a multiple of rate x length; boundaries beyond are dropped and counted."""
+    """Most token rows per sequence in training, as a multiple of the boundaries expected: at --rate, or at the rate at which an
+    untrained router draws where that is higher (about one half for hnet and sfe-cosine). Boundaries beyond are dropped and
+    counted."""
     buckets: int = 4
-    """Sizes, up to that bound, of which each step runs the token level in the smallest with room; each takes time to
-    compile."""
+    """Sizes, up to --capacity-slack x --rate x --length, of which each step runs the token level in the smallest with room, and
+    one more where an untrained router draws more; 1 for the largest alone. Each takes time to compile."""
     fold: bool = True
     """Lay the token rows of all sequences of a device one after another in training: then the sum of their tokens decides which
     size has room, not the fullest of them; attention alone always works in the largest. Not where tokens are smoothed."""
@@ -156,6 +161,7 @@ class RunConfig:
     bpe: BPEConfig = field(default_factory=BPEConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     stride: StrideConfig = field(default_factory=StrideConfig)
+    characters: CharactersConfig = field(default_factory=CharactersConfig)
     isotropic: IsotropicConfig = field(default_factory=IsotropicConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -60,6 +60,11 @@ class Display:
         """One line of results."""
         agreement = validation.whitespace
         early = "" if math.isnan(validation.early_bpb) else f" (early exit {validation.early_bpb:.4f})"
+        if not math.isnan(validation.bpb_as_trained):
+            early += (
+                f" with its own boundaries, sampled; {validation.bpb_greedy:.4f} greedy; {validation.bpb_as_trained:.4f} with "
+                "those it is trained on"
+            )
         inside = "".join(f" / {rate:.3f}" for rate in validation.inner_rates)
         # Undefined where the text has no white space, and where a model draws no boundaries.
         agreeing = (
@@ -69,7 +74,7 @@ class Display:
             f"{agreement.sampled_f1:.3f} sampled"
         )
         self.note(
-            f"step {step}: held-out bpb {validation.bpb:.4f}{early}, rate {validation.rate:.3f}{inside}{agreeing}"
+            f"step {step}: held-out bpb {bits_per_byte(validation)}{early}, rate {validation.rate:.3f}{inside}{agreeing}"
         )
 
     def stop(self) -> None:
@@ -87,6 +92,12 @@ class Display:
             text.append(shown, style=f"black on #{red:02x}{green:02x}{blue:02x}")
         self.console.print("held-out text, boundary probability from blue (0) to red (1):")
         self.console.print(text)
+
+
+def bits_per_byte(validation: Validation) -> str:
+    """Bits per byte with their standard error over documents, where there are two."""
+    error = "" if math.isnan(validation.bpb_error) else f" ± {validation.bpb_error:.4f}"
+    return f"{validation.bpb:.4f}{error}"
 
 
 def _megabytes(num_bytes: float | int | None) -> str:

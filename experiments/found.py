@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import equinox as eqx
@@ -14,10 +15,10 @@ import numpy as np
 from data import BOS, Batch, Split, open_batches
 from estimators import Layout
 from estimators.bpe import PrefixTree, find_size, train_vocabulary
-from estimators.entropy import find_threshold, surprise
+from estimators.entropy import find_threshold, next_byte_entropy
 from experiments.config import ConfigError, RunConfig, to_json
 from experiments.folder import read_config
-from experiments.registry import ByteModel, Found
+from experiments.registry import ByteModel, Found, Vocabulary, patch_rule
 from unet import UNet
 from unet.likelihood import plain_layout
 from unet.saving import CONFIG, WEIGHTS, load, save, write_atomically
@@ -25,10 +26,10 @@ from unet.saving import CONFIG, WEIGHTS, load, save, write_atomically
 VOCABULARY = "vocabulary.json"
 BYTE_MODEL = "byte_model"
 
-VOCABULARY_BYTES = 2**23
-"""Training text, at most, that a vocabulary is learned from."""
 RATE_BYTES = 2**19
-"""Training text that rates are measured on."""
+"""Training text that rates are measured on, at most."""
+RATE_SHARE = 1 / 8
+"""Share of the text of a vocabulary, at most, that is kept from it to measure its rate on."""
 
 
 def find(config: RunConfig, split: Split) -> Found:
@@ -47,8 +48,8 @@ def find(config: RunConfig, split: Split) -> Found:
 def write_found(folder: Path, found: Found) -> None:
     """Keep in a run's folder what cannot be had from its checkpoints."""
     if found.vocabulary is not None:
-        words = [token.decode("latin-1") for token in found.vocabulary]
-        write_atomically(folder / VOCABULARY, json.dumps(words) + "\n")
+        kept = {**vars(found.vocabulary), "tokens": [token.decode("latin-1") for token in found.vocabulary.tokens]}
+        write_atomically(folder / VOCABULARY, json.dumps(kept) + "\n")
     if found.byte_model is not None:
         (folder / BYTE_MODEL).mkdir(exist_ok=True)
         write_atomically(folder / BYTE_MODEL / CONFIG, to_json(found.byte_model.config))
@@ -59,12 +60,7 @@ def read_found(folder: Path, config: RunConfig) -> Found | None:
     """What `write_found` kept; None where it did not come to that. The threshold comes with the model's weights."""
     if config.estimator in ("bpe", "bpe-distilled"):
         path = folder / VOCABULARY
-        if not path.is_file():
-            return None
-        try:
-            return Found(vocabulary=tuple(word.encode("latin-1") for word in json.loads(path.read_text())))
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{path} is not a vocabulary ({error})") from None
+        return Found(vocabulary=_read_vocabulary(path)) if path.is_file() else None
     if config.estimator == "entropy":
         if not (folder / BYTE_MODEL / WEIGHTS).is_file():
             return None
@@ -84,46 +80,83 @@ def read_byte_model(folder: Path) -> ByteModel:
 
 
 def threshold_of(config: RunConfig, model: UNet, split: Split) -> float:
-    """The threshold at which the entropy of `model` makes boundaries at the rate asked for, on training text.
+    """The threshold at which the rule asked for, on entropies of `model`, makes boundaries at the rate asked for, on training
+    text.
 
     Raises `ValueError` where there is none.
     """
-    unsure = eqx.filter_jit(surprise)
+    entropies = eqx.filter_jit(next_byte_entropy)
     layouts = [_layout_of(batch) for batch in _batches(config, split, RATE_BYTES)]
-    measured = np.concatenate([np.asarray(unsure(model, layout)) for layout in layouts])
-    starts = np.concatenate([np.asarray(layout.starts) for layout in layouts])
-    increase = config.entropy.increase if config.entropy.rule == "combined" else None
-    return find_threshold(measured, starts, config.rate, increase)
+    measured = np.concatenate([np.asarray(entropies(model, layout)) for layout in layouts])
+    numbers = np.concatenate([np.asarray(layout.numbers) for layout in layouts])
+    return find_threshold(measured, numbers, config.rate, patch_rule(config.entropy))
 
 
-def _find_vocabulary(config: RunConfig, split: Split) -> tuple[bytes, ...]:
-    vocabulary = train_vocabulary(_texts(config, split), config.bpe.vocabulary)
-    layout = _layout(config, split)
-    size = find_size(PrefixTree(vocabulary), layout, config.rate)
-    return tuple(vocabulary[:size])
+def notes(config: RunConfig, found: Found) -> list[str]:
+    """What a user has to know of what was found: the rate of a vocabulary, which no setting of the run moves any more."""
+    vocabulary = found.vocabulary
+    if vocabulary is None:
+        return []
+    return [
+        f"{len(vocabulary.tokens):,} byte-pair tokens, learned from {vocabulary.learned_from / 1e6:.2f} MB of training text, "
+        f"begin at {vocabulary.rate:.4f} of the bytes of other training text: no vocabulary of up to {config.bpe.vocabulary:,} "
+        f"tokens of that text comes nearer to --rate {config.rate:g} (--bpe.vocabulary, --bpe.text-bytes)"
+    ]
 
 
-def _texts(config: RunConfig, split: Split) -> Iterator[bytes]:
-    """Training text in pieces that hold no BOS."""
-    for batch in _batches(config, split, VOCABULARY_BYTES):
+def _find_vocabulary(config: RunConfig, split: Split) -> Vocabulary:
+    """As many tokens as come nearest to the rate asked for.
+
+    Of the text that they may see, the first rows are kept from them: words that were learned are read in fewer tokens than
+    others, so that a rate measured on them would be too low. A run of one step measures it on what it learns from.
+    """
+    with contextlib.closing(_batches(config, split, config.bpe.text_bytes)) as batches:
+        total = _batch_count(config, config.bpe.text_bytes)
+        aside = list(itertools.islice(batches, min(_batch_count(config, RATE_BYTES), max(1, int(RATE_SHARE * total)))))
+        read = 0
+
+        def texts() -> Iterator[bytes]:
+            nonlocal read
+            for text in _texts(batches if total > len(aside) else aside):
+                read += len(text)
+                yield text
+
+        tokens = train_vocabulary(texts(), config.bpe.vocabulary)
+    layout = jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(_layout_of, aside))
+    found = find_size(PrefixTree(tokens), layout, config.rate)
+    return Vocabulary(tuple(tokens[: found.size]), found.rate, read)
+
+
+def _read_vocabulary(path: Path) -> Vocabulary:
+    """Raises `ConfigError` where `path` is anything but what `write_found` wrote."""
+    try:
+        kept = json.loads(path.read_text())
+        tokens = tuple(word.encode("latin-1") for word in kept["tokens"])
+        return Vocabulary(tokens, float(kept["rate"]), int(kept["learned_from"]))
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is not a vocabulary ({error})") from None
+
+
+def _texts(batches: Iterable[Batch]) -> Iterator[bytes]:
+    """Their text in pieces that hold no BOS."""
+    for batch in batches:
         for values, mask in zip(batch["bytes"], batch["mask"], strict=True):
             yield from (part for part in values[mask].tobytes().split(bytes([BOS])) if part)
-
-
-def _layout(config: RunConfig, split: Split) -> Layout:
-    """Enough training rows to measure a rate on."""
-    batches = [_layout_of(batch) for batch in _batches(config, split, RATE_BYTES)]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
 
 def _layout_of(batch: Batch) -> Layout:
     return plain_layout(*(jax.numpy.asarray(batch[name]) for name in ("bytes", "segments", "mask")))
 
 
-def _batches(config: RunConfig, split: Split, num_bytes: int) -> Iterator[Batch]:
+def _batch_count(config: RunConfig, num_bytes: int) -> int:
+    """The batches, at least one, in `num_bytes` of the run's text."""
+    return max(1, min(num_bytes // config.bytes_per_step, config.total_steps))
+
+
+def _batches(config: RunConfig, split: Split, num_bytes: int) -> Generator[Batch, None, None]:
     """The first batches that training will see, up to `num_bytes`."""
     batches = open_batches(split, batch=config.batch, seed=config.seed)
     try:
-        yield from itertools.islice(batches, max(1, min(num_bytes // config.bytes_per_step, config.total_steps)))
+        yield from itertools.islice(batches, _batch_count(config, num_bytes))
     finally:
         batches.close()

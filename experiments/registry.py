@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 from jaxtyping import PRNGKeyArray
 
 from estimators import (
     AbstractChunker,
     AbstractEstimator,
+    AbstractPatchRule,
     AbstractReduction,
     AbstractRouter,
     BatchCentre,
     Bernoulli,
     BPEGuided,
+    Characters,
+    CombinedRule,
     CosineRouter,
     Critic,
     Discount,
@@ -28,10 +31,12 @@ from estimators import (
     EntropyRouter,
     Estimator,
     GeneralisedAdvantage,
+    GlobalRule,
     ImportanceWeight,
     Isotropic,
     MLPRouter,
     OffPolicy,
+    RiseRule,
     SampleCentre,
     ScoreFunction,
     Spacelike,
@@ -40,8 +45,10 @@ from estimators import (
     Uniform,
     Whitespace,
 )
+from estimators.keys import named_key
 from experiments.config import EstimatorName, RunConfig
-from unet import AttendBack, MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth, UNet
+from experiments.sections import EntropyConfig
+from unet import MeanPool, Projection, SelectAttend, SelectDeviate, SelectDistribute, SelectSmooth, UNet
 from unet.pooling import AbstractPool, Average, CrossAttention, Largest, Pooled, WithBoundary
 
 
@@ -54,10 +61,20 @@ class ByteModel:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a byte-pair encoding, single bytes first; the `rate` at which they begin in training text that they were
+    not learned from, a share of bytes; and how many bytes of training text they were `learned_from`."""
+
+    tokens: tuple[bytes, ...]
+    rate: float
+    learned_from: int
+
+
+@dataclass(frozen=True)
 class Found:
     """The `vocabulary` of a byte-pair encoding; the `byte_model` whose entropy is watched, and the `threshold` on it."""
 
-    vocabulary: tuple[bytes, ...] | None = None
+    vocabulary: Vocabulary | None = None
     byte_model: ByteModel | None = None
     threshold: float | None = None
 
@@ -131,9 +148,9 @@ def _off_policy(given: Ingredients) -> AbstractRouter:
     return OffPolicy(_score_function(given).router, Bernoulli(given.config.rate))
 
 
-def _mlp(given: Ingredients) -> AbstractRouter:
-    mlp = given.config.mlp
-    return MLPRouter(given.dim, mlp.inner, target_rate=given.config.rate, temperature=mlp.temperature, key=given.key)
+def _mlp(given: Ingredients, start: float | None = None) -> AbstractRouter:
+    mlp, rate = given.config.mlp, given.config.rate
+    return MLPRouter(given.dim, mlp.inner, target_rate=rate, temperature=mlp.temperature, start=start, key=given.key)
 
 
 def _gumbel(given: Ingredients) -> AbstractEstimator:
@@ -156,23 +173,31 @@ def _dynamic_chunking(given: Ingredients) -> AbstractEstimator:
         chunker=given.chunker,
         target_rate=given.config.rate,
         ratio_weight=hnet.ratio_weight,
-        router=_mlp(given) if hnet.routing == "direct" else None,
+        # Likelier actions: at a probability of less than one half there would be no boundary to learn from.
+        router=_mlp(given, start=0.5) if hnet.routing == "direct" else None,
     )
+
+
+def patch_rule(settings: EntropyConfig) -> Callable[[float], AbstractPatchRule]:
+    """Makes the rule that a configuration asks for, of the threshold found for it."""
+    if settings.rule == "combined":
+        return functools.partial(CombinedRule, increase=settings.increase)
+    return RiseRule if settings.rule == "rise" else GlobalRule
 
 
 def _entropy(given: Ingredients) -> AbstractEstimator:
     found, settings = given.found, given.config.entropy
     if found.byte_model is None or found.threshold is None:
         raise ValueError("the entropy estimator needs a byte model and a threshold")
-    increase = settings.increase if settings.rule == "combined" else None
-    router = EntropyRouter(found.byte_model.model, found.threshold, increase, target_rate=given.config.rate)
+    router = EntropyRouter(found.byte_model.model, patch_rule(settings)(found.threshold), target_rate=given.config.rate)
     return Entropy(router, chunker=given.chunker)
 
 
 def _bpe(given: Ingredients) -> BPEGuided:
-    if given.found.vocabulary is None:
+    vocabulary = given.found.vocabulary
+    if vocabulary is None:
         raise ValueError("the BPE-guided estimator needs a vocabulary")
-    return BPEGuided(given.found.vocabulary, chunker=given.chunker, target_rate=given.config.rate)
+    return BPEGuided(vocabulary.tokens, chunker=given.chunker, rate=vocabulary.rate)
 
 
 def _distilled(given: Ingredients) -> AbstractEstimator:
@@ -183,6 +208,11 @@ def _distilled(given: Ingredients) -> AbstractEstimator:
 def _stride(given: Ingredients) -> AbstractEstimator:
     stride = given.config.stride.stride
     return Stride(chunker=given.chunker, stride=round(1 / given.config.rate) if stride is None else stride)
+
+
+def _characters(given: Ingredients) -> AbstractEstimator:
+    characters = given.config.characters
+    return Characters(chunker=given.chunker, every=characters.every, at=characters.at)
 
 
 def _isotropic(given: Ingredients) -> AbstractEstimator | None:
@@ -202,6 +232,7 @@ REGISTRY: dict[EstimatorName, Builder] = {
     "bpe-distilled": _distilled,
     "uniform": lambda given: Uniform(chunker=given.chunker, target_rate=given.config.rate),
     "stride": _stride,
+    "characters": _characters,
     "whitespace": lambda given: Whitespace(chunker=given.chunker),
     "spacelike": lambda given: Spacelike(chunker=given.chunker),
     "isotropic": _isotropic,
@@ -218,10 +249,10 @@ def build_chunker(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractChu
         published = "straight-through" if config.estimator == "hnet" else "none"
         weighting = published if smooth.weighting is None else smooth.weighting
         return SelectSmooth(
-            Projection(dim) if smooth.residual == "projected" else None, smooth.smoothing, weighting, way
+            Projection(dim, key=key) if smooth.residual == "projected" else None, smooth.smoothing, weighting, way
         )
     if name == "attend":
-        return AttendBack(dim, config.pool.heads, vectors=config.pool.vectors, key=key, implementation=way)
+        return SelectAttend(way)
     return SelectDeviate(way) if name == "deviate" else SelectDistribute(way)
 
 
@@ -236,9 +267,15 @@ def build_pool(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractPool |
     return WithBoundary(pool, config.unet.implementation) if config.pool.boundary else pool
 
 
+def build_model(config: RunConfig, key: PRNGKeyArray, found: Found | None = None) -> UNet:
+    """A new model of a run."""
+    estimators = build_estimators(config, named_key(key, "estimators"), found)
+    return UNet(config.unet, estimators, key=named_key(key, "model"))
+
+
 def build_estimator(config: RunConfig, key: PRNGKeyArray, found: Found | None = None) -> AbstractEstimator | None:
     """The estimator of a run at its outermost level; None for a model without a token level."""
-    return _at_level(config, config.unet.widths[0], key, Found() if found is None else found)
+    return next(iter(build_estimators(config, key, found)), None)
 
 
 def build_estimators(config: RunConfig, key: PRNGKeyArray, found: Found | None = None) -> tuple[AbstractEstimator, ...]:
@@ -246,14 +283,13 @@ def build_estimators(config: RunConfig, key: PRNGKeyArray, found: Found | None =
     built = []
     for number, level in enumerate(config.levels):
         asked = dataclasses.replace(config, estimator=level.estimator, rate=level.rate)
-        # The first level's key is the run's own, so that one level draws what it drew before there could be more.
-        key_level = key if number == 0 else jax.random.fold_in(key, 1 + number)
+        key_level = named_key(key, f"level {number}")
         built.append(_at_level(asked, config.unet.widths[number], key_level, Found() if found is None else found))
     return tuple(one for one in built if one is not None)
 
 
 def _at_level(config: RunConfig, dim: int, key: PRNGKeyArray, found: Found) -> AbstractEstimator | None:
-    chunker = build_chunker(config, dim, jax.random.fold_in(key, 1))
-    pool = build_pool(config, dim, jax.random.fold_in(key, 2))
+    chunker = build_chunker(config, dim, named_key(key, "chunker"))
+    pool = build_pool(config, dim, named_key(key, "pool"))
     chunker = chunker if pool is None else Pooled(pool, chunker, config.unet.implementation)
-    return REGISTRY[config.estimator](Ingredients(config, dim, chunker, key, found))
+    return REGISTRY[config.estimator](Ingredients(config, dim, chunker, named_key(key, "estimator"), found))

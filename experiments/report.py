@@ -194,8 +194,19 @@ def _subtitle(config: RunConfig, summary: Summary) -> str:
 
 def _figures(config: RunConfig, summary: Summary) -> Iterable[str]:
     rows = [
-        ("Held-out bits per byte", _number(summary["val_bpb"])),
+        (
+            "Held-out bits per byte ± standard error over documents",
+            f"{_number(summary['val_bpb'])} ± {_number(summary['val_bpb_error'])}",
+        ),
         ("… of the early exit", _number(summary["early_val_bpb"])),
+        *(
+            (f"… with {whose}", _number(summary[name]))
+            for name, whose in (
+                ("val_bpb_greedy", "its own boundaries, greedy instead of sampled"),
+                ("val_bpb_as_trained", "the boundaries it is trained on"),
+            )
+            if summary.get(name) is not None
+        ),
         ("Boundary rate, target", f"{_number(summary['rate'], digits=3)}, {config.rate:g}"),
         *(
             (
@@ -215,7 +226,9 @@ def _figures(config: RunConfig, summary: Summary) -> Iterable[str]:
             f"{_number(summary['boundary_f1_spacelike'], digits=3)}, {_number(summary['sampled_f1_spacelike'], digits=3)}",
         ),
         ("Policy entropy, nats a decision", _number(summary["policy_entropy"])),
-        ("Boundaries dropped in training, share of bytes", _number(summary["overflow_fraction"], digits=5)),
+        ("Boundaries dropped in training, share of boundaries", _number(summary["dropped_fraction"], digits=5)),
+        ("Epochs: how often the data was gone through", _number(summary["epochs"], digits=2)),
+        ("Share of the training text that can be shown", _number(summary["shown_fraction"], digits=3)),
         ("Training speed, kB/s", _number(summary["bytes_per_second"], 1e3, 1)),
         ("Time in training, s", _number(summary["seconds"], digits=0)),
     ]

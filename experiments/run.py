@@ -16,7 +16,7 @@ import tyro
 from data import DataError
 from experiments.checks import check
 from experiments.config import ConfigError, RunConfig
-from experiments.display import Display
+from experiments.display import Display, bits_per_byte
 from experiments.folder import SUMMARY, differing, held, prepare_new, read_config
 from experiments.found import write_found
 from experiments.launch import with_large_pages
@@ -31,10 +31,17 @@ SAMPLE_ROWS = 6
 
 
 def parse(arguments: Sequence[str]) -> RunConfig:
-    """The configuration that a command line asks for; the preset named by --model gives its defaults.
+    """The configuration that a command line asks for, checked.
 
     Prints help or a usage error and raises `SystemExit` (2 for an error), raises `ConfigError` for inconsistent values.
     """
+    config = read(arguments)
+    check(config)
+    return config
+
+
+def read(arguments: Sequence[str]) -> RunConfig:
+    """The same before it is checked; the preset named by --model gives its defaults."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--model", default="tiny")
     early.add_argument("--out", default=None)
@@ -53,7 +60,6 @@ def parse(arguments: Sequence[str]) -> RunConfig:
                 f"the run in {config.folder} has other settings for {', '.join(changed)}: resume it without changing them, "
                 "or start a new run in another --out"
             )
-    check(config)
     return config
 
 
@@ -78,8 +84,10 @@ def _run_in(folder: Path, config: RunConfig, prepared: Prepared, display: Displa
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if outcome.validation.rate > 0:
         display.sample([character for row in shaded[:3] for character in row][:600])
+    if outcome.dropped.warning:
+        display.note(outcome.dropped.warning)
     display.note(
-        f"held-out bpb {outcome.validation.bpb:.4f} at rate {outcome.validation.rate:.3f} after "
+        f"held-out bpb {bits_per_byte(outcome.validation)} at rate {outcome.validation.rate:.3f} after "
         f"{config.total_steps * config.bytes_per_step / 1e6:.2f} MB and {outcome.seconds:.0f} s; see {folder / 'report.html'}"
     )
     return outcome

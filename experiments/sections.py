@@ -48,6 +48,16 @@ class StrideConfig:
 
 
 @dataclass(frozen=True)
+class CharactersConfig:
+    """Boundaries at UTF-8 characters (--estimator characters)."""
+
+    every: int = 1
+    """Characters per token, white space and punctuation among them; --rate has no say."""
+    at: Literal["last", "first"] = "last"
+    """The byte of a character at which a token closes."""
+
+
+@dataclass(frozen=True)
 class IsotropicConfig:
     """A byte-level baseline (--estimator isotropic)."""
 
@@ -102,13 +112,12 @@ class PoolConfig:
     """What tokens are made of, for chunkers that would take the row at the boundary (all but mean)."""
 
     kind: Literal["last", "max", "mean", "attention"] = "last"
-    """The row at the boundary; the largest or mean values of the rows that it closes; or attention to them (H-Net fig. 13)."""
+    """The row at the boundary; the largest or mean values of the rows that it closes; or attention to them (H-Net fig. 13; as in
+    BLT's encoder)."""
     boundary: bool = False
     """Add the row at the boundary to what the others make (H-Net fig. 13, +Res)."""
     heads: int = 4
-    """Heads of attention to the rows of a token, and of --chunker attend."""
-    vectors: int = 2
-    """Keys and values into which --chunker attend unfolds a token."""
+    """Heads of attention to the rows of a token."""
 
 
 @dataclass(frozen=True)
@@ -117,18 +126,22 @@ class EntropyConfig:
 
     model: Path | None = None
     """Folder of the run that trained the byte model: one of --estimator isotropic, best without its token level."""
-    rule: Literal["global", "combined"] = "global"
-    """A threshold on the entropy, or one on its rise as well and never two boundaries in a row."""
+    rule: Literal["global", "rise", "combined"] = "global"
+    """A token closes where the entropy of the next byte passes a threshold, where it rises by more than one, or both (BLT). The
+    threshold is found from the data: that on the rise for the rule of that name, that on the entropy for the others."""
     increase: float = 0.0
-    """Least rise of the entropy in nats, for the combined rule; its threshold on the entropy is found from the data."""
+    """Least rise of the entropy in nats, for the combined rule."""
 
 
 @dataclass(frozen=True)
 class BPEConfig:
     """Boundaries of a byte-pair encoding of the training text (--estimator bpe, bpe-distilled)."""
 
-    vocabulary: int = 32_768
-    """Tokens to learn at most; as many are used as meet the target rate."""
+    vocabulary: int = 65_536
+    """Tokens to learn at most. The first so many are used whose rate comes nearest to --rate; a run says which rate that is."""
+    text_bytes: int = 2**24
+    """Training text to learn them from, at most: the first that the run sees, and never more than it sees. Memory follows the
+    different words in it: some 4 MB for each MB of English, 100 MB for each MB of a text without spaces."""
     imitation_weight: float = 0.1
     """Weight of the cross-entropy of the distilled policy (bpe-distilled)."""
 
@@ -143,7 +156,8 @@ class TargetConfig:
     """Share of training after which --rate is reached."""
     control: float = 0.0
     """Gain of a slow controller that moves an estimator's own target, in log-odds per step and unit of relative error, until
-    the measured rate is the one asked for; 0 leaves the target alone."""
+    the measured rate is the one asked for; 0 leaves the target alone. Rules draw at their own rate all the same, and so does the
+    policy of sfe-offpolicy: the rate measured there is that of the boundaries drawn by lot."""
 
 
 @dataclass(frozen=True)
@@ -180,12 +194,13 @@ class DataConfig:
     """How documents become training rows."""
 
     protocol: Literal["crop", "cut", "pack"] = "cut"
-    """crop: random stretches of documents; cut: the start of documents that are long enough; pack: documents side by side,
-    none seeing another."""
+    """crop: random stretches of documents; cut: the start of documents that are long enough, and nothing of what follows it;
+    pack: documents side by side, none seeing another."""
     text_field: str | None = None
     """Field of JSON lines and Parquet files that holds the text; by default what the named data set uses, else "text"."""
     held_out: float = 0.05
-    """Share of documents held out for validation, chosen by their content."""
+    """Share of documents held out for validation, chosen by their content; none of a data set that has a validation or test
+    split of its own, by the names of its files, which is used instead and never trains."""
     workers: int = 0
     """Processes that prepare batches; their number never changes a batch."""
     cache: Path | None = None

@@ -94,7 +94,8 @@ def make_step(
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-        moved = TrainState(params, moments, schedule.moved(state.target, output.rate))
+        # A boundary for which there was no room was drawn all the same.
+        moved = TrainState(params, moments, schedule.moved(state.target, output.rate + output.overflow))
         return moved, StepMetrics(output, optax.tree.norm(gradients), target_rate)
 
     return step

@@ -22,10 +22,13 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
         "parameters": outcome.parameters,
         "steps": outcome.steps,
         "bytes": outcome.steps * config.bytes_per_step,
+        "epochs": outcome.epochs,
+        "shown_fraction": outcome.shown,
         "seconds": outcome.seconds,
         "bytes_per_second": outcome.bytes_per_second,
         "capacity": outcome.capacity,
-        "overflow_fraction": outcome.overflow,
+        "dropped_fraction": max(outcome.dropped.shares, default=0.0),
+        "dropped_warning": outcome.dropped.warning,
         "flops_per_byte": matrix_flops(
             outcome.model, rate=validation.rate, inner_rates=validation.inner_rates, samples=config.samples
         ).total,
@@ -38,11 +41,21 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
         ).total,
         "target_rate": config.rate,
         "val_bpb": validation.bpb,
+        "val_bpb_error": validation.bpb_error,
         "early_val_bpb": validation.early_bpb,
+        "val_bpb_greedy": validation.bpb_greedy,
+        "val_bpb_as_trained": validation.bpb_as_trained,
         "val_bytes": validation.bytes,
+        "val_documents": validation.documents,
         "rate": validation.rate,
         "policy_entropy": validation.entropy,
     }
+    if (vocabulary := outcome.found.vocabulary) is not None:
+        summary |= {
+            "vocabulary": len(vocabulary.tokens),
+            "vocabulary_rate": vocabulary.rate,
+            "vocabulary_bytes": vocabulary.learned_from,
+        }
     for level, rate in enumerate(validation.inner_rates, start=1):
         summary |= {f"target_rate_level{level}": config.levels[level].rate, f"rate_level{level}": rate}
     for name, agreement in (("whitespace", validation.whitespace), ("spacelike", validation.spacelike)):

@@ -29,7 +29,7 @@ class TargetSchedule(eqx.Module):
 
     Asked: a straight line from `start` to `rate` over `steps` steps, then `rate`. Aimed at:
     $\sigma(\mathrm{logit}(\pi_t) + o_t)$, where a `control` above 0 moves the offset by
-    $o_{t+1} = o_t + c\,(1 - r_t/\pi_t)$, within $\pm 1.5$, for the rate r of the boundaries that found room: an estimator that
+    $o_{t+1} = o_t + c\,(1 - r_t/\pi_t)$, within $\pm 1.5$, for the rate r of the boundaries drawn: an estimator that
     draws too many is told to aim lower, slowly, until it draws as many as were asked for.
     """
 

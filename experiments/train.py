@@ -20,16 +20,19 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from data import Batch, DataError, Split, check_workers, load, open_batches, open_source
+from estimators.keys import named_key
 from experiments.capacity import inner_capacities, training_capacities
 from experiments.checkpoint import Checkpoints, Progress
 from experiments.config import ConfigError, RunConfig
 from experiments.display import Display
+from experiments.dropped import DroppedBoundaries
 from experiments.evaluate import Validation, evaluate
 from experiments.folder import CHECKPOINTS, METRICS, MetricsLog, read_metrics
-from experiments.found import find, read_found
+from experiments.found import find, notes, read_found
 from experiments.initial import initial_weights
 from experiments.optimizer import frozen_or_not, make_optimizer, multipliers
-from experiments.registry import Found, build_estimators
+from experiments.registry import Found, build_model
+from experiments.seen import EPOCHS, SHOWN, DataNotes, data_record, latest
 from experiments.step import StepMetrics, TrainState, compiled, fresh_state, make_step
 from unet import SelectSmooth, UNet
 from unet.ops.mosaic import refusal
@@ -49,18 +52,23 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: its model, its last validation, the held-out rows, and what it cost. `seconds` is time spent in the
-    training loop, over all sessions; `bytes_per_second` leaves compilation and validation out."""
+    """A finished run: its model, what was `found` for it in the data first, its last validation, the held-out rows, and what it
+    cost. `seconds` is time spent in the training loop, over all sessions; `bytes_per_second` leaves compilation and
+    validation out; `epochs`: how often the data was gone through; `shown`: the share of its bytes that the protocol can show,
+    of a stream of those read."""
 
     model: UNet
+    found: Found
     validation: Validation
     split: Split
     capacity: int
     steps: int
     seconds: float
     bytes_per_second: float
-    overflow: float
+    dropped: DroppedBoundaries
     parameters: int
+    epochs: float | None
+    shown: float | None
 
 
 def token_groups(config: RunConfig, model: UNet, capacities: Sequence[int], devices: int | None = None) -> int:
@@ -94,14 +102,15 @@ def prepare(config: RunConfig) -> Prepared:
     config = with_implementation(config)
     split = load_split(config)
     check_workers(split, config.data.workers)
-    key_estimator, key_model, key_steps, key_evaluate = jax.random.split(jax.random.key(config.seed), 4)
+    key = jax.random.key(config.seed)
     found = read_found(config.folder, config) if config.resume else None
     found = find(config, split) if found is None else found
     # Compiled whole: a fraction of the time that its operations take to be compiled one by one.
-    model = eqx.filter_jit(lambda: UNet(config.unet, build_estimators(config, key_estimator, found), key=key_model))()
+    model = eqx.filter_jit(lambda: build_model(config, key, found))()
     # A run that goes on has its weights in its checkpoint.
     if config.init is not None and not config.resume:
         model = initial_weights(config.init, model)
+    key_steps, key_evaluate = named_key(key, "steps"), named_key(key, "evaluation")
     return Prepared(split, found, model, key_steps, key_evaluate, place_batch, replicate)
 
 
@@ -129,7 +138,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     does not fit or data that has changed.
     """
     split, model, place_batch, replicate = prepared.split, prepared.model, prepared.place_batch, prepared.replicate
-    for note in split.notes:
+    for note in (*split.notes, *notes(config, prepared.found)):
         display.note(note)
     routers = [estimator.router for estimator in model.stage.estimators]
     params, static = eqx.partition(model, eqx.is_inexact_array)
@@ -160,11 +169,13 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
         display.note(f"resumed at step {progress.step} of {config.total_steps}")
     resumed_data = None if restored is None else progress.data
     batches = open_batches(split, batch=config.batch, seed=config.seed, workers=config.data.workers, state=resumed_data)
+    data_notes = DataNotes(split, batches)
     log = MetricsLog(folder, progress.step)
     total, done = config.total_steps, progress.step
     started, seconds_before = time.perf_counter(), progress.seconds
     speed = Speedometer(config.bytes_per_step)
     validation: Validation | None = None
+    dropped, warned = DroppedBoundaries(len(routers)), False
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
@@ -183,12 +194,21 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
                     raise
                 state, metrics = step_function(state, place_batch(batch), jax.random.fold_in(prepared.key_steps, done))
                 done += 1
-                record = _record(done, done * config.bytes_per_step, jax.device_get(metrics))
+                record = {
+                    **_record(done, done * config.bytes_per_step, jax.device_get(metrics)),
+                    **data_record(batches),
+                }
                 speed.tick()
+                dropped.add(record)
+                if not warned and (warning := dropped.early_warning):
+                    display.note(f"by step {done}, {warning}")
+                    warned = True
                 _refuse_non_finite(record, folder)
                 if done % config.log_every == 0 or done == total:
                     log.write({**record, "seconds": round(seconds(), 3)})
                 display.progress(done, record, speed.bytes_per_second)
+                for note in data_notes.after(done, total, batches):
+                    display.note(note)
                 if _is_due(done, total, config.evaluation.times):
                     validation = validate(state)
                     log.write(_validation_record(done, record["bytes"], validation))
@@ -211,14 +231,17 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     trained: UNet = eqx.combine(jax.device_get(state.params), static)
     return Outcome(
         model=jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, trained),
+        found=prepared.found,
         validation=validation,
         split=split,
         capacity=capacity,
         steps=done,
         seconds=seconds(),
         bytes_per_second=speed.bytes_per_second,
-        overflow=_mean_overflow(folder),
+        dropped=DroppedBoundaries.of(read_metrics(folder), len(routers)),
         parameters=parameters,
+        epochs=latest(folder, EPOCHS),
+        shown=latest(folder, SHOWN),
     )
 
 
@@ -367,9 +390,3 @@ def _refuse_non_finite(record: dict[str, float | int | None], folder: Path) -> N
 def _is_due(step: int, total: int, times: int) -> bool:
     """Whether `step` of 1 to `total` is one of `times` evenly spread ones, the last of which is `total`."""
     return step * times // total > (step - 1) * times // total
-
-
-def _mean_overflow(folder: Path) -> float:
-    """Share of training bytes whose boundary was dropped, over the logged steps of the whole run."""
-    values = [value for record in read_metrics(folder) if isinstance(value := record.get("overflow"), float)]
-    return sum(values) / len(values) if values else 0.0

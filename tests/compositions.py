@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from estimators import Frozen
-from estimators.entropy import find_threshold, surprise
+from estimators.entropy import find_threshold, next_byte_entropy
 from experiments.config import EstimatorName, RunConfig
 from experiments.presets import PRESETS
-from experiments.registry import ByteModel, Found, build_estimator
+from experiments.registry import ByteModel, Found, Vocabulary, build_estimator, patch_rule
 from tests.conftest import text_bytes
 from unet import UNet, UNetConfig
 from unet.likelihood import plain_layout
@@ -45,9 +45,10 @@ def found(config: RunConfig) -> Found:
     vocabulary = tuple([bytes([value]) for value in range(256)] + words)
     byte_model = UNet(SHAPE, None, key=jax.random.key(5))
     layout = plain_layout(text_bytes(8, LENGTH, seed=9))
-    measured = eqx.filter_jit(surprise)(byte_model, layout)
-    threshold = find_threshold(np.asarray(measured), np.asarray(layout.starts), config.rate)
-    return Found(vocabulary, ByteModel(config, byte_model), threshold)
+    measured = eqx.filter_jit(next_byte_entropy)(byte_model, layout)
+    rule = patch_rule(config.entropy)
+    threshold = find_threshold(np.asarray(measured), np.asarray(layout.numbers), config.rate, rule)
+    return Found(Vocabulary(vocabulary, config.rate, 0), ByteModel(config, byte_model), threshold)
 
 
 def trains(node: Tree) -> Tree:

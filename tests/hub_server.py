@@ -13,9 +13,12 @@ from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
 
+Revisions = Mapping[str, tuple[str, Mapping[str, bytes]]]
+
 
 class Hub(ThreadingHTTPServer):
-    """Serves `files` of one repository, of a data set or of a model, and takes commits to the latter.
+    """Serves `files` of one repository, of a data set or of a model, and takes commits to the latter. `revisions` maps the
+    names of others to their commit and files.
 
     `faults` maps a kind of request (`info`, `tree`, `GET`, `HEAD`) to a list of faults, one of which each such request uses
     up: `500`, `gated`, `missing`, `truncated`, `wrong size`, `wrong content`.
@@ -23,9 +26,11 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, repository: str, files: Mapping[str, bytes], token: str | None):
+    def __init__(self, repository: str, files: Mapping[str, bytes], token: str | None, revisions: Revisions):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repository, self.files, self.token = repository, dict(files), token
+        self.commits = {COMMIT: self.files, **dict(revisions.values())}
+        self.names = {None: COMMIT, "main": COMMIT, **{name: commit for name, (commit, _) in revisions.items()}}
         self.faults: dict[str, list[str]] = {}
         self.requests: list[str] = []
         self.created: dict[str, object] = {}
@@ -36,9 +41,11 @@ class Hub(ThreadingHTTPServer):
 
 
 @contextmanager
-def hub(repository: str, files: Mapping[str, bytes], token: str | None = None) -> Iterator[Hub]:
+def hub(
+    repository: str, files: Mapping[str, bytes], token: str | None = None, revisions: Revisions | None = None
+) -> Iterator[Hub]:
     """A running hub, shut down at the end."""
-    server = Hub(repository, files, token)
+    server = Hub(repository, files, token, revisions or {})
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -105,19 +112,25 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "missing" or hub.repository not in path:
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         if kind == "info":
-            return self._send(200, json.dumps({"id": hub.repository, "sha": COMMIT}).encode())
+            _, named, revision = path.partition("/revision/")
+            commit = hub.names.get(revision if named else None)
+            if commit is None:
+                return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            return self._send(200, json.dumps({"id": hub.repository, "sha": commit}).encode())
         if kind == "tree":
-            folder = path.removeprefix(f"{prefix}/tree/{COMMIT}").strip("/")
-            return self._send(
-                200, json.dumps([_entry(*file) for file in hub.files.items() if file[0].startswith(folder)]).encode()
-            )
-        name = path.split("/resolve/", 1)[-1].split("/", 1)[-1]
-        if name not in hub.files:
+            commit, _, folder = path.removeprefix(f"{prefix}/tree/").partition("/")
+            inside = [file for file in hub.commits[commit].items() if not folder or file[0].startswith(f"{folder}/")]
+            if folder and not inside:
+                return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+            return self._send(200, json.dumps([_entry(*file) for file in inside]).encode())
+        commit, _, name = path.split("/resolve/", 1)[-1].partition("/")
+        files = hub.commits.get(hub.names.get(commit, commit), hub.files)
+        if name not in files:
             return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        return self._send_file(hub.files[name], fault)
+        return self._send_file(files[name], commit, fault)
 
-    def _send_file(self, content: bytes, fault: str | None) -> None:
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+    def _send_file(self, content: bytes, commit: str, fault: str | None) -> None:
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
         if fault == "wrong size":
             content = content[:-3]
         if fault == "wrong content":

@@ -36,7 +36,8 @@ def test_unet_knows_only_the_abstract_kinds_of_estimators():
     names = {
         name for path, name in imports_of("unet") if name.split(".")[0] == "estimators" and path.stem != "reference"
     }
-    assert names == {"estimators.base"}
+    # Beside the abstract kinds, how keys of random numbers are split, which is of no estimator.
+    assert names == {"estimators.base", "estimators.keys"}
 
 
 def test_every_package_was_looked_at():

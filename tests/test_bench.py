@@ -73,8 +73,26 @@ def test_alternatives_take_turns_and_ratios_are_within_rounds(monkeypatch):
     assert calls == ["a", "b"] * 4
     assert (found["a"].seconds, found["b"].seconds) == (2, 2)
     assert found["b"].speedup == 1.0
+    assert (found["b"].rounds, found["b"].ratio) == (3, "1.00 (3 rounds) ≈")
     with pytest.raises(ValueError, match="none of a"):
         in_turns({"a": work("a")}, baseline="c")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "shown"),
+    [
+        ((1.0, 1.5, 1.2, 1.3, 1.1, 1.4), "1.25 [1.00, 1.50] ≈"),
+        ((1.1, 1.5, 1.2, 1.3, 1.1, 1.4), "1.25 [1.10, 1.50]"),
+        ((0.9, 1.2, 0.95, 0.8, 0.7), "0.90 (5 rounds) ≈"),
+    ],
+)
+def test_a_ratio_comes_with_its_interval(monkeypatch, ratios, shown):
+    """A round is the baseline's work, which takes the ratio's seconds, and the other's, which takes one."""
+    ticks = [tick for round_, ratio in enumerate(ratios) for tick in (10 * round_, 10 * round_ + ratio, 0, 1)]
+    clock = iter(ticks)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    found = in_turns({name: lambda: jnp.zeros(()) for name in "ab"}, baseline="a", rounds=len(ratios))
+    assert found["b"].ratio == shown
 
 
 def test_the_command_times_estimators_against_uniform(corpus, tmp_path):

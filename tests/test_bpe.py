@@ -80,13 +80,19 @@ def test_learning_a_vocabulary_twice_gives_the_same(learned):
     assert train_vocabulary([text], 320) == vocabulary
 
 
-def test_the_size_found_meets_the_rate_and_one_less_does_not(learned):
+@pytest.mark.parametrize("rate", [0.01, 0.4, 0.7])
+def test_the_size_found_comes_nearest_to_the_rate_and_its_rate_is_told(learned, rate):
     text, vocabulary = learned
-    tree, layout = PrefixTree(vocabulary), layout_of(text[:700])
-    size = find_size(tree, layout, 0.4)
-    assert float(jnp.mean(tree.begins(layout, size))) <= 0.4 < float(jnp.mean(tree.begins(layout, size - 1)))
-    with pytest.raises(ValueError, match="train a larger one"):
-        find_size(tree, layout, 0.01)
+    layout = layout_of(text[:700])
+    rates = {size: np.mean(greedy(text[:700], vocabulary[:size])) for size in range(256, len(vocabulary) + 1)}
+    found = find_size(PrefixTree(vocabulary), layout, rate)
+    assert found.rate == pytest.approx(rates[found.size])
+    assert abs(found.rate - rate) == pytest.approx(min(abs(one - rate) for one in rates.values()), abs=1e-6)
+
+
+def test_a_router_aims_at_no_rate_but_tells_the_one_measured():
+    assert BPEGuided(BYTES, chunker=SelectDistribute(), rate=0.23).router.rate == 0.23
+    assert BPEGuided(BYTES, chunker=SelectDistribute()).router.rate is None
 
 
 def test_a_vocabulary_without_all_bytes_is_refused():

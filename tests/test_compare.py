@@ -1,5 +1,6 @@
 """Comparisons as a user starts them: what they leave, how they go on, what they refuse."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,11 +12,18 @@ import sys
 import pytest
 
 from experiments import compare as compare_module
-from experiments.comparison import markdown, remarks, table
+from experiments.comparison import html_table, markdown, remarks, table
+from experiments.config import ConfigError, EstimatorName
 from experiments.display import Display
+from experiments.finished import FinishedRun, curve, of_tables
+from experiments.folder import read_config
+from experiments.pairs import PAIR_COLUMNS, Curve, compare_pairs, difference_json, every_pair, pair_cells, pair_remarks
+from experiments.presets import PRESETS
 from tests.test_run import SMALL
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
+from unet.flops import matrix_flops
+from unet.saving import load
 
 ARGUMENTS = ("--estimators", "uniform", "sfe", "--seeds", "0", "1")
 
@@ -24,8 +32,8 @@ def start(*arguments):
     return compare_module.main([str(argument) for argument in arguments])
 
 
-def summary(estimator, seed, bpb, rate=0.2):
-    return {
+def finished_run(estimator: EstimatorName, seed: int, bpb: float, rate: float = 0.2, **more: float) -> FinishedRun:
+    summary: dict[str, float | int | str | None] = {
         "estimator": estimator,
         "seed": seed,
         "val_bpb": bpb,
@@ -36,36 +44,127 @@ def summary(estimator, seed, bpb, rate=0.2):
         "layer_flops_per_byte": 2e6,
         "seconds": 10.0,
         "bytes_per_second": 1000.0,
-        "overflow_fraction": 0.0,
+        "dropped_fraction": 0.0,
         "boundary_f1_whitespace": None,
         "sampled_f1_whitespace": 0.5,
         "boundary_auc_whitespace": 0.5,
+        **more,
     }
+    config = dataclasses.replace(PRESETS["tiny"], estimator=estimator, seed=seed)
+    return FinishedRun(config, summary, straight(3.0, 1e-3, 1000.0))
 
 
 def test_means_errors_and_paired_gains():
     lines = table(
         {
-            "uniform": [summary("uniform", 0, 2.0), summary("uniform", 1, 2.2)],
-            "sfe": [summary("sfe", 0, 1.9), summary("sfe", 1, 2.0)],
+            "uniform": [finished_run("uniform", 0, 2.0), finished_run("uniform", 1, 2.2)],
+            "sfe": [finished_run("sfe", 0, 1.9), finished_run("sfe", 1, 2.0)],
         }
     )
-    found = [(line.bpb.mean, line.bpb.error, line.gain.mean, line.gain.error) for line in lines]
-    assert found[1] == pytest.approx((1.95, 0.05, 0.15, 0.05))
-    assert math.isnan(lines[0].gain.mean)
-    assert "| `sfe` | 1.9500 ± 0.0500 | 0.1500 ± 0.0500 |" in markdown(lines)
+    found = [(line.bpb.mean, line.bpb.error, line.bpb.n, line.gain.mean, line.gain.half_width) for line in lines]
+    # Of one degree of freedom, tan(0.475 π) = 12.706 times the standard error.
+    assert found[1] == pytest.approx((1.95, 0.05, 2, 0.15, 0.05 * math.tan(0.475 * math.pi)))
+    assert lines[0].gain.values == ()
+    assert "| `uniform` | 2.1000 ± 0.1000 | – |" in markdown(lines)
+    assert "| `sfe` | 1.9500 ± 0.0500 | +0.1500 [-0.4853, +0.7853] ≈ |" in markdown(lines)
+
+
+def straight(start, slope, end):
+    """A curve that falls by `slope` for each FLOP, validated three times."""
+    return [(flops, flops / 1e6, start - slope * flops) for flops in (0.25 * end, 0.5 * end, end)]
+
+
+BPB: dict[EstimatorName, dict[int, float]] = {
+    "uniform": {0: 2.0, 1: 2.2, 2: 2.1},
+    "sfe": {0: 1.9, 1: 2.1, 2: 2.0},
+    "hnet": {0: 1.9, 1: 2.3, 2: 2.1},
+}
+CURVES: dict[EstimatorName, dict[int, Curve]] = {
+    "uniform": {seed: straight(3.0, 0.01, 100.0) for seed in range(3)},
+    "sfe": {seed: straight(3.0 + 0.1 * seed, 0.02, 120.0) for seed in range(3)},
+    "hnet": {seed: straight(3.0, 0.01, 500.0) for seed in range(3)},
+}
+
+
+def test_every_pair_once_with_the_reference_second():
+    assert every_pair(("uniform", "sfe", "hnet"), last="uniform") == [
+        ("sfe", "uniform"),
+        ("hnet", "uniform"),
+        ("sfe", "hnet"),
+    ]
+
+
+def test_pairs_after_the_same_bytes_and_the_same_flops():
+    pairs = compare_pairs([("sfe", "uniform"), ("hnet", "uniform"), ("sfe", "hnet")], BPB, CURVES)
+    sure, unsure, third = pairs
+    assert sure.below.values == pytest.approx((0.1, 0.1, 0.1))
+    assert sure.below.distinguishable
+    # p of the others as scipy.stats.ttest_rel has it; Holm's: three, two and one time.
+    assert (unsure.below.p, third.below.p) == pytest.approx((1.0, 0.225403), abs=1e-6)
+    assert [pair.below_holm for pair in pairs] == pytest.approx([0.0, 1.0, 0.450807], abs=1e-6)
+    assert not unsure.below.distinguishable
+    # After 100 FLOPs uniform is at 2, sfe at 1, 1.1 and 1.2.
+    assert sure.flops == (100.0, 100.0, 100.0)
+    assert sure.equal_flops.values == pytest.approx((1.0, 0.9, 0.8))
+    assert sure.equal_flops.half_width == pytest.approx(4.302653 * 0.1 / math.sqrt(3))
+    # hnet was first validated after 125 FLOPs, when uniform had ended and sfe had 5 to go.
+    assert unsure.equal_flops.values == third.equal_flops.values == ()
+    assert pair_cells(sure)["equal_flops"] == "+0.9000 [+0.6516, +1.1484]"
+    assert pair_cells(unsure) == {
+        "pair": "`hnet` below `uniform`",
+        "below": "+0.0000 [-0.2484, +0.2484] ≈",
+        "p": "1.000",
+        "holm": "1.000",
+        "equal_flops": "–",
+        "equal_holm": "–",
+        "seeds": "0, 1, 2",
+    }
+    rows = html_table(PAIR_COLUMNS, [pair_cells(pair) for pair in pairs]).split("<tr>")
+    assert ['class="quiet"' in row for row in rows[2:]] == [False, True, True]
+    notes = " ".join(pair_remarks(pairs, []))
+    assert "of 3 pairs without any difference, 0.15 would be expected" in notes
+    assert "Not for every seed at equal FLOPs (hnet:uniform, sfe:hnet)" in notes
+    assert "One seed" not in notes
+
+
+def test_one_seed_tells_nothing_apart():
+    (pair,) = compare_pairs([("sfe", "uniform")], {name: {0: runs[0]} for name, runs in BPB.items()}, CURVES)
+    assert pair_cells(pair)["below"] == "+0.1000 (one seed) ≈"
+    assert difference_json(pair.below)["distinguishable"] is False
+    assert "One seed has no interval and tells nothing apart" in " ".join(pair_remarks([pair], []))
+
+
+def test_a_method_without_runs_has_dashes():
+    (pair,) = compare_pairs([("sfe", "uniform")], {"sfe": BPB["sfe"]}, {"sfe": CURVES["sfe"]})
+    assert pair_cells(pair) == dict.fromkeys(PAIR_COLUMNS, "–") | {"pair": "`sfe` below `uniform`"}
+    assert pair_remarks([pair], []) == []
+
+
+def test_pairs_asked_for():
+    config = compare_module.CompareConfig(pairs=("sfe:hnet", "uniform:sfe"))
+    assert compare_module.pairs_of(config) == [("sfe", "hnet"), ("uniform", "sfe")]
+    assert len(compare_module.pairs_of(dataclasses.replace(config, pairs=()))) == 6
+    with pytest.raises(ConfigError, match="sfe, gumbel"):
+        compare_module.pairs_of(dataclasses.replace(config, estimators=("sfe", "gumbel")))
 
 
 def test_a_missed_rate_is_flagged():
-    lines = table({"hnet": [summary("hnet", 0, 2.0, 0.268)], "sfe": [summary("sfe", 0, 2.0, 0.205)]})
+    lines = table({"hnet": [finished_run("hnet", 0, 2.0, 0.268)], "sfe": [finished_run("sfe", 0, 2.0, 0.205)]})
     assert [line.missed for line in lines] == [True, False]
     assert "0.268 †" in markdown(lines)
-    inside = {**summary("sfe", 0, 2.0, 0.21), "rate_level1": 0.6, "target_rate_level1": 0.5}
+    inside = finished_run("sfe", 0, 2.0, 0.21, rate_level1=0.6, target_rate_level1=0.5)
     (line,) = table({"sfe": [inside]})
     assert line.missed
     assert "| 0.210 / 0.600 † |" in markdown([line])
     assert "sfe 0.210 / 0.600 for 0.2 / 0.5" in " ".join(remarks([line]))
     assert any("hnet 0.268 for 0.2" in note for note in remarks(lines))
+
+
+def test_what_a_reader_of_the_table_has_to_know():
+    taught = finished_run("bpe-distilled", 0, 2.8, val_bpb_greedy=2.7, val_bpb_as_trained=2.6, dropped_fraction=0.02)
+    said = " ".join(remarks(table({"bpe-distilled": [taught], "sfe": [finished_run("sfe", 0, 2.0)]})))
+    assert "2.6000 bits per byte with those, 2.8000 with its own, drawn, and 2.7000 with its own, greedy" in said
+    assert "(bpe-distilled 2.0%)" in said
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +175,62 @@ def finished(corpus, tmp_path_factory):
 
 
 def test_a_comparison_leaves_its_table_its_curves_and_its_page(finished):
-    lines = json.loads((finished / "table.json").read_text())
-    assert [line["estimator"] for line in lines] == ["uniform", "sfe"]
-    assert all(line["seeds"] == [0, 1] for line in lines)
+    found = json.loads((finished / "table.json").read_text())
+    assert set(found) == {"reference", "confidence", "methods", "pairs", "notes"}
+    assert [line["estimator"] for line in found["methods"]] == ["uniform", "sfe"]
+    assert all(line["seeds"] == [0, 1] for line in found["methods"])
+    runs = {line["estimator"]: line["runs"] for line in found["methods"]}
+    for name, of_method in runs.items():
+        for run in of_method:
+            assert run["summary"] == json.loads((finished / f"{name}-{run['seed']}" / "summary.json").read_text())
+            assert run["curve"][-1]["bpb"] == run["summary"]["val_bpb"]
+    (pair,) = found["pairs"]
+    assert (pair["first"], pair["second"]) == ("sfe", "uniform")
+    ends = [[run["summary"]["val_bpb"] for run in runs[name]] for name in ("uniform", "sfe")]
+    assert pair["below"]["values"] == [uniform - sfe for uniform, sfe in zip(*ends, strict=True)]
+    assert pair["below"]["seeds"] == found["methods"][1]["gain"]["seeds"] == [0, 1]
+    assert pair["equal_flops"]["flops"] == [run["curve"][-1]["flops"] for run in runs["uniform"]]
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     page = (finished / "report.html").read_text()
     assert page.count('<pre class="text">') == 6
     assert "http://" not in page
-    assert (finished / "table.md").read_text().startswith("| estimator |")
+    tables = (finished / "table.md").read_text()
+    assert tables.startswith("| estimator |")
+    assert "| `sfe` below `uniform` | " in tables
+    assert "<td>sfe below uniform</td>" in page
+
+
+def test_runs_made_elsewhere_count_as_if_made_here(finished, launched, corpus, tmp_path):
+    common = ("--dataset", corpus, "--out", tmp_path / "out", "--jobs", "2", *SMALL)
+    table_json = finished / "table.json"
+    assert start("--estimators", "uniform", "sfe", "--seeds", "0", "1", "2", "--tables", table_json, *common) == 0
+    assert launched == ["uniform-2", "sfe-2"]
+    _, asked = compare_module.parse_compare([*ARGUMENTS, "--dataset", str(corpus), *map(str, SMALL)])
+    runs = [dataclasses.replace(asked, estimator=name, seed=0) for name in ("uniform", "sfe")]
+    found = of_tables([table_json, table_json], runs)
+    assert [(run.config.estimator, run.seed) for run in found] == [("uniform", 0), ("sfe", 0)]
+    assert found[1].summary == json.loads((finished / "sfe-0" / "summary.json").read_text())
+    assert found[1].curve == curve(finished / "sfe-0")
+    with pytest.raises(ConfigError, match="other settings for rate"):
+        of_tables([table_json], [dataclasses.replace(runs[1], rate=0.3)])
+    with pytest.raises(ConfigError, match="is not the table"):
+        of_tables([finished / "sfe-0" / "summary.json"], runs)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        of_tables([finished / "nothing.json"], runs)
+
+
+def test_flops_count_up_to_a_validation_between_records(finished, tmp_path):
+    """300 bytes of training are logged, at a rate of 1 / 2; the last 100 bytes only as a validation, at 1 / 4."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "sfe-0", folder)
+    records = [
+        {"step": 3, "bytes": 300, "rate": 0.5},
+        {"step": 3, "bytes": 300, "val_bpb": 2.0, "val_rate": 0.75},
+        {"step": 4, "bytes": 400, "val_bpb": 1.5, "val_rate": 0.25},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    half, quarter = (matrix_flops(load(folder).model, rate=rate).total for rate in (0.5, 0.25))
+    assert curve(folder) == [(300 * half, 0.0003, 2.0), (300 * half + 100 * quarter, 0.0004, 1.5)]
 
 
 def test_every_run_sees_the_same_data(finished):
@@ -105,6 +252,60 @@ def test_what_is_finished_is_not_done_again_and_what_is_missing_is(finished, cor
     assert {path: path.stat().st_mtime_ns for path in before} == before
     again, first = (json.loads((folder / "sfe-1" / "summary.json").read_text()) for folder in (out, finished))
     assert again["val_bpb"] == first["val_bpb"]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Runs finish at once, without training; the names of those that were started since it was last cleared."""
+    names = []
+
+    def launch(job, core, logs):
+        names.append(job.name)
+        (job.folder / "summary.json").write_text("{}")
+        (logs / f"{job.name}.log").write_text("done")
+        job.process = subprocess.Popen(["true"])
+
+    monkeypatch.setattr(compare_module, "_launch", launch)
+    monkeypatch.setattr(compare_module, "write_comparison", lambda *arguments: None)
+    monkeypatch.setattr(compare_module, "of_folder", lambda folder: FinishedRun(read_config(folder), {}, []))
+    return names
+
+
+def test_methods_and_seeds_added_later_are_all_that_is_done(launched, corpus, tmp_path, capsys):
+    common = ("--dataset", corpus, "--out", tmp_path / "out", *SMALL)
+    assert start("--estimators", "uniform", "sfe", "--seeds", "1", *common) == 0
+    assert launched == ["uniform-1", "sfe-1"]
+    launched.clear()
+    assert start("--estimators", "gumbel", "uniform", "entropy", "sfe", "--seeds", "1", *common) == 0
+    assert launched == ["byte-model", "gumbel-1", "entropy-1"]
+    launched.clear()
+    assert start("--estimators", "gumbel", "entropy", "--seeds", "0", "1", *common) == 0
+    assert launched == ["gumbel-0", "entropy-0"]
+    assert start("--estimators", "gumbel", "--seeds", "0", "1", *common) == 0
+    assert launched == ["gumbel-0", "entropy-0"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "left out, since --estimators, --seeds and --tables do not ask for them: sfe-1, uniform-1" in said
+    assert said.endswith("do not ask for them: entropy-0, entropy-1, sfe-1, uniform-1")
+
+
+def test_an_unfinished_run_goes_on_with_the_cores_it_gets(launched, corpus, tmp_path):
+    """A core for each of two jobs, where one job had left the number of devices open, and the other way round."""
+    common = SMALL[: SMALL.index("--devices")] + SMALL[SMALL.index("--devices") + 2 :]
+    given = ("--estimators", "uniform", "--seeds", "0", "1", "--dataset", corpus, "--out", tmp_path, *common)
+    for jobs, devices in (("1", None), ("2", 1), ("1", None)):
+        assert start(*given, "--jobs", jobs) == 0
+        assert read_config(tmp_path / "uniform-1").devices == devices
+        (tmp_path / "uniform-1" / "summary.json").unlink()
+
+
+def test_settings_are_checked_for_what_is_compared(launched, corpus, tmp_path, capsys):
+    """Returns cannot be centred in a batch of one, nor can a policy that starts at .2 be capped at 1; uniform boundaries have
+    neither."""
+    for number, changed in enumerate((("--batch", "1"), ("--sfe.cap", "1"))):
+        given = ("--dataset", corpus, "--out", tmp_path / str(number), *SMALL, *changed)
+        assert start("--estimators", "uniform", "--seeds", "0", *given) == 0
+        assert start("--estimators", "uniform", "sfe", "--seeds", "0", *given) == 2
+        assert changed[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -132,6 +333,10 @@ def test_a_stopped_comparison_stops_its_runs(tmp_path, number, monkeypatch):
         (("--estimators", "sfe", "--seed", "3"), "--seed is for single runs"),
         (("--estimators", "sfe", "--rate", "1.5"), "--rate"),
         (("--jobs", "0"), "at least one"),
+        (("--pairs", "sfe:bpe"), "--pairs 'sfe:bpe' is not FIRST:SECOND"),
+        (("--pairs", "sfe"), "--pairs 'sfe' is not FIRST:SECOND"),
+        (("--pairs", "sfe:sfe"), "--pairs 'sfe:sfe' is not FIRST:SECOND"),
+        (("--pairs", "sfe:hnet", "hnet:sfe"), "each pair once"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, corpus, capsys, arguments, message):

@@ -1,5 +1,6 @@
 """Sources, protocols and the loader."""
 
+import dataclasses
 import gzip
 import json
 
@@ -11,10 +12,15 @@ from hypothesis import strategies as st
 
 from data import DataError, load, open_batches, open_source
 from data.builtin import as_prose
+from data.coverage import Coverage, shown_bytes
 from data.documents import AbstractSource, Shard, document_rank
 from data.files import PLAIN_DOCUMENT
 from data.loader import split_documents
-from data.rows import MemoryRows, Protocol, make_row, pieces, with_bos
+from data.rows import HeldOutRows, MemoryRows, Protocol, make_row, pieces, with_bos
+from data.splits import named_split
+from data.stream import StreamRows
+from experiments.presets import PRESETS
+from experiments.seen import DataNotes, data_record
 
 
 class Listed(AbstractSource):
@@ -130,8 +136,112 @@ def test_cut_keeps_long_documents_only_and_says_how_many_it_left():
     assert len(rows) == 2
     assert rows.dropped == 1
     assert bytes(rows.row(1, None)["bytes"].tolist()) == b"\xfe" + b"z" * 31
-    note = split_of("cut").notes[0]
-    assert "are shorter than 32 bytes and left out by the protocol 'cut'" in note
+    split = split_of("cut")
+    short = sum(len(document) < 31 for document in split.training or ())
+    assert f"; {short} of them are shorter than 32 bytes and left out; --data.protocol crop or pack" in split.notes[0]
+    assert "held-out documents of listed are shorter than 32 bytes and not evaluated" in split.notes[1]
+
+
+@pytest.mark.parametrize("protocol", ["crop", "cut", "pack"])
+@pytest.mark.parametrize("size", [5, 30, 31, 32, 100])
+def test_a_protocol_can_show_what_it_says(protocol, size):
+    """Against the bytes of rows drawn until no new ones come."""
+    document = bytes(range(100, 100 + size))
+    rows, rng = MemoryRows([document], 32, protocol, random=True), np.random.default_rng(0)
+    drawn = [rows.row(number, rng) for _ in range(300) for number in range(len(rows))]
+    shown = {value for row in drawn for value in row["bytes"][row["mask"]].tolist()} - {254}
+    assert shown_bytes(size, 32, protocol) == len(shown)
+
+
+def genome_of(path, bases=40_000):
+    """A chromosome, with an unread stretch in its middle."""
+    sequence = bytes(np.random.default_rng(0).choice(list(b"ACGT"), bases).tolist())
+    path.write_bytes(b">chr1\n" + sequence[: bases // 2] + b"\n" + b"N" * 500 + b"\n" + sequence[bases // 2 :] + b"\n")
+    return open_source(str(path))
+
+
+def test_presets_for_dna_can_show_the_whole_genome_and_cut_says_how_little_it_can(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.fasta.STRETCH", 10_000)
+    source = genome_of(tmp_path / "genome.fa")
+
+    def loaded(protocol):
+        return load(source, length=80, protocol=protocol, held_out_share=0.05, held_out_bytes=400)
+
+    for name in ("dna-transformer", "dna-mamba", "dna-hnet", "dna-hnet-mamba"):
+        whole = loaded(PRESETS[name].data.protocol)
+        assert whole.coverage is not None
+        assert whole.coverage.share == 1.0
+        assert any("can show 100 % of the bytes of the 3 training documents" in note for note in whole.notes)
+        assert not any("--data.protocol" in note for note in whole.notes)
+    little = loaded("cut")
+    assert little.coverage == Coverage(documents=3, left_out=0, bytes=30_000, shown=3 * 79)
+    assert any(
+        "can show 0.79 % of the bytes" in note and "--data.protocol crop or pack" in note for note in little.notes
+    )
+    assert "500 unread bases and gaps (N, ., -, *)" in little.notes[0]
+
+
+@pytest.mark.parametrize("protocol", ["crop", "cut", "pack"])
+def test_a_stream_counts_what_it_has_read(protocol):
+    """When the second epoch begins, exactly what a data set in memory knows from the start."""
+    memory, stream = split_of(protocol), split_of(protocol, streamed=True)
+    share = stream.held_out_share
+    training = [document for document in documents() if document_rank(document) >= share]
+    expected = Coverage()
+    for document in training:
+        expected = expected.plus(len(document), 32, protocol)
+    rows = StreamRows(stream.source, 32, protocol, share, seed=0)
+    again = next(row for row in rows if row["epochs"] >= 1)
+    # Documents of the second epoch before the one in which that row ends: too short for one, or at its begin.
+    for document in stream.source.documents(stream.source.shards()[rows.order(1, 2)[0]]):
+        if expected.documents < again["coverage"][0] and document_rank(document) >= share:
+            expected = expected.plus(len(document), 32, protocol)
+    assert Coverage(*again["coverage"].tolist()) == expected
+    assert memory.coverage is not None
+    assert memory.coverage.share == pytest.approx(expected.share, abs=0.1)
+    assert stream.coverage is None
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_epochs_are_counted_and_go_on_from_any_state(streamed):
+    # No document is held out of a stream here by its content.
+    split = dataclasses.replace(split_of("cut", streamed=streamed), held_out_share=0.0)
+    rows = sum(len(document) >= 31 for document in (documents() if split.training is None else split.training))
+    batches, counted, state = open_batches(split, batch=4, seed=0), [], {}
+    for _ in range(30):
+        next(batches)
+        counted.append(batches.epochs)
+        state = json.loads(json.dumps(batches.state())) if len(counted) == 10 else state
+    batches.close()
+    # A stream is shuffled in windows of 1024 rows, which hold these many times over.
+    np.testing.assert_allclose(counted, np.arange(1, 31) * 4 / rows, rtol=0.05 if streamed else 1e-12)
+    assert counted[0] < 0.2 < 2 < counted[-1]
+    resumed = open_batches(split, batch=4, seed=0, state=state)
+    assert resumed.epochs == counted[9]
+    for expected in counted[10:]:
+        next(resumed)
+        assert resumed.epochs == expected
+    resumed.close()
+
+
+def test_a_run_says_once_that_a_second_epoch_begins_and_that_a_stream_shows_little():
+    split = split_of("cut", streamed=True)
+    batches = open_batches(split, batch=4, seed=0)
+    notes = DataNotes(split, batches)
+    said = []
+    for step in range(1, 50):
+        next(batches)
+        said += notes.after(step, 50, batches)
+    batches.close()
+    assert len(said) == 2
+    assert "of the bytes of the" in said[0]
+    assert "training documents of listed read so far" in said[0]
+    assert "--data.protocol crop or pack" in said[0]
+    assert "a second epoch begins" in said[1]
+    (again,) = DataNotes(split, batches).after(50, 60, batches)
+    assert "read so far" in again
+    assert data_record(batches)["epochs"] == batches.epochs > 1
+    assert data_record(batches)["shown_fraction"] == pytest.approx(0.35, abs=0.01)
 
 
 def test_packing_loses_no_byte_and_numbers_the_documents():
@@ -185,6 +295,70 @@ def test_held_out_rows_do_not_depend_on_a_run():
     rows = split_of().held_out_rows(200)
     assert_equal(rows, split_of().held_out_rows(200))
     assert len(rows) == 200 // 32
+
+
+@pytest.mark.parametrize("protocol", ["crop", "cut", "pack"])
+def test_held_out_rows_know_their_documents_and_copies_share_a_number(protocol):
+    twice = documents(8) + documents(8)[:4]
+    rows = MemoryRows(twice, 32, protocol, random=False)
+    held_out = HeldOutRows(rows, np.arange(len(rows)))
+    parts: dict[int, bytes] = {}
+    for row in held_out:
+        assert ((row["documents"] < 0) == ~row["mask"]).all()
+        for segment in np.unique(row["segments"][row["mask"]]):
+            here = row["mask"] & (row["segments"] == segment)
+            (number,) = set(row["documents"][here].tolist())
+            parts[number] = parts.get(number, b"") + row["bytes"][here].tobytes()
+    distinct = set(twice) if protocol != "cut" else {document for document in twice if len(document) >= 31}
+    assert len(parts) == len(distinct)
+    whole = {document[:31] if protocol == "cut" else document for document in distinct}
+    assert {part.split(b"\xfe")[1] for part in parts.values()} == whole
+    assert [len(held_out[1:3]), len(held_out[-1]["bytes"])] == [2, 32]
+
+
+def test_validation_on_less_than_was_asked_for_is_said():
+    split = load(Listed(documents()), length=32, protocol="crop", held_out_share=0.2, held_out_bytes=10**6)
+    assert f"{len(split.held_out)} rows of 32 bytes; --evaluation.bytes asks for 31,250" in split.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("test-00000-of-00002.parquet", "test"),
+        ("data/validation-0.jsonl.gz", "validation"),
+        ("valid/0.jsonl", "validation"),
+        ("en/dev/part1.json", "validation"),
+        ("data/my_val.parquet", "validation"),
+        ("Test/a.parquet", "test"),
+        ("data/train-0.parquet", "training"),
+        ("test/train-0.parquet", "training"),
+        ("sample/100BT/000_00000.parquet", None),
+        ("data/CC-MAIN-2013-20/000_00000.parquet", None),
+        ("latest/contest-0.parquet", None),
+        ("file-000000000007.json.gz", None),
+    ],
+)
+def test_files_are_recognised_as_a_split_by_their_names(path, expected):
+    assert named_split(path) == expected
+
+
+def test_held_out_files_of_a_folder_never_train(tmp_path):
+    for name in ("test/train/part-0", "test/train/part-1", "test/validation", "test/test"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"text": f"{name} {number} " * 5}) for number in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "test/test_code.py").write_text("assert True  # source code, whatever its name is")
+    split = load(open_source(str(tmp_path)), length=32, protocol="crop", held_out_share=0.2, held_out_bytes=9999)
+    assert split.training is not None
+    assert len(split.training) == 19
+    assert not any(b"valid" in document or b"test/test" in document for document in split.training)
+    rows = [row["bytes"][row["mask"]].tobytes() for row in split.held_out_rows(9999)]
+    assert sum(row.startswith(b"\xfetest/validation") for row in rows) == 9
+    assert "1 file(s)" in split.notes[0]
+    assert "1 of its test split" in split.notes[0]
+    alone = open_source(str(tmp_path / "test" / "test.jsonl"))
+    assert alone.held_out_source is None
+    assert len(alone.shards()) == 1
 
 
 LINES = [{"text": f"line {i} é", "code": f"code {i}"} for i in range(6)]
@@ -268,7 +442,7 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
         list(source.documents(source.shards()[0]))
 
 
-@pytest.mark.parametrize("name", ["no-such-data", "hub:name-only", "hub:a/b/c", "hub:/x"])
+@pytest.mark.parametrize("name", ["no-such-data", "hub:name-only", "hub:a/b/", "hub:/x", "hub:a/b@", "hub:a/b/../c"])
 def test_unknown_names_say_what_there_is(name):
     with pytest.raises(DataError, match=r"codeparrot|hub:owner/name"):
         open_source(name)

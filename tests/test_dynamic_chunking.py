@@ -111,6 +111,18 @@ def test_a_projected_residual_starts_from_nothing(inputs):
     np.testing.assert_allclose(projected, plain - hidden, rtol=1e-5, atol=1e-6)
 
 
+def test_a_projected_residual_is_summed_in_float32(inputs):
+    outputs, rows, hidden, boundaries = inputs
+    projection = eqx.tree_at(lambda p: p.weight, Projection(4, key=jax.random.key(0)), 3.0 + jnp.eye(4))
+    half = hidden.astype(jnp.bfloat16)
+    back = SelectSmooth(Projection(4)).up(outputs.astype(jnp.bfloat16), rows, half, boundaries)
+    assert back.dtype == jnp.bfloat16
+    joined = SelectSmooth(projection).joined(back, half, boundaries)
+    wanted = back.astype(jnp.float32) + projection(half.astype(jnp.float32))
+    assert joined.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(joined, wanted.astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize(
     ("chunker", "router"),
     [

@@ -137,3 +137,27 @@ def test_rate_loss_presses_every_logit_alike_in_proportion_to_the_excess():
 
 def test_bits_per_byte_of_a_uniform_guess_is_eight():
     assert eq.bits_per_byte(100 * math.log(256), 100) == pytest.approx(8.0)
+
+
+def test_the_error_of_bits_per_byte_is_what_the_ratio_of_fresh_documents_scatters_by():
+    """Against the scatter of the ratio itself over many drawn sets of documents, whose size goes with their likelihood."""
+    rng = np.random.default_rng(0)
+    size = rng.integers(20, 200, (4000, 60))
+    nats = size * rng.normal(0.7, 0.1, size.shape) + 10
+    ratios = nats.sum(axis=1) / size.sum(axis=1) / math.log(2)
+    errors = [
+        float(eq.bits_per_byte_error(jnp.asarray(one), jnp.asarray(of)))
+        for one, of in zip(nats[:50], size[:50] * 1.0, strict=True)
+    ]
+    assert np.mean(errors) == pytest.approx(ratios.std(), rel=0.05)
+
+
+def test_the_error_of_bits_per_byte_by_hand():
+    error = eq.bits_per_byte_error
+    # Ratios of 1 and 3 nats a byte around 2: residuals of 10, twice, over 20 bytes.
+    assert error(jnp.array([10.0, 30.0]), jnp.array([10.0, 10.0])) == pytest.approx(
+        math.sqrt(2 * 200) / 20 / math.log(2)
+    )
+    assert error(jnp.array([10.0, 30.0, 0.0]), jnp.array([10.0, 10.0, 0.0])) == pytest.approx(1 / math.log(2))
+    assert error(jnp.array([3.0, 6.0]), jnp.array([10.0, 20.0])) == pytest.approx(0.0, abs=1e-6)
+    assert math.isnan(error(jnp.array([10.0]), jnp.array([10.0])))

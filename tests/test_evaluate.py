@@ -7,9 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.rows import make_row
-from estimators import Isotropic
-from experiments.evaluate import agreement, area_under_roc, evaluate, summarise
+from data.rows import HeldOutRow, make_row
+from estimators import (
+    Bernoulli,
+    Estimator,
+    Guided,
+    Isotropic,
+    Likelier,
+    NoObjective,
+    OffPolicy,
+    PrefixRouter,
+    PrefixTree,
+    equations,
+)
+from experiments.evaluate import Tally, agreement, area_under_roc, evaluate, summarise
 from experiments.shading import characters, colour_of
 from tests.conftest import predict, small_model, small_score_function, text_bytes
 from unet import SelectDistribute, next_byte_log_lik
@@ -41,7 +52,10 @@ def test_agreement_is_precision_recall_and_f1_over_free_rows():
 @pytest.fixture(scope="module")
 def rows():
     values = np.asarray(text_bytes(5, 20), np.uint8)
-    return [make_row([values[i, : 20 - 7 * (i % 2)]], 20) for i in range(5)]
+    return [
+        HeldOutRow(**make_row([values[i, : 20 - 7 * (i % 2)]], 20), documents=np.full(20, i // 2, np.int32))
+        for i in range(5)
+    ]
 
 
 def test_too_small_a_capacity_changes_nothing_but_the_time(rows):
@@ -56,14 +70,38 @@ def test_too_small_a_capacity_changes_nothing_but_the_time(rows):
 def test_bits_per_byte_are_those_of_the_model(rows):
     model = small_model(Isotropic(chunker=SelectDistribute()))
     got = evaluate(model, rows, batch=3, capacity=20, key=jax.random.key(0))
-    total = 0.0
-    for row in rows:
+    nats, sizes = np.zeros(3), np.zeros(3)
+    for number, row in enumerate(rows):
         size = int(row["mask"].sum())
         bytes = jnp.asarray(row["bytes"][None, :size], jnp.int32)
-        total -= float(next_byte_log_lik(predict(model, bytes).logits, bytes).sum())
-    assert got.bpb == pytest.approx(total / math.log(2) / got.bytes, rel=1e-5)
+        nats[number // 2] -= float(next_byte_log_lik(predict(model, bytes).logits, bytes).sum())
+        sizes[number // 2] += size - 1
+    assert got.bpb == pytest.approx(nats.sum() / math.log(2) / got.bytes, rel=1e-5)
+    error = equations.bits_per_byte_error(jnp.asarray(nats, jnp.float32), jnp.asarray(sizes, jnp.float32))
+    assert got.bpb_error == pytest.approx(float(error), rel=1e-4)
+    assert got.documents == 3
     assert got.rate == 1.0
     assert math.isnan(got.early_bpb)
+
+
+@pytest.mark.parametrize("kind", ["guided", "off policy"])
+def test_what_is_trained_on_others_boundaries_is_judged_on_theirs_and_on_its_own(rows, kind):
+    own = small_score_function().router
+    tree = PrefixTree([bytes([value]) for value in range(256)] + [bytes([value, 97]) for value in range(97, 123)])
+    other = PrefixRouter(tree) if kind == "guided" else Bernoulli(0.6)
+
+    def judged(router):
+        model = small_model(Estimator(router, SelectDistribute(), NoObjective()))
+        return evaluate(model, rows, batch=5, capacity=20, key=jax.random.key(0))
+
+    got = judged(Guided(own, other) if kind == "guided" else OffPolicy(own, other))
+    expected = {"bpb": judged(own), "bpb_greedy": judged(Likelier(own)), "bpb_as_trained": judged(other)}
+    for name, alone in expected.items():
+        assert getattr(got, name) == pytest.approx(alone.bpb, rel=1e-6)
+        assert math.isnan(alone.bpb_greedy)
+        assert math.isnan(alone.bpb_as_trained)
+    assert len({round(alone.bpb, 5) for alone in expected.values()}) == 3
+    assert got.rate == expected["bpb"].rate
 
 
 def test_without_a_token_level_there_is_no_rate(rows):
@@ -73,20 +111,51 @@ def test_without_a_token_level_there_is_no_rate(rows):
     assert math.isnan(got.entropy)
 
 
-def test_summaries_need_only_the_kept_arrays():
-    shape = (2, 3)
-    kept = {name: np.zeros(shape, bool) for name in ("sampled", "greedy")}
-    kept |= {name: np.ones(shape, bool) for name in ("scored", "valid", "free")}
-    kept |= {"log_lik": np.full(shape, -math.log(2)), "early_log_lik": np.full(shape, np.nan)}
-    kept |= {
-        "probs": np.zeros(shape),
-        "entropy": np.full(shape, np.nan),
-        "overflow": np.zeros(2),
-        "tokens": np.asarray([[2, 1], [2, 0]]),
-        "bytes": np.full(shape, 97),
+def evaluated(rng, documents):
+    """What is kept of a batch in which everything is drawn by lot."""
+    shape = (len(documents), 9)
+    kept = {name: rng.random(shape) < 0.6 for name in ("sampled", "greedy", "scored", "free")}
+    kept |= {name: rng.random(shape).astype(np.float32) for name in ("probs", "entropy")}
+    kept |= {"log_lik": -rng.random(shape, np.float32), "early_log_lik": np.full(shape, np.nan)}
+    kept |= {"valid": np.ones(shape, bool), "overflow": np.zeros(len(documents)), "bytes": rng.integers(0, 254, shape)}
+    return kept | {
+        "tokens": np.full((len(documents), 2), [4, 1]),
+        "documents": np.repeat(np.array(documents)[:, None], 9, 1),
     }
-    assert summarise(kept).bpb == pytest.approx(1.0)
-    assert summarise(kept).inner_rates == (0.25,)
+
+
+def test_batches_add_up():
+    batches = [
+        evaluated(np.random.default_rng(seed), documents) for seed, documents in enumerate(([3, 1], [1], [0, 3]))
+    ]
+    parts = Tally()
+    for batch in batches:
+        parts.add(batch)
+    together = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    left, right = parts.validation(), summarise(together)
+    assert (left.bytes, left.documents, left.inner_rates) == (int(together["scored"].sum()), 3, (0.25,))
+    assert math.isnan(left.early_bpb)
+    assert (left.whitespace, left.spacelike, left.rate) == (right.whitespace, right.spacelike, right.rate)
+    nats = -together["log_lik"][together["scored"]].sum()
+    assert left.bpb == pytest.approx(nats / math.log(2) / left.bytes, rel=1e-6)
+    assert left.entropy == pytest.approx(together["entropy"].mean(), rel=1e-6)
+    free, space = together["free"], np.isin(together["bytes"], [9, 10, 11, 12, 13, 32])
+    assert left.whitespace.auc == area_under_roc(together["probs"][free], space[free])
+
+
+def test_the_error_of_a_validation_is_over_documents_however_they_are_cut_into_rows():
+    """Two rows of one document are one sample: the error of rows taken for documents would be another."""
+    batch = evaluated(np.random.default_rng(0), [0, 0, 1, 2])
+    tally = Tally()
+    tally.add(batch)
+    sums = [
+        (-batch["log_lik"][rows][batch["scored"][rows]].sum(), batch["scored"][rows].sum())
+        for rows in ([0, 1], [2], [3])
+    ]
+    nats, size = np.array(sums).T
+    ratio = nats.sum() / size.sum()
+    expected = math.sqrt(3 / 2 * ((nats - ratio * size) ** 2).sum()) / size.sum() / math.log(2)
+    assert tally.validation().bpb_error == pytest.approx(expected, rel=1e-5)
 
 
 def test_characters_carry_the_probability_of_their_last_byte():

@@ -5,8 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import Draw, Stride, Uniform, equations
-from estimators.fixed import EveryNth, UniformRouter, is_spacelike, is_whitespace, spacelike, whitespace
+from estimators import Characters, Draw, Stride, Thinned, Uniform, equations
+from estimators.fixed import (
+    EveryNth,
+    RuleRouter,
+    UniformRouter,
+    character_first,
+    character_last,
+    character_size,
+    is_spacelike,
+    is_whitespace,
+    spacelike,
+    whitespace,
+)
 from unet import SelectDistribute
 from unet.likelihood import plain_layout
 from unet.ops import boundary_scan
@@ -42,6 +53,53 @@ def test_stride_counts_from_the_start_of_each_document():
     np.testing.assert_array_equal(np.flatnonzero(got), [0, 3, 5, 8])
     with pytest.raises(ValueError, match="at least 1"):
         Stride(chunker=SelectDistribute(), stride=0)
+
+
+def test_the_first_byte_of_a_character_tells_its_size():
+    opening = [*range(0x80), *range(0xC2, 0xF5)]
+    sizes = character_size(jnp.asarray(opening))
+    for first, size in zip(opening, sizes.tolist(), strict=True):
+        # The smallest second byte that can stand there, the others likewise.
+        second = {0xE0: 0xA0, 0xF0: 0x90}.get(first, 0x80)
+        assert len(bytes([first, second, 0x80, 0x80][:size]).decode()) == 1
+    assert not character_size(jnp.arange(0x80, 0xC0)).any()
+    assert (character_size(jnp.asarray([254, 255])) == 1).all()
+
+
+def test_characters_open_and_close_where_utf8_says():
+    text = b"\xfe" + "aé字😀\n。".encode()
+    #                BOS a  é     字        😀          \n 。
+    first = [True, True, True, False, True, False, False, True, False, False, False, True, True, False, False]
+    last = [True, True, False, True, False, False, True, False, False, False, True, True, False, False, True]
+    np.testing.assert_array_equal(character_first(layout_of(text))[0], first)
+    np.testing.assert_array_equal(character_last(layout_of(text))[0], last)
+
+
+def test_a_character_that_is_cut_off_is_not_closed():
+    zi = "字".encode()
+    np.testing.assert_array_equal(np.flatnonzero(character_last(layout_of(zi[1:] + zi))[0]), [4])
+    np.testing.assert_array_equal(np.flatnonzero(character_last(layout_of(zi[:2] + zi))[0]), [4])
+    np.testing.assert_array_equal(np.flatnonzero(character_last(layout_of(zi + zi[1:2] + b"a"))[0]), [2, 4])
+    np.testing.assert_array_equal(np.flatnonzero(character_last(layout_of(zi[:1]))[0]), [])
+    # The first byte belongs to another document.
+    segments = jnp.asarray([[0, 1, 1, 1]])
+    np.testing.assert_array_equal(np.flatnonzero(character_last(layout_of(zi + b"a", segments))[0]), [3])
+
+
+@pytest.mark.parametrize(("at", "expected"), [("last", [0, 4, 8, 10, 16]), ("first", [0, 2, 8, 10, 14])])
+def test_every_second_character_is_counted_from_the_start_of_its_document(at, expected):
+    text = b"\xfe" + "a一二bc".encode() + b"\xfe" + "三四五".encode()
+    segments = jnp.asarray([[0] * 10 + [1] * 10])
+    router = Characters(chunker=SelectDistribute(), every=2, at=at).router
+    got = router(jnp.zeros((1, 20, 1)), layout_of(text, segments), Draw(boundary_scan)).actions[0]
+    np.testing.assert_array_equal(np.flatnonzero(got), expected)
+
+
+def test_characters_refuse_to_take_none():
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        Characters(chunker=SelectDistribute(), every=0)
+    assert Thinned(RuleRouter(EveryNth(3), 0, 1 / 3), 2).rate == pytest.approx(1 / 6)
+    assert Characters(chunker=SelectDistribute()).router.rate is None
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.38])

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from estimators import Entropy, EntropyRouter
+from estimators import Entropy, EntropyRouter, GlobalRule
 from tests.conftest import small_model, small_score_function, text_bytes
 from unet import SelectDistribute, UNet, UNetConfig
 from unet.flops import layer_flops, matrix_flops
@@ -33,10 +33,31 @@ def test_several_samples_cost_everything_behind_the_encoder_again():
 
 
 def test_a_frozen_model_counts_its_forward_pass():
-    router = EntropyRouter(small_model(seed=1), 5.0, target_rate=0.3)
+    router = EntropyRouter(small_model(seed=1), GlobalRule(5.0), target_rate=0.3)
     model = small_model(Entropy(router, chunker=SelectDistribute()))
     frozen = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(router, eqx.is_inexact_array)))
     assert matrix_flops(model, rate=0.3).boundary == 2 * frozen
+
+
+def test_attention_to_tokens_by_hand():
+    """Queries and outputs count at every byte, vectors and what is made of them at every token."""
+    dim, heads, vectors, rate = 16, 2, 3, 0.2
+
+    def made(attend):
+        config = UNetConfig(dim, heads, 1, 1, 2, window=4, attend=attend, attend_vectors=vectors)
+        return UNet(config, small_score_function(dim=dim), key=jax.random.key(0))
+
+    plain, attending = made("none"), made("every")
+    by_matrix, by_layer = (
+        rule(attending).decode - rule(plain).decode
+        for rule in (lambda m: matrix_flops(m, rate=rate), lambda m: layer_flops(m, length=100, rate=rate))
+    )
+    at_bytes, at_tokens = 2 * dim * dim, 2 * dim * dim
+    unfold = dim * vectors * dim
+    assert by_matrix == pytest.approx(6 * (2 * (at_bytes + dim + rate * (at_tokens + dim)) + rate * unfold))
+    mixing = 4 * vectors * dim + 3 * heads * vectors
+    products = 2 * (2 * at_bytes + mixing + rate * 2 * vectors * at_tokens) + rate * 2 * unfold
+    assert by_layer == pytest.approx(3 * products)
 
 
 @pytest.mark.parametrize("rate", [0.25, 0.5])

@@ -16,6 +16,7 @@ from tests.test_run import SMALL, curve, interrupt_at, start, summary
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
 from unet import UNet
+from unet.saving import load
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_an_entropy_run_resumes_without_the_run_its_model_came_from(byte_run, co
     np.testing.assert_array_equal(kept[name], before.embedding)
 
 
-def test_a_run_keeps_its_vocabulary_and_resumes(corpus, tmp_path, monkeypatch):
+def test_a_run_keeps_its_vocabulary_and_resumes(corpus, tmp_path, monkeypatch, capsys):
     pytest.importorskip("tokenizers")
     arguments = ("--estimator", "bpe-distilled", "--rate", "0.4", "--bpe.vocabulary", "400", "--dataset", corpus)
     assert start(*arguments, "--out", tmp_path / "whole", *SMALL) == 0
@@ -67,16 +68,50 @@ def test_a_run_keeps_its_vocabulary_and_resumes(corpus, tmp_path, monkeypatch):
         assert start(*arguments, "--out", tmp_path / "cut", *SMALL) == 128 + 15
     assert start("--resume", "--out", tmp_path / "cut") == 0
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    values = summary(tmp_path / "whole")
+    # Of its own boundaries, sampled and greedy, and of the guide's, which it was trained on.
+    assert len({values[name] for name in ("val_bpb", "val_bpb_greedy", "val_bpb_as_trained")} - {None}) == 3
+    assert "greedy; {:.4f} with those it is trained on".format(values["val_bpb_as_trained"]) in capsys.readouterr().err
+    assert "… with the boundaries it is trained on" in (tmp_path / "whole" / "report.html").read_text()
     found = read_found(tmp_path / "whole", read_config(tmp_path / "whole"))
     assert found is not None
     assert found.vocabulary is not None
-    assert 257 <= len(found.vocabulary) <= 400
+    assert 257 <= len(found.vocabulary.tokens) <= 400
+    assert found == read_found(tmp_path / "cut", read_config(tmp_path / "cut"))
+    (tmp_path / "cut" / "vocabulary.json").write_text('["a"]')
+    with pytest.raises(ConfigError, match="is not a vocabulary"):
+        read_found(tmp_path / "cut", read_config(tmp_path / "cut"))
+
+
+def test_a_vocabulary_that_misses_the_rate_is_used_and_its_rate_told(corpus, tmp_path, capsys):
+    """Its router says what it draws, not what was asked for: in the run, in its summary and in the model that is loaded."""
+    pytest.importorskip("tokenizers")
+    out = tmp_path / "run"
+    arguments = ("--estimator", "bpe", "--rate", "0.05", "--bpe.vocabulary", "300", "--bpe.text-bytes", "256")
+    assert start(*arguments, "--dataset", corpus, "--out", out, *SMALL) == 0
+    found = read_found(out, read_config(out))
+    assert found is not None
+    assert found.vocabulary is not None
+    config, rate = read_config(out), found.vocabulary.rate
+    assert rate > 0.2
+    text = " ".join(capsys.readouterr().err.split())
+    assert f"begin at {rate:.4f} of the bytes" in text
+    assert "comes nearer to --rate 0.05" in text
+    values = summary(out)
+    assert (values["target_rate"], values["vocabulary_rate"]) == (0.05, rate)
+    assert values["vocabulary"] == len(found.vocabulary.tokens)
+    assert values["val_bpb_as_trained"] is None
+    # One batch of the four that may be read is kept to measure the rate on; a BOS is no text.
+    assert 3 * 64 - 12 <= values["vocabulary_bytes"] <= 3 * 64
+    assert values["capacity"] >= min(rate * config.length, config.length)
+    assert load(out).model.stage.estimators[0].router.rate == rate
+    assert values["rate"] == pytest.approx(rate, abs=0.2)
 
 
 def test_what_cannot_be_found_is_said_in_a_sentence(byte_run, corpus, tmp_path, capsys):
     pytest.importorskip("tokenizers")
     cases = {
-        "train a larger one": ("--estimator", "bpe", "--rate", "0.01", "--bpe.vocabulary", "300"),
+        "--bpe.text-bytes": ("--estimator", "bpe", "--bpe.text-bytes", "0"),
         "--entropy.model": ("--estimator", "entropy"),
         "no config.json": ("--estimator", "entropy", "--entropy.model", tmp_path),
     }

@@ -52,7 +52,7 @@ from unet.reading import keys_of
 SMALL = HNetConfig(
     layout='["m1", ["T1m1", ["T1"], "t1"], "m1"]',
     dims=(32, 32, 64),
-    mlp_dims=(0, 32, 32),
+    mlp_dims=(0, 128, 128),
     heads=(2, 2, 4),
     rotary_dims=(8, 8, 8),
     windows=(4, 5, 0),
@@ -290,7 +290,7 @@ def test_weights_start_as_released():
     assert isinstance(main, PreNorm)
     assert main.mlp is not None
     assert std(main.mlp.out) == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
-    assert std(model.head) == pytest.approx(0.02, rel=0.05)
+    assert std(model.output_head) == pytest.approx(0.02, rel=0.05)
     assert float(jnp.std(model.embedding)) == pytest.approx(1.0, rel=0.05)
 
 
@@ -326,6 +326,15 @@ def test_presets_have_the_published_sizes(name):
     assert millions == pytest.approx(size, rel=tolerance)
 
 
+def test_presets_of_the_papers_validate_on_enough_text_and_name_enough_to_train_on():
+    small = {"tiny", "hnet-tiny", "hnet-2stage-tiny"}
+    assert all((run.evaluation.bytes >= 16_000_000) == (name not in small) for name, run in PRESETS.items())
+    assert PRESETS["tiny"].evaluation.bytes == PRESETS["hnet-tiny"].evaluation.bytes == 262_144
+    english = [run.dataset for name, run in PRESETS.items() if run.bytes == 460_000_000_000 and "dna" not in name]
+    assert set(english) == {"fineweb-edu-100BT", "docs"}
+    assert english.count("docs") == 2  # Chinese and code
+
+
 def test_every_stage_of_a_preset_is_described_by_its_json(tmp_path):
     for name in ("hnet-2stage-XL-code", "hnet-2stage-XL-chinese", "dna-hnet", "mambabyte-L"):
         assert from_json(to_json(PRESETS[name]), "here") == PRESETS[name]
@@ -337,6 +346,7 @@ def test_every_stage_of_a_preset_is_described_by_its_json(tmp_path):
         ({"inner_rates": (0.3, 0.3)}, "2 inner levels are named"),
         ({"inner_rates": (1.5,)}, "strictly between 0 and 1"),
         ({"inner_estimators": ("bpe",)}, "bpe reads bytes, not tokens"),
+        ({"inner_estimators": ("characters",)}, "characters reads bytes, not tokens"),
         ({"inner_estimators": ("stride",), "stride": StrideConfig(0)}, "stride must be at least 1"),
         ({"inner_rates": (0.001,)}, "a rate of 0.001 lies beyond policy logits"),
         ({"inner_estimators": ("hnet",), "chunker": "distribute"}, "hnet learns through smoothing"),
@@ -455,7 +465,7 @@ def test_training_goes_on_from_weights_of_any_layout(tmp_path):
     path = save_hnet(released, tmp_path / "published")
     again = UNet(SMALL, build_estimators(projected, jax.random.key(5)), key=jax.random.key(6))
     assert eqx.tree_equal(
-        to_reference(initial_weights(str(path), again))["lm_head.weight"], np.asarray(released.head.weight).T
+        to_reference(initial_weights(str(path), again))["lm_head.weight"], np.asarray(released.output_head.weight).T
     )
     # The same files by other names: a model's own file, and a folder of the released layout.
     assert eqx.tree_equal(
@@ -464,10 +474,10 @@ def test_training_goes_on_from_weights_of_any_layout(tmp_path):
     (tmp_path / "folder").mkdir()
     save_hnet(released, tmp_path / "folder", kind="safetensors")
     found = initial_weights(str(tmp_path / "folder"), again)
-    assert eqx.tree_equal(to_reference(found)["lm_head.weight"], np.asarray(released.head.weight).T)
+    assert eqx.tree_equal(to_reference(found)["lm_head.weight"], np.asarray(released.output_head.weight).T)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if eqx.is_inexact_array(leaf) else leaf, model)
     save(half, tmp_path)
-    assert initial_weights(str(tmp_path), fresh).head.weight.dtype == jnp.float32
+    assert initial_weights(str(tmp_path), fresh).output_head.weight.dtype == jnp.float32
     with pytest.raises(ConfigError, match="a model of other parts than this run's"):
         initial_weights(str(tmp_path), small_model())
     with pytest.raises(LoadError, match="is no file"):

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import re
 
 import pytest
 from huggingface_hub import constants
 
 from data import DataError, load, open_batches
-from data.hub import HUB_DATASETS, HubDataset, HubSource
+from data.hub import HubSource
+from data.hub_names import HUB_DATASETS, HubDataset, hub_dataset
 from tests.hub_server import hub
 
 REPOSITORY = "someone/text"
@@ -177,6 +179,120 @@ def test_unnamed_data_sets_use_the_best_format_there_is(tmp_path):
         assert [part.name for part in source.shards()] == ["b.parquet"]
 
 
+def lines(name, count=30):
+    return "\n".join(json.dumps({"text": f"{name} {number} " * 9}) for number in range(count)).encode()
+
+
+SPLITS = {
+    **{f"data/train-{number}.jsonl": lines(f"train {number}") for number in range(2)},
+    "data/test-0.jsonl": lines("test"),
+    "data/validation-0.jsonl": lines("validation"),
+    "other/dev/part.jsonl": lines("dev"),
+    "other/more.jsonl": lines("more"),
+    "held/test.jsonl": lines("only a test"),
+}
+
+
+def source_called(name, server, tmp_path):
+    return HubSource(
+        hub_dataset(name), text_field="text", cache=tmp_path / "ours", endpoint=server.url, wait=lambda s: None
+    )
+
+
+def loaded(source):
+    return load(source, length=64, protocol="pack", held_out_share=0.2, held_out_bytes=2000)
+
+
+def text_of(rows):
+    return b"".join(row["bytes"][row["mask"]].tobytes() for row in rows)
+
+
+def test_a_validation_or_test_split_never_trains_and_is_the_held_out_text(tmp_path):
+    with hub(REPOSITORY, SPLITS) as server:
+        split = loaded(source_called(f"hub:{REPOSITORY}/data", server, tmp_path))
+        assert split.held_out_share == 0.0
+        held_out = text_of(split.held_out_rows(2000))
+        assert b"validation" in held_out
+        assert not any(word in held_out for word in (b"train", b"test"))
+        batches = open_batches(split, batch=4, seed=0)
+        trained = text_of(row for _ in range(60) for row in [next(batches)])
+        batches.close()
+        assert {b"train 0 %d " % number for number in range(30)} <= set(re.findall(rb"train 0 [0-9]+ ", trained))
+        assert not any(word in trained for word in (b"validation", b"test", b"dev"))
+        note = "1 file(s) of hub:someone/text/data named as a held-out split (data/validation-0.jsonl …) never train"
+        assert split.notes[0].startswith(note)
+        assert "1 of its test split (data/test-0.jsonl …) are not read" in split.notes[0]
+        other = loaded(source_called(f"hub:{REPOSITORY}/other", server, tmp_path))
+        assert [shard.name for shard in other.source.shards()] == ["other/more.jsonl"]
+        assert b"dev" in text_of(other.held_out_rows(2000))
+        with pytest.raises(
+            DataError, match=r"named as a test or validation split \(held/test.jsonl …\), which never trains"
+        ):
+            loaded(source_called(f"hub:{REPOSITORY}/held", server, tmp_path))
+        with pytest.raises(DataError, match="it has no such folder or file"):
+            loaded(source_called(f"hub:{REPOSITORY}/nowhere", server, tmp_path))
+
+
+def test_each_split_may_have_a_format_of_its_own(tmp_path):
+    files = {"train.jsonl": lines("train"), "test.parquet": b"PAR1", "notes.txt": b"notes"}
+    with hub(REPOSITORY, files) as server:
+        source = source_called(f"hub:{REPOSITORY}", server, tmp_path)
+        assert [shard.name for shard in source.shards()] == ["train.jsonl"]
+        held_out = source.held_out_source
+        assert held_out is not None
+        assert [shard.name for shard in held_out.shards()] == ["test.parquet"]
+        assert held_out.held_out_source is None
+
+
+def test_a_list_of_files_kept_by_an_earlier_version_is_split_too(server, tmp_path):
+    source = source_called(f"hub:{REPOSITORY}", server, tmp_path)
+    folder = tmp_path / "ours" / "hub" / "someone--text" / "all"
+    folder.mkdir(parents=True)
+    files = [{"path": name, "size": 1, "sha256": None} for name in ("test-0.parquet", "train-0.parquet")]
+    (folder / "manifest.json").write_text(json.dumps({"repository": REPOSITORY, "commit": "c", "files": files}))
+    assert [shard.name for shard in source.shards()] == ["train-0.parquet"]
+
+
+def test_a_revision_is_read_at_its_own_commit_and_kept_apart(tmp_path):
+    old = "0ld" + "0" * 37
+    with hub(REPOSITORY, {"a.jsonl": lines("new")}, revisions={"v1": (old, {"a.jsonl": lines("old")})}) as server:
+        for _ in range(2):
+            for name, text in ((f"hub:{REPOSITORY}", b"new 0"), (f"hub:{REPOSITORY}@v1", b"old 0")):
+                assert read_all(source_called(name, server, tmp_path))[0].startswith(text)
+        assert sum(request.startswith("info") for request in server.requests) == 2
+        with pytest.raises(DataError, match="it has no such revision"):
+            source_called(f"hub:{REPOSITORY}@v9", server, tmp_path).shards()
+
+
+def test_offline_a_revision_is_looked_for_in_the_users_own_cache(tmp_path, monkeypatch):
+    root = tmp_path / "theirs" / "datasets--someone--text"
+    for commit, word in (("a" * 40, "first"), ("b" * 40, "second")):
+        (root / "snapshots" / commit).mkdir(parents=True)
+        (root / "snapshots" / commit / "a.jsonl").write_bytes(lines(word))
+    (root / "refs").mkdir()
+    (root / "refs" / "v1").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision, word in (("v1", b"first"), ("b" * 40, b"second")):
+        source = HubSource(hub_dataset(f"hub:{REPOSITORY}@{revision}"), text_field="text", cache=tmp_path / "ours")
+        assert read_all(source)[0].startswith(word)
+    with pytest.raises(DataError, match="no file of it of its revision v2 is cached"):
+        HubSource(hub_dataset(f"hub:{REPOSITORY}@v2"), text_field="text", cache=tmp_path / "ours").shards()
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "folder", "revision"),
+    [
+        ("hub:a/b", "a/b", "", ""),
+        ("hub:a/b/sample/350BT", "a/b", "sample/350BT", ""),
+        ("hub:a/b@main", "a/b", "", "main"),
+        ("hub:a/b/c@refs/convert/parquet", "a/b", "c", "refs/convert/parquet"),
+    ],
+)
+def test_names_of_hub_data_sets(name, repository, folder, revision):
+    dataset = hub_dataset(name)
+    assert (dataset.name, dataset.repository, dataset.folder, dataset.revision) == (name, repository, folder, revision)
+
+
 def test_streamed_batches_hold_out_documents_and_go_on_from_any_state(server, tmp_path):
     def split():
         return load(source_at(server, tmp_path), length=64, protocol="crop", held_out_share=0.2, held_out_bytes=500)
@@ -197,3 +313,6 @@ def test_the_named_data_sets_lie_where_they_should():
     assert HUB_DATASETS["codeparrot"].text_field == "content"
     assert HUB_DATASETS["codeparrot-clean"].held_out_repository == "codeparrot/codeparrot-clean-valid"
     assert HUB_DATASETS["fineweb"].folder == "sample/10BT"
+    for name in ("fineweb", "fineweb-edu"):
+        assert HUB_DATASETS[f"{name}-100BT"].repository == HUB_DATASETS[name].repository == f"HuggingFaceFW/{name}"
+        assert HUB_DATASETS[f"{name}-100BT"].folder == "sample/100BT"

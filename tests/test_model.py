@@ -161,7 +161,7 @@ def test_presets_have_the_parameters_that_their_names_say(name):
 def test_the_early_head_starts_as_a_copy_of_the_output_head():
     model = small_model(small_score_function())
     assert model.early_head is not None
-    np.testing.assert_array_equal(model.early_head.weight, model.head.weight)
+    np.testing.assert_array_equal(model.early_head.weight, model.output_head.weight)
     assert small_model(small_score_function(())).early_head is None
 
 

@@ -12,11 +12,25 @@ from estimators import Boundaries
 from experiments.checks import check
 from experiments.config import ConfigError
 from experiments.sections import PoolConfig
-from tests.compositions import LENGTH, config_of, registered
-from tests.conftest import losses, predict, text_bytes
+from tests.compositions import LENGTH, config_of, lively, registered
+from tests.conftest import losses, predict, small_score_function, text_bytes
 from tests.test_stepping import KEYS, check_row_by_row
-from unet import AttendBack, Average, CrossAttention, Largest, Pooled, SelectDistribute, WithBoundary
-from unet.ngrams import HashedNgrams, rolling_hash
+from unet import (
+    Average,
+    CrossAttention,
+    HNetConfig,
+    Largest,
+    Pooled,
+    SelectAttend,
+    SelectDistribute,
+    UNet,
+    UNetConfig,
+    WithBoundary,
+)
+from unet.blocks import Attending, Stack, attending, transformer
+from unet.cross import tokens_seen
+from unet.likelihood import plain_layout
+from unet.ops import token_of
 
 DIM = 8
 ACTIONS = jnp.asarray(
@@ -45,14 +59,26 @@ def by_hand(pool, rows):
         return rows.max(axis=0)
     if isinstance(pool, Average):
         return rows.mean(axis=0)
-    query = pool.query(rows.max(axis=0)).reshape(pool.heads, -1)
-    keys, values = (part.reshape(len(rows), pool.heads, -1) for part in jnp.split(pool.key_value(rows), 2, axis=-1))
+    queries = pool.unfold(rows.max(axis=0)).reshape(-1, DIM)
+    return jnp.concatenate([crossed(pool.cross, query, rows) for query in queries])
+
+
+def normed(norm, rows):
+    return rows / jnp.sqrt(jnp.mean(rows**2, axis=-1, keepdims=True) + 1e-5) * norm.weight
+
+
+def crossed(cross, x, rows):
+    """What BLT's cross-attention makes of one query and the rows it sees."""
+    query = (normed(cross.before_query, x) @ cross.query.weight).reshape(cross.heads, -1)
+    made = normed(cross.before_rows, rows) @ cross.key_value.weight
+    keys, values = (part.reshape(len(rows), cross.heads, -1) for part in jnp.split(made, 2, axis=-1))
     weights = jax.nn.softmax(jnp.einsum("hd,rhd->hr", query, keys) / keys.shape[-1] ** 0.5, axis=-1)
-    return pool.out(jnp.einsum("hr,rhd->hd", weights, values).ravel())
+    return 2 * x + jnp.einsum("hr,rhd->hd", weights, values).ravel() @ cross.out.weight
 
 
-ATTENTION = CrossAttention(DIM, 2, key=jax.random.key(5))
-POOLS = [Largest(), Average(), ATTENTION, WithBoundary(Largest()), WithBoundary(ATTENTION)]
+# Norms that do something.
+SINGLE, WIDE = (lively(CrossAttention(DIM, 2, vectors=n, key=jax.random.key(5))) for n in (1, 3))
+POOLS = [Largest(), Average(), WIDE, WithBoundary(Largest()), WithBoundary(SINGLE)]
 NAMES = ["max", "mean", "attention", "max+last", "attention+last"]
 
 
@@ -81,13 +107,12 @@ def test_gradients_reach_the_rows_of_the_group_alone(hidden, pool):
     np.testing.assert_array_equal(gradient[moved], 0.0)
 
 
-@pytest.mark.parametrize("size", [1.0, 40.0])
-@pytest.mark.parametrize("capacity", [3, 6])
+@pytest.mark.parametrize(("capacity", "size"), [(3, 1.0), (6, 40.0)])
 @pytest.mark.parametrize("pool", POOLS, ids=NAMES)
 def test_gradients_are_those_of_each_group_by_itself(hidden, pool, capacity, size):
     """In packed documents whose ends no boundary closes, where capacity is full, and where attention is all but certain."""
     hidden = size * hidden
-    weights = jax.random.normal(jax.random.key(3), (3, 6, DIM))
+    weights = jax.random.normal(jax.random.key(3), (3, 6, 3 * DIM if pool is WIDE else DIM))
 
     def found(pool, hidden):
         return jnp.sum(
@@ -109,33 +134,57 @@ def test_gradients_are_those_of_each_group_by_itself(hidden, pool, capacity, siz
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * size)
 
 
-def test_bytes_attend_to_the_vectors_of_their_token(hidden):
-    chunker = AttendBack(DIM, 2, vectors=3, key=jax.random.key(1))
-    rows = chunker.down(hidden, boundaries(), capacity=6)
-    outputs = jax.random.normal(jax.random.key(2), rows.values.shape)
-    back = eqx.filter_jit(chunker.up)(outputs, rows, hidden, boundaries())
-    for sequence, byte, token in ((0, 0, 0), (0, 2, 0), (0, 4, 1), (0, 9, 3), (1, 7, 1)):
-        keys, values = (p.reshape(2, 3, -1) for p in jnp.split(chunker.key_value(outputs[sequence, token]), 2))
-        query = chunker.query(hidden[sequence, byte]).reshape(2, -1)
-        weights = jax.nn.softmax(jnp.einsum("hd,hkd->hk", query, keys) / 2.0, axis=-1)
-        mixed = chunker.out(jnp.einsum("hk,hkd->hd", weights, values).ravel())
-        np.testing.assert_allclose(back[sequence, byte], hidden[sequence, byte] + mixed, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("which", ["first", "every"])
+def test_bytes_attend_to_the_vectors_of_their_token(hidden, which):
+    plain = transformer(2, DIM, 2, DIM, window=4, key=jax.random.key(1))
+    stack = lively(attending(plain, which, dim=DIM, heads=2, vectors=3, key=jax.random.key(4)))
+    outputs = jax.random.normal(jax.random.key(2), (3, 6, DIM))
+    layout = plain_layout(text_bytes(3, 10), jnp.cumsum(STARTS, axis=1))
+    back = eqx.filter_jit(lambda: stack(hidden, layout, None, tokens_seen(outputs, ACTIONS, 3, None)))()
+    assert stack.unfold is not None
+    vectors, expected = stack.unfold(outputs).reshape(3, 6, 3, DIM), hidden
+    for block in stack.blocks:
+        if isinstance(block, Attending):
+            rows = [
+                [crossed(block.cross, *pair) for pair in zip(*both, strict=True)]
+                for both in zip(expected, vectors[jnp.arange(3)[:, None], token_of(ACTIONS)], strict=True)
+            ]
+            expected, block = jnp.asarray(rows), block.block
+        expected = Stack([block], window=4)(expected, layout)
+    np.testing.assert_allclose(back, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stack_that_attends_needs_blocks_and_vectors():
+    with pytest.raises(ValueError, match="no block that could attend"):
+        attending(Stack([]), "every", dim=DIM, heads=2, vectors=2, key=jax.random.key(0))
+    block = attending(
+        transformer(1, DIM, 2, DIM, window=4, key=jax.random.key(1)),
+        "first",
+        dim=DIM,
+        heads=2,
+        vectors=1,
+        key=jax.random.key(0),
+    ).blocks[0]
+    with pytest.raises(ValueError, match="`unfold` makes of them"):
+        Stack([block])
 
 
 CHOICES = [
     {"pool": PoolConfig("max")},
     {"pool": PoolConfig("mean", boundary=True)},
-    {"pool": PoolConfig("attention", heads=2), "chunker": "smooth"},
-    {"pool": PoolConfig("attention", heads=2), "chunker": "attend", "ngrams": (3, 4, 5)},
+    {"pool": PoolConfig("attention", heads=2), "chunker": "smooth", "unet": {"attend": "first"}},
+    {
+        "pool": PoolConfig("attention", heads=2),
+        "chunker": "attend",
+        "unet": {"ngrams": (3, 4, 5), "ngram_buckets": 100, "attend": "every", "decoder_layers": 2, "remat": True},
+    },
 ]
 
 
 def chosen(choice):
     config = config_of("sfe")
-    ngrams = choice.get("ngrams", ())
-    unet = dataclasses.replace(config.unet, ngrams=ngrams, ngram_buckets=100)
-    changes = {name: value for name, value in choice.items() if name != "ngrams"}
-    return dataclasses.replace(config, unet=unet, **changes)
+    changes = {name: value for name, value in choice.items() if name != "unet"}
+    return dataclasses.replace(config, unet=dataclasses.replace(config.unet, **choice.get("unet", {})), **changes)
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
@@ -145,6 +194,44 @@ def test_models_with_such_tokens_train_and_step_as_they_read(choice):
     model = registered("sfe", config)
     assert np.isfinite(losses(model, text_bytes(3, LENGTH), key=jax.random.key(0), capacities=(12,)).loss)
     check_row_by_row(model)
+
+
+def test_folded_tokens_are_seen_by_their_own_bytes():
+    model, bytes = registered("sfe", chosen(CHOICES[-1])), text_bytes(4, LENGTH)
+    apart, folded = (
+        losses(model, bytes, key=jax.random.key(0), capacities=((20,),), groups=groups).loss for groups in (0, 2)
+    )
+    assert float(apart) == pytest.approx(float(folded), rel=1e-5)
+
+
+def test_decoders_of_any_shape_and_level_attend():
+    shape = HNetConfig(
+        layout='["T1", ["T1", ["T1"], "t1"], "m1T1"]',
+        dims=(32, 32, 48),
+        mlp_dims=(32, 32, 32),
+        heads=(2, 4, 2),
+        rotary_dims=(8, 8, 8),
+        windows=(4, 4, 0),
+        state=8,
+        attend="every",
+    )
+    policies = [small_score_function((), dim=32) for _ in range(2)]
+    model = lively(
+        UNet(shape, [eqx.tree_at(lambda e: e.chunker, one, SelectAttend()) for one in policies], key=KEYS[0])
+    )
+    parts = jax.tree.leaves(model, is_leaf=lambda part: isinstance(part, Attending))
+    assert sum(isinstance(part, Attending) for part in parts) == 3
+    check_row_by_row(model)
+
+
+@pytest.mark.parametrize("layout", ['["T1"]', '["T1", ["T1"], "t0"]'])
+def test_shapes_with_nothing_to_attend_are_refused(layout):
+    stages = 1 if layout == '["T1"]' else 2
+    one = (16,) * stages
+    with pytest.raises(ValueError, match="attend"):
+        HNetConfig(layout, one, one, (2,) * stages, (8,) * stages, (0,) * stages, attend="every")
+    with pytest.raises(ValueError, match="decoder_layers is 0"):
+        UNetConfig(16, 2, 1, 1, 0, attend="first")
 
 
 def test_nothing_after_a_row_reaches_it():
@@ -161,33 +248,10 @@ def test_nothing_after_a_row_reaches_it():
         ({"pool": PoolConfig("attention", heads=3)}, "does not divide a width of 16"),
         ({"pool": PoolConfig("max"), "estimator": "gumbel"}, "makes its tokens itself"),
         ({"pool": PoolConfig(boundary=True)}, "name a --pool.kind"),
-        ({"chunker": "attend", "pool": PoolConfig(vectors=0)}, "at least 1"),
+        ({"pool": PoolConfig("max", heads=0)}, "at least 1"),
+        ({"chunker": "attend"}, "--unet.attend first or every"),
     ],
 )
 def test_pools_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         check(dataclasses.replace(config_of("sfe"), **changes))
-
-
-def test_hashes_are_the_polynomial_of_the_bytes():
-    windows = jnp.asarray([[1, 2, 3], [255, 0, 254], [0, 0, 7]])
-    for window, got in zip(windows.tolist(), rolling_hash(windows, 1000), strict=True):
-        newest_first = window[::-1]
-        total = sum(byte * pow(2_654_435_761, power, 2**32) for power, byte in enumerate(newest_first)) % 2**32
-        assert int(got) == total % 1000
-
-
-def test_ngrams_begin_anew_with_every_document_and_look_back_only():
-    ngrams = HashedNgrams(4, (3, 5), 50, key=jax.random.key(0))
-    bytes, numbers = text_bytes(1, 9), jnp.asarray([[0, 1, 2, 3, 4, 5, 0, 1, 2]])
-    got = eqx.filter_jit(ngrams)(bytes, numbers)
-    third, fifth = ngrams.tables
-    for row in range(9):
-        number = int(numbers[0, row])
-        expected = jnp.zeros(4)
-        for size, table in ((3, third), (5, fifth)):
-            if number >= size - 1:
-                expected = expected + table[rolling_hash(bytes[0, row - size + 1 : row + 1], 50)]
-        np.testing.assert_allclose(got[0, row], expected, rtol=1e-6)
-    with pytest.raises(ValueError, match="two bytes or more"):
-        HashedNgrams(4, (1,), 50, key=jax.random.key(0))

@@ -15,9 +15,11 @@ from estimators.base import Layout
 from tests.compositions import LENGTH
 from tests.conftest import losses, predict, small_model, small_score_function
 from tests.test_stepping import check_row_by_row
-from unet import Projection, SelectSmooth, UNet, from_reference, to_reference
+from unet import Hierarchy, Projection, SelectSmooth, UNet, from_reference, to_reference
+from unet.blocks import Stack
 from unet.likelihood import next_byte_log_lik, plain_layout
-from unet.reference import LayoutError, reference_config, shape_of
+from unet.published import LayoutError, shape_of
+from unet.reference import new_hnet, reference_config
 from unet.stage import Drawing
 
 VALUES = {"rtol": 1e-5, "atol": 1e-6}
@@ -163,7 +165,10 @@ def test_half_precision_keeps_recurrences_routers_and_residuals_wide(golden):
         (lambda c, p: p.update(extra=np.zeros(3, np.float32)), "1 that it has no place for .such as extra."),
         (lambda c, p: p.update({"lm_head.weight": np.zeros((3, 64), np.float32)}), r"has shape \[3, 64\]"),
         (lambda c, p: p.update({"lm_head.weight": np.zeros((256, 64), np.int32)}), "is int32"),
-        (lambda c, p: c.update(tie_embeddings=True), "tie_embeddings is true"),
+        (lambda c, p: c.update(tie_embeddings=True), "tie_embeddings is true, but lm_head"),
+        (lambda c, p: c.update(tie_embeddings="no"), "tie_embeddings is true or false; got 'no'"),
+        (lambda c, p: c["ssm_cfg"].update(d_head=32), "ssm_cfg has d_head, which the released program does not know"),
+        (lambda c, p: c["attn_cfg"].update(cap=[5, 5]), "attn_cfg has cap, which the released"),
         (lambda c, p: c.update(vocab_size=300), "vocab_size is 300"),
         (lambda c, p: c.pop("ssm_cfg"), "ssm_cfg.* is missing"),
         (lambda c, p: c.update(arch_layout=["m2", "T2", "m2"]), "a stage of a layout is a list"),
@@ -184,11 +189,52 @@ def test_what_does_not_fit_is_refused_by_name(golden, change, message):
         from_reference(config, params)
 
 
+def test_configurations_mean_what_the_released_program_makes_of_them(golden):
+    _, config, _ = read(golden, "hnet_2stage")
+    for given, wide in (([0, 100, None], (0, 128, 256)), ([None, 129, 1], (256, 256, 128)), (256, (256, 256, 256))):
+        assert shape_of({**config, "d_intermediate": given}).mlp_dims == wide
+    least = {**config, "ssm_cfg": {}, "attn_cfg": {"num_heads": 4, "rotary_emb_dim": 8, "window_size": -1}}
+    shape = shape_of({name: value for name, value in least.items() if name not in ("tie_embeddings", "vocab_size")})
+    assert (shape.state, shape.taps, shape.expand, shape.tie_embeddings) == (128, 4, 2, False)
+    assert (shape.heads, shape.rotary_dims, shape.windows) == ((4, 4, 4), (8, 8, 8), (0, 0, 0))
+    # Stages without attention may say anything of it, and networks have no layer at all.
+    attn = {"num_heads": [0, 4, 4], "rotary_emb_dim": [7, 8, 8], "window_size": [-1, 2, 2]}
+    bare = shape_of({**config, "attn_cfg": attn, "arch_layout": ["m1", ["", ["T1"], "m0"], "m1"]})
+    skeleton = eqx.filter_eval_shape(new_hnet, bare)
+    assert reference_config(skeleton)["arch_layout"] == ["m1", ["", ["T1"], ""], "m1"]
+
+
+def test_mlps_of_widths_that_the_released_program_has_not_are_filled_with_zeros(golden):
+    z, config, _ = read(golden, "hnet_1stage")
+    narrow = dataclasses.replace(shape_of(config), mlp_dims=(0, 96))
+    model = new_hnet(narrow)
+    params, written = to_reference(model), reference_config(model)
+    assert written["d_intermediate"] == [0, 128]
+    first, second = (
+        params[f"backbone.main_network.main_network.layers.0.mlp.{name}.weight"] for name in ("fc1", "fc2")
+    )
+    assert first.shape == (256, 96)
+    assert second.shape == (96, 128)
+    assert not np.any(first[96:128])
+    assert not np.any(first[224:])
+    assert not np.any(second[:, 96:])
+    wide = from_reference(written, params)
+    ids = jnp.asarray(z["input_ids"][:1, :12])
+    np.testing.assert_allclose(predict(wide, ids).logits, predict(model, ids).logits, rtol=1e-5, atol=1e-6)
+
+
 def test_models_of_other_parts_have_no_released_layout(golden):
     with pytest.raises(LayoutError, match="no norm but those that end networks"):
         to_reference(small_model(small_score_function()))
     _, config, _ = read(golden, "hnet_1stage")
     shape = shape_of(config)
+    model = from_reference(*read(golden, "hnet_1stage")[1:])
+    assert isinstance(model.stage, Hierarchy)
+    encoder = model.stage.encoder
+    encoder = Stack(encoder.blocks, window=encoder.window, norm=encoder.norm, rotary_base=5e5)
+    rotated = eqx.tree_at(lambda m: m.stage.encoder, model, encoder)
+    with pytest.raises(LayoutError, match="base 10000, not 500000"):
+        to_reference(rotated)
     with pytest.raises(LayoutError, match="draw boundaries by cosine"):
         to_reference(UNet(shape, small_score_function((), dim=64), key=jax.random.key(0)))
 

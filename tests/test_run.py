@@ -75,9 +75,14 @@ def test_a_run_leaves_everything_it_should(finished):
     values = json.loads((finished / "summary.json").read_text())
     for name in (
         *("val_bpb", "early_val_bpb", "rate", "boundary_f1_whitespace", "bytes", "seconds", "bytes_per_second"),
-        *("parameters", "overflow_fraction"),
+        *("parameters", "dropped_fraction", "val_bpb_error", "val_documents"),
     ):
         assert values[name] is not None, name
+    last = list(read_metrics(finished))[-2:]
+    assert values["epochs"] == last[0]["epochs"]
+    assert 0 < values["epochs"] < 1
+    assert values["shown_fraction"] == last[0]["shown_fraction"] == 1.0
+    assert (values["val_bpb_error"], values["val_documents"]) == (last[1]["val_bpb_error"], last[1]["val_documents"])
     assert values["bytes"] == 8 * 4 * 16
     assert [record["step"] for record in read_metrics(finished) if "loss" in record] == list(range(1, 9))
     assert [record["step"] for record in read_metrics(finished) if "val_bpb" in record] == [4, 8]
@@ -90,6 +95,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(finished):
     assert "http://" not in page
     assert "https://" not in page
     assert page.count("<span") > 50
+    bpb, error = (summary(finished)[name] for name in ("val_bpb", "val_bpb_error"))
+    assert f"<td>{bpb:.4f} ± {error:.4f}</td>" in page
     assert (finished / "boundaries.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -270,6 +277,7 @@ WRONG = [
     (("--batch", "1"), "centred returns of a batch of 1 are all zero"),
     (("--optimizer.accumulate", "3"), "--optimizer.accumulate 3 does not divide --batch 16"),
     (("--estimator", "stride", "--stride.stride", "0"), "--stride.stride must be at least 1"),
+    (("--estimator", "characters", "--characters.every", "0"), "--characters.every must be at least 1; got 0"),
     (("--resume", "--overwrite"), "holds no run to resume"),
     (("--devices", "99"), "--devices 99 cannot share a batch"),
 ]

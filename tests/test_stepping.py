@@ -11,6 +11,7 @@ import pytest
 from estimators import EveryNth, NoObjective, RuleRouter, WindowedPolicy
 from estimators.base import Estimator, Layout, written
 from experiments.registry import REGISTRY
+from experiments.sections import CharactersConfig
 from tests.compositions import LENGTH, SHAPE, config_of, lively, registered
 from tests.conftest import text_bytes
 from unet import Flat, Hierarchy, MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth
@@ -38,9 +39,9 @@ def step(model, bytes, state, advance):
     return after.logits, after.closed, written(state, after.change, advance)
 
 
-def check_row_by_row(model, lengths=LENGTHS, keys=KEYS, room=LENGTH):
+def check_row_by_row(model, lengths=LENGTHS, keys=KEYS, room=LENGTH, bytes=None):
     """Every prediction and every boundary, sequences going on when a coin says so."""
-    bytes = text_bytes(len(lengths), LENGTH, seed=4)
+    bytes = text_bytes(len(lengths), LENGTH, seed=4) if bytes is None else bytes
     expected = whole(model, bytes, keys)
     done = np.asarray(lengths)
     ready = prefill(model, bytes, jnp.asarray(lengths), keys)
@@ -69,6 +70,15 @@ def check_row_by_row(model, lengths=LENGTHS, keys=KEYS, room=LENGTH):
 def test_every_estimator_steps_as_it_reads(name):
     drawn = check_row_by_row(registered(name))
     assert drawn > 0, "no boundary was drawn in a step, so that nothing was tested"
+
+
+@pytest.mark.parametrize("at", ["last", "first"])
+def test_characters_of_several_bytes_step_as_they_are_read(at):
+    config = dataclasses.replace(config_of("characters"), characters=CharactersConfig(2, at))
+    text = "一二 三a四五é六七".encode()
+    rows = [b"\xfe" + text, text[1:], "😀".encode() * 6, text[2:]]
+    bytes = jnp.asarray([list((row + b"a" * LENGTH)[:LENGTH]) for row in rows], jnp.int32)
+    assert check_row_by_row(registered("characters", config), bytes=bytes) > 0
 
 
 def test_likelier_boundaries_need_no_keys():
@@ -100,6 +110,7 @@ def test_every_chunker_steps_as_it_reads(chunker):
     [
         {"isotropic": {"token_level": False}, "estimator": "isotropic"},
         {"entropy": {"rule": "combined"}, "estimator": "entropy"},
+        {"entropy": {"rule": "rise"}, "estimator": "entropy"},
         {"sfe": {"window": 9}},
         {"unet": {"token_positions": "chunk"}},
         {"unet": {"window": 40, "encoder_layers": 0, "main_layers": 0, "decoder_layers": 2}},

@@ -1,7 +1,7 @@
 """The byte-level autoregressive U-Net and the operations it is made of."""
 
 from unet import ops, utf8
-from unet.chunkers import AttendBack, MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth
+from unet.chunkers import MeanPool, Projection, SelectAttend, SelectDeviate, SelectDistribute, SelectSmooth
 from unet.config import UNetConfig
 from unet.generate import Generated, Writer, Written, generate
 from unet.hnet import HNetConfig
@@ -20,7 +20,6 @@ from unet.widened import Widened
 __all__ = [
     "AbstractPool",
     "AbstractStage",
-    "AttendBack",
     "Average",
     "CrossAttention",
     "Flat",
@@ -38,6 +37,7 @@ __all__ = [
     "Projection",
     "Sampling",
     "Scored",
+    "SelectAttend",
     "SelectDeviate",
     "SelectDistribute",
     "SelectSmooth",

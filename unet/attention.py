@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from estimators.base import Layout
 from unet.cache import Cached, ChosenRows, NewRow, RowCache, attend_cached, capped, filled_cache
+from unet.cross import Tokens
 from unet.folding import Squares
 from unet.layers import Linear, Rotary
 
@@ -159,12 +160,14 @@ def _attend_in_turns(
 class Surroundings(eqx.Module):
     """What the layers of a network need to know of its rows: their `layout`; and for attention, where there is any, how
     positions turn them, which of them see each other, and how they come apart where they are folded (which `rotary` and
-    `visibility` then describe). Matrix products are done in `compute`."""
+    `visibility` then describe). `tokens`, where a stack looks at those of the level inside, have the vectors that each is
+    unfolded into for outputs. Matrix products are done in `compute`."""
 
     layout: Layout
     rotary: Rotary | None
     visibility: Visibility | None
     squares: Squares | None = None
+    tokens: Tokens | None = None
     window: int | None = eqx.field(static=True, default=None)
     compute: str = eqx.field(static=True, default="float32")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -13,8 +14,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from estimators.base import Layout
 from unet.attention import AbstractMixer, Attention, Surroundings, Visibility
 from unet.cache import Cached, ChosenRows, NewRow, RowCache
+from unet.cross import CrossLayer, Tokens
 from unet.folding import Squares
-from unet.layers import GeGLU, RMSNorm, Rotary, ScaleNorm, SwiGLU
+from unet.layers import ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU
+
+Attends = Literal["none", "first", "every"]
+"""Which blocks of a decoder attend to the tokens of the level inside."""
 
 
 class AbstractBlock(eqx.Module):
@@ -129,18 +134,58 @@ class PreNorm(AbstractBlock):
         return x + self.mlp(self.before_mlp(x).astype(around.compute)).astype(x.dtype)
 
 
+class Attending(AbstractBlock):
+    r"""Every row attends to the vectors that its token is unfolded into, and then goes through another block (BLT's decoder).
+
+    $x_i \leftarrow \mathrm{block}(\mathrm{CrossLayer}(x_i, \{u_{m,1} \dots u_{m,k}\}))$, with u the vectors that `Stack.unfold`
+    makes of token $m = \mathrm{token\_of}(i)$. Keys and values are made once a token.
+    """
+
+    cross: CrossLayer
+    block: AbstractBlock
+
+    @property
+    def rotary_dim(self) -> int | None:
+        return self.block.rotary_dim
+
+    @eqx.filter_jit
+    def __call__(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
+        return self.block(self._informed(x, around), around)
+
+    @eqx.filter_jit
+    def prefill(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Cached[PyTree[Array]]:
+        return self.block.prefill(self._informed(x, around), around)
+
+    @eqx.filter_jit
+    def step(
+        self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: PyTree[Array]
+    ) -> Cached[PyTree[Array]]:
+        return self.block.step(self._informed(x, around), around, memory)
+
+    def _informed(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
+        assert around.tokens is not None
+        vectors = around.tokens.outputs
+        apart = vectors.reshape(*vectors.shape[:2], -1, x.shape[-1])
+        made = self.cross.keys_values(apart).reshape(*vectors.shape[:2], -1)
+        spread = around.tokens.spread(made).reshape(*x.shape[:2], -1, 2 * x.shape[-1])
+        return self.cross.over_vectors(x, spread, around.compute)
+
+
 class Stack(eqx.Module):
     """Blocks one after another, all with the same attention window.
 
     With a `norm` at the end the stream of residuals between the blocks is float32, whatever the dtype of the input, which the
     output has again (H-Net). `remat` keeps only the input of each block for the backward pass and computes the rest of it
-    again.
+    again. `unfold`, where there is one, makes of each token's output the vectors that `Attending` blocks look at, one after
+    another (BLT).
     """
 
     blocks: tuple[AbstractBlock, ...]
     window: int | None = eqx.field(static=True)
     remat: bool = eqx.field(static=True)
     norm: ScaleNorm | None = None
+    unfold: Linear | None = None
+    rotary_base: float = eqx.field(static=True, default=ROTARY_BASE)
 
     def __init__(
         self,
@@ -149,31 +194,44 @@ class Stack(eqx.Module):
         window: int | None = None,
         remat: bool = False,
         norm: ScaleNorm | None = None,
+        unfold: Linear | None = None,
+        rotary_base: float = ROTARY_BASE,
     ):
-        """`window`: how many rows attention sees, itself included; None for all before it. Raises `ValueError` for a
-        window below 1, and for blocks whose positions turn different numbers of dimensions."""
+        """`window`: how many rows attention sees, itself included; None for all before it. `rotary_base`: see `Rotary`. Raises
+        `ValueError` for a window below 1, for blocks whose positions turn different numbers of dimensions, and where some
+        attend to tokens and nothing unfolds them."""
         if window is not None and window < 1:
             raise ValueError(f"an attention window holds at least the row itself; got {window}")
         turned = {block.rotary_dim for block in blocks} - {None}
         if len(turned) > 1:
             raise ValueError(f"the blocks of a stack turn heads alike; got {sorted(map(str, turned))} dimensions")
+        if unfold is None and any(isinstance(block, Attending) for block in blocks):
+            raise ValueError("blocks that attend to tokens need the vectors that `unfold` makes of them")
         self.blocks = tuple(blocks)
-        self.window, self.remat, self.norm = window, remat, norm
+        self.window, self.remat, self.norm, self.unfold = window, remat, norm, unfold
+        self.rotary_base = rotary_base
 
     def __call__(
-        self, x: Float[Array, "batch length dim"], layout: Layout, squares: Squares | None = None
+        self,
+        x: Float[Array, "batch length dim"],
+        layout: Layout,
+        squares: Squares | None = None,
+        tokens: Tokens | None = None,
     ) -> Float[Array, "batch length dim"]:
-        """`squares`: how rows of several sequences come apart, where they are folded."""
-        around = self._around(x, layout, squares)
+        """`squares`: how rows of several sequences come apart, where they are folded. `tokens`: those of the level inside, where
+        it `unfold`s them."""
+        around = self._around(x, layout, squares, tokens)
         stream = self._widened(x)
         for block in self.blocks:
             call = eqx.filter_checkpoint(block) if self.remat else block
             stream = call(stream, around)
         return self._ended(stream, x)
 
-    def prefill(self, x: Float[Array, "batch length dim"], layout: Layout) -> Cached[tuple[PyTree[Array], ...]]:
+    def prefill(
+        self, x: Float[Array, "batch length dim"], layout: Layout, tokens: Tokens | None = None
+    ) -> Cached[tuple[PyTree[Array], ...]]:
         """All rows at once, and what `step` needs to go on after those where `layout.mask` is True, which come first."""
-        around, stream, memories = self._around(x, layout, None), self._widened(x), []
+        around, stream, memories = self._around(x, layout, None, tokens), self._widened(x), []
         for block in self.blocks:
             done = block.prefill(stream, around)
             stream = done.hidden
@@ -181,10 +239,14 @@ class Stack(eqx.Module):
         return Cached(self._ended(stream, x), tuple(memories))
 
     def step(
-        self, x: Float[Array, "batch 1 dim"], layout: Layout, memories: tuple[PyTree[Array], ...]
+        self,
+        x: Float[Array, "batch 1 dim"],
+        layout: Layout,
+        memories: tuple[PyTree[Array], ...],
+        tokens: Tokens | None = None,
     ) -> Cached[tuple[PyTree[Array], ...]]:
         """The next row of each sequence, and how the memories change."""
-        around, stream, changes = self._around(x, layout, None, stepping=True), self._widened(x), []
+        around, stream, changes = self._around(x, layout, None, tokens, stepping=True), self._widened(x), []
         for block, memory in zip(self.blocks, memories, strict=True):
             done = block.step(stream, around, memory)
             stream = done.hidden
@@ -198,16 +260,49 @@ class Stack(eqx.Module):
         return stream if self.norm is None else self.norm(stream).astype(x.dtype)
 
     def _around(
-        self, x: Float[Array, "batch length dim"], layout: Layout, squares: Squares | None, *, stepping: bool = False
+        self,
+        x: Float[Array, "batch length dim"],
+        layout: Layout,
+        squares: Squares | None,
+        tokens: Tokens | None,
+        *,
+        stepping: bool = False,
     ) -> Surroundings:
-        compute = str(x.dtype)
+        rotary = visibility = None
         turned = next((block.rotary_dim for block in self.blocks if block.rotary_dim is not None), None)
-        if turned is None:
-            return Surroundings(layout, None, None, None, self.window, compute)
-        attended = layout if squares is None else squares.layout(layout)
-        # A row that comes alone sees what its memory shows it.
-        visibility = None if stepping else Visibility(attended, self.window)
-        return Surroundings(layout, Rotary(attended.positions, turned), visibility, squares, self.window, compute)
+        if turned is not None:
+            attended = layout if squares is None else squares.layout(layout)
+            rotary = Rotary(attended.positions, turned, self.rotary_base)
+            # A row that comes alone sees what its memory shows it.
+            visibility = None if stepping else Visibility(attended, self.window)
+        unfolded = None
+        if self.unfold is not None:
+            assert tokens is not None
+            unfolded = tokens.replaced(self.unfold(tokens.outputs))
+        squares = squares if turned is not None else None
+        return Surroundings(layout, rotary, visibility, squares, unfolded, self.window, str(x.dtype))
+
+
+def attending(stack: Stack, which: Attends, *, dim: int, heads: int, vectors: int, key: PRNGKeyArray) -> Stack:
+    """The same stack, of rows and tokens of width `dim`, with its `first` block or `every` one attending to tokens, each of which
+    is unfolded into so many `vectors`. Raises `ValueError` for a stack without blocks."""
+    if which == "none":
+        return stack
+    if not stack.blocks:
+        raise ValueError(f"there is no block that could attend to tokens, as {which!r} asks for")
+    key_unfold, key_blocks = jax.random.split(key)
+    unfold = Linear(dim, vectors * dim, key=key_unfold)
+    changed = stack.blocks[:1] if which == "first" else stack.blocks
+    keys = jax.random.split(key_blocks, len(changed))
+    made = [Attending(CrossLayer(dim, heads, key=one), block) for one, block in zip(keys, changed, strict=True)]
+    return Stack(
+        [*made, *stack.blocks[len(made) :]],
+        window=stack.window,
+        remat=stack.remat,
+        norm=stack.norm,
+        unfold=unfold,
+        rotary_base=stack.rotary_base,
+    )
 
 
 def transformer(

@@ -1,4 +1,4 @@
-"""What attention keeps of earlier rows while a text is written row by row."""
+"""What attention, and a hierarchy as a whole, keep of earlier rows while a text is written row by row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from estimators.base import AbstractMemory
+from estimators.base import AbstractMemory, written
 
 MANY_SLOTS = 128
 """Slots of a token cache from which on a program that reads only the filled ones is worth its compilation."""
@@ -235,3 +235,41 @@ def attend_cached(
     if cache.ring:
         return mixed
     return jnp.where((cache.count < cache.slots)[:, None, None], mixed, jnp.asarray(jnp.nan, mixed.dtype))
+
+
+class HierarchyChange(eqx.Module):
+    """How what a hierarchy keeps of earlier rows changes, part by part, and where a token `closed`; with it the `last` token's
+    output is another."""
+
+    encoder: tuple[PyTree[Array], ...]
+    router: PyTree[Array]
+    chunker: PyTree[Array]
+    inner: PyTree[Array]
+    decoder: tuple[PyTree[Array], ...]
+    closed: Bool[Array, " batch"]
+    last: Float[Array, "batch 1 dim"] | None
+
+
+class HierarchyMemory(AbstractMemory):
+    """What a hierarchy keeps of earlier rows, part by part, the number of `tokens` closed so far, and where the decoder looks at
+    them the output of the `last`. The stage inside goes on only where one closes."""
+
+    encoder: tuple[PyTree[Array], ...]
+    router: PyTree[Array]
+    chunker: PyTree[Array]
+    inner: PyTree[Array]
+    decoder: tuple[PyTree[Array], ...]
+    tokens: Int[Array, " batch"]
+    last: Float[Array, "batch 1 dim"] | None
+
+    def written(self, change: HierarchyChange, advance: Bool[Array, " batch"]) -> HierarchyMemory:
+        closed = advance & change.closed
+        return HierarchyMemory(
+            written(self.encoder, change.encoder, advance),
+            written(self.router, change.router, advance),
+            written(self.chunker, change.chunker, advance),
+            written(self.inner, change.inner, closed),
+            written(self.decoder, change.decoder, advance),
+            self.tokens + closed.astype(jnp.int32),
+            written(self.last, change.last, advance),
+        )

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from estimators.base import AbstractChunker, Boundaries, Joined, TokenRows
-from unet.layers import Linear
 from unet.ops import Implementation, downsample, mean_pool, smooth, token_of, upsample
-from unet.ops.rows import bounds_of, spread_rows
 from unet.ops.smooth import smooth_step
 
 
@@ -210,18 +208,20 @@ class MeanPool(AbstractChunker):
 
 
 class Projection(eqx.Module):
-    """H-Net's residual projection: a linear layer with a bias, in float32, both zero at first (H-Net eq. 3)."""
+    """H-Net's residual projection: a linear layer with a bias, in float32, its weight zero at first (H-Net eq. 3)."""
 
     weight: Float[Array, "dim dim"]
     bias: Float[Array, " dim"]
 
-    def __init__(self, dim: int):
-        """A projection of states of width `dim`."""
-        self.weight, self.bias = jnp.zeros((dim, dim)), jnp.zeros(dim)
+    def __init__(self, dim: int, *, key: PRNGKeyArray | None = None):
+        """A projection of states of width `dim`. With a key the bias starts as in the released program, which leaves it as
+        PyTorch draws it: uniform within `dim**-0.5`; without one it starts at zero."""
+        self.weight, bound = jnp.zeros((dim, dim)), dim**-0.5
+        self.bias = jnp.zeros(dim) if key is None else jax.random.uniform(key, (dim,), minval=-bound, maxval=bound)
 
     def __call__(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
-        """In the dtype of `hidden`."""
-        return (hidden.astype(jnp.float32) @ self.weight.T + self.bias).astype(hidden.dtype)
+        """In float32."""
+        return hidden.astype(jnp.float32) @ self.weight.T + self.bias
 
 
 class SelectSmooth(AbstractChunker):
@@ -230,7 +230,7 @@ class SelectSmooth(AbstractChunker):
     $Y_i = r(X_i) + w_i\,\bar z_{\mathrm{token\_of}(i)}$, with $\bar z$ the average that `unet.ops.smooth` takes over the token
     outputs with the probabilities of their boundaries (`smoothing` False: the outputs themselves), $w_i$ by `weighting`:
     `straight-through`, 1 with the gradient of the confidence $c_i$; `confidence`, $c_i$ itself; `none`, 1. The residual r is
-    the identity, or the `projection` where there is one.
+    the identity, or the `projection` where there is one; then the sum is float32, and only its result has the dtype of X.
     """
 
     projection: Projection | None = None
@@ -270,12 +270,14 @@ class SelectSmooth(AbstractChunker):
         boundaries: Boundaries,
     ) -> Float[Array, "batch length dim"]:
         """Y, from the average at every byte."""
+        if self.projection is not None:
+            back = back.astype(jnp.float32)
         if self.weighting != "none":
             sure = boundaries.confidence
             if self.weighting == "straight-through":
                 sure = 1.0 + (sure - jax.lax.stop_gradient(sure))
             back = back * sure.astype(back.dtype)[..., None]
-        return back + (hidden if self.projection is None else self.projection(hidden))
+        return (back + (hidden if self.projection is None else self.projection(hidden))).astype(hidden.dtype)
 
     def remember(
         self,
@@ -308,81 +310,47 @@ class SelectSmooth(AbstractChunker):
         return Joined(self.joined(last.astype(output.dtype), hidden, boundaries), last)
 
 
-class AttendBack(AbstractChunker):
-    r"""Tokens of the last rows; every byte attends to the vectors that its token is unfolded into (BLT's local decoder).
+class SelectAttend(AbstractChunker):
+    r"""Select the rows at boundaries and bring nothing back: the decoder's blocks attend to the tokens themselves (BLT).
 
-    $Y_i = X_i + W_o \sum_{s<k} \mathrm{softmax}_s(W_q X_i \cdot K_{m,s} / \sqrt{d_h}) V_{m,s}$ per head, where the output of
-    token $m = \mathrm{token\_of}(i)$ gives k keys and values by one linear map. Softmax in float32.
+    $X'_m = X_{i_m}$, $Y_i = X_i$. For stages whose decoder has `Attending` blocks; without them the token level has no effect.
     """
 
-    query: Linear
-    key_value: Linear
-    out: Linear
-    heads: int = eqx.field(static=True)
-    vectors: int = eqx.field(static=True)
-    implementation: Implementation | None = eqx.field(static=True)
-
-    def __init__(
-        self, dim: int, heads: int, *, vectors: int = 2, key: PRNGKeyArray, implementation: Implementation | None = None
-    ):
-        """`vectors`: k. Raises `ValueError` where `heads` does not divide `dim`, and for no vectors."""
-        if dim % heads or vectors < 1:
-            raise ValueError(f"{heads} heads must divide a width of {dim}, and {vectors} vectors be at least one")
-        key_query, key_rows, key_out = jax.random.split(key, 3)
-        self.query, self.out = Linear(dim, dim, key=key_query), Linear(dim, dim, key=key_out)
-        self.key_value = Linear(dim, 2 * vectors * dim, key=key_rows)
-        self.heads, self.vectors, self.implementation = heads, vectors, implementation
+    implementation: Implementation | None = eqx.field(static=True, default=None)
 
     def down(self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, *, capacity: int) -> TokenRows:
         return downsample(hidden, boundaries.actions, capacity, implementation=self.implementation)
 
     def up(
         self,
-        outputs: Float[Array, "batch tokens dim"],
+        outputs: Float[Array, "batch tokens token_dim"],
         rows: TokenRows,
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
     ) -> Float[Array, "batch length dim"]:
-        token = jnp.minimum(token_of(boundaries.actions), outputs.shape[1] - 1)
-        unfolded = self.key_value(outputs)
-        spread = spread_rows(unfolded, token, bounds_of(token, outputs.shape[1]), self.implementation)
-        return self.attended(hidden, spread)
-
-    def attended(
-        self, hidden: Float[Array, "batch length dim"], unfolded: Float[Array, "batch length many_dims"]
-    ) -> Float[Array, "batch length dim"]:
-        """Y, from the keys and values of each byte's token."""
-        query = self.query(hidden).reshape(*hidden.shape[:2], self.heads, 1, -1)
-        keys, values = (
-            rows.reshape(*hidden.shape[:2], self.heads, self.vectors, -1) for rows in jnp.split(unfolded, 2, axis=-1)
-        )
-        logits = jnp.sum(query.astype(jnp.float32) * keys.astype(jnp.float32), axis=-1) * keys.shape[-1] ** -0.5
-        mixed = jnp.sum(jax.nn.softmax(logits, axis=-1)[..., None] * values.astype(jnp.float32), axis=-2)
-        return hidden + self.out(mixed.reshape(hidden.shape).astype(hidden.dtype))
+        return hidden
 
     def remember(
         self,
-        outputs: Float[Array, "batch tokens dim"],
+        outputs: Float[Array, "batch tokens token_dim"],
         rows: TokenRows,
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
         mask: Bool[Array, "batch length"],
-    ) -> Float[Array, "batch 1 dim"]:
-        """The last token's output."""
-        return last_of(outputs, rows)
+    ) -> None:
+        """Nothing."""
 
     def down_step(
-        self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: Float[Array, "batch 1 dim"]
+        self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: None
     ) -> Float[Array, "batch 1 dim"]:
         return hidden
 
     def up_step(
         self,
-        output: Float[Array, "batch 1 dim"],
-        value: Float[Array, "batch 1 dim"],
+        output: Float[Array, "batch 1 token_dim"],
+        value: Float[Array, "batch 1 token_dim"],
         hidden: Float[Array, "batch 1 dim"],
         boundaries: Boundaries,
-        memory: Float[Array, "batch 1 dim"],
+        memory: None,
     ) -> Joined:
-        last = renewed(boundaries, output, memory)
-        return Joined(self.attended(hidden, self.key_value(last)), last)
+        return Joined(hidden, None)

@@ -12,21 +12,22 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import VOCAB, AbstractEstimator
-from unet.blocks import Stack, transformer
+from estimators.keys import named_key
+from unet.blocks import Attends, Stack, attending, transformer
 from unet.layers import Linear, RMSNorm
-from unet.ngrams import HashedNgrams
+from unet.ngrams import LONGEST, PRIMES, HashedNgrams
 from unet.ops import Implementation
 from unet.stage import AbstractStage, Flat, Hierarchy
 
 
 class Parts(eqx.Module):
-    """What a model is made of: an embedding, with or without one of the last few bytes; a stage; and a head behind a norm (None
-    where the stage ends with one)."""
+    """What a model is made of: an embedding, with or without one of the last few bytes; a stage; and a head (None where the
+    embedding is the head too) behind a norm (None where the stage ends with one)."""
 
     embedding: Float[Array, "vocab dim"]
     stage: AbstractStage
     norm: RMSNorm | None
-    head: Linear
+    head: Linear | None
     ngrams: HashedNgrams | None = None
 
 
@@ -49,15 +50,37 @@ class AbstractShape(ABC):
     """Numbers of bytes whose hashed embeddings are added to each byte's own (BLT: 3 4 5 6 7 8); by default none."""
     ngram_buckets: int = 500_000
     """Rows of the table of each of these."""
+    ngram_functions: int = 1
+    """Hash functions by which each of these is looked up, in a table of its own (BLT: 1)."""
+    attend: Attends = "none"
+    """Which blocks after the tokens have come back let every byte attend to its token first: none, the first, or every one (as
+    BLT). With as many heads as attention to bytes; at every level of tokens."""
+    attend_vectors: int = 2
+    """Vectors into which a token is unfolded for that."""
 
     def new_ngrams(self, key: PRNGKeyArray) -> HashedNgrams | None:
-        """The embeddings of n-grams that were asked for."""
-        key = jax.random.fold_in(key, 7)
-        return HashedNgrams(self.widths[0], self.ngrams, self.ngram_buckets, key=key) if self.ngrams else None
+        """The embeddings of n-grams that were asked for, of the standard deviation that those of single bytes have; `key` is
+        that of the whole model."""
+        if not self.ngrams:
+            return None
+        return HashedNgrams(
+            self.widths[0],
+            self.ngrams,
+            self.ngram_buckets,
+            functions=self.ngram_functions,
+            key=named_key(key, "ngrams"),
+        )
 
     def __post_init__(self):
-        if self.ngram_buckets < 1 or any(size < 2 for size in self.ngrams):
-            raise ValueError(f"ngrams have two bytes or more, and tables rows; got {self.ngrams}, {self.ngram_buckets}")
+        if not 1 <= self.ngram_buckets <= 2**31 or any(not 2 <= size <= LONGEST for size in self.ngrams):
+            raise ValueError(
+                f"ngrams have two bytes or more, at most {LONGEST}, and tables one row or more, at most 2^31; got "
+                f"{self.ngrams}, {self.ngram_buckets}"
+            )
+        if not 1 <= self.ngram_functions <= len(PRIMES):
+            raise ValueError(f"ngram_functions lies between 1 and {len(PRIMES)}; got {self.ngram_functions}")
+        if self.attend_vectors < 1:
+            raise ValueError(f"attend_vectors must be at least 1; got {self.attend_vectors}")
         if not 0 < self.early_share <= 1:
             raise ValueError(f"early_share is a share of rows above 0, at most 1; got {self.early_share}")
 
@@ -107,6 +130,10 @@ class UNetConfig(AbstractShape):
         for name in ("encoder_layers", "main_layers", "decoder_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} cannot be negative; got {getattr(self, name)}")
+        if self.attend != "none" and not self.decoder_layers:
+            raise ValueError(
+                f"there is no decoder block that could attend to tokens: decoder_layers is 0, attend {self.attend}"
+            )
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(
                 f"heads must divide dim into heads of even width; got dim {self.dim} and heads {self.heads}"
@@ -117,26 +144,41 @@ class UNetConfig(AbstractShape):
         return (self.dim, self.dim)
 
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
-        """Without an estimator the token level is left out: encoder and decoder blocks alone, a purely byte-level model."""
+        """Without an estimator the token level is left out, and what attends to it: encoder and decoder blocks alone, a purely
+        byte-level model.
+
+        Linear layers are drawn from normals of standard deviation `inputs**-0.5`, the embedding of 1; norms start at one, and
+        heads have no biases. The authors' score-function code draws its linear layers, the heads and their biases included,
+        uniformly within `inputs**-0.5`, a deviation of 1/√3 of this one (docs/hnet.md)."""
         if len(estimators) > 1:
             raise ValueError(f"this shape has one level of tokens; got {len(estimators)} estimators")
-        key_embed, key_encode, key_main, key_decode, key_head = jax.random.split(key, 5)
         dim, heads = self.dim, self.heads
 
         def byte_level(layers: int, key: PRNGKeyArray) -> Stack:
             return transformer(layers, dim, heads, dim, window=self.window, remat=self.remat, key=key)
 
         if not estimators:
-            stage = Flat(byte_level(self.encoder_layers + self.decoder_layers, key_encode))
+            stage = Flat(byte_level(self.encoder_layers + self.decoder_layers, named_key(key, "encoder")))
         else:
-            main = transformer(self.main_layers, dim, heads, 4 * dim, window=None, remat=self.remat, key=key_main)
+            decoder = attending(
+                byte_level(self.decoder_layers, named_key(key, "decoder")),
+                self.attend,
+                dim=dim,
+                heads=heads,
+                vectors=self.attend_vectors,
+                key=named_key(key, "attention to tokens"),
+            )
+            main = transformer(
+                self.main_layers, dim, heads, 4 * dim, window=None, remat=self.remat, key=named_key(key, "main")
+            )
             stage = Hierarchy(
-                byte_level(self.encoder_layers, key_encode),
+                byte_level(self.encoder_layers, named_key(key, "encoder")),
                 estimators[0],
                 Flat(main),
-                byte_level(self.decoder_layers, key_decode),
+                decoder,
                 chunk_positions=self.token_positions == "chunk",
                 implementation=self.implementation,
             )
-        embedding = jax.random.normal(key_embed, (VOCAB, dim))
-        return Parts(embedding, stage, RMSNorm(dim), Linear(dim, VOCAB, key=key_head), self.new_ngrams(key_embed))
+        embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, dim))
+        head = Linear(dim, VOCAB, key=named_key(key, "head"))
+        return Parts(embedding, stage, RMSNorm(dim), head, self.new_ngrams(key))

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from estimators.base import AbstractEstimator, Frozen
 from unet.attention import AbstractMixer, Attention
-from unet.blocks import AbstractBlock, Block, PreNorm, Stack
+from unet.blocks import AbstractBlock, Attending, Block, PreNorm, Stack
 from unet.layers import Linear
 from unet.mamba import Mamba2
 from unet.model import UNet
@@ -45,9 +45,9 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
     """6 per parameter and byte, or token at the token level; embeddings are lookups (score-function paper, appendix D).
 
     `rate` is in tokens per byte, each of `inner_rates` in tokens per token of the level around. Every parameter of matrices
-    and vectors counts but the embedding's; a frozen parameter counts 2, for the forward pass alone. With several `samples` of
-    boundaries a byte passes all that follows the encoder so many times. What a token level does counts as `mid`, whatever
-    levels there are inside. Raises `ValueError` where rates of levels are missing.
+    and vectors counts but the embedding's, unless it is the head too; a frozen parameter counts 2, for the forward pass alone.
+    With several `samples` of boundaries a byte passes all that follows the encoder so many times. What a token level does
+    counts as `mid`, whatever levels there are inside. Raises `ValueError` where rates of levels are missing.
     """
 
     def stage_cost(stage: AbstractStage, rates: Sequence[float]) -> float:
@@ -58,7 +58,7 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
             return 6.0 * _size(stage.stack)
         if isinstance(stage, Hierarchy):
             trained, frozen = _sizes(stage.estimator)
-            outside = 6.0 * _size((stage.encoder, stage.decoder)) + 6.0 * trained + 2.0 * frozen
+            outside = 6.0 * (_size(stage.encoder) + _stack_size(stage.decoder, rates[0])) + 6.0 * trained + 2.0 * frozen
             return outside + rates[0] * stage_cost(stage.inner, rates[1:])
         raise ValueError(f"operations of a {type(stage).__name__} are not counted")
 
@@ -69,18 +69,19 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
         encode=6.0 * _size(outer.encoder),
         boundary=6.0 * trained + 2.0 * frozen,
         mid=0.0 if outer.inner is None else after * rate * stage_cost(outer.inner, inner_rates),
-        decode=6.0 * after * _size(outer.decoder),
+        decode=6.0 * after * _stack_size(outer.decoder, rate),
         heads=6.0
         * after
-        * (_size((model.norm, model.head)) + model.early_share * _size((model.early_norm, model.early_head))),
+        * (_size((model.norm, model.output_head)) + model.early_share * _size((model.early_norm, model.early_head))),
     )
 
 
 def layer_flops(model: UNet, *, length: int, rate: float, inner_rates: Sequence[float] = (), samples: int = 1) -> Flops:
     """Every product of every layer, the backward pass twice the forward (H-Net, appendix B).
 
-    Attention sees `length` rows at byte level, no more than its window; `length · rate` at token level, the causal half not
-    taken off, as in the paper. Embeddings count as products with one-hot rows. The rest as `matrix_flops`.
+    Attention sees `length` rows at byte level, no more than its window, and of tokens the vectors of one; `length · rate` at
+    token level, the causal half not taken off, as in the paper. Embeddings count as products with one-hot rows. The rest as
+    `matrix_flops`.
     """
 
     def stage_cost(stage: AbstractStage, rows: float, rates: Sequence[float]) -> float:
@@ -90,7 +91,7 @@ def layer_flops(model: UNet, *, length: int, rate: float, inner_rates: Sequence[
             return 3 * _stack_forward(stage.stack, rows)
         if isinstance(stage, Hierarchy):
             trained, frozen = _sizes(stage.estimator)
-            outside = 3 * (_stack_forward(stage.encoder, rows) + _stack_forward(stage.decoder, rows))
+            outside = 3 * (_stack_forward(stage.encoder, rows) + _stack_forward(stage.decoder, rows, rates[0]))
             inside = rates[0] * stage_cost(stage.inner, rows * rates[0], rates[1:])
             return outside + 3 * 2.0 * trained + 2.0 * frozen + inside
         raise ValueError(f"operations of a {type(stage).__name__} are not counted")
@@ -104,22 +105,45 @@ def layer_flops(model: UNet, *, length: int, rate: float, inner_rates: Sequence[
         encode=3 * _stack_forward(outer.encoder, float(length)),
         boundary=3 * 2.0 * trained + 2.0 * frozen,
         mid=0.0 if outer.inner is None else after * rate * stage_cost(outer.inner, length * rate, inner_rates),
-        decode=3 * after * _stack_forward(outer.decoder, float(length)),
+        decode=3 * after * _stack_forward(outer.decoder, float(length), rate),
         heads=3 * after * heads * 2.0 * vocab * dim,
     )
 
 
-def _stack_forward(stack: Stack | None, rows: float) -> float:
-    """Operations of a forward pass per row of a stack that runs on `rows` rows."""
+def _stack_size(stack: Stack | None, rate: float) -> float:
+    """Parameters of a stack, those that make keys and values of tokens by the `rate` of these."""
+    if stack is None:
+        return 0.0
+    attending = [block.cross for block in stack.blocks if isinstance(block, Attending)]
+    of_tokens = _size((stack.unfold, [(cross.before_rows, cross.key_value) for cross in attending]))
+    return _size(stack) - (1 - rate) * of_tokens
+
+
+def _stack_forward(stack: Stack | None, rows: float, rate: float = 0.0) -> float:
+    """Operations of a forward pass per row of a stack that runs on `rows` rows, where `rate` of them close a token that it looks
+    at."""
     if stack is None:
         return 0.0
     seen = rows if stack.window is None else min(rows, float(stack.window))
-    return sum(_block_forward(block, seen) for block in stack.blocks)
+    total = sum(_block_forward(block, seen) for block in stack.blocks)
+    if stack.unfold is None:
+        return total
+    wide = stack.unfold.weight.shape[1]
+    total += rate * 2.0 * stack.unfold.weight.size
+    for block in stack.blocks:
+        if isinstance(block, Attending):
+            dim = block.cross.out.weight.shape[1]
+            vectors = wide / dim
+            per_token = 2.0 * vectors * block.cross.key_value.weight.size
+            total += 2.0 * 2 * dim * dim + 2 * 2 * vectors * dim + 3 * block.cross.heads * vectors + rate * per_token
+    return total
 
 
 def _block_forward(block: AbstractBlock, seen: float) -> float:
     if isinstance(block, Block):
         return _mixer_forward(block.attention, seen) + _mlp_forward(block.mlp.down)
+    if isinstance(block, Attending):
+        return _block_forward(block.block, seen)
     if isinstance(block, PreNorm):
         return _mixer_forward(block.mixer, seen) + (0.0 if block.mlp is None else _mlp_forward(block.mlp.out))
     raise ValueError(f"operations of a {type(block).__name__} are not counted")

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import VOCAB, AbstractEstimator
+from estimators.keys import named_key
 from unet.attention import Attention
-from unet.blocks import PreNorm, Stack
+from unet.blocks import PreNorm, Stack, attending
 from unet.config import AbstractShape, Parts
 from unet.layers import Linear, ScaleNorm, SwiGLU
 from unet.mamba import HEAD, Mamba2
@@ -51,8 +51,9 @@ class Networks:
 def read_layout(text: str) -> Networks:
     """What a published layout says, such as `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`.
 
-    m: a Mamba-2 layer, t: attention; M and T: with an MLP. Three parts are encoder, main network, decoder; the main network is a
-    list again, and one part is the main network alone. Raises `ValueError` for anything else.
+    m: a Mamba-2 layer, t: attention; M and T: with an MLP; an empty network is a norm alone. Three parts are encoder, main
+    network, decoder; the main network is a list again, and one part is the main network alone. Raises `ValueError` for
+    anything else.
     """
     try:
         parsed = json.loads(text)
@@ -70,7 +71,7 @@ def _networks(parsed: object) -> Networks:
 
 
 def _letters(part: object) -> str:
-    if not isinstance(part, str) or not re.fullmatch(r"([mMtT]\d{1,9})+", part):
+    if not isinstance(part, str) or not re.fullmatch(r"([mMtT]\d{1,9})*", part):
         raise ValueError(
             f'a network of a layout is letters of mMtT, each with a number, such as "T1m4"; got {json.dumps(part)}'
         )
@@ -110,6 +111,8 @@ class HNetConfig(AbstractShape):
     """A norm at the end of every network, not of the last alone."""
     token_positions: Literal["byte", "chunk"] = "chunk"
     """Rotary positions of a token: its own number, or the position of its boundary at the level it was made of."""
+    tie_embeddings: bool = False
+    """Predict with the embedding of bytes: one array for both."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -124,12 +127,15 @@ class HNetConfig(AbstractShape):
             raise ValueError("state, taps and expand must be at least 1")
         for stage, letters in enumerate(_stages(networks)):
             self._check_stage(stage, letters)
+        if self.attend != "none":
+            self._check_attend(networks)
 
     def _check_stage(self, stage: int, letters: str) -> None:
         dim, heads, turned = self.dims[stage], self.heads[stage], self.rotary_dims[stage]
-        if dim < 1 or heads < 1 or self.windows[stage] < 0:
+        attends = bool(set(letters) & set("tT"))
+        if dim < 1 or self.windows[stage] < 0 or (attends and heads < 1):
             raise ValueError(f"stage {stage}: widths and heads are at least 1, windows not negative")
-        if set(letters) & set("tT") and (dim % heads or turned % 2 or not 0 <= turned <= dim // heads):
+        if attends and (dim % heads or turned % 2 or not 0 <= turned <= dim // heads):
             raise ValueError(
                 f"stage {stage}: {heads} heads must divide a width of {dim}, and an even number of dimensions of a head be "
                 f"turned; got {turned}"
@@ -143,22 +149,35 @@ class HNetConfig(AbstractShape):
                 f"stage {stage} has layers with an MLP ({letters}): its width in mlp_dims must be at least 1"
             )
 
+    def _check_attend(self, networks: Networks) -> None:
+        """Every stage but the innermost has a decoder, whose heads divide its width."""
+        if networks.inside is None:
+            raise ValueError(f"attend {self.attend}: {self.layout} has no tokens to attend to")
+        for stage in range(networks.depth):
+            inside = _at(networks, stage)
+            if not inside.decoder or self.dims[stage] % self.heads[stage]:
+                raise ValueError(
+                    f"stage {stage}: to attend to tokens a decoder needs a layer, and a width that its heads divide; got "
+                    f"{len(inside.decoder)} layers, {self.heads[stage]} heads and a width of {self.dims[stage]}"
+                )
+
     @property
     def widths(self) -> tuple[int, ...]:
         return self.dims
 
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
         """Weights are drawn as those of the released code: normal with standard deviation .02, divided in the projections that
-        end a layer by the root of the number of layers on the stream of residuals, those of the stages around included."""
+        end a layer by the root of the number of layers on the stream of residuals, those of the stages around included. The
+        embedding, the head with it where they are one, has a standard deviation of 1."""
         networks = read_layout(self.layout)
         if len(estimators) != networks.depth:
             raise ValueError(f"{self.layout} has {networks.depth} levels of tokens; got {len(estimators)} estimators")
-        key_embed, key_stage, key_head = jax.random.split(key, 3)
-        head = Linear(self.dims[0], VOCAB, key=key_head)
-        head = eqx.tree_at(lambda linear: linear.weight, head, STD * jax.random.normal(key_head, head.weight.shape))
-        embedding = jax.random.normal(key_embed, (VOCAB, self.dims[0]))
-        stage = self._stage(networks, 0, 0, tuple(estimators), key_stage)
-        return Parts(embedding, stage, None, head, self.new_ngrams(key_embed))
+        head = None
+        if not self.tie_embeddings:
+            head = Linear.of(STD * jax.random.normal(named_key(key, "head"), (self.dims[0], VOCAB)))
+        embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, self.dims[0]))
+        stage = self._stage(networks, 0, 0, tuple(estimators), named_key(key, "stage"))
+        return Parts(embedding, stage, None, head, self.new_ngrams(key))
 
     def _stage(
         self,
@@ -169,7 +188,7 @@ class HNetConfig(AbstractShape):
         key: PRNGKeyArray,
     ) -> AbstractStage:
         residuals += _residuals(networks.main + networks.encoder + networks.decoder)
-        key_encoder, key_inside, key_decoder = jax.random.split(key, 3)
+        key_encoder, key_inside, key_decoder = (named_key(key, name) for name in ("encoder", "inside", "decoder"))
         if networks.inside is None:
             made: AbstractStage = Flat(self._stack(networks.main, stage, residuals, key_encoder, last=stage == 0))
         else:
@@ -177,7 +196,14 @@ class HNetConfig(AbstractShape):
                 self._stack(networks.encoder, stage, residuals, key_encoder),
                 estimators[0],
                 self._stage(networks.inside, stage + 1, residuals, estimators[1:], key_inside),
-                self._stack(networks.decoder, stage, residuals, key_decoder, last=stage == 0),
+                attending(
+                    self._stack(networks.decoder, stage, residuals, key_decoder, last=stage == 0),
+                    self.attend,
+                    dim=self.dims[stage],
+                    heads=self.heads[stage],
+                    vectors=self.attend_vectors,
+                    key=named_key(key, "attention to tokens"),
+                ),
                 chunk_positions=self.token_positions == "chunk",
                 implementation=self.implementation,
             )
@@ -208,6 +234,11 @@ def _stages(networks: Networks) -> list[str]:
     return [own] if networks.inside is None else [own, *_stages(networks.inside)]
 
 
+def _at(networks: Networks, stage: int) -> Networks:
+    """What a layout says of the stage of that number."""
+    return networks if stage == 0 or networks.inside is None else _at(networks.inside, stage - 1)
+
+
 def _residuals(letters: str) -> int:
     """How often layers add to the stream of residuals: once, and once more with an MLP."""
     return sum(2 if letter in "MT" else 1 for letter in letters)
@@ -226,6 +257,6 @@ def _drawn(block: PreNorm, residuals: int, key: PRNGKeyArray) -> PreNorm:
             fresh: Float[Array, "inputs outputs"] = jax.random.normal(
                 jax.random.fold_in(key, number), leaf.weight.shape[::-1]
             ).T
-            leaf = eqx.tree_at(lambda linear: linear.weight, leaf, std * fresh)
+            leaf = Linear.of(std * fresh)
         drawn.append(leaf)
     return jax.tree_util.tree_unflatten(tree, drawn)

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+ROTARY_BASE = 10_000.0
+"""Base of rotary embeddings where none is named."""
+
 
 class Linear(eqx.Module):
     r"""$y = xW$, no bias; the weight is cast to the input's dtype, products are accumulated in float32 or better."""
@@ -18,6 +21,13 @@ class Linear(eqx.Module):
     def __init__(self, inputs: int, outputs: int, *, key: PRNGKeyArray):
         """Weights are drawn from a normal of standard deviation `inputs**-0.5`."""
         self.weight = jax.random.normal(key, (outputs, inputs)).T * inputs**-0.5
+
+    @classmethod
+    def of(cls, weight: Float[Array, "inputs outputs"]) -> Linear:
+        """The layer with this weight."""
+        layer = object.__new__(cls)
+        object.__setattr__(layer, "weight", weight)
+        return layer
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         return x @ self.weight.astype(x.dtype)
@@ -68,7 +78,7 @@ class Rotary(eqx.Module):
     cos: Float[Array, "batch length half"]
     sin: Float[Array, "batch length half"]
 
-    def __init__(self, positions: Int[Array, "batch length"], dim: int, base: float = 10_000.0):
+    def __init__(self, positions: Int[Array, "batch length"], dim: int, base: float = ROTARY_BASE):
         r"""Angles $p\,\mathrm{base}^{-2k/\mathrm{dim}}$ for k < dim/2. Raises `ValueError` for an odd `dim`."""
         if dim % 2:
             raise ValueError(f"rotary embeddings turn pairs of dimensions; a head of {dim} has an odd number of them")

@@ -86,13 +86,14 @@ class UNet(eqx.Module):
     """A byte-level autoregressive U-Net whose token boundaries an estimator draws (SFE section 2.2).
 
     `model(bytes, key=key)` predicts; `model.loss(bytes, key=key)` is what to descend; `model.prefill` and `model.step` read a
-    text byte by byte, for which `unet.generate` has the loop.
+    text byte by byte, for which `unet.generate` has the loop. Without a `head` of its own the model predicts with its
+    `embedding`: one array, whose gradient is the sum of those of its two uses.
     """
 
     embedding: Float[Array, "vocab dim"]
     stage: AbstractStage
     norm: RMSNorm | None
-    head: Linear
+    head: Linear | None
     early_norm: RMSNorm | None
     early_head: Linear | None
     compute: Literal["float32", "bfloat16"] = eqx.field(static=True)
@@ -116,7 +117,7 @@ class UNet(eqx.Module):
         self.embedding, self.stage, self.norm, self.head = parts.embedding, parts.stage, parts.norm, parts.head
         early = any(one.objective.needs_early_exit for one in estimators)
         self.early_norm = RMSNorm(self.embedding.shape[1]) if early else None
-        self.early_head = jax.tree.map(lambda leaf: leaf, self.head) if early else None
+        self.early_head = jax.tree.map(lambda leaf: leaf, self.output_head) if early else None
         self.compute = config.compute
         self.early_share = config.early_share
         self.ngrams = parts.ngrams
@@ -199,9 +200,14 @@ class UNet(eqx.Module):
                 early_logits = self.early_head.wide(self.early_norm(hidden))
             return Prediction(self.logits(output.hidden), early_logits, output.levels, early_rows)
 
+    @property
+    def output_head(self) -> Linear:
+        """The head that predicts the next byte: the model's own, or its embedding turned round."""
+        return Linear.of(self.embedding.T) if self.head is None else self.head
+
     def logits(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length vocab"]:
         """The output head on top of what the stage returned."""
-        return self.head.wide(hidden if self.norm is None else self.norm(hidden))
+        return self.output_head.wide(hidden if self.norm is None else self.norm(hidden))
 
     def some_rows(self, length: int, key: PRNGKeyArray | None) -> Int[Array, " rows"] | None:
         """The rows of `length` at which the early head predicts in a training step; None for all, which it is without a key."""
@@ -275,7 +281,7 @@ class UNet(eqx.Module):
         ending = eqx.tree_at(
             lambda model: (model.embedding, model.ngrams, model.stage),
             self,
-            (None, None, self.stage.ending()),
+            (self.embedding if self.head is None else None, None, self.stage.ending()),
             is_leaf=lambda part: part is None,
         )
         ways = [finish(size) for size in sizes or (None,)]

@@ -1,7 +1,11 @@
-"""Embeddings of the last few bytes, looked up by a hash (Pagnoni et al., "Byte latent transformer")."""
+"""Embeddings of the last few bytes, looked up by BLT's hash (Pagnoni et al., "Byte latent transformer").
+
+The hash is that of the released program, number for number, so that its tables can be used.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -9,37 +13,93 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-MULTIPLIER = 2_654_435_761
-"""The prime at which the polynomial of a hash is evaluated, modulo 2^32."""
+PRIMES = (
+    1_000_000_007,
+    5_915_587_277,
+    1_500_450_271,
+    3_267_000_013,
+    5_754_853_343,
+    4_093_082_899,
+    9_576_890_767,
+    3_628_273_133,
+    2_860_486_313,
+    5_463_458_053,
+    3_367_900_313,
+)
+"""Where the polynomials of BLT's hash functions are evaluated."""
+
+OFFSET = 4
+"""Ids of BLT's program that are no bytes: byte b has the id b + 4."""
+
+LONGEST = 64
+MOST_OFFSET = 512
+"""Up to these, sums of products of ids and parts of powers fit into 32 bits."""
 
 
-def rolling_hash(windows: Int[Array, "*rows bytes"], buckets: int) -> Int[Array, "*rows"]:
-    r"""$\big(\sum_{j=1}^{n} b_{i-j+1}\, a^{j-1} \bmod 2^{32}\big) \bmod \mathrm{buckets}$ of n bytes, the newest last."""
-    total = jnp.zeros(windows.shape[:-1], jnp.uint32)
-    for place in range(windows.shape[-1]):
-        total = total * jnp.uint32(MULTIPLIER) + windows[..., place].astype(jnp.uint32)
-    return (total % jnp.uint32(buckets)).astype(jnp.int32)
+def rolling_hash(ids: Int[Array, "*rows bytes"], buckets: int, prime: int = PRIMES[0]) -> Int[Array, "*rows"]:
+    r"""$\big(\sum_{j=0}^{n-1} t_j\, a^j\big) \bmod \mathrm{buckets}$ of n ids, the oldest first, a = `prime` (BLT).
+
+    The sum is a signed number of 64 bits that wraps around, as in the program, and the remainder is not negative. Ids lie in
+    0 … 767, n is at most 64, buckets at most $2^{31}$. Computed with 32 bits: sums in four parts of 16 bits, from which the
+    remainder is taken digit by digit.
+    """
+    parts = [jnp.zeros(ids.shape[:-1], jnp.uint32) for _ in range(4)]
+    for place in range(ids.shape[-1]):
+        power, here = pow(prime, place, 2**64), ids[..., place].astype(jnp.uint32)
+        parts = [part + here * jnp.uint32(power >> 16 * number & 0xFFFF) for number, part in enumerate(parts)]
+    for number in range(3):
+        parts[number + 1] = parts[number + 1] + (parts[number] >> 16)
+    parts = [part & 0xFFFF for part in parts]
+    size = jnp.uint32(buckets)
+    digit = next(bits for bits in (16, 8, 4, 2, 1) if buckets << bits <= 2**32)
+    rest = jnp.zeros_like(parts[0])
+    for part, shift in itertools.product(reversed(parts), range(16 - digit, -1, -digit)):
+        rest = ((rest << digit) + (part >> shift & (1 << digit) - 1)) % size
+    # A number with the highest bit set stands for one that is smaller by 2^64.
+    negative = (rest + jnp.uint32(-(2**64) % buckets)) % size
+    return jnp.where(parts[3] >= 0x8000, negative, rest).astype(jnp.int32)
 
 
 class HashedNgrams(eqx.Module):
-    r"""$\sum_n E_n[\mathrm{hash}(x_{i-n+1} \dots x_i)]$, to be added to the embedding of byte i; a table for each n.
+    r"""$\sum_f \sum_n E_{f,n}[\mathrm{hash}_f(t_{i-n+1} \dots t_i)]$, to be added to the embedding of byte i (BLT).
 
-    Different n-grams may share a row. At the first bytes of a document only those n count for which there are n bytes.
+    There is a table for each hash function f and each n, one function after another; different n-grams may share a row. The
+    id of byte b is b + `offset`; before a document's first byte stand ids of 0.
     """
 
     tables: tuple[Float[Array, "buckets dim"], ...]
     sizes: tuple[int, ...] = eqx.field(static=True)
+    primes: tuple[int, ...] = eqx.field(static=True)
+    offset: int = eqx.field(static=True)
 
-    def __init__(self, dim: int, sizes: Sequence[int], buckets: int, *, key: PRNGKeyArray):
-        """`sizes` n, `buckets` rows a table. Tables start small beside the byte's own embedding. Raises `ValueError` for
-        n-grams of less than two bytes and for tables without rows."""
-        if not sizes or min(sizes) < 2 or buckets < 1:
+    def __init__(
+        self,
+        dim: int,
+        sizes: Sequence[int],
+        buckets: int,
+        *,
+        functions: int = 1,
+        offset: int = OFFSET,
+        std: float = 1.0,
+        key: PRNGKeyArray,
+    ):
+        """`sizes` n, `buckets` rows a table, `functions` with BLT's primes. `std` should be that of the embeddings of single
+        bytes: in BLT both are drawn with $d^{-1/2}$, in `UNet` both with 1. Raises `ValueError` for n-grams of less than 2 or
+        more than 64 bytes, for tables without rows or more than $2^{31}$, for no function and for more than there are primes,
+        and for an offset outside 0 … 512."""
+        if not sizes or min(sizes) < 2 or max(sizes) > LONGEST or not 1 <= buckets <= 2**31:
             raise ValueError(
-                f"n-grams have two bytes or more, tables one row or more; got {tuple(sizes)} and {buckets}"
+                f"n-grams have two bytes or more, at most {LONGEST}, tables one row or more, at most 2^31; got "
+                f"{tuple(sizes)} and {buckets}"
             )
-        keys = jax.random.split(key, len(sizes))
-        self.tables = tuple(0.02 * jax.random.normal(one, (buckets, dim)) for one in keys)
-        self.sizes = tuple(sizes)
+        if not 1 <= functions <= len(PRIMES) or not 0 <= offset <= MOST_OFFSET:
+            raise ValueError(
+                f"there are 1 to {len(PRIMES)} hash functions, and offsets from 0 to {MOST_OFFSET}; got {functions} and "
+                f"{offset}"
+            )
+        keys = jax.random.split(key, functions * len(sizes))
+        self.tables = tuple(std * jax.random.normal(one, (buckets, dim)) for one in keys)
+        self.sizes, self.primes, self.offset = tuple(sizes), PRIMES[:functions], offset
 
     @property
     def reach(self) -> int:
@@ -56,11 +116,12 @@ class HashedNgrams(eqx.Module):
         any."""
         if before is None:
             before = jnp.zeros((bytes.shape[0], self.reach), bytes.dtype)
-        whole, length = jnp.concatenate([before, bytes], axis=1), bytes.shape[1]
+        ids, length = jnp.concatenate([before, bytes], axis=1).astype(jnp.int32) + self.offset, bytes.shape[1]
+        # The ids that lie 0, 1, … rows back.
+        back = [ids[:, self.reach - far : self.reach - far + length] for far in range(self.reach + 1)]
+        back = [jnp.where(numbers >= far, rows, 0) for far, rows in enumerate(back)]
         total = jnp.zeros((*bytes.shape, self.tables[0].shape[1]), self.tables[0].dtype)
-        for size, table in zip(self.sizes, self.tables, strict=True):
-            first = self.reach - size + 1
-            window = jnp.stack([whole[:, first + place : first + place + length] for place in range(size)], axis=-1)
-            found = table[rolling_hash(window, table.shape[0])]
-            total = total + jnp.where((numbers >= size - 1)[..., None], found, jnp.zeros((), found.dtype))
+        for (prime, size), table in zip(itertools.product(self.primes, self.sizes), self.tables, strict=True):
+            window = jnp.stack(back[size - 1 :: -1], axis=-1)
+            total = total + table[rolling_hash(window, table.shape[0], prime)]
         return total

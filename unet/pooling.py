@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from estimators.base import AbstractChunker, AbstractMemory, Boundaries, Joined, TokenRows, written
 from unet.cache import NewRow, RowCache, attend_cached
+from unet.cross import CrossLayer
 from unet.layers import Linear
 from unet.ops import Implementation, downsample
 from unet.ops.rows import add_at, bounds_of, spread_rows
@@ -84,7 +85,7 @@ class AbstractPool(eqx.Module):
     @abstractmethod
     def __call__(
         self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, capacity: int
-    ) -> Float[Array, "batch tokens dim"]:
+    ) -> Float[Array, "batch tokens token_dim"]:
         """One row for each group; what it says of groups that are not there means nothing."""
 
     @abstractmethod
@@ -94,7 +95,7 @@ class AbstractPool(eqx.Module):
         """What is kept of the group that no boundary has closed yet."""
 
     @abstractmethod
-    def close(self, hidden: Float[Array, "batch 1 dim"], memory: PyTree[Array]) -> Float[Array, "batch 1 dim"]:
+    def close(self, hidden: Float[Array, "batch 1 dim"], memory: PyTree[Array]) -> Float[Array, "batch 1 token_dim"]:
         """The row of the group that the next row would close."""
 
     @abstractmethod
@@ -186,42 +187,42 @@ class GroupMemory(AbstractMemory):
 
 
 class CrossAttention(AbstractPool):
-    r"""A query made of the group's largest values attends to the rows of its group alone (BLT's local encoder; H-Net fig. 13).
+    r"""Queries made of the group's largest values attend to the rows of their group alone (BLT's local encoder).
 
-    $q_m = W_q \max_{l \in g_m} X_l$, $p_m = W_o \sum_{l \in g_m} \mathrm{softmax}_l(q_m \cdot W_k X_l / \sqrt{d_h}) W_v X_l$ per
-    head, softmax in float32.
+    $p_{m,s} = \mathrm{CrossLayer}(q_{m,s}, \{X_l\}_{l \in g_m})$ with $q_{m,1} \dots q_{m,k} = P \max_{l \in g_m} X_l$; the
+    k vectors of a token stand one after another. Softmax in float32.
     """
 
-    query: Linear
-    key_value: Linear
-    out: Linear
-    heads: int = eqx.field(static=True)
+    unfold: Linear
+    cross: CrossLayer
 
-    def __init__(self, dim: int, heads: int, *, key: PRNGKeyArray):
-        """Raises `ValueError` where `heads` does not divide `dim`."""
-        if dim % heads:
-            raise ValueError(f"{heads} heads do not divide a width of {dim}")
-        key_query, key_rows, key_out = jax.random.split(key, 3)
-        self.query, self.out = Linear(dim, dim, key=key_query), Linear(dim, dim, key=key_out)
-        self.key_value, self.heads = Linear(dim, 2 * dim, key=key_rows), heads
+    def __init__(self, dim: int, heads: int, *, vectors: int = 1, key: PRNGKeyArray):
+        """Tokens are `vectors` (k) times as wide as `dim`. Raises `ValueError` where `heads` does not divide `dim`, and for no
+        vectors."""
+        if vectors < 1:
+            raise ValueError(f"a token has at least one vector; got {vectors}")
+        key_unfold, key_cross = jax.random.split(key)
+        self.unfold, self.cross = Linear(dim, vectors * dim, key=key_unfold), CrossLayer(dim, heads, key=key_cross)
 
     def __call__(
         self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, capacity: int
-    ) -> Float[Array, "batch tokens dim"]:
-        groups = groups_of(boundaries, capacity)
-        query = self.query(Largest()(hidden, boundaries, capacity))
-        keys, values = jnp.split(self.key_value(hidden), 2, axis=-1)
-        asked, keys, values = (self._heads(rows) for rows in (groups.spread(query), keys, values))
+    ) -> Float[Array, "batch tokens token_dim"]:
+        groups, heads = groups_of(boundaries, capacity), self.cross.heads
+        first = self._vectors(Largest()(hidden, boundaries, capacity))
+        asked = groups.spread(self.cross.asked(first).reshape(*first.shape[:2], -1))
+        asked = asked.reshape(*hidden.shape[:2], -1, heads, hidden.shape[2] // heads)
+        keys, values = (rows[:, :, None] for rows in self._keys_values(hidden))
         logits = jnp.sum(asked.astype(jnp.float32) * keys.astype(jnp.float32), axis=-1) * keys.shape[-1] ** -0.5
         most = jax.lax.stop_gradient(groups.largest(logits))
+        most = jnp.where(jnp.isfinite(most), most, 0.0)
+        most = groups.spread(most.reshape(*most.shape[:2], -1)).reshape(logits.shape)
         # Logits of rows of no group have no bound, and an overflow there would be a gradient that is not a number.
-        inside = groups.inside[..., None]
-        shifted = jnp.where(inside, logits - groups.spread(jnp.where(jnp.isfinite(most), most, 0.0)), 0.0)
-        weights = jnp.where(inside, jnp.exp(shifted), 0.0)
+        inside = groups.inside[..., None, None]
+        weights = jnp.where(inside, jnp.exp(jnp.where(inside, logits - most, 0.0)), 0.0)
         total = groups.total(weights[..., None] * values.astype(jnp.float32))
         scale = groups.total(weights)
-        mixed = total / jnp.where(scale > 0, scale, 1.0)[..., None]
-        return self.out(mixed.reshape(*mixed.shape[:2], -1).astype(hidden.dtype))
+        mixed = (total / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(hidden.dtype)
+        return self.cross.joined(first, mixed).reshape(*first.shape[:2], -1)
 
     def open(
         self, hidden: Float[Array, "batch length dim"], boundaries: Boundaries, mask: Bool[Array, "batch length"]
@@ -230,25 +231,32 @@ class CrossAttention(AbstractPool):
         count, length = jnp.sum(inside, axis=1, dtype=jnp.int32), mask.shape[1]
         # The rows of the open group come first.
         place = jnp.sum(mask, axis=1, dtype=jnp.int32)[:, None] - count[:, None] + jnp.arange(length, dtype=jnp.int32)
-        found = jnp.take_along_axis(self.key_value(hidden), jnp.minimum(place, length - 1)[..., None], axis=1)
-        keys, values = (jnp.swapaxes(self._heads(rows), 1, 2) for rows in jnp.split(found, 2, axis=-1))
+        found = jnp.take_along_axis(hidden, jnp.minimum(place, length - 1)[..., None], axis=1)
+        keys, values = (jnp.swapaxes(rows, 1, 2) for rows in self._keys_values(found))
         return GroupMemory(RowCache(keys, values, count, False), Largest().open(hidden, boundaries, mask))
 
-    def close(self, hidden: Float[Array, "batch 1 dim"], memory: GroupMemory) -> Float[Array, "batch 1 dim"]:
-        query = self._heads(self.query(Largest().close(hidden, memory.largest)))[:, 0]
-        mixed = attend_cached(query, self._row(hidden), memory.rows, cap=None)
-        return self.out(mixed.reshape(hidden.shape))
+    def close(self, hidden: Float[Array, "batch 1 dim"], memory: GroupMemory) -> Float[Array, "batch 1 token_dim"]:
+        first, row = self._vectors(Largest().close(hidden, memory.largest)), self._row(hidden)
+        asked = self.cross.asked(first)[:, 0]
+        vectors = range(asked.shape[1])
+        mixed = jnp.stack([attend_cached(asked[:, one], row, memory.rows, cap=None) for one in vectors], axis=1)
+        return self.cross.joined(first, mixed[:, None]).reshape(*hidden.shape[:2], -1)
 
     def advance(self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: GroupMemory) -> GroupChange:
         largest = Largest().advance(hidden, boundaries, memory.largest)
         return GroupChange(self._row(hidden), largest, boundaries.actions[:, 0])
 
-    def _row(self, hidden: Float[Array, "batch 1 dim"]) -> NewRow:
-        key, value = (self._heads(rows)[:, 0] for rows in jnp.split(self.key_value(hidden), 2, axis=-1))
-        return NewRow(key, value)
+    def _vectors(self, most: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens vectors dim"]:
+        return self.unfold(most).reshape(*most.shape[:2], -1, most.shape[2])
 
-    def _heads(self, rows: Float[Array, "batch length dim"]) -> Float[Array, "batch length heads head_dim"]:
-        return rows.reshape(*rows.shape[:2], self.heads, -1)
+    def _row(self, hidden: Float[Array, "batch 1 dim"]) -> NewRow:
+        key, value = self._keys_values(hidden)
+        return NewRow(key[:, 0], value[:, 0])
+
+    def _keys_values(self, hidden: Float[Array, "batch length dim"]) -> tuple[Array, Array]:
+        """Keys and values, each `batch length heads head_dim`."""
+        keys, values = jnp.split(self.cross.keys_values(hidden), 2, axis=-1)
+        return self.cross.by_heads(keys), self.cross.by_heads(values)
 
 
 class WithBoundary(AbstractPool):
@@ -298,7 +306,7 @@ class Pooled(AbstractChunker):
 
     def up(
         self,
-        outputs: Float[Array, "batch tokens dim"],
+        outputs: Float[Array, "batch tokens token_dim"],
         rows: TokenRows,
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
@@ -307,7 +315,7 @@ class Pooled(AbstractChunker):
 
     def remember(
         self,
-        outputs: Float[Array, "batch tokens dim"],
+        outputs: Float[Array, "batch tokens token_dim"],
         rows: TokenRows,
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
@@ -318,13 +326,13 @@ class Pooled(AbstractChunker):
 
     def down_step(
         self, hidden: Float[Array, "batch 1 dim"], boundaries: Boundaries, memory: PooledMemory
-    ) -> Float[Array, "batch 1 dim"]:
+    ) -> Float[Array, "batch 1 token_dim"]:
         return self.pool.close(hidden, memory.group)
 
     def up_step(
         self,
-        output: Float[Array, "batch 1 dim"],
-        value: Float[Array, "batch 1 dim"],
+        output: Float[Array, "batch 1 token_dim"],
+        value: Float[Array, "batch 1 token_dim"],
         hidden: Float[Array, "batch 1 dim"],
         boundaries: Boundaries,
         memory: PooledMemory,

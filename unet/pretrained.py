@@ -126,7 +126,7 @@ def save_hnet(model: UNet, folder: Path, *, name: str = "model", kind: Literal["
 
 def parameter_count(model: UNet) -> int:
     """Parameters that the released layout names: routers and residual projections included."""
-    return sum(int(np.prod(one.shape)) for one in named_parameters(model))
+    return sum(one.leaf.size for one in named_parameters(model))
 
 
 def _only_weights(folder: Path) -> Path:

@@ -5,10 +5,8 @@ A configuration is the JSON object of a published configuration file, parameters
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import equinox as eqx
 import jax
@@ -21,14 +19,13 @@ from estimators.routers import CosineRouter, Likelier
 from unet.attention import Attention
 from unet.blocks import PreNorm, Stack
 from unet.chunkers import Projection, SelectSmooth
-from unet.hnet import HNetConfig, read_layout
-from unet.layers import Linear
+from unet.hnet import HNetConfig
+from unet.layers import ROTARY_BASE, Linear
 from unet.mamba import Mamba2
 from unet.model import UNet
+from unet.published import LayoutError, WeightType, rounded, shape_of
 from unet.stage import AbstractStage, Flat, Hierarchy
 from unet.widened import Widened
-
-WeightType = Literal["float32", "bfloat16"]
 
 KEPT_WIDE = (
     ".A_log",
@@ -42,64 +39,20 @@ KEPT_WIDE = (
 """Ends of the names of parameters that stay float32 whatever the others are: those of recurrences, routers and residuals."""
 
 
-class LayoutError(Exception):
-    """What does not fit the released layout, in one sentence."""
+EMBEDDING, HEAD = "embeddings.weight", "lm_head.weight"
+"""Names of one array where embeddings are tied: a state dictionary has both, a list of parameters the first alone."""
 
 
 @dataclass(frozen=True)
 class Named:
     """A parameter of a model, or of the shapes of one, by its published `name`; `shape` is the published one, of the transpose
-    where it is `turned`."""
+    where it is `turned`. Where that is larger, each of so many `blocks` of rows is filled up with zeros."""
 
     name: str
     leaf: Array | jax.ShapeDtypeStruct
     shape: tuple[int, ...]
     turned: bool = False
-
-
-def shape_of(config: Mapping[str, object], *, compute: WeightType = "float32") -> HNetConfig:
-    """The shape that a published configuration describes. Raises `LayoutError` where it describes none, or one with parts
-    that no published model has."""
-    try:
-        layout, ssm, attention = json.dumps(config["arch_layout"]), config["ssm_cfg"], config["attn_cfg"]
-        assert isinstance(ssm, Mapping)
-        assert isinstance(attention, Mapping)
-        depth = read_layout(layout).depth + 1
-        if config.get("tie_embeddings"):
-            raise LayoutError("tie_embeddings is true: models whose head is their embedding are not supported")
-        if config.get("vocab_size", 256) != 256:
-            raise LayoutError(f"vocab_size is {config['vocab_size']}: models read bytes, of which there are 256")
-        return HNetConfig(
-            layout=layout,
-            dims=_several(config["d_model"], "d_model", depth),
-            mlp_dims=_several(config["d_intermediate"], "d_intermediate", depth),
-            heads=_several(attention["num_heads"], "num_heads", depth),
-            rotary_dims=_several(attention["rotary_emb_dim"], "rotary_emb_dim", depth),
-            # A published window does not count the row itself, and is -1 where there is none.
-            windows=tuple(window + 1 for window in _several(attention["window_size"], "window_size", depth)),
-            state=_one(ssm["d_state"], "d_state"),
-            taps=_one(ssm["d_conv"], "d_conv"),
-            expand=_one(ssm["expand"], "expand"),
-            compute=compute,
-        )
-    except (KeyError, AssertionError) as error:
-        raise LayoutError(f"this is no configuration of a published H-Net: {error} is missing or no object") from None
-    except ValueError as error:
-        raise LayoutError(f"this configuration makes no H-Net: {error}") from None
-
-
-def _several(value: object, name: str, stages: int) -> tuple[int, ...]:
-    values = value if isinstance(value, Sequence) else [value] * stages
-    if any(type(one) is not int for one in values):
-        raise LayoutError(f"{name} must be whole numbers, one for each stage; got {value!r}")
-    return tuple(values)
-
-
-def _one(value: object, name: str) -> int:
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    if not values or any(type(one) is not int or one != values[0] for one in values):
-        raise LayoutError(f"{name} must be a whole number, the same at every stage; got {value!r}")
-    return values[0]
+    blocks: int = 1
 
 
 def new_hnet(shape: HNetConfig, *, chunk_sizes: Sequence[float] | None = None) -> UNet:
@@ -109,11 +62,12 @@ def new_hnet(shape: HNetConfig, *, chunk_sizes: Sequence[float] | None = None) -
     sizes = ([6.0] if len(widths) == 1 else [3.0] * len(widths)) if chunk_sizes is None else list(chunk_sizes)
     if len(sizes) != len(widths):
         raise LayoutError(f"{len(widths)} stages with chunks need as many chunk sizes; got {sizes}")
+    key, key_chunks = jax.random.split(jax.random.key(0))
     estimators = [
-        DynamicChunking(dim, chunker=SelectSmooth(Projection(dim)), target_rate=1 / size)
-        for dim, size in zip(widths, sizes, strict=True)
+        DynamicChunking(dim, chunker=SelectSmooth(Projection(dim, key=one)), target_rate=1 / size)
+        for dim, size, one in zip(widths, sizes, jax.random.split(key_chunks, len(sizes)), strict=True)
     ]
-    return UNet(shape, estimators, key=jax.random.key(0))
+    return UNet(shape, estimators, key=key)
 
 
 def from_reference(
@@ -127,22 +81,38 @@ def from_reference(
 
     `model(input_ids)` has `logits`, and in `levels` the boundaries of every stage. `dtype` is that of its weights and products
     (`KEPT_WIDE` stay float32); `chunk_sizes` as `new_hnet`. Parameters are asked for one after another, so that a mapping that
-    reads them from a file never holds two. Raises `LayoutError` where a name is missing or left over, and where a shape or
-    a dtype is another.
+    reads them from a file never holds two. Where embeddings are tied, the embedding may come as such, as the head, or as both.
+    Raises `LayoutError` where a name is missing or left over, where a shape or a dtype is another, and where a tied head is
+    not the embedding.
     """
     shape = shape_of(config, compute=dtype)
     skeleton = eqx.filter_eval_shape(new_hnet, shape, chunk_sizes=chunk_sizes)
     places = list(named_parameters(skeleton))
-    names = {place.name for place in places}
-    if names != params.keys():
-        missing, surplus = sorted(names - params.keys()), sorted(params.keys() - names)
+    sources, given = {place.name: place.name for place in places}, set(params)
+    if shape.tie_embeddings:
+        _check_tied(params)
+        if EMBEDDING in given:
+            given -= {HEAD}
+        elif HEAD in given:
+            sources[EMBEDDING] = HEAD
+    names = set(sources.values())
+    if names != given:
+        missing, surplus = sorted(names - given), sorted(given - names)
         raise LayoutError(
             f"parameters do not fit the configuration: {len(missing)} missing{_first(missing)}, {len(surplus)} that it has no "
             f"place for{_first(surplus)}"
         )
-    filled = {id(place.leaf): _weight(place, params[place.name], dtype) for place in places}
+    filled = {id(place.leaf): _weight(place, params[sources[place.name]], dtype) for place in places}
     assert len(filled) == len(places)
     return jax.tree.map(lambda leaf: filled.get(id(leaf), leaf), skeleton)
+
+
+def _check_tied(params: Mapping[str, np.ndarray]) -> None:
+    if EMBEDDING in params and HEAD in params and not np.array_equal(params[EMBEDDING], params[HEAD]):
+        raise LayoutError(
+            f"tie_embeddings is true, but {HEAD} is not equal to {EMBEDDING}: give one of them alone, or, if they were trained "
+            "apart, set tie_embeddings to false"
+        )
 
 
 def _first(names: Sequence[str]) -> str:
@@ -165,12 +135,14 @@ class ReferenceParams(Mapping[str, np.ndarray]):
 
     def __init__(self, model: UNet):
         self._named = {one.name: one for one in named_parameters(model)}
+        if model.head is None:
+            self._named[HEAD] = self._named[EMBEDDING]
 
     def __getitem__(self, name: str) -> np.ndarray:
         one = self._named[name]
         assert isinstance(one.leaf, jax.Array)
         value = np.asarray(one.leaf)
-        return np.ascontiguousarray(value.T) if one.turned else value.reshape(one.shape)
+        return _filled(np.ascontiguousarray(value.T), one) if one.turned else value.reshape(one.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._named)
@@ -179,10 +151,21 @@ class ReferenceParams(Mapping[str, np.ndarray]):
         return len(self._named)
 
 
+def _filled(value: np.ndarray, place: Named) -> np.ndarray:
+    """A matrix in its published shape."""
+    if value.shape == place.shape:
+        return value
+    parts = value.reshape(place.blocks, -1, value.shape[1])
+    rows, columns = place.shape[0] // place.blocks - parts.shape[1], place.shape[1] - parts.shape[2]
+    return np.pad(parts, ((0, 0), (0, rows), (0, columns))).reshape(place.shape)
+
+
 def to_reference(model: UNet) -> Mapping[str, np.ndarray]:
     """The parameters of a model in the released layout: `from_reference` undone.
 
-    Raises `LayoutError` for a model that has parts of which the released layout knows nothing.
+    Of tied embeddings, as of their gradient, there are two equal arrays, as in the state dictionary that the released program
+    loads. MLPs whose widths it would round up are filled up with zeros, which change nothing. Raises `LayoutError` for a model
+    that has parts of which the released layout knows nothing.
     """
     return ReferenceParams(model)
 
@@ -208,7 +191,7 @@ def reference_config(model: UNet) -> dict[str, object]:
             "rotary_emb_dim": [stage.rotary_dim for stage in stages],
             "window_size": [stage.window for stage in stages],
         },
-        "tie_embeddings": False,
+        "tie_embeddings": model.head is None,
     }
 
 
@@ -229,7 +212,9 @@ class _Stage:
 
     @property
     def mlp_dim(self) -> int:
-        return max((block.mlp.out.weight.shape[0] for block in self.blocks if block.mlp is not None), default=0)
+        return max(
+            (rounded(block.mlp.out.weight.shape[0]) for block in self.blocks if block.mlp is not None), default=0
+        )
 
     @property
     def heads(self) -> int:
@@ -263,6 +248,10 @@ def _width(stack: Stack) -> int:
 
 
 def _blocks(stack: Stack) -> list[PreNorm]:
+    if stack.rotary_base != ROTARY_BASE:
+        raise LayoutError(
+            f"rotary embeddings of the released layout have base {ROTARY_BASE:g}, not {stack.rotary_base:g}"
+        )
     for block in stack.blocks:
         if not isinstance(block, PreNorm):
             raise LayoutError(f"the released layout has no {type(block).__name__}: its layers are PreNorm")
@@ -292,12 +281,14 @@ def _letters(stack: Stack) -> str:
 
 
 def named_parameters(model: UNet) -> Iterator[Named]:
-    """Every parameter of a model with its published name. Raises `LayoutError` as `to_reference`."""
+    """Every parameter of a model with its published name, one that is used twice with its first. Raises `LayoutError` as
+    `to_reference`."""
     if model.norm is not None or model.early_head is not None or model.ngrams is not None:
         raise LayoutError("the released layout has one embedding, one head, and no norm but those that end networks")
-    yield _named("embeddings.weight", model.embedding)
+    yield _named(EMBEDDING, model.embedding)
     yield from _stage_parameters(model.stage, "backbone")
-    yield _matrix("lm_head.weight", model.head)
+    if model.head is not None:
+        yield _matrix(HEAD, model.head)
 
 
 def _named(name: str, leaf: Array | jax.ShapeDtypeStruct) -> Named:
@@ -353,8 +344,10 @@ def _stack_parameters(stack: Stack, prefix: str) -> Iterator[Named]:
             raise LayoutError(f"the released layout has no {type(block.mixer).__name__}")
         if block.mlp is not None and block.before_mlp is not None:
             yield _named(f"{layer}.norm2.weight", block.before_mlp.weight)
-            yield _matrix(f"{layer}.mlp.fc1.weight", block.mlp.value_gate)
-            yield _matrix(f"{layer}.mlp.fc2.weight", block.mlp.out)
+            (dim, both), wide = block.mlp.value_gate.weight.shape, rounded(block.mlp.out.weight.shape[0])
+            assert both == 2 * block.mlp.out.weight.shape[0]
+            yield Named(f"{layer}.mlp.fc1.weight", block.mlp.value_gate.weight, (2 * wide, dim), turned=True, blocks=2)
+            yield Named(f"{layer}.mlp.fc2.weight", block.mlp.out.weight, (dim, wide), turned=True)
     if stack.norm is not None:
         yield _named(f"{prefix}.rmsnorm.weight", stack.norm.weight)
 

@@ -15,18 +15,25 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from estimators.base import (
     AbstractEstimator,
-    AbstractMemory,
     Boundaries,
     Draw,
     Keys,
     Layout,
     TokenRows,
     has_many,
-    written,
 )
 from unet.blocks import Stack
 from unet.buckets import smallest_with_room
-from unet.cache import MANY_SLOTS, filled_quarters, most_slots, of_sequences
+from unet.cache import (
+    MANY_SLOTS,
+    HierarchyChange,
+    HierarchyMemory,
+    filled_quarters,
+    most_slots,
+    of_sequences,
+)
+from unet.chunkers import last_of, renewed
+from unet.cross import Tokens, last_seen, tokens_seen
 from unet.folding import Squares, fold, fold_layout, unfold
 from unet.ops import Implementation, boundary_scan
 
@@ -125,40 +132,6 @@ class Stepped(eqx.Module):
     hidden: Float[Array, "batch 1 dim"]
     closed: tuple[Bool[Array, " batch"], ...]
     change: PyTree[Array]
-
-
-class HierarchyChange(eqx.Module):
-    """How what a hierarchy keeps of earlier rows changes, part by part, and where a token `closed`."""
-
-    encoder: tuple[PyTree[Array], ...]
-    router: PyTree[Array]
-    chunker: PyTree[Array]
-    inner: PyTree[Array]
-    decoder: tuple[PyTree[Array], ...]
-    closed: Bool[Array, " batch"]
-
-
-class HierarchyMemory(AbstractMemory):
-    """What a hierarchy keeps of earlier rows, part by part, and the number of `tokens` closed so far. The stage inside goes on
-    only where one closes."""
-
-    encoder: tuple[PyTree[Array], ...]
-    router: PyTree[Array]
-    chunker: PyTree[Array]
-    inner: PyTree[Array]
-    decoder: tuple[PyTree[Array], ...]
-    tokens: Int[Array, " batch"]
-
-    def written(self, change: HierarchyChange, advance: Bool[Array, " batch"]) -> HierarchyMemory:
-        closed = advance & change.closed
-        return HierarchyMemory(
-            written(self.encoder, change.encoder, advance),
-            written(self.router, change.router, advance),
-            written(self.chunker, change.chunker, advance),
-            written(self.inner, change.inner, closed),
-            written(self.decoder, change.decoder, advance),
-            self.tokens + closed.astype(jnp.int32),
-        )
 
 
 class Begun(eqx.Module):
@@ -300,10 +273,11 @@ class Hierarchy(AbstractStage):
             inner = self.inner(rows.values, token_layout, drawing.inner(squares))
         with jax.named_scope("upsample"):
             joined = unfold(chunker.up(inner.hidden, rows, encoded, boundaries), batch)
+            tokens = self.tokens_seen(inner.hidden, boundaries, batch)
         overflow = jnp.sum(begun.drawn, axis=1, dtype=jnp.int32) - lengths
         level = Level(begun.encoded, begun.layout, begun.drawn, begun.boundaries, lengths, overflow)
         with jax.named_scope("decode"):
-            return StageOutput(self.decoder(joined, begun.layout, drawing.squares), (level, *inner.levels))
+            return StageOutput(self.decoder(joined, begun.layout, drawing.squares, tokens), (level, *inner.levels))
 
     def ending(self) -> Hierarchy:
         return eqx.tree_at(lambda stage: (stage.encoder, stage.estimator.router), self, (None, None))
@@ -316,7 +290,8 @@ class Hierarchy(AbstractStage):
         rows = chunker.down(encoded.hidden, boundaries, capacity=capacity)
         inner = self.inner.prefill(rows.values, self.token_layout(rows, layout), drawing.inner())
         outputs = inner.output.hidden
-        decoded = self.decoder.prefill(chunker.up(outputs, rows, encoded.hidden, boundaries), layout)
+        tokens = self.tokens_seen(outputs, boundaries, hidden.shape[0])
+        decoded = self.decoder.prefill(chunker.up(outputs, rows, encoded.hidden, boundaries), layout, tokens)
         drawn = routed.boundaries.actions
         overflow = jnp.sum(drawn, axis=1, dtype=jnp.int32) - rows.lengths
         level = Level(encoded.hidden, layout, drawn, boundaries, rows.lengths, overflow)
@@ -327,6 +302,7 @@ class Hierarchy(AbstractStage):
             inner.memory,
             decoded.memory,
             rows.lengths,
+            None if tokens is None else last_of(outputs, rows),
         )
         return Prefilled(StageOutput(decoded.hidden, (level, *inner.output.levels)), memory)
 
@@ -345,9 +321,10 @@ class Hierarchy(AbstractStage):
 
         inner = self.inner_step(value, token, drawing.inner(), memory.inner)
         joined = chunker.up_step(inner.hidden, value, encoded.hidden, boundaries, memory.chunker)
-        decoded = self.decoder.step(joined.hidden, layout, memory.decoder)
-        closed = boundaries.actions[:, 0]
-        change = HierarchyChange(encoded.memory, routed.memory, joined.memory, inner.change, decoded.memory, closed)
+        last = None if memory.last is None else renewed(boundaries, inner.hidden, memory.last)
+        decoded = self.decoder.step(joined.hidden, layout, memory.decoder, None if last is None else last_seen(last))
+        closed, parts = boundaries.actions[:, 0], (encoded.memory, routed.memory, joined.memory, inner.change)
+        change = HierarchyChange(*parts, decoded.memory, closed, last)
         return Stepped(decoded.hidden, (closed, *inner.closed), change)
 
     def inner_step(
@@ -382,6 +359,14 @@ class Hierarchy(AbstractStage):
         which = jnp.where(which == 0, filled, len(ways) - 1 + which)
         which = jnp.where(jnp.any(closed), 1 + which, 0)
         return jax.lax.switch(which, [rest, *ways, *(functools.partial(run, size) for size in sizes[1:])])
+
+    def tokens_seen(
+        self, outputs: Float[Array, "groups tokens dim"], boundaries: Boundaries, batch: int
+    ) -> Tokens | None:
+        """The tokens that the decoder looks at, where it does."""
+        if self.decoder.unfold is None:
+            return None
+        return tokens_seen(outputs, boundaries.actions, batch, self.implementation)
 
     def route(self, encoded: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Boundaries:
         """The boundaries of this level, drawn from the encoder's states."""

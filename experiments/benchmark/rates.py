@@ -11,8 +11,7 @@ from jaxtyping import Array, PyTree
 
 from experiments.benchmark.timing import Work, in_turns
 from experiments.config import RunConfig, transformer_shape
-from experiments.registry import build_estimators
-from unet import UNet
+from experiments.registry import build_model
 
 RATES = (1.0, 1 / 2, 1 / 4, 1 / 8)
 """Shares of rows with a boundary."""
@@ -43,7 +42,7 @@ def _work(config: RunConfig, rate: float, blocks: int) -> Work:
         config, unet=unet, estimator="stride" if rate < 1 else "isotropic", rate=min(rate, 0.5)
     )
     key = jax.random.key(config.seed)
-    model = UNet(unet, build_estimators(config, key), key=key)
+    model = build_model(config, key)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     bytes = jax.random.randint(key, (config.batch, config.length), 32, 127)
     capacity = round(rate * config.length)

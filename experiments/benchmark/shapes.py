@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.config import RunConfig
-from experiments.registry import build_estimators
+from experiments.registry import build_model
 from unet import UNet
 
 
@@ -15,8 +15,7 @@ def shapes_of(config: RunConfig) -> UNet:
     """The model of a run with a `jax.ShapeDtypeStruct` for every array. Raises `ValueError` for estimators read off data."""
 
     def build() -> UNet:
-        key = jax.random.key(0)
-        return UNet(config.unet, build_estimators(config, key), key=key)
+        return build_model(config, jax.random.key(0))
 
     return eqx.filter_eval_shape(build)
 

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from data import Split, open_batches
+from estimators.keys import named_key
 from experiments.benchmark.timing import Work
 from experiments.capacity import inner_capacities, training_capacities
 from experiments.checks import check
 from experiments.config import ConfigError, EstimatorName, RunConfig, transformer_shape
 from experiments.found import find, threshold_of
 from experiments.optimizer import make_optimizer, multipliers
-from experiments.registry import ByteModel, Found, build_estimators
+from experiments.registry import ByteModel, Found, build_model
 from experiments.step import StepMetrics, TrainState, compiled, fresh_state, make_step
 from experiments.train import placement, token_groups, with_implementation
 from unet import UNet
@@ -29,13 +30,13 @@ WayName = Literal["padded", "square", "pytorch", "pytorch-at-once"]
 
 def fresh_model(config: RunConfig, split: Split) -> UNet:
     """The untrained model of a run; an entropy router without `--entropy.model` watches an untrained byte model."""
-    key_estimator, key_model = jax.random.split(jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
     found = find(config, split)
     if config.estimator == "entropy" and config.entropy.model is None:
         isotropic = dataclasses.replace(config, estimator="isotropic")
-        byte_model = UNet(config.unet, None, key=key_estimator)
+        byte_model = UNet(config.unet, None, key=named_key(key, "byte model"))
         found = Found(byte_model=ByteModel(isotropic, byte_model), threshold=threshold_of(config, byte_model, split))
-    return UNet(config.unet, build_estimators(config, key_estimator, found), key=key_model)
+    return build_model(config, key, found)
 
 
 @dataclass(frozen=True)

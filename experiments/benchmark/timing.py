@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, PyTree
 
+from experiments.intervals import ALIKE, median_interval
+
 Work = Callable[[], PyTree[Array]]
 """One piece of work; the time until all the arrays it returns are there counts."""
 
@@ -17,11 +20,22 @@ Work = Callable[[], PyTree[Array]]
 @dataclass(frozen=True)
 class Timing:
     """Median seconds of one call, and the median over rounds of the baseline's seconds divided by this one's: above 1 is
-    faster than the baseline. `rounds` says how many of each."""
+    faster than the baseline. `low` and `high` hold that median with a confidence of 95 %, NaN where `rounds`, of which
+    there were so many of each, are too few."""
 
     seconds: float
     speedup: float
     rounds: int
+    low: float
+    high: float
+
+    @property
+    def ratio(self) -> str:
+        """How fast it is against the baseline, as in a table; `ALIKE` where it cannot be told from as fast."""
+        if math.isnan(self.low):
+            return f"{self.speedup:.2f} ({self.rounds} rounds) {ALIKE}"
+        mark = f" {ALIKE}" if self.low <= 1 <= self.high else ""
+        return f"{self.speedup:.2f} [{self.low:.2f}, {self.high:.2f}]{mark}"
 
 
 def in_turns(works: Mapping[str, Work], *, baseline: str, rounds: int = 5, calls: int = 1) -> dict[str, Timing]:
@@ -40,11 +54,9 @@ def in_turns(works: Mapping[str, Work], *, baseline: str, rounds: int = 5, calls
             for _ in range(calls):
                 jax.block_until_ready(work())
             seconds[name].append((time.perf_counter() - started) / calls)
-    return {
-        name: Timing(
-            seconds=statistics.median(times),
-            speedup=statistics.median(b / own for b, own in zip(seconds[baseline], times, strict=True)),
-            rounds=rounds,
-        )
-        for name, times in seconds.items()
-    }
+    timings = {}
+    for name, times in seconds.items():
+        ratios = [b / own for b, own in zip(seconds[baseline], times, strict=True)]
+        low, high = median_interval(ratios)
+        timings[name] = Timing(statistics.median(times), statistics.median(ratios), rounds, low, high)
+    return timings

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from experiments.benchmark.deviceless import ENVIRONMENT, TARGETS, compile_for, machine_program, mesh_of, missing
 from experiments.benchmark.roofline import Share, kernels_of, shares
 from experiments.benchmark.shapes import is_trained, shapes_of
-from experiments.capacity import inner_capacities, slack_capacities
+from experiments.capacity import inner_capacities, rated_capacities
 from experiments.config import ConfigError, RunConfig, from_json, to_json
 from experiments.optimizer import make_optimizer, multipliers
 from experiments.step import fresh_state, make_step
@@ -52,15 +52,15 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
     if config.estimator in ("entropy", "bpe", "bpe-distilled"):
         raise ConfigError(f"--estimator {config.estimator} is built from data, of which a compiler sees none")
     model = shapes_of(config)
-    rate = next((estimator.router.rate for estimator in model.stage.estimators), 1.0)
-    if rate is None:
+    routers = [estimator.router for estimator in model.stage.estimators]
+    if routers and routers[0].rate is None:
         raise ConfigError(f"--estimator {config.estimator} has a rate of the data's own, of which a compiler sees none")
     params, static = eqx.partition(model, is_trained)
     optimizer = make_optimizer(config, multipliers(config, params))
     # One size, the largest: kernels of branches that may not be taken would have to be weighed.
-    capacities = slack_capacities(config, rate)[-1:]
+    capacities = rated_capacities(config, routers[0])[-1:] if routers else (config.length,)
     groups = token_groups(config, model, capacities, devices=1)
-    inside = inner_capacities(config, [one.router for one in model.stage.estimators], capacities[-1])
+    inside = inner_capacities(config, routers, capacities[-1])
     step = make_step(config, static, optimizer, capacities=(capacities, *inside), groups=groups)
     state = eqx.filter_eval_shape(lambda: fresh_state(params, optimizer))
     shape = config.batch, config.length

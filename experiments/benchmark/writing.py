@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from data import Split
 from estimators import Layout, RuleRouter
 from experiments.config import RunConfig
-from experiments.registry import build_estimators
+from experiments.registry import build_model
 from unet import UNet, Writer
-from unet.cache import RowCache, rounded_up
+from unet.cache import HierarchyMemory, RowCache, rounded_up
 from unet.reading import padded, rate_of
-from unet.stage import Hierarchy, HierarchyMemory
+from unet.stage import Hierarchy
 
 BATCH = 16
 PROMPT = 512
@@ -57,8 +57,7 @@ def fresh(config: RunConfig) -> UNet:
     """The model of a run before training."""
 
     def build() -> UNet:
-        key = jax.random.key(config.seed)
-        return UNet(config.unet, build_estimators(config, key), key=key)
+        return build_model(config, jax.random.key(config.seed))
 
     return eqx.filter_jit(build)()
 

@@ -1,0 +1,55 @@
+"""The data sets of the Hugging Face hub by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data.documents import DataError
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """Where a data set lies on the hub: its repository, a folder in it ("" for all), file patterns (empty: the first of
+    `hub.FORMATS` that is there), the field of the text, the repository of its own held-out split, if it has one, and the
+    branch, tag or commit to read ("" for the newest commit when it is first listed)."""
+
+    name: str
+    repository: str
+    folder: str = ""
+    patterns: tuple[str, ...] = ()
+    text_field: str = "text"
+    held_out_repository: str | None = None
+    revision: str = ""
+
+
+HUB_DATASETS: dict[str, HubDataset] = {
+    dataset.name: dataset
+    for dataset in (
+        HubDataset("codeparrot", "transformersbook/codeparrot", patterns=("*.json.gz",), text_field="content"),
+        HubDataset(
+            "codeparrot-clean",
+            "codeparrot/codeparrot-clean-train",
+            patterns=("*.json.gz",),
+            text_field="content",
+            held_out_repository="codeparrot/codeparrot-clean-valid",
+        ),
+        HubDataset("fineweb", "HuggingFaceFW/fineweb", folder="sample/10BT", patterns=("*.parquet",)),
+        HubDataset("fineweb-100BT", "HuggingFaceFW/fineweb", folder="sample/100BT", patterns=("*.parquet",)),
+        HubDataset("fineweb-edu", "HuggingFaceFW/fineweb-edu", folder="sample/10BT", patterns=("*.parquet",)),
+        HubDataset("fineweb-edu-100BT", "HuggingFaceFW/fineweb-edu", folder="sample/100BT", patterns=("*.parquet",)),
+    )
+}
+
+
+def hub_dataset(name: str) -> HubDataset:
+    """What `hub:owner/name`, `hub:owner/name/folder`, each with or without `@revision` behind it, names.
+
+    Raises `DataError` for anything else.
+    """
+    place, at, revision = name.removeprefix("hub:").partition("@")
+    parts = place.split("/")
+    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts) or bool(at) != bool(revision):
+        raise DataError(
+            f"a hub data set is written hub:owner/name, hub:owner/name/folder or hub:owner/name/folder@revision; got {name!r}"
+        )
+    return HubDataset(name, "/".join(parts[:2]), folder="/".join(parts[2:]), revision=revision)

@@ -1,0 +1,158 @@
+"""Rows of a source that is read shard by shard while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from jaxtyping import Float64, Int64, UInt8
+
+from data.coverage import Coverage, shown_bytes
+from data.documents import AbstractSource, DataError, is_held_out
+from data.rows import Piece, Protocol, Row, cut_piece, make_row, pieces, with_bos
+
+StreamState = dict[str, int]
+"""Where a stream stands: the next row begins in this `epoch`, at this place of the epoch's order of shards (`shard`), in
+this `document` of the shard, at this `piece` of it (for packing: at this byte). `documents`, `left_out`, `bytes` and `shown`
+are the `Coverage` of the documents before it, over all epochs; `rows` and `earlier_rows` count the rows so far and those of
+earlier shards."""
+
+
+_NO_COUNTS: StreamState = {"rows": 0, "earlier_rows": 0, **vars(Coverage())}
+
+
+class StreamedRow(Row):
+    """A row, the epochs before its shard (by the stored size of shards) and the rows that these had, and the four counts of the
+    `Coverage` of the documents read before it."""
+
+    epochs: Float64[np.ndarray, ""]
+    earlier_rows: Int64[np.ndarray, ""]
+    coverage: Int64[np.ndarray, " 4"]
+
+
+class StreamRows(grain.IterDataset):
+    """Rows of a streamed source, shard after shard in an order drawn anew every epoch, without the held-out documents."""
+
+    def __init__(self, source: AbstractSource, length: int, protocol: Protocol, held_out_share: float, seed: int):
+        super().__init__()
+        self.source, self.length, self.held_out_share, self.stream_seed = source, length, held_out_share, seed
+        self.protocol: Protocol = protocol
+
+    def __iter__(self) -> _StreamIterator:
+        return _StreamIterator(self)
+
+    def order(self, epoch: int, shards: int) -> Int64[np.ndarray, " shards"]:
+        """The order in which an epoch reads the shards."""
+        return np.random.default_rng([self.stream_seed, epoch]).permutation(shards)
+
+
+class _StreamIterator(grain.DatasetIterator):
+    def __init__(self, dataset: StreamRows):
+        super().__init__()
+        self._data = dataset
+        self._state: StreamState = dict.fromkeys(("epoch", "shard", "document", "piece"), 0) | _NO_COUNTS
+        self._passed: tuple[int, int, float] = (0, 0, 0.0)
+        self._rows = self._from(self._state)
+
+    def __next__(self) -> StreamedRow:
+        before = self._state
+        row, after = next(self._rows)
+        same_shard = all(before[name] == after[name] for name in ("epoch", "shard"))
+        earlier = before["earlier_rows"] if same_shard else before["rows"]
+        self._state = {**after, "rows": before["rows"] + 1, "earlier_rows": earlier}
+        epochs = self._passes(after["epoch"], after["shard"])
+        coverage = np.array([after[name] for name in vars(Coverage())])
+        return StreamedRow(**row, epochs=np.array(epochs), earlier_rows=np.array(earlier), coverage=coverage)
+
+    def get_state(self) -> StreamState:
+        return self._state.copy()
+
+    def set_state(self, state: StreamState) -> None:
+        # A state from before these were counted has no counts.
+        self._state = _NO_COUNTS | state
+        self._rows = self._from(self._state)
+
+    def _passes(self, epoch: int, place: int) -> float:
+        """Epochs that end before the shard at `place` of `epoch`, a part of one by the stored size of its shards."""
+        if self._passed[:2] != (epoch, place):
+            # One byte more each, for sources that do not know the sizes of their shards.
+            sizes = np.array([shard.size + 1 for shard in self._data.source.shards()])
+            before = sizes[self._data.order(epoch, len(sizes))[:place]]
+            self._passed = (epoch, place, epoch + float(before.sum() / sizes.sum()))
+        return self._passed[2]
+
+    def _from(self, state: StreamState) -> Iterator[tuple[Row, StreamState]]:
+        """Rows from `state` on, each with the state in which the row after it begins."""
+        data = self._data
+        if data.protocol == "pack":
+            return self._packed_from(state)
+        return self._pieces_from(state)
+
+    def _pieces_from(self, state: StreamState) -> Iterator[tuple[Row, StreamState]]:
+        data = self._data
+        for document, at in self._documents_from(state):
+            cut = pieces(len(document), data.length, data.protocol, random=True)
+            first = state["piece"] if _same_document(at, state) else 0
+            for number in range(first, len(cut)):
+                rng = np.random.default_rng([data.stream_seed, at["epoch"], at["shard"], at["document"], number])
+                row = make_row([cut_piece(document, cut[number], rng)], data.length)
+                yield row, {**at, "piece": number + 1}
+
+    def _packed_from(self, state: StreamState) -> Iterator[tuple[Row, StreamState]]:
+        length, parts, filled = self._data.length, [], 0
+        for document, at in self._documents_from(state):
+            begin = state["piece"] if _same_document(at, state) else 0
+            while begin < len(document):
+                piece = Piece(begin, min(begin + length - filled, len(document)))
+                parts.append(cut_piece(document, piece, None))
+                begin, filled = piece.stop, filled + piece.stop - begin
+                if filled == length:
+                    yield make_row(parts, length), {**at, "piece": begin}
+                    parts, filled = [], 0
+
+    def _documents_from(self, state: StreamState) -> Iterator[tuple[UInt8[np.ndarray, " size"], StreamState]]:
+        data = self._data
+        shards = data.source.shards()
+        epoch, first_shard, first_document = state["epoch"], state["shard"], state["document"]
+        found = first_shard > 0 or first_document > 0
+        coverage = Coverage(*(state[name] for name in vars(Coverage())))
+        while True:
+            order = data.order(epoch, len(shards))
+            for place in range(first_shard, len(shards)):
+                for number, document in enumerate(data.source.documents(shards[order[place]])):
+                    if number < first_document or is_held_out(document, data.held_out_share):
+                        continue
+                    if shown_bytes(len(document), data.length, data.protocol):
+                        found = True
+                        at = {"epoch": epoch, "shard": place, "document": number, "piece": 0}
+                        yield with_bos(document), {**at, **vars(coverage)}
+                    coverage = coverage.plus(len(document), data.length, data.protocol)
+                first_document = 0
+            if not found:
+                raise DataError(f"a whole pass over {data.source.name} found no document to train on")
+            epoch, first_shard, found = epoch + 1, 0, False
+
+
+def _same_document(at: StreamState, state: StreamState) -> bool:
+    return all(at[key] == state[key] for key in ("epoch", "shard", "document"))
+
+
+def stream_held_out(
+    source: AbstractSource, share: float, max_bytes: int, length: int, protocol: Protocol
+) -> list[bytes]:
+    """Held-out documents from the start of a stream, enough for `max_bytes` of rows."""
+    held_out: list[bytes] = []
+    size = 0
+    for shard in source.shards():
+        for document in source.documents(shard):
+            if is_held_out(document, share):
+                held_out.append(document)
+                size += sum(
+                    piece.stop - (piece.start or 0) for piece in pieces(len(document) + 1, length, protocol, False)
+                )
+                if size >= max_bytes:
+                    return held_out
+    if not held_out:
+        raise DataError(f"{source.name} has no held-out document at a share of {share}; raise --data.held-out")
+    return held_out

@@ -1,0 +1,123 @@
+"""What a few repetitions say: paired differences and their intervals, many comparisons at once, curves at equal cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import bdtr, stdtr, stdtrit
+
+CONFIDENCE = 0.95
+ALIKE = "≈"
+"""Marks in tables what is no difference, as far as an interval can tell."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Differences between two methods, one a seed, and what they say about the mean difference.
+
+    `half_width` is half the width of its Student-t interval, `t` its ratio to its standard error, `p` the two-sided
+    probability of a |t| at least as large were the mean zero. NaN: `mean` without a seed, the others with fewer than two. Where
+    all differences are the same, the interval is a point, and t infinite (NaN if they are all zero, with p = 1).
+    """
+
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    mean: float
+    half_width: float
+    t: float
+    p: float
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval."""
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval."""
+        return self.mean + self.half_width
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether there is an interval and zero lies outside of it."""
+        return self.half_width < abs(self.mean)
+
+
+def paired_difference(
+    larger: Mapping[int, float], smaller: Mapping[int, float], confidence: float = CONFIDENCE
+) -> Difference:
+    """How far `larger` lies above `smaller`, over the seeds for which both have a number.
+
+    d_s = larger_s - smaller_s; mean d; half width t(n-1, (1 + confidence) / 2) · sd(d) / √n with the sample's standard
+    deviation (divisor n - 1); t = d / (sd(d) / √n) and p = 2 P(T > |t|) for T of n - 1 degrees of freedom (Student, *The Probable
+    Error of a Mean*, 1908).
+    """
+    seeds = tuple(
+        seed for seed in larger if seed in smaller and math.isfinite(larger[seed]) and math.isfinite(smaller[seed])
+    )
+    values = tuple(larger[seed] - smaller[seed] for seed in seeds)
+    count = len(values)
+    mean = sum(values) / count if count else math.nan
+    if count < 2:
+        return Difference(seeds, values, mean, math.nan, math.nan, math.nan)
+    error = float(np.std(values, ddof=1)) / math.sqrt(count)
+    half_width = float(stdtrit(count - 1, (1 + confidence) / 2)) * error
+    t = mean / error if error else math.copysign(math.inf, mean) if mean else math.nan
+    p = 1.0 if math.isnan(t) else 2 * float(stdtr(count - 1, -abs(t)))
+    return Difference(seeds, values, mean, half_width, t, p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted so that among all hypotheses the chance of one false rejection or more is bounded (Holm, 1979).
+
+    With p_(1) ≤ … ≤ p_(m): max over j ≤ i of min(1, (m - j + 1) p_(j)). NaN stays, and is none of the m.
+    """
+    order = sorted((number for number, p in enumerate(p_values) if not math.isnan(p)), key=lambda n: p_values[n])
+    adjusted, largest = list(p_values), 0.0
+    for rank, number in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[number]))
+        adjusted[number] = largest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class AtEqualCost:
+    """The values of two curves at the same `cost`."""
+
+    cost: float
+    first: float
+    second: float
+
+
+def at_equal_cost(first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]]) -> AtEqualCost | None:
+    """Two curves, (cost, value) in ascending order of cost, at the largest cost that both reach, between points linearly.
+
+    None where one of them begins beyond that cost, or is empty: nothing is extrapolated.
+    """
+    if not first or not second:
+        return None
+    cost = min(first[-1][0], second[-1][0])
+    if cost < max(first[0][0], second[0][0]):
+        return None
+    return AtEqualCost(cost, *(_interpolated(curve, cost) for curve in (first, second)))
+
+
+def _interpolated(curve: Sequence[tuple[float, float]], cost: float) -> float:
+    costs, values = np.array(curve, float).T
+    return float(np.interp(cost, costs, values))
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """An interval for the median that no assumption about the distribution enters: two order statistics.
+
+    From the k-th smallest to the k-th largest of n values it holds the median with probability 1 - 2 P(X < k), X binomial
+    (n, ½); k is the largest with at least `confidence`. NaN where there are too few values for any (fewer than 6 for 0.95).
+    """
+    count, ordered = len(values), sorted(values)
+    depth = 0
+    while depth < count // 2 and 1 - 2 * float(bdtr(depth, count, 0.5)) >= confidence:
+        depth += 1
+    return (ordered[depth - 1], ordered[count - depth]) if depth else (math.nan, math.nan)

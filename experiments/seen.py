@@ -1,0 +1,53 @@
+"""What a run says of its data while it trains: how often it has gone through it, and how much of it it can show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data import Batches, Split
+from data.coverage import LITTLE
+from experiments.folder import read_metrics
+
+EPOCHS, SHOWN = "epochs", "shown_fraction"
+"""What metrics and summaries call them."""
+
+
+def data_record(batches: Batches) -> dict[str, float | int | None]:
+    """What a record of `metrics.jsonl` has of the data: `Batches.epochs` and the share of `Batches.coverage`."""
+    coverage = batches.coverage
+    return {EPOCHS: batches.epochs, SHOWN: None if coverage is None else coverage.share}
+
+
+def latest(folder: Path, name: str) -> float | None:
+    """The last number called `name` in the metrics of a run; None where there is none."""
+    values = [value for record in read_metrics(folder) if isinstance(value := record.get(name), float)]
+    return values[-1] if values else None
+
+
+class DataNotes:
+    """Sentences about the data of a run, each said once, when it becomes true."""
+
+    def __init__(self, split: Split, batches: Batches):
+        """`batches`: where the run goes on from. What `Split.notes` say is not said again."""
+        self._split = split
+        self._again = batches.epochs >= 1.0
+        # Of a stream it is said at its first batches, and again should it turn out to be little.
+        self._said = split.coverage is not None
+        self._said_little = split.coverage is not None
+
+    def after(self, step: int, total: int, batches: Batches) -> list[str]:
+        """What is to be said after `step` of `total`."""
+        notes = []
+        coverage = batches.coverage
+        if coverage is not None:
+            little = coverage.share < LITTLE
+            if not self._said or (little and not self._said_little):
+                notes.append(self._split.coverage_note(coverage))
+                self._said, self._said_little = True, little
+        if batches.epochs >= 1.0 and step < total and not self._again:
+            self._again = True
+            notes.append(
+                f"step {step}: all training text of {self._split.source.name} that can be shown has been gone through once; a "
+                f"second epoch begins"
+            )
+        return notes

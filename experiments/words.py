@@ -1,0 +1,270 @@
+"""Do learned boundaries stand at the ends of words? `python -m experiments.words runs/a runs/b --segmenter jieba`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from data import Row
+from experiments.boundaries import Drawn, Examined, Report, examine, placements, shares
+from experiments.comparison import Measured
+from experiments.config import ConfigError, RunConfig
+from experiments.display import Display, exit_code
+from experiments.evaluate import evaluate_rows
+from experiments.folder import differing, json_text, read_config, write_atomically
+from experiments.launch import with_large_pages
+from experiments.segmentation import PLACES, Marks, SegmenterName, mark, open_segmenter
+from experiments.train import load_split
+from unet.saving import load
+
+FILES = ("words.md", "words.json")
+
+
+@dataclass(frozen=True)
+class WordsConfig:
+    """Compare the boundaries of finished runs with the ends of words, on their held-out text.
+
+    Runs that differ in nothing but their seeds are one line, with a mean and a standard error.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of finished runs on the same data."""
+    segmenter: SegmenterName = "jieba"
+    """Who says where words end: jieba for Chinese (pip install 'caesura-lm[words]'), or white space."""
+    bytes: int | None = None
+    """Held-out bytes to look at, at most; by default what the runs were validated on."""
+    placements: bool = False
+    """Also: the bits per byte of each model with as many boundaries in other places, at random ones, at first, middle or last
+    bytes of characters, or at ends of words."""
+    seed: int = 0
+    """Seed of sampled boundaries and of other places."""
+    out: Path | None = None
+    """Folder for words.md and words.json; by default nothing is written."""
+    overwrite: bool = False
+    """Replace the files of an earlier call."""
+
+
+def check(config: WordsConfig) -> None:
+    """Raise `ConfigError` for values that cannot be worked with."""
+    if not config.runs:
+        raise ConfigError("name at least one folder of a finished run")
+    if len({folder.resolve() for folder in config.runs}) < len(config.runs):
+        raise ConfigError("each run is named once")
+    if config.bytes is not None and config.bytes < 1:
+        raise ConfigError(f"--bytes must be at least 1; got {config.bytes}")
+    if config.out is not None and not config.overwrite:
+        present = [name for name in FILES if (config.out / name).exists()]
+        if present:
+            raise ConfigError(
+                f"{config.out} holds {', '.join(present)} already: replace it (--overwrite) or name another --out"
+            )
+
+
+def held_out_text(run: RunConfig) -> tuple[str | int | float | None, ...]:
+    """The settings that say which held-out text a run has."""
+    data = run.data
+    return run.dataset, run.length, run.evaluation.bytes, data.protocol, data.text_field, data.held_out
+
+
+def check_runs(runs: Mapping[Path, RunConfig]) -> None:
+    """Raise `ConfigError` for runs that draw no boundaries, or that cannot be compared."""
+    (first, of_first), *others = runs.items()
+    for folder, run in others:
+        if held_out_text(run) != held_out_text(of_first):
+            raise ConfigError(
+                f"{first} and {folder} have different held-out text (--dataset, --length, --evaluation.bytes or --data): look "
+                "at them in separate calls"
+            )
+    for folder, run in runs.items():
+        if not run.levels:
+            raise ConfigError(f"{folder} has no level of tokens, and so no boundaries")
+
+
+def groups(runs: Mapping[Path, RunConfig]) -> dict[str, list[Path]]:
+    """Runs that differ in nothing but their seeds, by estimator; by estimator and first folder where that is not enough."""
+    found: list[list[Path]] = []
+    for folder, run in runs.items():
+        same = [group for group in found if not differing(run, runs[group[0]], may_differ=("seed", "devices"))]
+        same[0].append(folder) if same else found.append([folder])
+    names = [runs[group[0]].estimator for group in found]
+    return {
+        f"`{name}`" if names.count(name) == 1 else f"`{name}` ({group[0].name})": group
+        for name, group in zip(names, found, strict=True)
+    }
+
+
+def look(config: WordsConfig, display: Display) -> None:
+    """Examine the runs one after another; tables on standard output. Raises `ConfigError`, `DataError` and `LoadError`."""
+    check(config)
+    segment = open_segmenter(config.segmenter)
+    models = {folder: load(str(folder)).model for folder in config.runs}
+    runs = {folder: read_config(folder) for folder in config.runs}
+    check_runs(runs)
+    one = runs[config.runs[0]]
+    rows: Sequence[Row] = load_split(one).held_out_rows(one.evaluation.bytes if config.bytes is None else config.bytes)
+    display.note(f"segmenting {len(rows)} held-out rows of {one.dataset} with {config.segmenter}")
+    marks = mark(rows, segment)
+    if not marks.ends.any():
+        raise ConfigError(f"{config.segmenter} sees no word end inside the held-out text of {one.dataset}")
+    found: dict[Path, Examined] = {}
+    for folder, model in models.items():
+        display.note(f"evaluating {folder}")
+        batch = runs[folder].batch // runs[folder].optimizer.accumulate
+        kept = evaluate_rows(model, rows, batch=batch, capacity=one.length, key=jax.random.key(config.seed))
+        found[folder] = examine(kept, marks)
+        if config.placements:
+            found[folder].placements.update(placements(model, rows, kept, marks, batch=batch, seed=config.seed))
+    grouped = {name: [found[folder] for folder in group] for name, group in groups(runs).items()}
+    text = markdown(grouped, marks, config.segmenter)
+    sys.stdout.write(text)
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(config.out / FILES[0], text)
+        write_atomically(
+            config.out / FILES[1],
+            json_text(
+                {
+                    "settings": asdict(config),
+                    "text": {"bytes": int(marks.counted.sum()), "places": shares(marks, marks.counted)},
+                    "groups": {name: [str(folder) for folder in group] for name, group in groups(runs).items()},
+                    "runs": {str(folder): asdict(one) for folder, one in found.items()},
+                }
+            ),
+        )
+        display.note(f"see {config.out / FILES[0]}")
+
+
+KINDS = {"own": "", "uniform": "uniform, all bytes", "uniform_characters": "uniform, ends of characters"}
+
+
+def markdown(grouped: Mapping[str, Sequence[Examined]], marks: Marks, segmenter: SegmenterName) -> str:
+    """All tables, means and standard errors over the runs of each group."""
+    counted = int(marks.counted.sum())
+    ends, words = int(marks.ends.sum()) / counted, int(marks.words.sum()) / counted
+    last = int(marks.at("single", "last").sum()) / counted
+    parts = [
+        f"{counted:,} held-out bytes, of which {last:.3f} end a character, {ends:.3f} a token of {segmenter} and {words:.3f} a "
+        "word (a token with a letter, digit or ideograph in it). A boundary agrees where it stands at the last byte of a token; "
+        "forced boundaries, characters cut by a row's edge and the last character of each text do not count. Uniform "
+        "boundaries are as many as the model's, their figures exact expectations. ± is the standard error over seeds.",
+        _table(["estimator", "bits per byte", "AUC of p, tokens", "AUC of p, words", "runs"], _summary_rows(grouped)),
+        "Where boundaries stand in their characters (a character of one byte; the first, a middle, the last byte of several):",
+        _table(["boundaries", "rate", *PLACES], _place_rows(grouped, marks)),
+        "Bits of a predicted byte by its place in its character; less than the early head's is what boundaries are rewarded for:",
+        _table(["estimator", *PLACES], _bit_rows(grouped)),
+        _table(
+            [
+                "boundaries",
+                *(f"{score}, {of}" for of in ("tokens", "words") for score in ("precision", "recall", "F1")),
+            ],
+            _score_rows(grouped),
+        ),
+    ]
+    if any(one.placements for runs in grouped.values() for one in runs):
+        parts.append(
+            "Bits per byte with as many boundaries elsewhere (the same number in each row), of models that were trained with "
+            "their own; ends of words tell of bytes to come, so that those figures are no compression."
+        )
+        head = ["estimator", "boundaries", "rate", "of them there", "bits per byte", "above its own"]
+        parts.append(_table(head, _placement_rows(grouped)))
+    return "\n".join(parts)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join(["", lines[0], "|" + "---|" * len(head), *lines[1:], ""])
+
+
+def _summary_rows(grouped: Mapping[str, Sequence[Examined]]) -> list[list[str]]:
+    return [
+        [
+            name,
+            Measured.of([run.bpb for run in runs]).text(4),
+            Measured.of([run.auc_ends for run in runs]).text(),
+            Measured.of([run.auc_words for run in runs]).text(),
+            str(len(runs)),
+        ]
+        for name, runs in grouped.items()
+    ]
+
+
+def _drawn(runs: Sequence[Examined], way: str) -> list[Drawn]:
+    return [run.sampled if way == "sampled" else run.greedy for run in runs]
+
+
+def _place_rows(grouped: Mapping[str, Sequence[Examined]], marks: Marks) -> list[list[str]]:
+    rows = []
+    for name, runs in grouped.items():
+        for way in ("sampled", "greedy"):
+            own = [drawn.own for drawn in _drawn(runs, way)]
+            cells = [Measured.of([one.places[place] for one in own]).text() for place in PLACES]
+            rows.append([f"{name}, {way}", Measured.of([one.rate for one in own]).text(), *cells])
+    everywhere = shares(marks, marks.counted)
+    return [*rows, ["all bytes", "1", *(f"{everywhere[place]:.3f}" for place in PLACES)]]
+
+
+def _bit_rows(grouped: Mapping[str, Sequence[Examined]]) -> list[list[str]]:
+    rows = []
+    for name, runs in grouped.items():
+        for label, bits in {
+            name: [run.bits for run in runs],
+            f"{name}, early head": [run.early_bits for run in runs],
+        }.items():
+            rows.append([label, *(Measured.of([one[place] for one in bits]).text() for place in PLACES)])
+    return rows
+
+
+def _score_rows(grouped: Mapping[str, Sequence[Examined]]) -> list[list[str]]:
+    rows = []
+    for name, runs in grouped.items():
+        for way in ("sampled", "greedy"):
+            for kind, label in KINDS.items():
+                reports: list[Report] = [getattr(drawn, kind) for drawn in _drawn(runs, way)]
+                cells = [
+                    Measured.of([getattr(getattr(report, of), score) for report in reports]).text()
+                    for of in ("ends", "words")
+                    for score in ("precision", "recall", "f1")
+                ]
+                rows.append([f"{name}, {way}" if kind == "own" else f"as many {label}", *cells])
+    return rows
+
+
+def _placement_rows(grouped: Mapping[str, Sequence[Examined]]) -> list[list[str]]:
+    rows = []
+    for name, runs in grouped.items():
+        for where in runs[0].placements:
+            placed = [run.placements[where] for run in runs]
+            worse = [one.bpb - next(iter(run.placements.values())).bpb for one, run in zip(placed, runs, strict=True)]
+            there = Measured.of([one.there for one in placed])
+            rows.append(
+                [
+                    name,
+                    where,
+                    Measured.of([one.rate for one in placed]).text(),
+                    "" if math.isnan(there.mean) else there.text(2),
+                    Measured.of([one.bpb for one in placed]).text(4),
+                    Measured.of(worse).text(4),
+                ]
+            )
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, or 2 for a user's error."""
+    display = Display()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return exit_code(
+        display, lambda: look(tyro.cli(WordsConfig, prog="python -m experiments.words", args=given), display)
+    )
+
+
+if __name__ == "__main__":
+    with_large_pages("experiments.words")
+    sys.exit(main())

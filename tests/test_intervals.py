@@ -1,0 +1,96 @@
+"""Paired differences, their intervals, and curves at equal cost, against values worked out by hand and by scipy.stats."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.intervals import at_equal_cost, holm, median_interval, paired_difference
+
+
+def by_seed(*values):
+    return dict(enumerate(values))
+
+
+def test_a_paired_difference_by_hand():
+    """Differences 1, 2, 3: mean 2, standard deviation 1; t of 2 degrees of freedom is 4.302653 at 97.5 %, and its cumulative
+    distribution ½ + t / (2 √(2 + t²))."""
+    found = paired_difference(by_seed(11.0, 22.0, 33.0), by_seed(10.0, 20.0, 30.0))
+    assert (found.seeds, found.values, found.mean) == ((0, 1, 2), (1.0, 2.0, 3.0), 2.0)
+    assert found.half_width == pytest.approx(4.30265273 / math.sqrt(3))
+    assert found.t == pytest.approx(2 * math.sqrt(3))
+    assert found.p == pytest.approx(1 - found.t / math.sqrt(2 + found.t**2))
+    assert (found.low, found.high) == pytest.approx((2 - 2.48413772, 2 + 2.48413772))
+    assert not found.distinguishable
+    assert paired_difference(by_seed(11.0, 22.0, 33.0), by_seed(10.0, 20.0, 30.0), confidence=0.9).distinguishable
+
+
+@pytest.mark.parametrize("count", [2, 3, 6, 12])
+def test_intervals_and_p_values_are_those_of_scipy(count):
+    rng = np.random.default_rng(count)
+    first, second = rng.normal(size=(2, count)).tolist()
+    found, other = paired_difference(by_seed(*first), by_seed(*second)), stats.ttest_rel(first, second)
+    interval = other.confidence_interval(0.95)
+    assert (found.t, found.p, found.low, found.high) == pytest.approx((*other, interval.low, interval.high))
+    assert found.distinguishable == (other.pvalue < 0.05)
+
+
+def test_seeds_are_paired_by_name_and_only_those_of_both_count():
+    found = paired_difference({2: 1.0, 0: 5.0, 7: 1.0, 3: math.nan}, {0: 3.0, 3: 1.0, 2: 2.0, 9: 0.0})
+    assert (found.seeds, found.values) == ((2, 0), (-1.0, 2.0))
+
+
+def test_equal_differences_are_a_point():
+    found = paired_difference(by_seed(1.5, 2.5), by_seed(1.0, 2.0))
+    assert (found.mean, found.half_width, found.t, found.p) == (0.5, 0.0, math.inf, 0.0)
+    assert found.distinguishable
+    same = paired_difference(by_seed(1.5, 2.5), by_seed(1.5, 2.5))
+    assert (same.mean, same.half_width, same.p) == (0.0, 0.0, 1.0)
+    assert math.isnan(same.t)
+    assert not same.distinguishable
+
+
+@pytest.mark.parametrize("values", [(), (3.0,)])
+def test_too_few_seeds_tell_nothing_apart(values):
+    found = paired_difference(by_seed(*values), by_seed(*(0.0 for _ in values)))
+    assert found.values == values
+    assert found.mean == 3.0 if values else math.isnan(found.mean)
+    assert all(math.isnan(one) for one in (found.half_width, found.t, found.p))
+    assert not found.distinguishable
+
+
+def test_holm_by_hand():
+    """Four hypotheses: .01 · 4, .02 · 3, then .03 · 2 raised to what came before it, and .04 · 1 likewise."""
+    assert holm([0.04, 0.01, math.nan, 0.03, 0.02]) == pytest.approx([0.06, 0.04, math.nan, 0.06, 0.06], nan_ok=True)
+    assert holm([0.6, 0.5]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_straight_curves_are_read_exactly():
+    """The first is 10 - 2x up to 3, the second 9 - x up to 8: at 3 they are 4 and 6."""
+    first, second = [(x, 10 - 2 * x) for x in (0.0, 1.0, 3.0)], [(x, 9 - x) for x in (0.5, 2.0, 7.0, 8.0)]
+    at = at_equal_cost(first, second)
+    assert at is not None
+    assert (at.cost, at.first, at.second) == (3.0, 4.0, 6.0)
+    back = at_equal_cost(second, first)
+    assert back is not None
+    assert (back.cost, back.first, back.second) == (3.0, 6.0, 4.0)
+
+
+def test_nothing_is_extrapolated():
+    early = [(1.0, 2.0), (2.0, 1.0)]
+    assert at_equal_cost(early, [(2.5, 2.0), (9.0, 1.0)]) is None
+    assert at_equal_cost(early, []) is None
+    at = at_equal_cost(early, [(2.0, 3.0), (9.0, 1.0)])
+    assert at is not None
+    assert (at.first, at.second) == (1.0, 3.0)
+
+
+def test_an_interval_of_the_median():
+    """All of 6 values hold it but for 2 · 2⁻⁶, all of 5 but for 2 · 2⁻⁵ > 5 %, the second to the eighth of 9 but for
+    2 · 10 · 2⁻⁹."""
+    assert median_interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0]) == (1, 6)
+    assert all(map(math.isnan, median_interval([1.0, 2.0, 3.0, 4.0, 5.0])))
+    assert median_interval([float(value) for value in range(1, 10)]) == (2, 8)
+    assert median_interval([float(value) for value in range(1, 9)]) == (1, 8)
