@@ -95,24 +95,27 @@ def flow_picture(
             if (of[0].model, of[0].objective) == kind:
                 reference = "gradient" in of[0].name
                 style = {"color": "black", "linestyle": "--"} if reference else {}
-                part.plot(of[0].times[1:], _above(of)[1:], label=of[0].name, **style)
-        part.set(title=title, xscale="log")
+                begin = 0 if kind[0] == "smooth" else 1
+                part.plot(of[0].times[begin:], _above(of)[begin:], label=of[0].name, **style)
+        part.set(title=title, xscale="linear" if kind[0] == "smooth" else "log")
     for of in zip(*paths, strict=True):
         axes[1, 1].plot(of[0].times, _above(of), label=of[0].name, linewidth=0.9)
-    axes[1, 1].set_title("stochastic gradient descent, select and distribute")
+    axes[1, 1].set_title("stochastic gradient descent")
     for part in axes.flat[:5]:
         part.axhline(0.0, color="#888888", linewidth=0.8)
         part.set(xlabel="time", ylabel="nats per byte above the best string")
         part.grid(alpha=0.25)
         if part.get_legend_handles_labels()[0]:
-            part.legend(fontsize=6, frameon=False)
+            # Room for the names above the lines.
+            part.set_ylim(top=1.6 * part.get_ylim()[1])
+            part.legend(fontsize=6, frameon=False, loc="upper right")
     closed = [one.closed for one in summaries]
     places = np.arange(len(closed))[::-1]
     errors = [[one.mean - one.low for one in closed], [one.high - one.mean for one in closed]]
     last = axes[1, 2]
     last.errorbar([one.mean for one in closed], places, xerr=errors, fmt="o", markersize=3, linewidth=1)
     last.set_yticks(places, [f"{one.model}: {one.name}" for one in summaries], fontsize=6)
-    last.set(title="way closed from the start to the best string, 95 %", xlabel="share")
+    last.set(title="way closed", xlabel="share, with its 95 % interval")
     last.axvline(1.0, color="#888888", linewidth=0.8)
     last.axvline(0.0, color="#888888", linewidth=0.8)
     last.grid(alpha=0.25)
