@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from experiments.laboratory.greedy import SPREAD, greedy_start
 from experiments.laboratory.report import flow_picture, flow_table, gradient_table, noise_table
 from experiments.laboratory.results import (
     Finding,
+    Flow,
+    Noise,
     over_sets,
     summarise_findings,
     summarise_flows,
@@ -130,12 +132,26 @@ def run(config: LabConfig, display: Display) -> None:
     tiny = dataclasses.replace(PRESETS["tiny"], dataset=config.dataset, seed=config.seed)
     noises = noise(tiny, after=config.after, draws=config.draws, models=config.models)
 
-    findings = summarise_findings(tables)
+    page = _write(config, tables, ways, paths, against, noises)
+    display.note(page)
+    note(f"see {config.out / 'lab.md'} and {config.out / 'lab.png'}")
+
+
+def _write(
+    config: LabConfig,
+    tables: Sequence[Sequence[Finding]],
+    ways: Sequence[Sequence[Flow]],
+    paths: Sequence[Sequence[Flow]],
+    against: tuple[Sequence[int], Sequence[int]],
+    noises: Mapping[int, Sequence[Sequence[Noise]]],
+) -> str:
+    """Write the numbers of every model, their means and intervals, and the figure; returns the tables."""
+    of_tables = summarise_findings(tables)
     of_ways, of_paths = summarise_flows(ways, against[0]), summarise_flows(paths, against[1])
     of_noise = {steps: summarise_noise(models) for steps, models in noises.items()}
     everything = {
         "settings": dataclasses.asdict(config),
-        "gradients": [dataclasses.asdict(one) for one in findings],
+        "gradients": [dataclasses.asdict(one) for one in of_tables],
         "flows": [dataclasses.asdict(one) for one in (*of_ways, *of_paths)],
         "noise": {steps: [dataclasses.asdict(one) for one in found] for steps, found in of_noise.items()},
         "models": [
@@ -153,7 +169,7 @@ def run(config: LabConfig, display: Display) -> None:
         [
             f"Means over {config.models} models with 95 % intervals.\n",
             "## Gradients\n",
-            gradient_table(findings),
+            gradient_table(of_tables),
             "## Flows\n",
             flow_table(of_ways),
             "## Stochastic gradient descent\n",
@@ -162,8 +178,7 @@ def run(config: LabConfig, display: Display) -> None:
         ]
     )
     write_atomically(config.out / "lab.md", page)
-    display.note(page)
-    note(f"see {config.out / 'lab.md'} and {config.out / 'lab.png'}")
+    return page
 
 
 def _subjects(config: LabConfig, key: PRNGKeyArray) -> Iterator[list[Subjects]]:
