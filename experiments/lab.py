@@ -1,30 +1,38 @@
-"""How biased and how noisy every estimator is, exactly, and where each leads: `python -m experiments.lab --out DIR`."""
+"""How biased and how noisy every estimator is, and where each leads: `python -m experiments.lab --out DIR`."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import tyro
-from matplotlib.figure import Figure
+from jaxtyping import PRNGKeyArray
 
 from data import load, open_source
 from experiments.config import ConfigError
 from experiments.display import Display, exit_code
 from experiments.folder import json_text, write_atomically
 from experiments.laboratory.gradients import Subjects, findings
-from experiments.laboratory.results import Finding, Flow, Noise
+from experiments.laboratory.greedy import SPREAD, greedy_start
+from experiments.laboratory.report import flow_picture, flow_table, gradient_table, noise_table
+from experiments.laboratory.results import (
+    Finding,
+    Flow,
+    Noise,
+    over_sets,
+    summarise_findings,
+    summarise_flows,
+    summarise_noise,
+)
 from experiments.laboratory.scale import noise
-from experiments.laboratory.subjects import RATE, SHAPE, train_subject
+from experiments.laboratory.subjects import RATE, SHAPE, Subject, held_out_texts, make_optimizer, train_subject
 from experiments.launch import with_large_pages
 from experiments.presets import PRESETS
-from experiments.report import picture
 from unet import MeanPool, SelectDistribute, SelectSmooth
 
 FILES = ("lab.md", "lab.json", "lab.png")
@@ -40,14 +48,20 @@ class LabConfig:
     """Text to train the small models on: anything that --dataset of experiments.run takes."""
     length: int = 10
     """Bytes of a text; 2 to the power of length - 1 strings are tried."""
+    models: int = 5
+    """Small models of different seeds for each chunker, and runs of `tiny`: intervals are over these."""
+    sets: int = 2
+    """Sets of texts that the gradients of each model are averaged over; its flows use the first."""
     texts: int = 6
-    """Texts that the models are examined on."""
-    steps: int = 600
+    """Texts of a set."""
+    steps: int = 400
     """Training steps of the small models."""
     time: float = 3000.0
     """Time for which the gradient flows run."""
     learning_rates: tuple[float, ...] = (1.0, 8.0)
-    """Learning rates of the flows with noise."""
+    """Learning rates of stochastic gradient descent."""
+    paths: int = 8
+    """Paths of stochastic gradient descent for each model."""
     after: tuple[int, ...] = (0, 100)
     """Training steps after which the noise in the model of ordinary size is measured."""
     draws: int = 32
@@ -62,6 +76,10 @@ def check(config: LabConfig) -> None:
     """Raise `ConfigError` for values that cannot be worked with."""
     if not 3 <= config.length <= 12:
         raise ConfigError(f"--length lies between 3 and 12, since every boundary string is tried; got {config.length}")
+    if config.models < 2:
+        raise ConfigError(f"--models must be at least 2, since intervals are over models; got {config.models}")
+    if config.sets < 1 or config.paths < 1:
+        raise ConfigError(f"--sets and --paths must be at least 1; got {config.sets} and {config.paths}")
     if config.texts < 2:
         raise ConfigError(f"--texts must be at least 2, since returns are centred over them; got {config.texts}")
     if config.steps < 1 or config.time <= 0:
@@ -86,130 +104,124 @@ def run(config: LabConfig, display: Display) -> None:
         raise ConfigError(f"the laboratory needs diffrax ({error}): pip install 'caesura-lm[lab]'") from error
 
     config.out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    started = time.process_time()
 
     def note(text: str) -> None:
-        display.note(f"{time.perf_counter() - started:4.0f} s  {text}")
+        display.note(f"{time.process_time() - started:4.0f} s of CPU time  {text}")
 
-    source = open_source(config.dataset, text_field=None, cache=None, cache_bytes=8 << 30)
-    held_out = 16 * config.texts * config.length
-    split = load(source, length=config.length, protocol="crop", held_out_share=0.05, held_out_bytes=held_out)
     key = jax.random.key(config.seed)
-    chunkers = SelectDistribute(), MeanPool(SHAPE.dim, key=jax.random.fold_in(key, 9)), SelectSmooth()
-    trained = []
-    for number, chunker in enumerate(chunkers):
-        note(f"training a small model with {type(chunker).__name__}")
-        subject = train_subject(
-            split,
-            chunker,
-            texts=config.texts,
-            length=config.length,
-            steps=config.steps,
-            key=jax.random.fold_in(key, number),
+    tables, ways, paths = [], [], []
+    against: tuple[list[int], list[int]] = [], []
+    for number, sets in enumerate(_subjects(config, key)):
+        own = jax.random.fold_in(key, number)
+        note(f"model {number + 1} of {config.models}: means and variances")
+        tables.append(_over_sets(sets, own))
+        note(f"model {number + 1} of {config.models}: flows")
+        found, with_way = flows(sets[0], time=config.time, key=jax.random.fold_in(own, 11))
+        ways.append(found)
+        found, with_path = noisy_flows(
+            sets[0].distribute,
+            time=config.time,
+            rates=config.learning_rates,
+            paths=config.paths,
+            key=jax.random.fold_in(own, 12),
         )
-        trained.append(subject)
-    subjects = Subjects(*trained)
-    note("exact means and variances")
-    shape = (config.texts, config.length - 1)
-    # Near the start of training: the target rate, give or take what a few steps would change.
-    logits = jax.scipy.special.logit(RATE) + 0.5 * jax.random.normal(jax.random.fold_in(key, 10), shape)
-    table = findings(subjects, logits)
-    note("gradient flows")
-    ways = flows(subjects, time=config.time)
-    note("gradient flows with noise")
-    paths = noisy_flows(
-        subjects.distribute, time=config.time, rates=config.learning_rates, key=jax.random.fold_in(key, 11)
-    )
-    noises: dict[str, list[Noise]] = {}
+        paths.append(found)
+        against = with_way, with_path
+    note(f"noise in `tiny` after {' and '.join(str(steps) for steps in config.after) or 'no'} steps")
     tiny = dataclasses.replace(PRESETS["tiny"], dataset=config.dataset, seed=config.seed)
-    for steps in config.after:
-        note(f"noise in `tiny` after {steps} steps")
-        noises[str(steps)] = noise(tiny, steps=steps, draws=config.draws, key=jax.random.fold_in(key, 12))
+    noises = noise(tiny, after=config.after, draws=config.draws, models=config.models)
 
-    everything = {
-        "settings": dataclasses.asdict(config),
-        "gradients": [dataclasses.asdict(finding) for finding in table],
-        "flows": [dataclasses.asdict(flow) for flow in (*ways, *paths)],
-        "noise": {steps: [dataclasses.asdict(one) for one in found] for steps, found in noises.items()},
-    }
-    write_atomically(config.out / "lab.json", json_text(everything))
-    write_atomically(config.out / "lab.png", flow_picture(ways, paths))
-    page = "\n".join(
-        [
-            "## Gradients\n",
-            gradient_table(table),
-            "## Flows\n",
-            flow_table(ways),
-            "## Flows with noise\n",
-            flow_table(paths),
-            *(f"## Noise in `tiny` after {steps} steps\n\n{noise_table(found)}" for steps, found in noises.items()),
-        ]
-    )
-    write_atomically(config.out / "lab.md", page)
+    page = _write(config, tables, ways, paths, against, noises)
     display.note(page)
     note(f"see {config.out / 'lab.md'} and {config.out / 'lab.png'}")
 
 
-def gradient_table(table: Sequence[Finding]) -> str:
-    """Bias, variance and signal-to-noise of every estimator, in Markdown."""
-    lines = [
-        "| estimator | model | bias | scale | cosine | variance | SNR | cost | SNR / cost |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for one in table:
-        numbers = (one.bias, one.scale, one.cosine, one.variance, one.snr, one.cost, one.snr_per_cost)
-        lines.append(f"| {one.name} | {one.model} | " + " | ".join(_short(number) for number in numbers) + " |")
-    return "\n".join(lines) + "\n"
+def _write(
+    config: LabConfig,
+    tables: Sequence[Sequence[Finding]],
+    ways: Sequence[Sequence[Flow]],
+    paths: Sequence[Sequence[Flow]],
+    against: tuple[Sequence[int], Sequence[int]],
+    noises: Mapping[int, Sequence[Sequence[Noise]]],
+) -> str:
+    """Write the numbers of every model, their means and intervals, and the figure; returns the tables."""
+    of_tables = summarise_findings(tables)
+    of_ways, of_paths = summarise_flows(ways, against[0]), summarise_flows(paths, against[1])
+    of_noise = {steps: summarise_noise(models) for steps, models in noises.items()}
+    everything = {
+        "settings": dataclasses.asdict(config),
+        "gradients": [dataclasses.asdict(one) for one in of_tables],
+        "flows": [dataclasses.asdict(one) for one in (*of_ways, *of_paths)],
+        "noise": {steps: [dataclasses.asdict(one) for one in found] for steps, found in of_noise.items()},
+        "models": [
+            {
+                "gradients": [dataclasses.asdict(one) for one in tables[number]],
+                "flows": [dataclasses.asdict(one) for one in (*ways[number], *paths[number])],
+                "noise": {steps: [dataclasses.asdict(one) for one in of[number]] for steps, of in noises.items()},
+            }
+            for number in range(config.models)
+        ],
+    }
+    write_atomically(config.out / "lab.json", json_text(everything))
+    write_atomically(config.out / "lab.png", flow_picture(ways, [*of_ways, *of_paths], paths))
+    page = "\n".join(
+        [
+            f"Means over {config.models} models with 95 % intervals.\n",
+            "## Gradients\n",
+            gradient_table(of_tables),
+            "## Flows\n",
+            flow_table(of_ways),
+            "## Stochastic gradient descent\n",
+            flow_table(of_paths),
+            *(f"## Noise in `tiny` after {steps} steps\n\n{noise_table(found)}" for steps, found in of_noise.items()),
+        ]
+    )
+    write_atomically(config.out / "lab.md", page)
+    return page
 
 
-def flow_table(found: Sequence[Flow]) -> str:
-    """Where every flow ended, in Markdown; losses in nats per byte, price included."""
-    lines = [
-        "| flow | model | start | end | likelier string | best string | rate | way closed |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for one in found:
-        losses = " | ".join(f"{value:.4f}" for value in (one.start, one.end, one.likelier, one.best))
-        lines.append(f"| {one.name} | {one.model} | {losses} | {one.rate:.3f} | {one.closed:.2f} |")
-    return "\n".join(lines) + "\n"
+def _subjects(config: LabConfig, key: PRNGKeyArray) -> Iterator[list[Subjects]]:
+    """For each model seed its three models, with every set of texts; no text comes twice."""
+    source = open_source(config.dataset, text_field=None, cache=None, cache_bytes=8 << 30)
+    count = config.models * config.sets * config.texts
+    split = load(
+        source,
+        length=config.length,
+        protocol="crop",
+        held_out_share=0.05,
+        held_out_bytes=16 * count * config.length,
+    )
+    shape = (config.models, config.sets, config.texts, config.length)
+    texts = held_out_texts(split, count=count, length=config.length).reshape(shape)
+    chunkers = SelectDistribute(), MeanPool(SHAPE.dim, key=jax.random.fold_in(key, 9)), SelectSmooth()
+    optimizer = make_optimizer(config.steps)
+    for number in range(config.models):
+        own = jax.random.fold_in(jax.random.key(config.seed + 1), number)
+        trained = [
+            train_subject(
+                split,
+                chunker,
+                length=config.length,
+                optimizer=optimizer,
+                seed=config.seed + number,
+                key=jax.random.fold_in(own, place),
+            )
+            for place, chunker in enumerate(chunkers)
+        ]
+        yield [Subjects(*(Subject(model, rows) for model in trained)) for rows in texts[number]]
 
 
-def noise_table(found: Sequence[Noise]) -> str:
-    """Variance ratios in a model of ordinary size, in Markdown."""
-    lines = ["| reductions | variance | SNR of a step | SNR per FLOP |", "|---|---|---|---|"]
-    lines += [
-        f"| {one.name} | {_short(one.variance)} | {_short(one.snr)} | {_short(one.snr_per_flop)} |" for one in found
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def flow_picture(ways: Sequence[Flow], paths: Sequence[Flow]) -> bytes:
-    """Expected loss above that of the best strings, over time: each chunker's flows, then the noisy ones."""
-    figure = Figure(figsize=(13, 5.2), dpi=130, layout="constrained")
-    axes = figure.subplots(1, 4)
-    titles = {"distribute": "select, distribute", "mean": "means of groups", "smooth": "select, smooth"}
-    for part, (model, title) in zip(axes[:3], titles.items(), strict=True):
-        for one in ways:
-            if one.model == model:
-                style = {"color": "black", "linestyle": "--"} if one.name == "exact gradient" else {}
-                part.plot(one.times[1:], [loss - one.best for loss in one.losses[1:]], label=one.name, **style)
-        part.set_title(title)
-        part.set_xscale("log")
-    for one in paths:
-        axes[3].plot(one.times, [loss - one.best for loss in one.losses], label=one.name, linewidth=0.9)
-    axes[3].set_title("score function with noise")
-    for part in axes:
-        part.axhline(0.0, color="#888888", linewidth=0.8)
-        part.set_xlabel("time")
-        part.grid(alpha=0.25)
-        if part.get_legend_handles_labels()[0]:
-            part.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    axes[0].set_ylabel("loss above the best string's, nats per byte")
-    return picture(figure)
-
-
-def _short(value: float) -> str:
-    return "∞" if math.isinf(value) else "–" if math.isnan(value) else f"{value:.3g}"
+def _over_sets(sets: Sequence[Subjects], key: PRNGKeyArray) -> list[Finding]:
+    """The findings of one model, means over its sets of texts, each at logits of its own."""
+    found = []
+    for number, subjects in enumerate(sets):
+        texts, length = subjects.distribute.texts.shape
+        keys = jax.random.split(jax.random.fold_in(key, number), 3)
+        # Near the start of training: the target rate, give or take what a few steps would change.
+        logits = jax.scipy.special.logit(RATE) + SPREAD * jax.random.normal(keys[0], (texts, length - 1))
+        found.append(findings(subjects, logits, greedy_start(keys[1], logits.shape), keys[2]))
+    return [over_sets(of) for of in zip(*found, strict=True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,23 +9,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from estimators import EarlyExit, Estimator, ImportanceWeight, NoObjective
 from estimators import equations as eq
 from experiments import lab
 from experiments.config import transformer_shape
+from experiments.laboratory import greedy
+from experiments.laboratory.fields import Drawn, Exact, ExpectedScore, SampledScore, landscape, place_of
+from experiments.laboratory.greedy import fixed_gradient, jumps
+from experiments.laboratory.intervals import Interval
 from experiments.laboratory.moments import (
     credit,
     disarm_moments,
     exact_gradient,
-    off_policy_moments,
+    given_critic,
+    moments_of,
+    off_policy_returns,
     relaxed_moments,
     sample_moments,
     score_moments,
+    score_of,
     string_probs,
 )
+from experiments.laboratory.results import Flow, Noise, summarise_flows, summarise_noise
 from experiments.laboratory.scale import noise
-from experiments.laboratory.subjects import Tables
+from experiments.laboratory.subjects import SHAPE, Subject, Tables, TabularRouter
 from experiments.presets import PRESETS
 from tests.test_run import corpus as corpus
+from unet import SelectDistribute, UNet
 
 TEXTS, DECISIONS = 3, 4
 STRINGS = jnp.asarray([[True, *rest] for rest in itertools.product([False, True], repeat=DECISIONS)])
@@ -56,8 +66,7 @@ def tables():
 
 def test_unbiased_estimators_have_the_exact_gradient(logits, tables):
     exact = exact_gradient(logits, tables, STRINGS)
-    early = tables.log_lik - tables.early_log_lik[:, None]
-    returns = credit(early, 1.0)
+    returns = credit(tables.log_lik - tables.early_log_lik[:, None], 1.0)
     baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
     for moments in (
         score_moments(logits, STRINGS, credit(tables.log_lik, 1.0)),
@@ -65,7 +74,6 @@ def test_unbiased_estimators_have_the_exact_gradient(logits, tables):
         score_moments(logits, STRINGS, returns, baseline=baseline),
         score_moments(logits, STRINGS, returns, centring="leave-one-out"),
         sample_moments(logits, STRINGS, returns, 3),
-        off_policy_moments(logits, 0.5 * logits, STRINGS, early, 1.0),
         disarm_moments(logits, STRINGS, tables),
     ):
         np.testing.assert_allclose(moments.mean, exact, **CLOSE)
@@ -73,13 +81,47 @@ def test_unbiased_estimators_have_the_exact_gradient(logits, tables):
     np.testing.assert_allclose(batch.mean, exact * (TEXTS - 1) / TEXTS, **CLOSE)
 
 
+def by_hand(logits, behaviour, tables, clip):
+    """The mean gradient under another policy's draws, summed string by string in plain numpy."""
+    policy, other = (1 / (1 + np.exp(-np.asarray(part, np.float64))) for part in (logits, behaviour))
+    rewards = np.asarray(tables.log_lik - tables.early_log_lik[:, None], np.float64)
+    gradient = np.zeros(logits.shape)
+    for text in range(TEXTS):
+        for number, string in enumerate(np.asarray(STRINGS)[:, 1:]):
+            own, theirs = (np.where(string, part[text], 1 - part[text]) for part in (policy, other))
+            # Prediction j follows the decisions before it.
+            weights = [min(np.prod(own[:j] / theirs[:j]), clip) for j in range(DECISIONS)]
+            for d in range(DECISIONS):
+                score = string[d] - policy[text, d]
+                later = sum(weights[j] * rewards[text, number, j] for j in range(d + 1, DECISIONS))
+                gradient[text, d] -= np.prod(theirs) * score * later / DECISIONS
+    return gradient
+
+
+def test_weights_of_another_policy_are_unbiased_until_they_are_clipped(logits, tables):
+    """With a baseline and without; and clipping at 1 changes nothing where the policy itself drew."""
+    baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
+
+    def mean(clip, behaviour, *more):
+        reductions = EarlyExit(), ImportanceWeight(clip), *more
+        returns = off_policy_returns(reductions, logits, behaviour, STRINGS, tables, baseline)
+        return moments_of(score_of(logits, STRINGS) * returns, behaviour, STRINGS).mean
+
+    exact, other = exact_gradient(logits, tables, STRINGS), 0.5 * logits - 0.7
+    for unbiased in (
+        mean(None, other),
+        mean(None, other, given_critic()),
+        mean(1.0, logits),
+        mean(1.0, logits, given_critic()),
+    ):
+        np.testing.assert_allclose(unbiased, exact, **CLOSE)
+    np.testing.assert_allclose(mean(1.0, other), by_hand(logits, other, tables, 1.0), **CLOSE)
+    assert float(jnp.linalg.norm(mean(1.0, other) - exact)) > 0.05 * float(jnp.linalg.norm(exact))
+    assert not np.allclose(mean(1.0, other, given_critic()), mean(1.0, other), rtol=0.01)
+
+
 def test_probabilities_of_strings_sum_to_one(logits):
     np.testing.assert_allclose(jnp.sum(string_probs(logits, STRINGS), axis=1), 1.0, rtol=1e-5)
-
-
-def place_of(actions):
-    """The place of a string among all."""
-    return jnp.sum(jnp.where(actions, 2 ** jnp.arange(DECISIONS - 1, -1, -1), 0), axis=-1)
 
 
 def drawn(logits, key, count):
@@ -135,78 +177,181 @@ def test_relaxed_moments_are_those_of_samples(logits, tables):
     assert variance_of(samples) == pytest.approx(float(exact.variance), rel=0.05)
 
 
-def test_the_command_leaves_a_table_and_a_figure(corpus, tmp_path):
+@pytest.mark.parametrize("centred", [False, True])
+def test_gradient_descent_follows_the_mean_of_its_estimator(logits, tables, centred):
+    returns = credit(tables.log_lik, 0.9)
+    baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
+    field = SampledScore(returns, baseline, centred)
+    samples = jax.vmap(field, (None, 0))(logits, jax.random.split(jax.random.key(6), 40_000))
+    exact = score_moments(logits, STRINGS, returns, baseline=baseline, centring="batch" if centred else "none")
+    np.testing.assert_allclose(jnp.mean(samples, axis=0), exact.mean, atol=1e-2)
+    assert variance_of(samples) == pytest.approx(float(exact.variance), rel=0.05)
+
+
+def test_what_gradients_at_fixed_boundaries_leave_out_of_the_greedy_loss():
+    """Two decisions, a loss that depends on boundaries and, where there are some, on their logits."""
+    table = jnp.asarray([0.3, -1.0, 0.7, 2.0])
+    logits, scale, count = jnp.asarray([0.4, -0.9]), jnp.asarray(0.6), 20_000
+
+    def loss(logits, actions):
+        return table[place_of(actions)] + jnp.sum(jnp.where(actions, jnp.tanh(logits), 0.0), axis=1)
+
+    # The noise of either decision is spread evenly, and the two in no relation.
+    quantiles = (jnp.arange(float(count)) + 0.5) / count
+    shuffled = jax.random.permutation(jax.random.key(0), quantiles)
+    noise = jax.scipy.special.logit(jnp.stack([quantiles, shuffled], axis=1))
+    fixed = jnp.mean(fixed_gradient(loss, logits + scale * noise), axis=0)
+
+    def averaged(logits):
+        """The averaged loss: boundaries by enumeration, tanh by quadrature over the noise."""
+        on = jax.nn.sigmoid(logits / scale)
+        probs = jnp.stack([1 - on, on])
+        strings = jnp.sum(table.reshape(2, 2) * probs[:, 0, None] * probs[None, :, 1])
+        positive = jnp.linspace(0.0, 12.0, 24_001)[:, None]
+        shifted = (positive - logits) / scale
+        density = jax.nn.sigmoid(shifted) * jax.nn.sigmoid(-shifted) / scale
+        return strings + jnp.sum(jnp.trapezoid(jnp.tanh(positive) * density, positive, axis=0))
+
+    exact = jax.grad(averaged)(logits)
+    np.testing.assert_allclose(fixed + jumps(loss, logits, noise, scale), exact, atol=5e-3)
+    assert float(jnp.max(jnp.abs(fixed - exact))) > 0.1
+
+
+def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, tables):
     pytest.importorskip("diffrax")
-    out = tmp_path / "lab"
-    arguments = (
-        *(
-            "--dataset",
-            corpus,
-            "--out",
-            out,
-            "--length",
-            "4",
-            "--texts",
-            "2",
-            "--steps",
-            "3",
-            "--time",
-            "20",
-            "--draws",
-            "8",
-        ),
-        *("--learning-rates", "--after"),
-    )
+    from experiments.laboratory.flow import Pace, descend, follow, judged
+
+    ground = landscape(tables.log_lik, STRINGS)
+    keys = jax.random.key(0), jax.random.key(0), jax.random.key(1)
+    field = SampledScore(credit(tables.log_lik, 1.0), jnp.zeros_like(logits), False)
+    pace = Pace.of(0.5, 100.0)
+    times, (one, again, other) = descend(field, ground, logits, pace, jnp.stack(keys))
+    np.testing.assert_array_equal(one, again)
+    np.testing.assert_array_equal(one[0], logits)
+    np.testing.assert_array_equal(one[0], other[0])
+    assert float(jnp.max(jnp.abs(one[-1] - other[-1]))) > 1e-3
+    assert float(times[-1]) == 100.0
+    # As small steps along the expectation the same field is the flow of the exact gradient.
     with jax.numpy_dtype_promotion("standard"):
-        assert lab.main([str(argument) for argument in arguments]) == 0
-    found = json.loads((out / "lab.json").read_text())
-    by_name = {one["name"]: one for one in found["gradients"]}
-    for name in ("score function: nothing", "score function: early exit", "DisARM"):
-        assert by_name[name]["bias"] < 1e-3
-    flows = {(one["model"], one["name"]): one for one in found["flows"]}
-    exact, score = flows["distribute", "exact gradient"], flows["distribute", "score function, γ = 1"]
-    assert score["end"] == pytest.approx(exact["end"], rel=1e-4)
-    assert exact["end"] < exact["start"]
-    assert (out / "lab.png").read_bytes().startswith(b"\x89PNG")
-    assert lab.main([str(argument) for argument in arguments]) == 2
+        _, path = follow(ExpectedScore(credit(tables.log_lik, 1.0), STRINGS), ground, logits, 20.0)
+    _, (small,) = descend(Exact(tables, STRINGS), ground, logits, Pace.of(0.02, 20.0), jnp.stack(keys[:1]))
+    np.testing.assert_allclose(path[-1], small[-1], rtol=0.02, atol=0.02)
+    losses, rate, greedy = judged(Drawn(), ground, path)
+    assert losses[-1] < losses[0]
+    assert 0.0 < float(rate) < 1.0
+    assert float(greedy) >= float(jnp.mean(ground.best))
 
 
-def test_noise_carries_a_flow_about_and_no_noise_leaves_it(logits, tables):
-    pytest.importorskip("diffrax")
-    from experiments.laboratory.flow import landscape, wander
+def test_models_share_compiled_programs():
+    """Another model of the same shape traces nothing anew: its weights are arguments."""
+    traced = []
 
-    ground, returns = landscape(tables, STRINGS), credit(tables.log_lik, 1.0)
+    class Counting(SelectDistribute):
+        def down(self, hidden, boundaries, *, capacity):
+            traced.append(hidden.shape)
+            return super().down(hidden, boundaries, capacity=capacity)
 
-    def moments(scale):
-        def scaled(logits):
-            exact = score_moments(logits, STRINGS, returns)
-            return dataclasses.replace(exact, covariance=scale * exact.covariance)
+    def subject(seed):
+        estimator = Estimator(TabularRouter(jnp.zeros((1, 3))), Counting(), NoObjective())
+        model = UNet(dataclasses.replace(SHAPE, dim=8), estimator, key=jax.random.key(seed))
+        return Subject(model, jnp.full((1, 3), 97 + seed))
 
-        return scaled
-
-    with jax.numpy_dtype_promotion("standard"):
-        still, moved, again = (
-            wander("one", moments(scale), ground, logits, 4.0, 0.5, jax.random.key(0)) for scale in (0.0, 1.0, 1.0)
-        )
-    assert moved.losses == again.losses
-    assert moved.start == still.start
-    assert abs(moved.end - still.end) > 1e-3
-    assert still.end < still.start
+    greedy.at_a_point(subject(0), jnp.ones((1, 2)))
+    once = len(traced)
+    greedy.at_a_point(subject(1), jnp.ones((1, 2)))
+    assert len(traced) == once > 0
 
 
-def test_noise_is_counted_relative_to_the_papers_estimator():
+def test_noise_is_told_for_every_model_and_compared_with_the_papers():
     tiny = PRESETS["tiny"]
     unet = dataclasses.replace(transformer_shape(tiny), dim=16, heads=2, main_layers=1, window=4)
     small = dataclasses.replace(tiny, unet=unet, length=32, batch=4)
+    names = "early exit, γ = .99, batch centring (the paper)", "none of the three", "γ = .8"
     with jax.numpy_dtype_promotion("standard"):
-        found = {one.name: one for one in noise(small, steps=1, draws=8, key=jax.random.key(0))}
-    assert found["early exit, γ = .99, batch centring (the paper)"].variance == 1.0
-    assert found["γ = .8"].variance < 1.0 < found["none of the three"].variance
+        noises = noise(small, after=(0, 1), draws=8, models=2, names=names)
+    assert [len(models) for models in noises.values()] == [2, 2]
+    for models in noises.values():
+        paper, nothing, near = summarise_noise(models)
+        assert (paper.variance.low, paper.variance.high) == (1.0, 1.0)
+        assert near.variance.mean < 1.0 < nothing.variance.mean
+    assert noises[0][0] != noises[0][1]
+    assert noises[0][0] != noises[1][0]
+
+
+def two_estimators(signals):
+    return [[Noise("the paper", 1.0, paper, 1.0), Noise("other", 2.0, other, 2.0)] for paper, other in signals]
+
+
+def test_a_signal_that_could_be_zero_has_no_ratio_to_it():
+    paper, other = summarise_noise(two_estimators([(0.1, 4.0), (-0.05, 4.0), (0.02, 4.0)]))
+    assert paper.gain is None
+    assert other.gain is None
+    assert other.snr == Interval(2.0, 2.0, 2.0)
+    assert other.variance.mean == pytest.approx(2.0)
+    _, other = summarise_noise(two_estimators([(1.0, 8.0), (1.1, 8.8), (0.9, 7.2)]))
+    assert other.gain is not None
+    assert (other.gain.mean, other.gain.low, other.gain.high) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_leads_are_paired_by_model():
+    """Models differ more than flows do on one model."""
+    flow = Flow("", "mean", "drawn", (), (), *([0.0] * 6))
+    models = [
+        [
+            dataclasses.replace(flow, name=name, closed=closed)
+            for name, closed in (("exact", base), ("other", base + lead))
+        ]
+        for base, lead in ((0.2, 0.11), (0.9, 0.10), (0.5, 0.09))
+    ]
+    exact, other = summarise_flows(models, (0, 0))
+    assert exact.lead == Interval(0.0, 0.0, 0.0)
+    assert other.against == "exact"
+    assert other.closed.holds(exact.closed.mean)
+    assert other.lead.mean == pytest.approx(0.1)
+    assert not other.lead.holds(0.0)
+
+
+def test_the_command_leaves_tables_and_a_figure(corpus, tmp_path):
+    pytest.importorskip("diffrax")
+    out = tmp_path / "lab"
+    settings = (
+        *("--length", 4, "--models", 2, "--sets", 2, "--texts", 2, "--steps", 1),
+        *("--time", 10, "--learning-rates", 1, "--paths", 2, "--after"),
+    )
+    arguments = [str(argument) for argument in ("--dataset", corpus, "--out", out, *settings)]
+    with jax.numpy_dtype_promotion("standard"):
+        assert lab.main(arguments) == 0
+    found = json.loads((out / "lab.json").read_text())
+    by_name = {(one["model"], one["objective"], one["name"]): one for one in found["gradients"]}
+    for name in ("score function: nothing", "score function: early exit", "DisARM"):
+        assert by_name["distribute", "drawn", name]["bias"]["high"] < 1e-3
+    assert {kind for model, kind, _ in by_name if model == "smooth"} == {
+        *("drawn", "greedy, boundaries fixed", "greedy, s = 0.25", "greedy, s = 1"),
+    }
+    first, second = ({one["name"]: one["closed"] for one in model["flows"]} for model in found["models"])
+    assert first != second
+    flows = {(one["model"], one["objective"], one["name"]): one for one in found["flows"]}
+    score = flows["distribute", "drawn", "score function, γ = 1"]
+    assert score["against"] == "exact gradient"
+    assert score["lead"]["mean"] == pytest.approx(0.0, abs=1e-4)
+    assert flows["smooth", "greedy", "dynamic chunking, greedy"]["against"] == "gradient averaged over s = 1"
+    assert (out / "lab.png").read_bytes().startswith(b"\x89PNG")
+    assert "±" in (out / "lab.md").read_text()
+    assert lab.main(arguments) == 2
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--length", "13"), ("--texts", "1"), ("--draws", "9"), ("--time", "0"), ("--after", "-1")],
+    [
+        ("--length", "13"),
+        ("--texts", "1"),
+        ("--models", "1"),
+        ("--sets", "0"),
+        ("--paths", "0"),
+        ("--draws", "9"),
+        ("--time", "0"),
+        ("--after", "-1"),
+    ],
     ids=lambda a: a[0],
 )
 def test_impossible_settings_are_refused(tmp_path, arguments):

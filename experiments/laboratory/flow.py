@@ -1,4 +1,4 @@
-r"""Where estimators lead: the gradient flow $d\theta/dt = -E[\hat g(\theta)]$ from one start, and the best string's loss.
+r"""Where estimators lead: the gradient flow $d\theta/dt = -E[\hat g(\theta)]$ from one start, and stochastic gradient descent.
 
 The loss of a string is its mean negative log-likelihood plus a price for every boundary, which every estimator is charged
 exactly; without it all would draw a boundary at every byte.
@@ -7,71 +7,57 @@ exactly; without it all would draw a boundary at every byte.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from experiments.laboratory.gradients import Subjects, linear_critic
-from experiments.laboratory.moments import (
-    Moments,
-    credit,
-    exact_gradient,
-    pathwise_moments,
-    relaxed_moments,
-    score_moments,
-    string_probs,
+from experiments.laboratory.fields import (
+    AbstractField,
+    AbstractJudge,
+    Drawn,
+    Exact,
+    ExactSmooth,
+    ExpectedChunking,
+    ExpectedRelaxed,
+    ExpectedScore,
+    Greedy,
+    GreedyChunking,
+    GreedyNeighbourhood,
+    Landscape,
+    NoField,
+    SampledScore,
+    landscape,
+    place_of,
 )
+from experiments.laboratory.gradients import Subjects, linear_critic, without_weights
+from experiments.laboratory.greedy import greedy_start
+from experiments.laboratory.moments import credit
 from experiments.laboratory.results import Flow
-from experiments.laboratory.subjects import RATE, Subject, Tables, tabulate, with_chunker, with_logits
-from unet import SelectSmooth, next_byte_log_lik
-
-Field = Callable[[Float[Array, "texts decisions"]], Float[Array, "texts decisions"]]
+from experiments.laboratory.subjects import RATE, Subject, tabulate, with_logits
+from unet import next_byte_log_lik
 
 SMOOTH_LENGTH = 7
 """Bytes of each text in the flows of dynamic chunking, which run the model on every string at every step."""
 
-SAVED = 60
-"""Points kept of every trajectory."""
+SAVED = 25
+"""Points kept of every trajectory after its start."""
 
 
-class Landscape(eqx.Module):
-    """The losses of all strings of a subject, and the price of a boundary."""
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """A flow to be followed; `against` names the one it is compared with."""
 
-    tables: Tables
-    strings: Bool[Array, "strings length"]
-    price: Float[Array, ""]
-
-    @property
-    def losses(self) -> Float[Array, "texts strings"]:
-        """Of every string, price included."""
-        return -jnp.mean(self.tables.log_lik, axis=2) + self.price * jnp.mean(self.strings[:, 1:], axis=1)
-
-    @property
-    def best(self) -> Float[Array, " texts"]:
-        """Of the best string of each text."""
-        return jnp.min(self.losses, axis=1)
-
-    def charge(self, logits: Float[Array, "texts decisions"]) -> Float[Array, "texts decisions"]:
-        """The derivative of the expected price."""
-        probs = jax.nn.sigmoid(logits)
-        return self.price * probs * (1.0 - probs) / logits.shape[1]
-
-
-def landscape(tables: Tables, strings: Bool[Array, "strings length"], rate: float = 0.3) -> Landscape:
-    """The price is the one at which the best strings of all texts together draw boundaries at about `rate`."""
-    low, high = 0.0, 10.0
-    drawn = jnp.mean(strings[:, 1:], axis=1)
-    for _ in range(40):
-        middle = 0.5 * (low + high)
-        best = jnp.argmin(-jnp.mean(tables.log_lik, axis=2) + middle * drawn, axis=1)
-        low, high = (middle, high) if float(jnp.mean(drawn[best])) > rate else (low, middle)
-    return Landscape(tables, strings, jnp.asarray(0.5 * (low + high)))
+    name: str
+    model: str
+    objective: str
+    field: AbstractField
+    judge: AbstractJudge
+    against: str
 
 
 def start_of(subject: Subject) -> Float[Array, "texts decisions"]:
@@ -80,59 +66,66 @@ def start_of(subject: Subject) -> Float[Array, "texts decisions"]:
     return jnp.full((texts, length - 1), jax.scipy.special.logit(RATE))
 
 
-def flows(subjects: Subjects, *, time: float) -> list[Flow]:
-    """The flow of every estimator for `time` units from `start_of` the subjects."""
+def flows(subjects: Subjects, *, time: float, key: PRNGKeyArray) -> tuple[list[Flow], list[int]]:
+    """The flow of every estimator for `time` units, and for each the number of the flow to compare it with."""
     start = start_of(subjects.distribute)
-    plain = tabulate(subjects.distribute, start)
-    pooled = tabulate(subjects.mean, start)
+    plain, pooled = tabulate(subjects.distribute, start), tabulate(subjects.mean, start)
     strings = subjects.distribute.strings
-    ground, pool = landscape(plain, strings), landscape(pooled, strings)
-    early = plain.log_lik - plain.early_log_lik[:, None]
-    early_pooled = pooled.log_lik - pooled.early_log_lik[:, None]
-
-    # Returns are worked out here, once: inside the solver the compiler would try to fold them, for minutes.
-    fields: dict[str, Field] = {"exact gradient": lambda logits: exact_gradient(logits, plain, strings)}
+    early, early_pooled = (tables.log_lik - tables.early_log_lik[:, None] for tables in (plain, pooled))
+    reference = "exact gradient"
+    courses = [Course(reference, "distribute", "drawn", Exact(plain, strings), Drawn(), reference)]
     for discount in (1.0, 0.99, 0.9, 0.5):
-        fields[f"score function, γ = {discount:g}"] = _score_field(strings, credit(early, discount))
-    found = [_follow(name, "distribute", field, ground, start, time) for name, field in fields.items()]
+        field = ExpectedScore(credit(early, discount), strings)
+        courses.append(Course(f"score function, γ = {discount:g}", "distribute", "drawn", field, Drawn(), reference))
     fields = {
-        "exact gradient": lambda logits: exact_gradient(logits, pooled, strings),
-        "score function, γ = 1": _score_field(strings, credit(early_pooled, 1.0)),
-        "straight-through Gumbel, τ = .5": lambda logits: relaxed_moments(logits, strings, pooled, 0.5).mean,
-        "straight-through Bernoulli": lambda logits: relaxed_moments(logits, strings, pooled, None).mean,
+        reference: Exact(pooled, strings),
+        "score function, γ = 1": ExpectedScore(credit(early_pooled, 1.0), strings),
+        "straight-through Gumbel, τ = .5": ExpectedRelaxed(pooled, strings, 0.5),
+        "straight-through Bernoulli": ExpectedRelaxed(pooled, strings, None),
+        "the price alone": NoField(),
     }
-    found += [_follow(name, "mean", field, pool, start, time) for name, field in fields.items()]
-    short = dataclasses.replace(subjects.smooth, texts=subjects.smooth.texts[:, :SMOOTH_LENGTH])
-    return found + _smooth_flows(short, start[:, : SMOOTH_LENGTH - 1], time)
-
-
-def _score_field(strings: Bool[Array, "strings length"], returns: Float[Array, "texts strings decisions"]) -> Field:
-    return lambda logits: score_moments(logits, strings, returns).mean
-
-
-def _smooth_flows(subject: Subject, start: Float[Array, "texts decisions"], time: float) -> list[Flow]:
-    """Dynamic chunking, whose likelihoods move with the probabilities, so that the model runs at every step."""
-    unweighted = with_chunker(subject, SelectSmooth(weighting="none"))
-    strings = subject.strings
-    # Certain boundaries smooth nothing: what a string is worth once a policy has settled on it.
-    certain = tabulate_certain(unweighted)
-    ground = landscape(certain, strings)
-
-    def exact(logits: Float[Array, "texts decisions"]) -> Float[Array, "texts decisions"]:
-        return exact_gradient(logits, tabulate(unweighted, logits), strings)
-
-    def chunking(likelier: bool) -> Field:
-        return lambda logits: pathwise_moments(logits, strings, tabulate(subject, logits), likelier).mean
-
-    return [
-        _follow("exact gradient", "smooth", exact, ground, start, time, moving=unweighted),
-        _follow("dynamic chunking, likelier actions", "smooth", chunking(True), ground, start, time, moving=unweighted),
-        _follow("dynamic chunking, drawn actions", "smooth", chunking(False), ground, start, time, moving=unweighted),
+    courses += [Course(name, "mean", "drawn", field, Drawn(), reference) for name, field in fields.items()]
+    grounds = {
+        "distribute": landscape(plain.log_lik, strings),
+        "mean": landscape(pooled.log_lik, strings),
+    }
+    found = [
+        _read_off(course, grounds[course.model], *follow(course.field, grounds[course.model], start, time))
+        for course in courses
     ]
+    short = dataclasses.replace(subjects.smooth, texts=subjects.smooth.texts[:, :SMOOTH_LENGTH])
+    more, found_smooth = _smooth_flows(short, time, key)
+    names = [(course.model, course.objective, course.name) for course in (*courses, *more)]
+    against = [names.index((course.model, course.objective, course.against)) for course in (*courses, *more)]
+    return [*found, *found_smooth], against
 
 
-def tabulate_certain(subject: Subject) -> Tables:
-    """The tables of a chunker that reads probabilities, every string read as certain of itself."""
+def _smooth_flows(subject: Subject, time: float, key: PRNGKeyArray) -> tuple[list[Course], list[Flow]]:
+    """Dynamic chunking: drawn boundaries from `start_of`, greedy ones from a start where they come at the same rate."""
+    unweighted = without_weights(subject)
+    # Certain boundaries smooth nothing: what a string is worth once a policy has settled on it.
+    ground = landscape(certain_log_lik(unweighted), subject.strings)
+    reference, around = "exact gradient", "gradient averaged over s = 1"
+    drawn, greedy = Drawn(subject), Greedy(unweighted)
+    courses = [
+        Course(reference, "smooth", "drawn", ExactSmooth(subject), drawn, reference),
+        Course("dynamic chunking, drawn", "smooth", "drawn", ExpectedChunking(subject), drawn, reference),
+        Course(around, "smooth", "greedy", GreedyNeighbourhood(subject, jnp.ones(()), 4), greedy, around),
+        Course("dynamic chunking, greedy", "smooth", "greedy", GreedyChunking(subject), greedy, around),
+    ]
+    start = start_of(subject)
+    starts = {"drawn": start, "greedy": greedy_start(jax.random.fold_in(key, 0), start.shape)}
+    # Greedy boundaries make the field jump: steps of one length, few enough to run the model at each.
+    pace, found = Pace.of(time / 300, time), []
+    for course in courses:
+        times, paths = descend(course.field, ground, starts[course.objective], pace, key[None])
+        found.append(_read_off(course, ground, times, paths[0]))
+    return courses, found
+
+
+@eqx.filter_jit
+def certain_log_lik(subject: Subject) -> Float[Array, "texts strings decisions"]:
+    """Log-likelihoods of a chunker that reads probabilities, every string read as certain of itself."""
     strings = subject.strings
 
     def one(text: Array) -> Array:
@@ -140,155 +133,150 @@ def tabulate_certain(subject: Subject) -> Tables:
         model = with_logits(subject.model, jnp.where(strings, 20.0, -20.0))
         return next_byte_log_lik(model(bytes, actions=(strings,), training=True).logits, bytes)[:, :-1]
 
-    log_lik = jax.lax.map(one, subject.texts)
-    zeros = jnp.zeros((*log_lik.shape[:2], strings.shape[1] - 1))
-    return Tables(log_lik, zeros[:, 0], zeros[:, 0, :, None], zeros, zeros)
+    return jax.lax.map(one, subject.texts)
 
 
-def _follow(
-    name: str,
-    model: str,
-    field: Field,
+@eqx.filter_jit
+def follow(
+    field: AbstractField, ground: Landscape, start: Float[Array, "texts decisions"], time: float
+) -> tuple[Float[Array, " saved"], Float[Array, "saved texts decisions"]]:
+    """Integrate a smooth field with adaptive steps: times and logits, the start included."""
+    unused = jax.random.key(0)
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, logits, args: -(field(logits, unused) + ground.charge(logits))),
+        diffrax.Tsit5(),
+        t0=0.0,
+        t1=time,
+        dt0=time / 1000,
+        y0=start,
+        stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3),
+        # Rounding must not carry the last time past the end.
+        saveat=diffrax.SaveAt(ts=jnp.minimum(jnp.geomspace(time / 1000, time, SAVED), time)),
+        max_steps=4096,
+    )
+    assert solution.ts is not None
+    assert solution.ys is not None
+    return jnp.pad(solution.ts, (1, 0)), jnp.concatenate([start[None], solution.ys])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """Steps of gradient descent: a learning rate, so that a step takes so much time, and the steps between points kept."""
+
+    rate: float
+    steps: int
+
+    @staticmethod
+    def of(rate: float, time: float) -> Pace:
+        """For about so much time."""
+        return Pace(rate, max(1, round(time / rate / SAVED)))
+
+    @property
+    def times(self) -> Float[Array, " saved"]:
+        """Of the points kept, the start included."""
+        return self.rate * self.steps * jnp.arange(SAVED + 1.0)
+
+
+def descend(
+    field: AbstractField,
     ground: Landscape,
     start: Float[Array, "texts decisions"],
-    time: float,
-    moving: Subject | None = None,
-) -> Flow:
-    """Integrate the flow and read off where it went. `moving`: the losses change with the logits, so tabulate them anew."""
+    pace: Pace,
+    keys: Key[Array, " paths"],
+) -> tuple[Float[Array, " saved"], Float[Array, "paths saved texts decisions"]]:
+    """Gradient descent, once for every key: times and logits, the start included."""
+    return pace.times, _descended(field, ground, start, jnp.asarray(pace.rate), jnp.asarray(pace.steps), keys)
 
-    @jax.jit
-    def solve(start: Float[Array, "texts decisions"]) -> tuple[Array, Array]:
-        terms = diffrax.ODETerm(lambda t, logits, args: -(field(logits) + ground.charge(logits)))
-        # Thresholded actions make the field jump, and a step that adapts to that would shrink to nothing.
-        adaptive = diffrax.PIDController(rtol=1e-3, atol=1e-3)
-        solution = diffrax.diffeqsolve(
-            terms,
-            diffrax.Tsit5() if moving is None else diffrax.Heun(),
-            t0=0.0,
-            t1=time,
-            dt0=time / (1000 if moving is None else 300),
-            y0=start,
-            stepsize_controller=adaptive if moving is None else diffrax.ConstantStepSize(),
-            # Rounding must not carry the last time past the end.
-            saveat=diffrax.SaveAt(ts=jnp.minimum(jnp.geomspace(time / 1000, time, SAVED), time)),
-            max_steps=4096,
-        )
-        assert solution.ts is not None
-        assert solution.ys is not None
-        return solution.ts, solution.ys
 
-    times, path = solve(start)
-    times, path = jnp.concatenate([jnp.zeros(1), times]), jnp.concatenate([start[None], path])
+@eqx.filter_jit
+def _descended(
+    field: AbstractField,
+    ground: Landscape,
+    start: Float[Array, "texts decisions"],
+    rate: Float[Array, ""],
+    steps: Int[Array, ""],
+    keys: Key[Array, " paths"],
+) -> Float[Array, "paths saved texts decisions"]:
+    def path(key: PRNGKeyArray) -> Float[Array, "saved texts decisions"]:
+        def step(number: Array, logits: Float[Array, "texts decisions"]) -> Float[Array, "texts decisions"]:
+            return logits - rate * (field(logits, jax.random.fold_in(key, number)) + ground.charge(logits))
 
-    def losses(logits: Float[Array, "texts decisions"]) -> Float[Array, "texts strings"]:
-        if moving is None:
-            return ground.losses
-        drawn = jnp.mean(ground.strings[:, 1:], axis=1)
-        return -jnp.mean(tabulate(moving, logits).log_lik, axis=2) + ground.price * drawn
+        def stretch(logits: Array, begin: Array) -> tuple[Array, Array]:
+            logits = jax.lax.fori_loop(begin, begin + steps, step, logits)
+            return logits, logits
 
-    return _read_off(name, model, times, path, ground, losses)
+        return jnp.concatenate([start[None], jax.lax.scan(stretch, start, steps * jnp.arange(SAVED))[1]])
+
+    return jax.vmap(path)(keys)
+
+
+@eqx.filter_jit
+def judged(
+    judge: AbstractJudge, ground: Landscape, path: Float[Array, "saved texts decisions"]
+) -> tuple[Float[Array, " saved"], Float[Array, ""], Float[Array, ""]]:
+    """The losses along a path, the rate at its end, and the loss of the greedy string there, taken for certain."""
+    losses, rates = jax.lax.map(lambda logits: judge(logits, ground), path)
+    greedy = jnp.take_along_axis(ground.losses, place_of(path[-1] > 0)[:, None], axis=1)
+    return losses, rates[-1], jnp.mean(greedy)
 
 
 def _read_off(
-    name: str,
-    model: str,
-    times: Float[Array, " saved"],
-    path: Float[Array, "saved texts decisions"],
-    ground: Landscape,
-    losses: Callable[[Array], Array],
+    course: Course, ground: Landscape, times: Float[Array, " saved"], path: Float[Array, "saved texts decisions"]
 ) -> Flow:
     """A trajectory's losses, and how good the policy at its end is."""
-
-    def expected(logits: Float[Array, "texts decisions"]) -> Float[Array, ""]:
-        return jnp.mean(jnp.sum(string_probs(logits, ground.strings) * losses(logits), axis=1))
-
-    curve = [float(value) for value in jax.lax.map(expected, path)]
-    last = path[-1]
-    place = 2 ** jnp.arange(last.shape[1] - 1, -1, -1)
-    chosen = jnp.sum(jnp.where(last > 0, place, 0), axis=1)
-    # What the likelier string is worth to a policy that is certain of it.
-    likelier = float(jnp.mean(jnp.take_along_axis(ground.losses, chosen[:, None], axis=1)))
-    best = float(jnp.mean(ground.best))
+    losses, rate, greedy = judged(course.judge, ground, path)
+    curve, best = np.asarray(losses).tolist(), float(jnp.mean(ground.best))
     return Flow(
-        name=name,
-        model=model,
+        name=course.name,
+        model=course.model,
+        objective=course.objective,
         times=tuple(np.asarray(times).tolist()),
         losses=tuple(curve),
         start=curve[0],
         end=curve[-1],
-        likelier=likelier,
+        greedy=float(greedy),
         best=best,
-        rate=float(jnp.mean(jax.nn.sigmoid(last))),
-        closed=(curve[0] - likelier) / (curve[0] - best),
+        rate=float(rate),
+        closed=(curve[0] - float(greedy)) / (curve[0] - best),
     )
 
 
-def noisy_flows(subject: Subject, *, time: float, rates: tuple[float, ...], key: PRNGKeyArray) -> list[Flow]:
-    r"""The same for finite learning rates η: $d\theta = -E[\hat g]\,dt + \sqrt{\eta\,\mathrm{Cov}[\hat g]}\,dW$.
-
-    Steps of length η make it stochastic gradient descent with Gaussian noise of the estimator's own covariance.
-    """
+def noisy_flows(
+    subject: Subject, *, time: float, rates: Sequence[float], paths: int, key: PRNGKeyArray
+) -> tuple[list[Flow], list[int]]:
+    """Stochastic gradient descent on drawn boundaries at some learning rates, means over so many `paths`; as `flows`."""
     start = start_of(subject)
     plain, strings = tabulate(subject, start), subject.strings
-    ground = landscape(plain, strings)
-    raw, early = plain.log_lik, plain.log_lik - plain.early_log_lik[:, None]
-    critic = linear_critic(start, plain, strings, credit(early, 0.99))
-    undiscounted, far, near = (credit(early, discount) for discount in (1.0, 0.99, 0.9))
-    plainest = credit(raw, 1.0)
-    estimators: dict[str, Callable[[Array], Moments]] = {
-        "nothing": lambda logits: score_moments(logits, strings, plainest),
-        "early exit": lambda logits: score_moments(logits, strings, undiscounted),
-        "early exit, γ = .99, batch centring": lambda logits: score_moments(logits, strings, far, centring="batch"),
-        "early exit, γ = .9, batch centring": lambda logits: score_moments(logits, strings, near, centring="batch"),
-        "early exit, γ = .99, linear critic": lambda logits: score_moments(logits, strings, far, baseline=critic),
+    ground = landscape(plain.log_lik, strings)
+    early = plain.log_lik - plain.early_log_lik[:, None]
+    far, zero = credit(early, 0.99), jnp.zeros_like(start)
+    paper = "early exit, γ = .99, batch centring"
+    fields = {
+        "nothing": SampledScore(credit(plain.log_lik, 1.0), zero, False),
+        "early exit": SampledScore(credit(early, 1.0), zero, False),
+        paper: SampledScore(far, zero, True),
+        "early exit, γ = .9, batch centring": SampledScore(credit(early, 0.9), zero, True),
+        "early exit, γ = .99, linear critic": SampledScore(far, linear_critic(start, plain, strings, far), False),
     }
-    found = []
+    found, against = [], []
     for rate in rates:
-        for number, (name, moments) in enumerate(estimators.items()):
-            found.append(wander(name, moments, ground, start, time, rate, jax.random.fold_in(key, number)))
-    return found
+        against += [len(found) + list(fields).index(paper)] * len(fields)
+        for number, (name, field) in enumerate(fields.items()):
+            keys = jax.random.split(jax.random.fold_in(key, number), paths)
+            course = Course(f"{name}, η = {rate:g}", "distribute", "drawn", field, Drawn(), paper)
+            times, ways = descend(field, ground, start, Pace.of(rate, time), keys)
+            found.append(_mean_flow([_read_off(course, ground, times, way) for way in ways]))
+    return found, against
 
 
-def wander(
-    name: str,
-    moments: Callable[[Array], Moments],
-    ground: Landscape,
-    start: Float[Array, "texts decisions"],
-    time: float,
-    rate: float,
-    key: PRNGKeyArray,
-) -> Flow:
-    """One path of the stochastic flow."""
+def _mean_flow(paths: Sequence[Flow]) -> Flow:
+    """The mean over paths of one model."""
 
-    def drift(t: Array, logits: Float[Array, "texts decisions"], args: None) -> Float[Array, "texts decisions"]:
-        return -(moments(logits).mean + ground.charge(logits))
-
-    def diffusion(t: Array, logits: Float[Array, "texts decisions"], args: None) -> lx.AbstractLinearOperator:
-        values, vectors = jnp.linalg.eigh(moments(logits).covariance)
-        roots = vectors * jnp.sqrt(jnp.maximum(values, 0.0) * rate)[:, None, :]
-        return lx.FunctionLinearOperator(
-            lambda noise: jnp.einsum("tde,te->td", roots, noise), jax.ShapeDtypeStruct(start.shape, start.dtype)
-        )
-
-    steps = round(time / rate)
-
-    @jax.jit
-    def solve(start: Float[Array, "texts decisions"], key: PRNGKeyArray) -> Float[Array, "saved texts decisions"]:
-        noise = diffrax.UnsafeBrownianPath(start.shape, key)
-        solution = diffrax.diffeqsolve(
-            diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, noise)),
-            diffrax.Euler(),
-            t0=0.0,
-            t1=time,
-            dt0=time / steps,
-            y0=start,
-            saveat=diffrax.SaveAt(ts=jnp.minimum(jnp.linspace(time / SAVED, time, SAVED), time)),
-            max_steps=steps + 2,
-            adjoint=diffrax.DirectAdjoint(),
-        )
-        assert solution.ys is not None
-        return solution.ys
-
-    times = jnp.linspace(0.0, time, SAVED + 1)
-    path = jnp.concatenate([start[None], solve(start, key)])
-    return _read_off(f"{name}, η = {rate:g}", "distribute", times, path, ground, lambda logits: ground.losses)
+    return dataclasses.replace(
+        paths[0],
+        losses=tuple(np.mean([path.losses for path in paths], axis=0).tolist()),
+        end=float(np.mean([path.end for path in paths])),
+        greedy=float(np.mean([path.greedy for path in paths])),
+        rate=float(np.mean([path.rate for path in paths])),
+        closed=float(np.mean([path.closed for path in paths])),
+    )

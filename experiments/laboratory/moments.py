@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from estimators import AbstractReduction, Boundaries, Critic, ScoreFunctionObjective, Signal
 from estimators.equations import action_log_prob, discounted_returns
-from experiments.laboratory.subjects import Tables
+from experiments.laboratory.subjects import RATE, Tables
 
 
 class Moments(eqx.Module):
@@ -55,6 +56,7 @@ def expected_loss(
     return -jnp.sum(string_probs(logits, strings) * jnp.mean(tables.log_lik, axis=2), axis=1)
 
 
+@eqx.filter_jit
 def exact_gradient(
     logits: Float[Array, "texts decisions"], tables: Tables, strings: Bool[Array, "strings length"]
 ) -> Float[Array, "texts decisions"]:
@@ -68,6 +70,7 @@ def exact_gradient(
     return through_draws - by_probs * probs * (1.0 - probs) / tables.log_lik.shape[2]
 
 
+@eqx.filter_jit
 def credit(
     rewards: Float[Array, "texts strings decisions"], discount: float
 ) -> Float[Array, "texts strings decisions"]:
@@ -81,6 +84,7 @@ def credit(
     return jax.vmap(one)(rewards)
 
 
+@eqx.filter_jit
 def score_moments(
     logits: Float[Array, "texts decisions"],
     strings: Bool[Array, "strings length"],
@@ -114,6 +118,7 @@ def score_moments(
     return _as_loss(mean, second, shrink, decisions)
 
 
+@eqx.filter_jit
 def sample_moments(
     logits: Float[Array, "texts decisions"],
     strings: Bool[Array, "strings length"],
@@ -140,29 +145,47 @@ def sample_moments(
     return _as_loss(mean, diagonal, 1.0, logits.shape[1], diagonal_only=True)
 
 
-def off_policy_moments(
+@eqx.filter_jit
+def off_policy_returns(
+    reductions: tuple[AbstractReduction, ...],
     logits: Float[Array, "texts decisions"],
     behaviour: Float[Array, "texts decisions"],
     strings: Bool[Array, "strings length"],
-    rewards: Float[Array, "texts strings decisions"],
-    discount: float,
-) -> Moments:
-    """The score function on strings that `behaviour` drew, rewards weighted by the ratio of probabilities up to them."""
-    drawn = jnp.broadcast_to(strings[None, :, 1:], (logits.shape[0], *strings[:, 1:].shape))
+    tables: Tables,
+    values: Float[Array, "texts decisions"],
+) -> Float[Array, "texts strings decisions"]:
+    """What the library itself credits decisions with after `reductions`, for all strings as if `behaviour` had drawn them.
 
-    def log_prob(rows: Float[Array, "texts decisions"]) -> Float[Array, "texts strings decisions"]:
-        return jax.vmap(lambda row, a: action_log_prob(jnp.broadcast_to(row, a.shape), a))(rows, drawn)
+    The strings of a text stand for the sequences of a batch, so no reduction may look from one sequence at another. The
+    encoder's states are `values` alone, so that `given_critic` among the reductions expects just these.
+    """
+    starts = jnp.broadcast_to(jnp.arange(strings.shape[1]) == 0, strings.shape)
+    scored = jnp.broadcast_to(jnp.arange(strings.shape[1]) < strings.shape[1] - 1, strings.shape)
+    objective = ScoreFunctionObjective(reductions, RATE)
 
-    ratio = jnp.exp(jnp.cumsum(log_prob(logits) - log_prob(behaviour), axis=2))
-    # The prediction made at row j has the decisions of rows 1 to j before it.
-    weights = jnp.pad(ratio[:, :, :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
-    returns = credit(rewards * weights, discount)
-    prob = string_probs(behaviour, strings)
-    sample = score_of(logits, strings) * returns
-    mean = jnp.einsum("ts,tsd->td", prob, sample)
-    return _as_loss(mean, jnp.einsum("ts,tsd,tse->tde", prob, sample, sample), 1.0, logits.shape[1])
+    def rows(values: Float[Array, " decisions"]) -> Float[Array, "strings length"]:
+        return jnp.broadcast_to(jnp.pad(values, (1, 0)), strings.shape)
+
+    def one(part: tuple[Array, Array, Tables, Array]) -> Float[Array, "strings decisions"]:
+        row, drawn_by, text, state = part
+        log_prob = action_log_prob(rows(drawn_by), strings)
+        boundaries = Boundaries(
+            strings, rows(row), jax.nn.sigmoid(rows(row)), ~starts, starts, behaviour_log_prob=log_prob
+        )
+        hidden = rows(state)[..., None]
+        log_lik = jnp.pad(text.log_lik, ((0, 0), (0, 1)))
+        early = jnp.broadcast_to(jnp.pad(text.early_log_lik, (0, 1)), strings.shape)
+        return objective.advantages(Signal(boundaries, hidden, log_lik, early, scored, scored))[:, 1:]
+
+    return jax.lax.map(one, (logits, behaviour, tables, values))
 
 
+def given_critic() -> Critic:
+    """A critic that expects what the states of width 1 say."""
+    return eqx.tree_at(lambda critic: critic.weight, Critic(1), jnp.ones(1))
+
+
+@eqx.filter_jit
 def disarm_moments(
     logits: Float[Array, "texts decisions"], strings: Bool[Array, "strings length"], tables: Tables
 ) -> Moments:
@@ -192,6 +215,7 @@ def disarm_moments(
     return _as_loss(mean, second, 1.0, decisions)
 
 
+@eqx.filter_jit
 def relaxed_moments(
     logits: Float[Array, "texts decisions"],
     strings: Bool[Array, "strings length"],
@@ -226,15 +250,22 @@ def relaxed_moments(
     return _as_loss(mean, both + jax.vmap(jnp.diag)(own), 1.0, logits.shape[1])
 
 
-def pathwise_moments(
-    logits: Float[Array, "texts decisions"], strings: Bool[Array, "strings length"], tables: Tables, likelier: bool
+@eqx.filter_jit
+def moments_of(
+    samples: Float[Array, "texts strings decisions"],
+    logits: Float[Array, "texts decisions"],
+    strings: Bool[Array, "strings length"],
 ) -> Moments:
-    """The derivative through the probabilities alone, as in dynamic chunking: of drawn strings, or of the likelier one."""
-    probs = jax.nn.sigmoid(logits)
-    prob = string_probs(jnp.where(probs > 0.5, 40.0, -40.0) if likelier else logits, strings)
-    sample = tables.by_probs * (probs * (1.0 - probs))[:, None]
-    mean = jnp.einsum("ts,tsd->td", prob, sample)
-    return _as_loss(mean, jnp.einsum("ts,tsd,tse->tde", prob, sample, sample), 1.0, logits.shape[1])
+    """An estimator that is `samples`, gradients of summed log-likelihoods, of strings drawn with `logits`."""
+    prob = string_probs(logits, strings)
+    mean = jnp.einsum("ts,tsd->td", prob, samples)
+    return _as_loss(mean, jnp.einsum("ts,tsd,tse->tde", prob, samples, samples), 1.0, logits.shape[1])
+
+
+def pathwise(logits: Float[Array, "texts decisions"], tables: Tables) -> Float[Array, "texts strings decisions"]:
+    """The derivative of each string's summed log-likelihood through the probabilities alone, as in dynamic chunking."""
+    probs = jax.nn.sigmoid(logits)[:, None]
+    return tables.by_probs * probs * (1.0 - probs)
 
 
 def _as_loss(

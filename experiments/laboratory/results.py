@@ -1,59 +1,194 @@
-"""What the laboratory finds."""
+"""What the laboratory finds: numbers of one model, and their intervals over models."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from experiments.laboratory.intervals import Interval, geometric_interval, mean_interval, ratio_interval
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An estimator against the exact gradient g of the loss it is meant to descend, at one set of logits.
+    """An estimator against the gradient g of one objective, on one model.
 
     `bias`: |E[ĝ] - g| / |g|; `scale`: the factor c that makes c·g nearest to E[ĝ]; `cosine` between the two; `variance` of one
-    sample, trace over texts and decisions, relative to that of the paper's estimator; `snr`: |E[ĝ]|² / variance; `cost`:
-    forward passes of the token level and what follows it per encoder pass; `snr_per_cost` the ratio of the last two.
+    sample, trace over texts and decisions, relative to that of the paper's estimator on the same model; `snr`:
+    |E[ĝ]|² / variance; `gain`: the part of the SNR that points along g, cosine² · snr with the cosine's sign, for each pass of
+    the token level and what follows it (`cost`), relative to that of the paper's estimator on the same model. The last three
+    are NaN for an estimator without noise.
     """
 
     name: str
     model: str
+    objective: str
     bias: float
     scale: float
     cosine: float
     variance: float
     snr: float
+    gain: float
     cost: float
-    snr_per_cost: float
+
+
+@dataclass(frozen=True)
+class FindingSummary:
+    """The same over models: means, of `variance` and `snr` geometric ones."""
+
+    name: str
+    model: str
+    objective: str
+    bias: Interval
+    scale: Interval
+    cosine: Interval
+    variance: Interval
+    snr: Interval
+    gain: Interval
+    cost: float
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Where one estimator went: the expected loss over time in nats per byte, price included, averaged over texts.
+    """Where one estimator led on one model: a loss over time in nats per byte, price included, averaged over texts (and over
+    paths, where there is noise).
 
-    `start` and `end` are its first and last values, `best` the loss of the best string of each text, found by trying all,
-    `likelier` that of the string of likelier actions at the end; `rate` the expected rate there. `closed` is the share of
-    the way from the start to the best that the likelier string has gone: 1 for the best policy, below 0 for one worse than
-    the start.
+    The loss is that of the flow's `objective`: the expected loss of drawn boundaries, or the loss of greedy ones. `start` and
+    `end` are its first and last values, `best` the loss of the best string of each text, found by trying all, `greedy` that of
+    the string of likelier actions at the end, taken for certain; `rate` the rate there. `closed` is the share of the way
+    from the start to the best that the greedy string has gone: 1 for the best policy, below 0 for one worse than the start.
     """
 
     name: str
     model: str
+    objective: str
     times: tuple[float, ...]
     losses: tuple[float, ...]
     start: float
     end: float
-    likelier: float
+    greedy: float
     best: float
     rate: float
     closed: float
 
 
 @dataclass(frozen=True)
+class FlowSummary:
+    """The same over models. `lead`: how much more of the way was closed than by the flow of `against`, model by model."""
+
+    name: str
+    model: str
+    objective: str
+    start: Interval
+    end: Interval
+    greedy: Interval
+    best: Interval
+    rate: Interval
+    closed: Interval
+    against: str
+    lead: Interval
+
+
+@dataclass(frozen=True)
 class Noise:
-    """Of one set of variance reductions: the variance of the gradient of the policy's weights for one batch (trace),
-    relative to the paper's; the signal-to-noise ratio |mean|² / variance of a step; and the same per unit of training
-    FLOPs, relative to the paper's."""
+    """Of one set of variance reductions, for one model of ordinary size and one batch: the variance of the gradient of the
+    policy's weights (trace); what is left of its squared mean without what noise adds to it, `signal`, which can come out
+    below 0; and the `flops` of a training step relative to one draw."""
 
     name: str
     variance: float
-    snr: float
-    snr_per_flop: float
+    signal: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class NoiseSummary:
+    """The same over models. `variance`: relative to the paper's, model by model (geometric mean); `snr`: signal / variance of
+    a step; `gain`: the SNR for each FLOP relative to the paper's, None where the paper's could be 0."""
+
+    name: str
+    variance: Interval
+    snr: Interval
+    gain: Interval | None
+
+
+def over_sets(findings: Sequence[Finding]) -> Finding:
+    """One estimator on several sets of texts of one model: means, of `variance` and `snr` geometric ones."""
+    first, count = findings[0], len(findings)
+
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(values) / count
+
+    def geometric(values: Sequence[float]) -> float:
+        return math.exp(mean([math.log(value) for value in values])) if min(values) > 0.0 else math.nan
+
+    return Finding(
+        first.name,
+        first.model,
+        first.objective,
+        mean([one.bias for one in findings]),
+        mean([one.scale for one in findings]),
+        mean([one.cosine for one in findings]),
+        geometric([one.variance for one in findings]),
+        geometric([one.snr for one in findings]),
+        mean([one.gain for one in findings]),
+        first.cost,
+    )
+
+
+def summarise_findings(models: Sequence[Sequence[Finding]]) -> list[FindingSummary]:
+    """One summary for each estimator, from the findings of each model in the same order."""
+    return [
+        FindingSummary(
+            of[0].name,
+            of[0].model,
+            of[0].objective,
+            mean_interval([one.bias for one in of]),
+            mean_interval([one.scale for one in of]),
+            mean_interval([one.cosine for one in of]),
+            geometric_interval([one.variance for one in of]),
+            geometric_interval([one.snr for one in of]),
+            mean_interval([one.gain for one in of]),
+            of[0].cost,
+        )
+        for of in zip(*models, strict=True)
+    ]
+
+
+def summarise_flows(models: Sequence[Sequence[Flow]], against: Sequence[int]) -> list[FlowSummary]:
+    """One summary for each flow, from the flows of each model in the same order; `against` has the number of the flow that
+    each is compared with."""
+    summaries = []
+    for of, number in zip(zip(*models, strict=True), against, strict=True):
+        other = [flows[number] for flows in models]
+        summaries.append(
+            FlowSummary(
+                of[0].name,
+                of[0].model,
+                of[0].objective,
+                *(
+                    mean_interval([getattr(one, field) for one in of])
+                    for field in ("start", "end", "greedy", "best", "rate", "closed")
+                ),
+                against=other[0].name,
+                lead=mean_interval([mine.closed - its.closed for mine, its in zip(of, other, strict=True)]),
+            )
+        )
+    return summaries
+
+
+def summarise_noise(models: Sequence[Sequence[Noise]]) -> list[NoiseSummary]:
+    """One summary for each set of reductions, from those of each model in the same order, the paper's first."""
+    papers = [noises[0] for noises in models]
+    return [
+        NoiseSummary(
+            of[0].name,
+            geometric_interval([one.variance / paper.variance for one, paper in zip(of, papers, strict=True)]),
+            mean_interval([one.signal / one.variance for one in of]),
+            ratio_interval(
+                [one.signal / one.variance / one.flops for one in of],
+                [paper.signal / paper.variance / paper.flops for paper in papers],
+            ),
+        )
+        for of in zip(*models, strict=True)
+    ]

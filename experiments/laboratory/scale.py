@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Iterator, Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from data import open_batches
 from estimators import (
@@ -58,61 +59,91 @@ def reduction_sets(dim: int, critic: Critic) -> dict[str, tuple[tuple[AbstractRe
     }
 
 
-def noise(config: RunConfig, *, steps: int, draws: int, key: PRNGKeyArray) -> list[Noise]:
-    """Train `steps` steps as `config` says, then draw boundaries `draws` times for one batch and compare.
+def noise(
+    config: RunConfig, *, after: Sequence[int], draws: int, models: int, names: Collection[str] | None = None
+) -> dict[int, list[list[Noise]]]:
+    """Train `models` models of different seeds as `config` says; after so many steps draw boundaries `draws` times for one
+    batch and compare the reductions (those of `names`, or all): for each number of steps and each model, in that order.
 
     `draws` is a multiple of 4. The critic is the least-squares one on the draws of another batch.
     """
-    model, batches = _trained(config, steps, key)
-    here, there = batches
-    signals = _signals(model, here, draws, jax.random.fold_in(key, 1))
-    critic = _fitted(config.unet.widths[0], _signals(model, there, 4, jax.random.fold_in(key, 2)))
+    found: dict[int, list[list[Noise]]] = {steps: [] for steps in after}
+    train = _Training(config, max(after, default=0))
+    for number in range(models):
+        for steps, model, (here, there) in train.stops(config.seed + number, sorted(found)):
+            key = jax.random.fold_in(jax.random.key(config.seed + number), steps)
+            signals = _signals(model, here, jax.random.split(jax.random.fold_in(key, 1), draws))
+            other = _signals(model, there, jax.random.split(jax.random.fold_in(key, 2), 4))
+            sets = reduction_sets(config.unet.widths[0], _fitted(config.unet.widths[0], other))
+            chosen = {name: of for name, of in sets.items() if names is None or name in names}
+            found[steps].append(_compared(config, model, signals, here, chosen))
+    return found
+
+
+def _compared(
+    config: RunConfig,
+    model: UNet,
+    signals: Signal,
+    bytes: Int[Array, "batch length"],
+    sets: dict[str, tuple[tuple[AbstractReduction, ...], int]],
+) -> list[Noise]:
     router = model.stage.estimators[0].router
     assert isinstance(router, WindowedPolicy)
     once = matrix_flops(model, rate=config.rate).total
-    found: dict[str, tuple[float, float, float]] = {}
-    for name, (reductions, samples) in reduction_sets(config.unet.widths[0], critic).items():
+    found = []
+    for name, (reductions, samples) in sets.items():
         objective = ScoreFunctionObjective(reductions, config.rate)
-        gradients = _gradients(objective, router, signals, here, samples)
-        mean = jnp.mean(gradients, axis=0)
+        gradients = _gradients(objective, router, signals, bytes, samples)
         variance = float(jnp.sum(jnp.var(gradients, axis=0, ddof=1)))
         # The mean of few draws is itself noisy: what noise adds to its square is taken off.
-        signal = float(jnp.sum(mean**2)) - variance / len(gradients)
+        signal = float(jnp.sum(jnp.mean(gradients, axis=0) ** 2)) - variance / len(gradients)
         flops = matrix_flops(model, rate=config.rate, samples=samples).total / once
-        found[name] = variance, signal / variance, signal / variance / flops
-    paper = next(iter(found.values()))
-    return [
-        Noise(name, variance / paper[0], snr, per_flop / paper[2]) for name, (variance, snr, per_flop) in found.items()
-    ]
+        found.append(Noise(name, variance, signal, flops))
+    return found
 
 
-def _trained(config: RunConfig, steps: int, key: PRNGKeyArray) -> tuple[UNet, list[Int[Array, "batch length"]]]:
-    """The model after `steps` steps, and the two batches that come next."""
-    config = dataclasses.replace(config, steps=max(steps, 1))
-    key_estimator, key_model, key_steps = jax.random.split(key, 3)
-    model = UNet(config.unet, build_estimators(config, key_estimator), key=key_model)
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    # A constant learning rate: this is the beginning of a longer run.
-    settings = dataclasses.replace(config.optimizer, final_fraction=1.0, warmup_bytes=config.bytes_per_step)
-    optimizer = make_optimizer(dataclasses.replace(config, optimizer=settings, steps=max(steps, 2)))
-    capacity = config.length
-    step = compiled(make_step(config, static, optimizer, capacities=((capacity,),)))
-    state = jax.tree.map(jnp.copy, fresh_state(params, optimizer))
-    batches = open_batches(load_split(config), batch=config.batch, seed=config.seed)
-    for number in range(steps):
-        batch = next(batches)
-        arrays = {"bytes": batch["bytes"], "segments": batch["segments"], "mask": batch["mask"]}
-        state, _ = step(state, jax.tree.map(jnp.asarray, arrays), jax.random.fold_in(key_steps, number))
-    following = [jnp.asarray(next(batches)["bytes"], jnp.int32) for _ in range(2)]
-    batches.close()
-    return eqx.combine(state.params, static), following
+class _Training:
+    """Runs of different seeds that share one compiled step, for up to `steps` steps."""
+
+    def __init__(self, config: RunConfig, steps: int):
+        # A constant learning rate: this is the beginning of a longer run.
+        settings = dataclasses.replace(config.optimizer, final_fraction=1.0, warmup_bytes=config.bytes_per_step)
+        self.config = dataclasses.replace(config, optimizer=settings, steps=max(steps, 2))
+        self.split = load_split(self.config)
+        self.optimizer = make_optimizer(self.config)
+        self.static = eqx.partition(self._model(0)[0], eqx.is_inexact_array)[1]
+        step = make_step(self.config, self.static, self.optimizer, capacities=((config.length,),))
+        self.step = compiled(step)
+
+    def _model(self, seed: int) -> tuple[UNet, PRNGKeyArray]:
+        """A fresh model, and the key of its steps."""
+        key_estimator, key_model, key_steps = jax.random.split(jax.random.key(seed), 3)
+        return UNet(self.config.unet, build_estimators(self.config, key_estimator), key=key_model), key_steps
+
+    def stops(
+        self, seed: int, after: Sequence[int]
+    ) -> Iterator[tuple[int, UNet, tuple[Int[Array, "batch length"], Int[Array, "batch length"]]]]:
+        """The model after each number of steps, rising, and two batches that it is not trained on."""
+        model, key = self._model(seed)
+        state = jax.tree.map(jnp.copy, fresh_state(eqx.partition(model, eqx.is_inexact_array)[0], self.optimizer))
+        batches = open_batches(self.split, batch=self.config.batch, seed=seed)
+        here, there = (jnp.asarray(next(batches)["bytes"], jnp.int32) for _ in range(2))
+        done = 0
+        for stop in after:
+            for number in range(done, stop):
+                batch = next(batches)
+                arrays = {"bytes": batch["bytes"], "segments": batch["segments"], "mask": batch["mask"]}
+                state, _ = self.step(state, jax.tree.map(jnp.asarray, arrays), jax.random.fold_in(key, number))
+            done = stop
+            yield stop, eqx.combine(state.params, self.static), (here, there)
+        batches.close()
 
 
-def _signals(model: UNet, bytes: Int[Array, "batch length"], draws: int, key: PRNGKeyArray) -> Signal:
-    """What the objective sees in each of so many draws, stacked."""
+@eqx.filter_jit
+def _signals(model: UNet, bytes: Int[Array, "batch length"], keys: Key[Array, " draws"]) -> Signal:
+    """What the objective sees in each draw, stacked."""
     scored = continues(plain_layout(bytes))
 
-    @eqx.filter_jit
     def one(key: PRNGKeyArray) -> Signal:
         prediction = model(bytes, key=key, training=True)
         level = prediction.levels[0]
@@ -120,10 +151,10 @@ def _signals(model: UNet, bytes: Int[Array, "batch length"], draws: int, key: PR
         log_lik, early = (next_byte_log_lik(logits, bytes) for logits in (prediction.logits, prediction.early_logits))
         return Signal(level.boundaries, level.hidden, log_lik, early, scored, scored)
 
-    signals = [one(k) for k in jax.random.split(key, draws)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *signals)
+    return jax.lax.map(one, keys)
 
 
+@eqx.filter_jit
 def _gradients(
     objective: ScoreFunctionObjective,
     router: WindowedPolicy,

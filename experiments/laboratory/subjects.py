@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,6 +24,7 @@ from estimators import (
     Layout,
     ScoreFunctionObjective,
 )
+from experiments.config import ConfigError
 from unet import UNet, UNetConfig, next_byte_log_lik
 
 SHAPE = UNetConfig(dim=32, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=8)
@@ -80,39 +82,66 @@ class Tables(eqx.Module):
 
 
 def train_subject(
-    split: Split, chunker: AbstractChunker, *, texts: int, length: int, steps: int, key: PRNGKeyArray
-) -> Subject:
-    """A model trained for `steps` steps of 64 texts under boundaries that follow nothing, so that it knows what to do with
-    any string; then texts that it has not seen.
+    split: Split, chunker: AbstractChunker, *, length: int, optimizer: Optimizer, seed: int, key: PRNGKeyArray
+) -> UNet:
+    """A model trained for `optimizer.steps` steps of 64 texts under boundaries that follow nothing, so that it knows what to
+    do with any string.
 
     Logits are drawn anew for every step, around the logit of `RATE` and wide enough that a chunker which reads probabilities
-    meets all kinds of them.
+    meets all kinds of them. `seed` orders the texts. Models of one `optimizer` share one compiled step.
     """
     objective = ScoreFunctionObjective((EarlyExit(),), RATE, policy_weight=0.0, rate_weight=0.0)
     estimator = Estimator(TabularRouter(jnp.zeros((64, length))), chunker, objective)
     model = UNet(SHAPE, estimator, key=jax.random.fold_in(key, 0))
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-
-    @eqx.filter_jit
-    def step(model: UNet, state: optax.OptState, bytes: Int[Array, "batch length"], key: PRNGKeyArray):
-        key_logits, key_draw = jax.random.split(key)
-        logits = jax.scipy.special.logit(RATE) + 2.0 * jax.random.normal(key_logits, bytes.shape)
-
-        def loss(model: UNet) -> Float[Array, ""]:
-            return with_logits(model, logits).loss(bytes, key=key_draw).loss
-
-        gradient = eqx.filter_grad(loss)(model)
-        updates, state = optimizer.update(gradient, state)
-        return eqx.apply_updates(model, updates), state
-
-    batches = open_batches(split, batch=64, seed=0)
-    state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
-    for number in range(steps):
+    batches = open_batches(split, batch=64, seed=seed)
+    state = optimizer.rule.init(eqx.filter(model, eqx.is_inexact_array))
+    for number in range(optimizer.steps):
         bytes = jnp.asarray(next(batches)["bytes"], jnp.int32)
-        model, state = step(model, state, bytes, jax.random.fold_in(key, number + 1))
+        model, state = _train_step(model, state, bytes, jax.random.fold_in(key, number + 1), optimizer.rule)
     batches.close()
-    held_out = np.stack([row["bytes"] for row in split.held_out_rows(16 * texts * length) if row["mask"].all()])
-    return Subject(model, jnp.asarray(held_out[:texts], jnp.int32))
+    return model
+
+
+class Optimizer(NamedTuple):
+    """Adam with a learning rate that falls to 0 over so many steps."""
+
+    steps: int
+    rule: optax.GradientTransformation
+
+
+def make_optimizer(steps: int) -> Optimizer:
+    """For all models that are to be trained alike."""
+    return Optimizer(steps, optax.adam(optax.cosine_decay_schedule(3e-3, steps)))
+
+
+@eqx.filter_jit
+def _train_step(
+    model: UNet,
+    state: optax.OptState,
+    bytes: Int[Array, "batch length"],
+    key: PRNGKeyArray,
+    rule: optax.GradientTransformation,
+) -> tuple[UNet, optax.OptState]:
+    key_logits, key_draw = jax.random.split(key)
+    logits = jax.scipy.special.logit(RATE) + 2.0 * jax.random.normal(key_logits, bytes.shape)
+
+    def loss(model: UNet) -> Float[Array, ""]:
+        return with_logits(model, logits).loss(bytes, key=key_draw).loss
+
+    updates, state = rule.update(eqx.filter_grad(loss)(model), state)
+    return eqx.apply_updates(model, updates), state
+
+
+def held_out_texts(split: Split, *, count: int, length: int) -> Int[Array, "count length"]:
+    """So many different texts that no model has seen. Raises `ConfigError` where there are fewer."""
+    rows = split.held_out_rows(16 * count * length)
+    whole = np.unique(np.stack([row["bytes"] for row in rows if row["mask"].all()]), axis=0)
+    if len(whole) < count:
+        raise ConfigError(
+            f"--dataset holds out {len(whole)} different texts of {length} bytes, and --models, --sets and --texts ask for "
+            f"{count}: ask for fewer, or name a larger data set"
+        )
+    return jnp.asarray(np.random.default_rng(0).permutation(whole)[:count], jnp.int32)
 
 
 def with_logits(
