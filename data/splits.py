@@ -24,7 +24,7 @@ def named_split(path: str) -> SplitName | None:
     them that is one; the innermost part of the path that names a split decides.
     """
     for part in reversed(PurePosixPath(path).parts):
-        for word in re.split(r"[^a-z]+", part.lower()):
+        for word in re.split(r"[^a-z]+", re.sub(r"held[-_ .]?out", "heldout", part.lower())):
             for name, words in _WORDS.items():
                 if word in words:
                     return name

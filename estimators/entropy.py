@@ -231,7 +231,7 @@ def find_threshold(
     if rate_at(low) < rate:
         raise ValueError(
             f"no threshold on entropy draws boundaries at {rate} of all bytes: the lowest draws them at {rate_at(low):.3f}; "
-            "ask for a smaller increase"
+            "ask for a lower rate, or with the combined rule for a smaller increase"
         )
     while high - low > 1e-6:
         middle = 0.5 * (low + high)

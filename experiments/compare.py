@@ -214,8 +214,10 @@ def _last_line(job: Job, logs: Path) -> str:
 def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     """Do the runs and write the comparison. Returns 0, or 1 where a run failed."""
     runs = runs_of(config, common)
-    elsewhere = of_tables(config.tables, runs)
-    runs = without(runs, elsewhere)
+    byte_models = [run for run in runs if run.folder.name == BYTE_MODEL_RUN]
+    compared = runs[len(byte_models) :]
+    elsewhere = of_tables(config.tables, compared)
+    runs = [*byte_models, *without(compared, elsewhere)]
     config.out.mkdir(parents=True, exist_ok=True)
     logs = config.out / LOGS
     logs.mkdir(exist_ok=True)

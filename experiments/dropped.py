@@ -20,26 +20,35 @@ class DroppedBoundaries:
         self._drawn, self._dropped, self._steps = [0.0] * levels, [0.0] * levels, 0
 
     @classmethod
-    def of(cls, records: Iterable[Record], levels: int) -> DroppedBoundaries:
-        """Those of the training steps among some lines of `metrics.jsonl`."""
+    def so_far(cls, records: Iterable[Record], levels: int) -> DroppedBoundaries:
+        """The counts that the last line of `metrics.jsonl` with a `record` has: those of a run that goes on."""
         counted = cls(levels)
         for record in records:
-            counted.add(record)
+            if isinstance(step := record.get("step"), int) and f"{_prefix(levels - 1)}drawn_so_far" in record:
+                counted._steps = step
+                counted._drawn = [float(record[f"{_prefix(level)}drawn_so_far"] or 0.0) for level in range(levels)]
+                counted._dropped = [float(record[f"{_prefix(level)}dropped_so_far"] or 0.0) for level in range(levels)]
         return counted
 
     def add(self, record: Record) -> None:
-        """Count a step; a line that is none, such as that of a validation, counts nothing. A step's boundaries are in units of
-        its bytes."""
+        """Count the boundaries of a step, in units of its bytes."""
         around = 1.0
         for level in range(len(self._drawn)):
-            prefix = "" if level == 0 else f"level{level}_"
-            rate, overflow = record.get(f"{prefix}rate"), record.get(f"{prefix}overflow")
-            if not isinstance(rate, float) or not isinstance(overflow, float):
-                return
+            rate, overflow = record[f"{_prefix(level)}rate"], record[f"{_prefix(level)}overflow"]
+            assert isinstance(rate, float)
+            assert isinstance(overflow, float)
             self._drawn[level] += around * (rate + overflow)
             self._dropped[level] += around * overflow
             around *= rate
         self._steps += 1
+
+    @property
+    def record(self) -> dict[str, float | int | None]:
+        """The counts over all steps so far, for a line of `metrics.jsonl`, which need not have a line for every step."""
+        counts: dict[str, float | int | None] = {}
+        for level, (drawn, dropped) in enumerate(zip(self._drawn, self._dropped, strict=True)):
+            counts |= {f"{_prefix(level)}drawn_so_far": drawn, f"{_prefix(level)}dropped_so_far": dropped}
+        return counts
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -62,3 +71,8 @@ class DroppedBoundaries:
     def early_warning(self) -> str | None:
         """The same while training goes on, once there have been a few steps."""
         return self.warning if self._steps >= FIRST_STEPS else None
+
+
+def _prefix(level: int) -> str:
+    """Of the names of what a line says of a level."""
+    return "" if level == 0 else f"level{level}_"

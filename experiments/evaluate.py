@@ -71,10 +71,10 @@ class Validation:
 
     Everything but two figures is judged on the boundaries that generation draws. Most estimators are trained on the same:
     policies sampled in both (`sfe` and its kin, `gumbel`, `uniform`), `hnet` with its likelier actions in both, and rules
-    (`entropy`, `bpe`, `stride`, `whitespace`, `spacelike`, `isotropic`), which leave no choice. Where another router draws in
-    training (`AbstractTaught`: the guide of `bpe-distilled`, the behaviour policy of `sfe-offpolicy`) the model is judged on
-    three kinds of boundaries at its first level: `bpb` is under the router's own, sampled; `bpb_greedy` under its own likelier
-    ones; `bpb_as_trained` under those of the other router, as in training. Both are NaN elsewhere."""
+    (`entropy`, `bpe`, `stride`, `characters` and the others), which leave no choice. Where another router draws in training
+    (`AbstractTaught`: the guide of `bpe-distilled`, the behaviour policy of `sfe-offpolicy`) the model is judged on three
+    kinds of boundaries at its first level: `bpb` is under the router's own, sampled; `bpb_greedy` under its own likelier ones;
+    `bpb_as_trained` under those of the other router, as in training. Both are NaN elsewhere."""
 
     bpb: float
     early_bpb: float

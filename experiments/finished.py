@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -68,14 +69,19 @@ def of_tables(paths: Sequence[Path], runs: Sequence[RunConfig]) -> list[Finished
             key = run.config.estimator, run.seed
             if key not in asked or key in found:
                 continue
-            # Files are where each comparison has them, and how many cores a run had moves its curve by rounding alone.
-            if changed := differing(run.config, asked[key], may_differ=("devices", "entropy")):
+            # How many cores a run had moves its curve by rounding alone.
+            if changed := differing(_elsewhere(run.config), _elsewhere(asked[key]), may_differ=("devices",)):
                 raise ConfigError(
                     f"{path} has {key[0]} of seed {key[1]} with other settings for {', '.join(changed)}: leave the table out, or "
                     "ask for those settings"
                 )
             found[key] = run
     return list(found.values())
+
+
+def _elsewhere(run: RunConfig) -> RunConfig:
+    """The settings without the place where a comparison has its byte model."""
+    return dataclasses.replace(run, entropy=dataclasses.replace(run.entropy, model=None))
 
 
 def _read_table(path: Path) -> list[FinishedRun]:

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from data import BOS, Batch, Split, open_batches
+from data import BOS, Batch, Batches, Split, open_batches
 from estimators import Layout
 from estimators.bpe import PrefixTree, find_size, train_vocabulary
 from estimators.entropy import find_threshold, next_byte_entropy
@@ -97,34 +97,47 @@ def notes(config: RunConfig, found: Found) -> list[str]:
     vocabulary = found.vocabulary
     if vocabulary is None:
         return []
+    measured_on = "other" if vocabulary.apart else "the same"
     return [
         f"{len(vocabulary.tokens):,} byte-pair tokens, learned from {vocabulary.learned_from / 1e6:.2f} MB of training text, "
-        f"begin at {vocabulary.rate:.4f} of the bytes of other training text: no vocabulary of up to {config.bpe.vocabulary:,} "
-        f"tokens of that text comes nearer to --rate {config.rate:g} (--bpe.vocabulary, --bpe.text-bytes)"
+        f"begin at {vocabulary.rate:.4f} of the bytes of {measured_on} training text: no vocabulary of up to "
+        f"{config.bpe.vocabulary:,} tokens of that text comes nearer to --rate {config.rate:g} (--bpe.vocabulary, "
+        "--bpe.text-bytes)"
     ]
 
 
 def _find_vocabulary(config: RunConfig, split: Split) -> Vocabulary:
     """As many tokens as come nearest to the rate asked for.
 
-    Of the text that they may see, the first rows are kept from them: words that were learned are read in fewer tokens than
-    others, so that a rate measured on them would be too low. A run of one step measures it on what it learns from.
+    Of the text that they may see, one epoch at most, the first rows are kept from them: words that were learned are read in
+    fewer tokens than others, so that a rate measured on them would be too low. Text of a single batch serves for both.
     """
-    with contextlib.closing(_batches(config, split, config.bpe.text_bytes)) as batches:
-        total = _batch_count(config, config.bpe.text_bytes)
-        aside = list(itertools.islice(batches, min(_batch_count(config, RATE_BYTES), max(1, int(RATE_SHARE * total)))))
-        read = 0
+    most = _batch_count(config, config.bpe.text_bytes)
+    most_aside = min(_batch_count(config, RATE_BYTES), max(1, int(RATE_SHARE * most)))
+    with contextlib.closing(open_batches(split, batch=config.batch, seed=config.seed)) as batches:
+        aside = [next(batches)]
+        while len(aside) < most_aside and batches.epochs < RATE_SHARE:
+            aside.append(next(batches))
+        apart, read = len(aside) < most and batches.epochs < 1.0, 0
 
         def texts() -> Iterator[bytes]:
             nonlocal read
-            for text in _texts(batches if total > len(aside) else aside):
+            for text in _texts(_rest_of_epoch(batches, most - len(aside)) if apart else aside):
                 read += len(text)
                 yield text
 
         tokens = train_vocabulary(texts(), config.bpe.vocabulary)
     layout = jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(_layout_of, aside))
     found = find_size(PrefixTree(tokens), layout, config.rate)
-    return Vocabulary(tuple(tokens[: found.size]), found.rate, read)
+    return Vocabulary(tuple(tokens[: found.size]), found.rate, read, apart)
+
+
+def _rest_of_epoch(batches: Batches, most: int) -> Iterator[Batch]:
+    """The following batches, `most` of them, as long as they show text that has not been seen."""
+    for batch in itertools.islice(batches, most):
+        yield batch
+        if batches.epochs >= 1.0:
+            return
 
 
 def _read_vocabulary(path: Path) -> Vocabulary:
@@ -132,7 +145,7 @@ def _read_vocabulary(path: Path) -> Vocabulary:
     try:
         kept = json.loads(path.read_text())
         tokens = tuple(word.encode("latin-1") for word in kept["tokens"])
-        return Vocabulary(tokens, float(kept["rate"]), int(kept["learned_from"]))
+        return Vocabulary(tokens, float(kept["rate"]), int(kept["learned_from"]), bool(kept["apart"]))
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is not a vocabulary ({error})") from None
 

@@ -62,12 +62,13 @@ class ByteModel:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a byte-pair encoding, single bytes first; the `rate` at which they begin in training text that they were
-    not learned from, a share of bytes; and how many bytes of training text they were `learned_from`."""
+    """The tokens of a byte-pair encoding, single bytes first; the `rate` at which they begin in training text, a share of bytes;
+    how many bytes of training text they were `learned_from`; and whether the rate was measured `apart` from these."""
 
     tokens: tuple[bytes, ...]
     rate: float
     learned_from: int
+    apart: bool = True
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     started, seconds_before = time.perf_counter(), progress.seconds
     speed = Speedometer(config.bytes_per_step)
     validation: Validation | None = None
-    dropped, warned = DroppedBoundaries(len(routers)), False
+    dropped, warned = DroppedBoundaries.so_far(read_metrics(folder), len(routers)), False
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
@@ -205,7 +205,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
                     warned = True
                 _refuse_non_finite(record, folder)
                 if done % config.log_every == 0 or done == total:
-                    log.write({**record, "seconds": round(seconds(), 3)})
+                    log.write({**record, **dropped.record, "seconds": round(seconds(), 3)})
                 display.progress(done, record, speed.bytes_per_second)
                 for note in data_notes.after(done, total, batches):
                     display.note(note)
@@ -238,7 +238,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
         steps=done,
         seconds=seconds(),
         bytes_per_second=speed.bytes_per_second,
-        dropped=DroppedBoundaries.of(read_metrics(folder), len(routers)),
+        dropped=dropped,
         parameters=parameters,
         epochs=latest(folder, EPOCHS),
         shown=latest(folder, SHOWN),

@@ -219,6 +219,25 @@ def test_runs_made_elsewhere_count_as_if_made_here(finished, launched, corpus, t
         of_tables([finished / "nothing.json"], runs)
 
 
+def test_runs_made_elsewhere_are_told_from_those_of_a_byte_model(finished, launched, corpus, tmp_path):
+    """A comparison with entropy trains an isotropic model of its own, which is no run of the table's."""
+    values = json.loads((finished / "table.json").read_text())
+    uniform, sfe = (method["runs"][0] for method in values["methods"])
+    uniform["config"]["estimator"] = "isotropic"
+    sfe["config"]["estimator"] = "entropy"
+    sfe["config"]["entropy"] |= {"model": "elsewhere/byte-model", "rule": "rise"}
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"methods": [{"runs": [uniform]}]}))
+    common = ("--seeds", "0", "--tables", path, "--dataset", corpus, "--jobs", "2", *SMALL)
+    assert start("--estimators", "entropy", "isotropic", *common, "--out", tmp_path / "out") == 0
+    assert launched == ["byte-model", "entropy-0"]
+    path.write_text(json.dumps({"methods": [{"runs": [sfe]}]}))
+    assert start("--estimators", "entropy", *common, "--out", tmp_path / "out") == 2
+    launched.clear()
+    assert start("--estimators", "entropy", *common, "--out", tmp_path / "new", "--entropy.rule", "rise") == 0
+    assert launched == ["byte-model"]
+
+
 def test_flops_count_up_to_a_validation_between_records(finished, tmp_path):
     """300 bytes of training are logged, at a rate of 1 / 2; the last 100 bytes only as a validation, at 1 / 4."""
     folder = tmp_path / "run"

@@ -329,6 +329,8 @@ def test_validation_on_less_than_was_asked_for_is_said():
         ("valid/0.jsonl", "validation"),
         ("en/dev/part1.json", "validation"),
         ("data/my_val.parquet", "validation"),
+        ("held-out.jsonl", "validation"),
+        ("held_out/a.parquet", "validation"),
         ("Test/a.parquet", "test"),
         ("data/train-0.parquet", "training"),
         ("test/train-0.parquet", "training"),

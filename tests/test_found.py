@@ -10,8 +10,10 @@ import safetensors.numpy
 
 from experiments.config import ConfigError
 from experiments.folder import read_config
-from experiments.found import read_byte_model, read_found
+from experiments.found import find, read_byte_model, read_found
 from experiments.registry import build_estimator
+from experiments.run import parse
+from experiments.train import load_split
 from tests.test_run import SMALL, curve, interrupt_at, start, summary
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
@@ -133,3 +135,19 @@ def test_a_configuration_goes_out_and_comes_back(byte_run):
     assert dataclasses.replace(config) == config
     assert config.out == byte_run
     assert config.model == "tiny"
+
+
+def test_a_vocabulary_learns_from_one_epoch_and_not_from_what_its_rate_is_measured_on(corpus):
+    """A long run goes through few texts again and again."""
+    given = ("--estimator", "bpe", "--rate", "0.4", "--bpe.vocabulary", "300", "--dataset", str(corpus), "--batch", "8")
+    config = parse(
+        [*given, *("--length", "64", "--steps", "400", "--data.protocol", "pack", "--evaluation.bytes", "64")]
+    )
+    text = sum(len(json.loads(line)["text"]) for line in corpus.read_text().splitlines())
+    vocabulary = find(config, load_split(config)).vocabulary
+    assert vocabulary is not None
+    assert vocabulary.apart
+    assert 0.5 * text < vocabulary.learned_from < text
+    short = find(dataclasses.replace(config, steps=1), load_split(config)).vocabulary
+    assert short is not None
+    assert not short.apart

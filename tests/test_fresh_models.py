@@ -184,3 +184,11 @@ def test_a_setting_of_another_version_is_named():
     values["pool"]["vectors"] = 2
     with pytest.raises(ConfigError, match="PoolConfig has no setting vectors"):
         from_json(json.dumps(values), "old/config.json")
+
+
+@pytest.mark.parametrize("heads", [0, -1])
+def test_attention_to_tokens_needs_heads(heads):
+    with pytest.raises(ValueError, match="a width that its heads divide"):
+        dataclasses.replace(
+            NESTED, layout='["m1", ["m1", ["T1"], "m1"], "m1"]', heads=(heads, heads, 2), attend="every"
+        )

@@ -155,7 +155,7 @@ class HNetConfig(AbstractShape):
             raise ValueError(f"attend {self.attend}: {self.layout} has no tokens to attend to")
         for stage in range(networks.depth):
             inside = _at(networks, stage)
-            if not inside.decoder or self.dims[stage] % self.heads[stage]:
+            if not inside.decoder or self.heads[stage] < 1 or self.dims[stage] % self.heads[stage]:
                 raise ValueError(
                     f"stage {stage}: to attend to tokens a decoder needs a layer, and a width that its heads divide; got "
                     f"{len(inside.decoder)} layers, {self.heads[stage]} heads and a width of {self.dims[stage]}"

@@ -1,6 +1,7 @@
 """Embeddings of the last few bytes, looked up by BLT's hash (Pagnoni et al., "Byte latent transformer").
 
-The hash is that of the released program, number for number, so that its tables can be used.
+The hash is that of the released program, number for number, of the same ids. A document begins with another id here (that of BOS,
+byte 254) than there, so that the first few n-grams of a document, those that hold it, are looked up in other rows.
 """
 
 from __future__ import annotations
