@@ -46,6 +46,16 @@ class Difference:
         return self.half_width < abs(self.mean)
 
 
+def t_quantile(count: int, confidence: float = CONFIDENCE) -> float:
+    """The t with P(|T| < t) = `confidence` for the mean of `count` values (Student, *The Probable Error of a Mean*, 1908).
+
+    Raises `ValueError` for fewer than two.
+    """
+    if count < 2:
+        raise ValueError(f"an interval needs at least two independent values; got {count}")
+    return float(stdtrit(count - 1, 0.5 * (1.0 + confidence)))
+
+
 def paired_difference(
     larger: Mapping[int, float], smaller: Mapping[int, float], confidence: float = CONFIDENCE
 ) -> Difference:
@@ -64,7 +74,7 @@ def paired_difference(
     if count < 2:
         return Difference(seeds, values, mean, math.nan, math.nan, math.nan)
     error = float(np.std(values, ddof=1)) / math.sqrt(count)
-    half_width = float(stdtrit(count - 1, (1 + confidence) / 2)) * error
+    half_width = t_quantile(count, confidence) * error
     t = mean / error if error else math.copysign(math.inf, mean) if mean else math.nan
     p = 1.0 if math.isnan(t) else 2 * float(stdtr(count - 1, -abs(t)))
     return Difference(seeds, values, mean, half_width, t, p)

@@ -6,9 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
-
-CONFIDENCE = 0.95
+from experiments.intervals import t_quantile
 
 
 @dataclass(frozen=True)
@@ -25,16 +23,6 @@ class Interval:
 
 
 NOTHING = Interval(math.nan, math.nan, math.nan)
-
-
-def t_quantile(count: int) -> float:
-    """The t with $P(|T| < t)$ = `CONFIDENCE` for the mean of `count` values (Student, *The Probable Error of a Mean*, 1908).
-
-    Raises `ValueError` for fewer than two.
-    """
-    if count < 2:
-        raise ValueError(f"an interval needs at least two independent values; got {count}")
-    return float(stdtrit(count - 1, 0.5 * (1.0 + CONFIDENCE)))
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
