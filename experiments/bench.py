@@ -23,15 +23,15 @@ from experiments.benchmark.steps import WayName, of_estimators, plainer_way, tra
 from experiments.benchmark.timing import Timing, in_turns
 from experiments.benchmark.whole_step import StepReport, compile_elsewhere
 from experiments.benchmark.writing import CacheReport, WritingReport, measure_caches, measure_writing
-from experiments.checks import check
-from experiments.config import ConfigError, EstimatorName, ModelName, RunConfig
-from experiments.display import Display, exit_code
-from experiments.folder import json_text, write_atomically
-from experiments.intervals import ALIKE, CONFIDENCE
+from experiments.comparison.intervals import ALIKE, CONFIDENCE
+from experiments.config.checks import check
+from experiments.config.presets import PRESETS
+from experiments.config.registry import REGISTRY
+from experiments.config.settings import ConfigError, EstimatorName, ModelName, RunConfig
 from experiments.launch import with_large_pages
-from experiments.presets import PRESETS
-from experiments.registry import REGISTRY
-from experiments.train import load_split
+from experiments.reporting.display import Display, exit_code
+from experiments.training.run_dir import json_text, write_atomically
+from experiments.training.train import load_split
 from unet.config import UNetConfig
 from unet.ops import Implementation
 

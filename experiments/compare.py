@@ -15,15 +15,15 @@ from pathlib import Path
 
 import tyro
 
-from experiments.checks import check
-from experiments.comparison import REFERENCE, write_comparison
-from experiments.config import ConfigError, EstimatorName, RunConfig, from_json, to_json
-from experiments.display import Display, exit_code
-from experiments.finished import by_estimator, is_finished, of_folder, of_tables, without
-from experiments.folder import CONFIG, SUMMARY, differing, held, prepare_new, write_atomically
+from experiments.comparison.comparison import REFERENCE, write_comparison
+from experiments.comparison.finished import by_estimator, is_finished, of_folder, of_tables, without
+from experiments.comparison.pairs import Names, every_pair
+from experiments.config.checks import check
+from experiments.config.settings import ConfigError, EstimatorName, RunConfig, from_json, to_json
 from experiments.launch import with_large_pages
-from experiments.pairs import Names, every_pair
+from experiments.reporting.display import Display, exit_code
 from experiments.run import read
+from experiments.training.run_dir import CONFIG, SUMMARY, differing, held, prepare_new, write_atomically
 
 LOGS = "logs"
 BYTE_MODEL_RUN = "byte-model"

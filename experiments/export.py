@@ -14,9 +14,9 @@ import tyro
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from experiments.config import ConfigError, RunConfig, to_json
-from experiments.display import Display, exit_code
-from experiments.folder import SUMMARY, read_config
+from experiments.config.settings import ConfigError, RunConfig, to_json
+from experiments.reporting.display import Display, exit_code
+from experiments.training.run_dir import SUMMARY, read_config
 from unet import UNet
 from unet.pretrained import save_hnet
 from unet.reference import LayoutError, to_reference

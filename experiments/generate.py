@@ -19,9 +19,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from experiments.config import ConfigError
-from experiments.display import Display, exit_code
+from experiments.config.settings import ConfigError
+from experiments.evaluation.segmentation import characters
 from experiments.launch import with_large_pages
+from experiments.reporting.display import Display, exit_code
 from unet import Sampling, Writer, Written, utf8
 from unet.generate import CHUNK, Pace, Piece, joined
 from unet.saving import load
@@ -182,19 +183,6 @@ def shown(text: Written, *, marks: bool) -> Text:
         if marks and depth:
             result.append(MARKS[min(depth, len(MARKS)) - 1], style="dim cyan")
     return result
-
-
-def characters(content: bytes) -> Iterator[tuple[int, int]]:
-    """Where each character begins and ends; a byte that is part of none is one by itself."""
-    start = 0
-    while start < len(content):
-        end, state = start + 1, int(utf8.AFTER[utf8.COMPLETE, content[start]])
-        while state > 0 and end < len(content) and (after := int(utf8.AFTER[state, content[end]])) >= 0:
-            end, state = end + 1, after
-        # What was begun and not completed is no character: its first byte stands alone.
-        end = end if state == utf8.COMPLETE else start + 1
-        yield start, end
-        start = end
 
 
 def document(config: GenerateConfig, texts: Sequence[Written], pace: Pace) -> dict[str, object]:

@@ -14,9 +14,8 @@ import tyro
 from jaxtyping import PRNGKeyArray
 
 from data import load, open_source
-from experiments.config import ConfigError
-from experiments.display import Display, exit_code
-from experiments.folder import json_text, write_atomically
+from experiments.config.presets import PRESETS
+from experiments.config.settings import ConfigError
 from experiments.laboratory.gradients import Subjects, findings
 from experiments.laboratory.greedy import SPREAD, greedy_start
 from experiments.laboratory.report import flow_picture, flow_table, gradient_table, noise_table
@@ -32,7 +31,8 @@ from experiments.laboratory.results import (
 from experiments.laboratory.scale import noise
 from experiments.laboratory.subjects import RATE, SHAPE, Subject, held_out_texts, make_optimizer, train_subject
 from experiments.launch import with_large_pages
-from experiments.presets import PRESETS
+from experiments.reporting.display import Display, exit_code
+from experiments.training.run_dir import json_text, write_atomically
 from unet import MeanPool, SelectDistribute, SelectSmooth
 
 FILES = ("lab.md", "lab.json", "lab.png")

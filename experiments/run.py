@@ -14,17 +14,17 @@ import jax
 import tyro
 
 from data import DataError
-from experiments.checks import check
-from experiments.config import ConfigError, RunConfig
-from experiments.display import Display, bits_per_byte
-from experiments.folder import SUMMARY, differing, held, prepare_new, read_config
-from experiments.found import write_found
+from experiments.config.checks import check
+from experiments.config.presets import PRESETS
+from experiments.config.settings import ConfigError, RunConfig
 from experiments.launch import with_large_pages
-from experiments.presets import PRESETS
-from experiments.report import write_report
-from experiments.shading import shade
-from experiments.summary import summary_of
-from experiments.train import Interrupted, NonFiniteError, Outcome, Prepared, prepare, train
+from experiments.reporting.display import Display, bits_per_byte
+from experiments.reporting.report import write_report
+from experiments.reporting.shading import shade
+from experiments.reporting.summary import summary_of
+from experiments.training.prepared import write_found
+from experiments.training.run_dir import SUMMARY, differing, held, prepare_new, read_config
+from experiments.training.train import Interrupted, NonFiniteError, Outcome, Prepared, prepare, train
 from unet.saving import LoadError, save, write_atomically
 
 SAMPLE_ROWS = 6

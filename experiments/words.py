@@ -13,15 +13,15 @@ import jax
 import tyro
 
 from data import Row
-from experiments.boundaries import Drawn, Examined, Report, examine, placements, shares
-from experiments.comparison import Measured
-from experiments.config import ConfigError, RunConfig
-from experiments.display import Display, exit_code
-from experiments.evaluate import evaluate_rows
-from experiments.folder import differing, json_text, read_config, write_atomically
+from experiments.comparison.comparison import Measured
+from experiments.config.settings import ConfigError, RunConfig
+from experiments.evaluation.boundaries import Drawn, Examined, Report, examine, placements, shares
+from experiments.evaluation.evaluate import evaluate_rows
+from experiments.evaluation.segmentation import PLACES, Marks, SegmenterName, mark, open_segmenter
 from experiments.launch import with_large_pages
-from experiments.segmentation import PLACES, Marks, SegmenterName, mark, open_segmenter
-from experiments.train import load_split
+from experiments.reporting.display import Display, exit_code
+from experiments.training.run_dir import differing, json_text, read_config, write_atomically
+from experiments.training.train import load_split
 from unet.saving import load
 
 FILES = ("words.md", "words.json")

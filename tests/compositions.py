@@ -12,9 +12,9 @@ from jaxtyping import PyTree
 
 from estimators import Frozen
 from estimators.entropy import find_threshold, next_byte_entropy
-from experiments.config import EstimatorName, RunConfig
-from experiments.presets import PRESETS
-from experiments.registry import ByteModel, Found, Vocabulary, build_estimator, patch_rule
+from experiments.config.presets import PRESETS
+from experiments.config.registry import ByteModel, Found, Vocabulary, build_estimator, patch_rule
+from experiments.config.settings import EstimatorName, RunConfig
 from tests.conftest import text_bytes
 from unet import UNet, UNetConfig
 from unet.likelihood import plain_layout

@@ -40,6 +40,34 @@ def test_unet_knows_only_the_abstract_kinds_of_estimators():
     assert names == {"estimators.base", "estimators.keys"}
 
 
+COMMANDS = {"run", "generate", "compare", "export", "lab", "bench", "words"}
+ROOMS = {"config", "training", "evaluation", "reporting", "comparison", "laboratory", "benchmark"}
+
+
+def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room():
+    top = ROOT / "experiments"
+    assert {path.stem for path in top.glob("*.py")} == {*COMMANDS, "__init__", "launch"}
+    assert {path.parent.name for path in top.glob("*/*.py")} == ROOMS
+    assert all("\ndef main(" in (top / f"{name}.py").read_text() for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("room", "may_use"),
+    [
+        ("config", set()),
+        ("evaluation", {"config"}),
+        ("training", {"config", "evaluation", "reporting"}),
+        ("reporting", {"config", "evaluation", "training"}),
+        ("comparison", ROOMS - {"laboratory", "benchmark"}),
+        ("laboratory", ROOMS - {"benchmark"}),
+        ("benchmark", ROOMS - {"laboratory"}),
+    ],
+)
+def test_rooms_use_only_what_lies_below_them_and_no_command(room, may_use):
+    used = {name.split(".")[1] for _, name in imports_of(f"experiments/{room}") if name.startswith("experiments.")}
+    assert used <= may_use | {room}
+
+
 def test_every_package_was_looked_at():
     for package in PACKAGES:
         assert list(imports_of(package)), package

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.config import RunConfig
-from experiments.registry import build_estimator
+from experiments.config.registry import build_estimator
+from experiments.config.settings import RunConfig
 from tests.conftest import losses, small_model, small_score_function, text_bytes
 from unet import UNet, UNetConfig
 from unet.buckets import chosen, smallest_with_room

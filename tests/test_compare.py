@@ -12,13 +12,21 @@ import sys
 import pytest
 
 from experiments import compare as compare_module
-from experiments.comparison import html_table, markdown, remarks, table
-from experiments.config import ConfigError, EstimatorName
-from experiments.display import Display
-from experiments.finished import FinishedRun, curve, of_tables
-from experiments.folder import read_config
-from experiments.pairs import PAIR_COLUMNS, Curve, compare_pairs, difference_json, every_pair, pair_cells, pair_remarks
-from experiments.presets import PRESETS
+from experiments.comparison.comparison import html_table, markdown, remarks, table
+from experiments.comparison.finished import FinishedRun, curve, of_tables
+from experiments.comparison.pairs import (
+    PAIR_COLUMNS,
+    Curve,
+    compare_pairs,
+    difference_json,
+    every_pair,
+    pair_cells,
+    pair_remarks,
+)
+from experiments.config.presets import PRESETS
+from experiments.config.settings import ConfigError, EstimatorName
+from experiments.reporting.display import Display
+from experiments.training.run_dir import read_config
 from tests.test_run import SMALL
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion

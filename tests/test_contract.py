@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.config import EstimatorName
-from experiments.registry import REGISTRY
+from experiments.config.registry import REGISTRY
+from experiments.config.settings import EstimatorName
 from tests.compositions import LENGTH, SHAPE, registered, trains
 from tests.conftest import text_bytes
 from unet.likelihood import plain_layout

@@ -19,8 +19,8 @@ from data.loader import split_documents
 from data.rows import HeldOutRows, MemoryRows, Protocol, make_row, pieces, with_bos
 from data.splits import named_split
 from data.stream import StreamRows
-from experiments.presets import PRESETS
-from experiments.seen import DataNotes, data_record
+from experiments.config.presets import PRESETS
+from experiments.training.data_notes import DataNotes, data_record
 
 
 class Listed(AbstractSource):

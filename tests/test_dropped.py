@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from experiments.dropped import FIRST_STEPS, DroppedBoundaries
+from experiments.training.dropped import FIRST_STEPS, DroppedBoundaries
 from tests.test_run import SMALL, start, summary
 
 

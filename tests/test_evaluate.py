@@ -20,8 +20,8 @@ from estimators import (
     PrefixTree,
     equations,
 )
-from experiments.evaluate import Tally, agreement, area_under_roc, evaluate, summarise
-from experiments.shading import characters, colour_of
+from experiments.evaluation.evaluate import Tally, agreement, area_under_roc, evaluate, summarise
+from experiments.reporting.shading import characters, colour_of
 from tests.conftest import predict, small_model, small_score_function, text_bytes
 from unet import SelectDistribute, next_byte_log_lik
 

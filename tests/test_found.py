@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments.config import ConfigError
-from experiments.folder import read_config
-from experiments.found import find, read_byte_model, read_found
-from experiments.registry import build_estimator
+from experiments.config.registry import build_estimator
+from experiments.config.settings import ConfigError
 from experiments.run import parse
-from experiments.train import load_split
+from experiments.training.prepared import find, read_byte_model, read_found
+from experiments.training.run_dir import read_config
+from experiments.training.train import load_split
 from tests.test_run import SMALL, curve, interrupt_at, start, summary
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion

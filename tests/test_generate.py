@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from estimators import BOS, EOS, EveryNth, RuleRouter
-from experiments.sections import IsotropicConfig
+from experiments.config.sections import IsotropicConfig
 from tests.compositions import config_of, registered
 from unet import Sampling, Writer, generate, score, utf8
 from unet.cache import cache_bytes

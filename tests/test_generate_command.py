@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import unet
-from experiments.generate import MARKS, characters, main, shown
+from experiments.evaluation.segmentation import characters
+from experiments.generate import MARKS, main, shown
 from tests.compositions import registered
 from tests.test_run import usual_promotion as usual_promotion
 from unet.generate import Piece, Written

@@ -13,14 +13,14 @@ import pytest
 from estimators import BatchCentre, Discount, EarlyExit, NoObjective, ScoreFunction, WindowedPolicy, equations
 from estimators.base import Estimator
 from experiments import export
-from experiments.capacity import inner_capacities
-from experiments.checks import check
-from experiments.config import ConfigError, EstimatorName, RunConfig, from_json, to_json
-from experiments.initial import initial_weights
-from experiments.optimizer import make_optimizer, make_schedule, multipliers, stages_of
-from experiments.presets import PRESETS
-from experiments.registry import REGISTRY, build_estimators
-from experiments.sections import IsotropicConfig, ScoreFunctionConfig, SmoothConfig, StrideConfig, TargetConfig
+from experiments.config.checks import check
+from experiments.config.presets import PRESETS
+from experiments.config.registry import REGISTRY, build_estimators
+from experiments.config.sections import IsotropicConfig, ScoreFunctionConfig, SmoothConfig, StrideConfig, TargetConfig
+from experiments.config.settings import ConfigError, EstimatorName, RunConfig, from_json, to_json
+from experiments.training.capacity import inner_capacities
+from experiments.training.initial import initial_weights
+from experiments.training.optimizer import make_optimizer, make_schedule, multipliers, stages_of
 from tests.compositions import FROM_DATA, LENGTH, lively
 from tests.conftest import losses, predict, small_model, text_bytes
 from tests.test_generate import check_against_the_whole

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from estimators import DynamicChunking
-from experiments.presets import PRESETS
-from experiments.registry import build_estimators
+from experiments.config.presets import PRESETS
+from experiments.config.registry import build_estimators
 from unet import HNetConfig, Projection, SelectSmooth, UNet, to_reference
 
 SHAPE = HNetConfig(

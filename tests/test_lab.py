@@ -12,11 +12,12 @@ import pytest
 from estimators import EarlyExit, Estimator, ImportanceWeight, NoObjective
 from estimators import equations as eq
 from experiments import lab
-from experiments.config import transformer_shape
+from experiments.comparison.intervals import Interval
+from experiments.config.presets import PRESETS
+from experiments.config.settings import transformer_shape
 from experiments.laboratory import greedy
 from experiments.laboratory.fields import Drawn, Exact, ExpectedScore, SampledScore, landscape, place_of
 from experiments.laboratory.greedy import fixed_gradient, jumps
-from experiments.laboratory.intervals import Interval
 from experiments.laboratory.moments import (
     credit,
     disarm_moments,
@@ -33,7 +34,6 @@ from experiments.laboratory.moments import (
 from experiments.laboratory.results import Flow, Noise, summarise_flows, summarise_noise
 from experiments.laboratory.scale import noise
 from experiments.laboratory.subjects import SHAPE, Subject, Tables, TabularRouter
-from experiments.presets import PRESETS
 from tests.test_run import corpus as corpus
 from unet import SelectDistribute, UNet
 

@@ -20,8 +20,8 @@ from estimators import (
     ScoreFunctionObjective,
 )
 from estimators import equations as eq
-from experiments.presets import PRESETS
-from experiments.registry import reductions
+from experiments.config.presets import PRESETS
+from experiments.config.registry import reductions
 from tests.enumeration import BEHAVIOUR, DIM, world
 
 DISCOUNT = 0.7

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from estimators import Boundaries
-from experiments.checks import check
-from experiments.config import ConfigError
-from experiments.sections import PoolConfig
+from experiments.config.checks import check
+from experiments.config.sections import PoolConfig
+from experiments.config.settings import ConfigError
 from tests.compositions import LENGTH, config_of, lively, registered
 from tests.conftest import losses, predict, small_score_function, text_bytes
 from tests.test_stepping import KEYS, check_row_by_row

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import run as run_module
-from experiments.folder import held, read_metrics
+from experiments.training.run_dir import held, read_metrics
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -117,7 +117,7 @@ def test_two_processes_never_share_a_folder(finished, corpus, capsys):
 
 def interrupt_at(monkeypatch, step):
     """Have the run receive a SIGTERM when it has logged `step`."""
-    from experiments.folder import MetricsLog
+    from experiments.training.run_dir import MetricsLog
 
     write = MetricsLog.write
 

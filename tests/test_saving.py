@@ -16,7 +16,7 @@ import unet
 from estimators import AbstractRowRouter, Boundaries, Draw, Layout, RuleRouter
 from estimators.fixed import spacelike, whitespace
 from experiments.export import main as export
-from experiments.folder import read_config
+from experiments.training.run_dir import read_config
 from tests.compositions import registered
 from tests.hub_server import COMMIT, hub
 from tests.test_run import SMALL, start

@@ -10,8 +10,8 @@ import pytest
 
 from estimators import EveryNth, NoObjective, RuleRouter, WindowedPolicy
 from estimators.base import Estimator, Layout, written
-from experiments.registry import REGISTRY
-from experiments.sections import CharactersConfig
+from experiments.config.registry import REGISTRY
+from experiments.config.sections import CharactersConfig
 from tests.compositions import LENGTH, SHAPE, config_of, lively, registered
 from tests.conftest import text_bytes
 from unet import Flat, Hierarchy, MeanPool, Projection, SelectDeviate, SelectDistribute, SelectSmooth

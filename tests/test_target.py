@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from estimators import RatioObjective, ScoreFunctionObjective, Uniform
-from experiments.target import TargetSchedule, TargetState
+from experiments.training.target import TargetSchedule, TargetState
 from tests.conftest import losses, predict, small_model, small_score_function, text_bytes
 from tests.test_reductions import toy_signal
 from unet import SelectDistribute

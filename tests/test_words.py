@@ -14,10 +14,10 @@ import pytest
 from data.rows import make_row
 from estimators.fixed import is_whitespace
 from experiments import words
-from experiments.boundaries import bits_by_place, examine, place, placements
-from experiments.config import to_json
-from experiments.evaluate import evaluate_rows, summarise
-from experiments.segmentation import PLACES, by_jieba, by_whitespace, expected_scores, mark
+from experiments.config.settings import to_json
+from experiments.evaluation.boundaries import bits_by_place, examine, place, placements
+from experiments.evaluation.evaluate import evaluate_rows, summarise
+from experiments.evaluation.segmentation import PLACES, by_jieba, by_whitespace, expected_scores, mark
 from experiments.words import groups
 from tests.compositions import config_of, registered
 from tests.conftest import small_model, small_score_function, text_bytes

@@ -11,8 +11,8 @@ import jax
 from data import Split
 from experiments.benchmark.steps import in_a_row, ready
 from experiments.benchmark.timing import in_turns
-from experiments.config import RunConfig
-from experiments.evaluate import evaluate_batch
+from experiments.config.settings import RunConfig
+from experiments.evaluation.evaluate import evaluate_batch
 from unet.likelihood import plain_layout
 
 

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from estimators import AbstractRouter, Boundaries, Draw
 from experiments.benchmark.shapes import is_trained, shapes_of
-from experiments.config import EstimatorName, RunConfig
+from experiments.config.settings import EstimatorName, RunConfig
 from unet import UNet
 from unet.likelihood import plain_layout
 from unet.ops import boundary_scan

@@ -10,8 +10,8 @@ import jax
 from jaxtyping import Array, PyTree
 
 from experiments.benchmark.timing import Work, in_turns
-from experiments.config import RunConfig, transformer_shape
-from experiments.registry import build_model
+from experiments.config.registry import build_model
+from experiments.config.settings import RunConfig, transformer_shape
 
 RATES = (1.0, 1 / 2, 1 / 4, 1 / 8)
 """Shares of rows with a boundary."""

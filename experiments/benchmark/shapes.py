@@ -6,8 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from experiments.config import RunConfig
-from experiments.registry import build_model
+from experiments.config.registry import build_model
+from experiments.config.settings import RunConfig
 from unet import UNet
 
 

@@ -15,14 +15,14 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from data import Split, open_batches
 from estimators.keys import named_key
 from experiments.benchmark.timing import Work
-from experiments.capacity import inner_capacities, training_capacities
-from experiments.checks import check
-from experiments.config import ConfigError, EstimatorName, RunConfig, transformer_shape
-from experiments.found import find, threshold_of
-from experiments.optimizer import make_optimizer, multipliers
-from experiments.registry import ByteModel, Found, build_model
-from experiments.step import StepMetrics, TrainState, compiled, fresh_state, make_step
-from experiments.train import placement, token_groups, with_implementation
+from experiments.config.checks import check
+from experiments.config.registry import ByteModel, Found, build_model
+from experiments.config.settings import ConfigError, EstimatorName, RunConfig, transformer_shape
+from experiments.training.capacity import inner_capacities, training_capacities
+from experiments.training.optimizer import make_optimizer, multipliers
+from experiments.training.prepared import find, threshold_of
+from experiments.training.step import StepMetrics, TrainState, compiled, fresh_state, make_step
+from experiments.training.train import placement, token_groups, with_implementation
 from unet import UNet
 
 WayName = Literal["padded", "square", "pytorch", "pytorch-at-once"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, PyTree
 
-from experiments.intervals import ALIKE, median_interval
+from experiments.comparison.intervals import ALIKE, median_interval
 
 Work = Callable[[], PyTree[Array]]
 """One piece of work; the time until all the arrays it returns are there counts."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # pyrefly: ignore[missing-import] -- the same
 from torch import nn  # pyrefly: ignore[missing-import] -- the same
 
 from experiments.benchmark.timing import Work
-from experiments.config import RunConfig, transformer_shape
+from experiments.config.settings import RunConfig, transformer_shape
 
 
 class Norm(nn.Module):

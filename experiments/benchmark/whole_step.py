@@ -22,11 +22,11 @@ import jax.numpy as jnp
 from experiments.benchmark.deviceless import ENVIRONMENT, TARGETS, compile_for, machine_program, mesh_of, missing
 from experiments.benchmark.roofline import Share, kernels_of, shares
 from experiments.benchmark.shapes import is_trained, shapes_of
-from experiments.capacity import inner_capacities, rated_capacities
-from experiments.config import ConfigError, RunConfig, from_json, to_json
-from experiments.optimizer import make_optimizer, multipliers
-from experiments.step import fresh_state, make_step
-from experiments.train import token_groups
+from experiments.config.settings import ConfigError, RunConfig, from_json, to_json
+from experiments.training.capacity import inner_capacities, rated_capacities
+from experiments.training.optimizer import make_optimizer, multipliers
+from experiments.training.step import fresh_state, make_step
+from experiments.training.train import token_groups
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 """Nothing can be timed on a GPU that is not there, so that products go to cuBLAS, whose kernels the roofline can read."""

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from data import Split
 from estimators import Layout, RuleRouter
-from experiments.config import RunConfig
-from experiments.registry import build_model
+from experiments.config.registry import build_model
+from experiments.config.settings import RunConfig
 from unet import UNet, Writer
 from unet.cache import HierarchyMemory, RowCache, rounded_up
 from unet.reading import padded, rate_of

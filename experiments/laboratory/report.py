@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.laboratory.intervals import Interval
+from experiments.comparison.intervals import Interval
 from experiments.laboratory.results import FindingSummary, Flow, FlowSummary, NoiseSummary
-from experiments.report import picture
+from experiments.reporting.report import picture
 
 ABSENT = "–"
 

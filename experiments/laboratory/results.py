@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.laboratory.intervals import Interval, geometric_interval, mean_interval, ratio_interval
+from experiments.comparison.intervals import Interval, geometric_interval, mean_interval, ratio_interval
 
 
 @dataclass(frozen=True)

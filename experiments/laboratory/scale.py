@@ -25,12 +25,12 @@ from estimators import (
     WindowedPolicy,
 )
 from estimators.equations import discounted_returns
-from experiments.config import RunConfig
+from experiments.config.registry import build_estimators
+from experiments.config.settings import RunConfig
 from experiments.laboratory.results import Noise
-from experiments.optimizer import make_optimizer
-from experiments.registry import build_estimators
-from experiments.step import compiled, fresh_state, make_step
-from experiments.train import load_split
+from experiments.training.optimizer import make_optimizer
+from experiments.training.step import compiled, fresh_state, make_step
+from experiments.training.train import load_split
 from unet import UNet, next_byte_log_lik
 from unet.flops import matrix_flops
 from unet.likelihood import continues, plain_layout

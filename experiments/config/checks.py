@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from estimators.equations import logit
-from experiments.config import ConfigError, RunConfig
+from experiments.config.settings import ConfigError, RunConfig
 from unet.hnet import HNetConfig
 
 

@@ -46,8 +46,8 @@ from estimators import (
     Whitespace,
 )
 from estimators.keys import named_key
-from experiments.config import EstimatorName, RunConfig
-from experiments.sections import EntropyConfig
+from experiments.config.sections import EntropyConfig
+from experiments.config.settings import EstimatorName, RunConfig
 from unet import MeanPool, Projection, SelectAttend, SelectDeviate, SelectDistribute, SelectSmooth, UNet
 from unet.pooling import AbstractPool, Average, CrossAttention, Largest, Pooled, WithBoundary
 

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar, get_origin, get_type_hints
 
 import tyro
 
-from experiments.sections import (
+from experiments.config.sections import (
     BPEConfig,
     CharactersConfig,
     CheckpointConfig,

@@ -16,9 +16,9 @@ from data import BOS, Batch, Batches, Split, open_batches
 from estimators import Layout
 from estimators.bpe import PrefixTree, find_size, train_vocabulary
 from estimators.entropy import find_threshold, next_byte_entropy
-from experiments.config import ConfigError, RunConfig, to_json
-from experiments.folder import read_config
-from experiments.registry import ByteModel, Found, Vocabulary, patch_rule
+from experiments.config.registry import ByteModel, Found, Vocabulary, patch_rule
+from experiments.config.settings import ConfigError, RunConfig, to_json
+from experiments.training.run_dir import read_config
 from unet import UNet
 from unet.likelihood import plain_layout
 from unet.saving import CONFIG, WEIGHTS, load, save, write_atomically

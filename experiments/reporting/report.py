@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from experiments.config import RunConfig
-from experiments.folder import read_metrics, write_atomically
-from experiments.shading import Character, colour_of
-from experiments.summary import Summary
+from experiments.config.settings import RunConfig
+from experiments.reporting.shading import Character, colour_of
+from experiments.reporting.summary import Summary
+from experiments.training.run_dir import read_metrics, write_atomically
 
 PICTURE_COLUMNS = 96
 PICTURE_LINES = 26

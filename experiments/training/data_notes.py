@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data import Batches, Split
 from data.coverage import LITTLE
-from experiments.folder import read_metrics
+from experiments.training.run_dir import read_metrics
 
 EPOCHS, SHOWN = "epochs", "shown_fraction"
 """What metrics and summaries call them."""

@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows has no such locks; runs there are not kept from sharing a folder.
     fcntl = None
 
-from experiments.config import ConfigError, RunConfig, from_json, to_json
+from experiments.config.settings import ConfigError, RunConfig, from_json, to_json
 from unet.saving import CONFIG, WEIGHTS, write_atomically
 
 METRICS = "metrics.jsonl"

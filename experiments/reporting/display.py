@@ -11,9 +11,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 from data import DataError
-from experiments.config import ConfigError, RunConfig
-from experiments.evaluate import Validation
-from experiments.shading import Character, colour_of
+from experiments.config.settings import ConfigError, RunConfig
+from experiments.evaluation.evaluate import Validation
+from experiments.reporting.shading import Character, colour_of
 from unet.saving import LoadError
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from estimators import Frozen
 from estimators.equations import stage_multipliers
-from experiments.config import RunConfig
+from experiments.config.settings import RunConfig
 
 DECAYING = 0.2
 """Share of training at whose end the schedule wsd decays."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from experiments.config import ConfigError, EstimatorName, RunConfig, from_json, to_json
-from experiments.folder import SUMMARY, differing, read_config, read_metrics
-from experiments.pairs import Curve
-from experiments.summary import Summary
+from experiments.comparison.pairs import Curve
+from experiments.config.settings import ConfigError, EstimatorName, RunConfig, from_json, to_json
+from experiments.reporting.summary import Summary
+from experiments.training.run_dir import SUMMARY, differing, read_config, read_metrics
 from unet.flops import matrix_flops
 from unet.saving import load
 

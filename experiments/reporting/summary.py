@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from experiments.config import RunConfig
-from experiments.train import Outcome
+from experiments.config.settings import RunConfig
+from experiments.training.train import Outcome
 from unet.flops import layer_flops, matrix_flops
 
 Summary = dict[str, float | int | str | None]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from experiments.config import EstimatorName, ModelName, RunConfig
-from experiments.sections import (
+from experiments.config.sections import (
     BPEConfig,
     DataConfig,
     DynamicChunkingConfig,
@@ -16,6 +15,7 @@ from experiments.sections import (
     ScoreFunctionConfig,
     SmoothConfig,
 )
+from experiments.config.settings import EstimatorName, ModelName, RunConfig
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
 from unet.pretrained import PUBLISHED

@@ -12,8 +12,8 @@ from jaxtyping import Bool
 
 from data import Row
 from estimators.equations import bits_per_byte
-from experiments.evaluate import agreement, evaluate_rows, summarise
-from experiments.segmentation import PLACES, Marks, Place, Scores, expected_scores
+from experiments.evaluation.evaluate import agreement, evaluate_rows, summarise
+from experiments.evaluation.segmentation import PLACES, Marks, Place, Scores, expected_scores
 from unet import UNet
 
 

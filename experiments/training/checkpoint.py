@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from experiments.config import ConfigError
-from experiments.folder import write_atomically
+from experiments.config.settings import ConfigError
+from experiments.training.run_dir import write_atomically
 
 _TRASH = "trash"
 _FILES = "files.json"

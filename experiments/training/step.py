@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from experiments.config import RunConfig
-from experiments.target import TargetSchedule, TargetState
+from experiments.config.settings import RunConfig
+from experiments.training.target import TargetSchedule, TargetState
 from unet import UNet
 from unet.model import LossOutput
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from experiments.config import RunConfig
+from experiments.config.settings import RunConfig
 
 MOST = 1.5
 """Log-odds, at most, that the controller adds: an estimator that it cannot bring to the rate must not be pushed ever further,

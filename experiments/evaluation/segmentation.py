@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Int8
 
 from data import Row
-from experiments.config import ConfigError
-from experiments.generate import characters
+from experiments.config.settings import ConfigError
+from unet import utf8
 
 Segmenter = Callable[[str], Sequence[str]]
 """Cuts a text into tokens, one after another, that make up the text again."""
@@ -53,6 +53,19 @@ def by_jieba() -> Segmenter:
 def open_segmenter(name: SegmenterName) -> Segmenter:
     """The segmenter of that name. Raises `ConfigError` where it is not installed."""
     return by_jieba() if name == "jieba" else by_whitespace
+
+
+def characters(content: bytes) -> Iterator[tuple[int, int]]:
+    """Where each character begins and ends; a byte that is part of none is one by itself."""
+    start = 0
+    while start < len(content):
+        end, state = start + 1, int(utf8.AFTER[utf8.COMPLETE, content[start]])
+        while state > 0 and end < len(content) and (after := int(utf8.AFTER[state, content[end]])) >= 0:
+            end, state = end + 1, after
+        # What was begun and not completed is no character: its first byte stands alone.
+        end = end if state == utf8.COMPLETE else start + 1
+        yield start, end
+        start = end
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from data import BOS, Row
-from experiments.evaluate import evaluate_batch, stack_rows
+from experiments.evaluation.evaluate import evaluate_batch, stack_rows
 from unet import UNet
 
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from experiments.config import EstimatorName
-from experiments.intervals import ALIKE, CONFIDENCE, Difference, at_equal_cost, holm, paired_difference
+from experiments.comparison.intervals import ALIKE, CONFIDENCE, Difference, at_equal_cost, holm, paired_difference
+from experiments.config.settings import EstimatorName
 
 Names = tuple[EstimatorName, EstimatorName]
 Curve = Sequence[tuple[float, float, float]]

@@ -10,9 +10,9 @@ import numpy as np
 
 from data import Split
 from estimators import AbstractRouter, Draw
-from experiments.config import RunConfig
-from experiments.evaluate import stack_rows
-from experiments.target import TargetSchedule
+from experiments.config.settings import RunConfig
+from experiments.evaluation.evaluate import stack_rows
+from experiments.training.target import TargetSchedule
 from unet.ops import boundary_scan
 
 MEASURED_BYTES = 2**21

@@ -13,13 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data import Split
-from experiments.config import EstimatorName, RunConfig
-from experiments.display import Display
-from experiments.dropped import TOLERATED
-from experiments.finished import FinishedRun, Runs
-from experiments.folder import json_text, write_atomically
-from experiments.intervals import ALIKE, CONFIDENCE, Difference, paired_difference
-from experiments.pairs import (
+from experiments.comparison.finished import FinishedRun, Runs
+from experiments.comparison.intervals import ALIKE, CONFIDENCE, Difference, paired_difference
+from experiments.comparison.pairs import (
     PAIR_COLUMNS,
     Curve,
     Names,
@@ -31,9 +27,13 @@ from experiments.pairs import (
     pair_remarks,
     text_of,
 )
-from experiments.report import STYLE, picture, scale, shaded_html
-from experiments.shading import Character, shade
-from experiments.train import load_split
+from experiments.config.settings import EstimatorName, RunConfig
+from experiments.reporting.display import Display
+from experiments.reporting.report import STYLE, picture, scale, shaded_html
+from experiments.reporting.shading import Character, shade
+from experiments.training.dropped import TOLERATED
+from experiments.training.run_dir import json_text, write_atomically
+from experiments.training.train import load_split
 from unet.saving import load
 
 REFERENCE: EstimatorName = "uniform"

@@ -21,19 +21,19 @@ from jaxtyping import Array, PRNGKeyArray
 
 from data import Batch, DataError, Split, check_workers, load, open_batches, open_source
 from estimators.keys import named_key
-from experiments.capacity import inner_capacities, training_capacities
-from experiments.checkpoint import Checkpoints, Progress
-from experiments.config import ConfigError, RunConfig
-from experiments.display import Display
-from experiments.dropped import DroppedBoundaries
-from experiments.evaluate import Validation, evaluate
-from experiments.folder import CHECKPOINTS, METRICS, MetricsLog, read_metrics
-from experiments.found import find, notes, read_found
-from experiments.initial import initial_weights
-from experiments.optimizer import frozen_or_not, make_optimizer, multipliers
-from experiments.registry import Found, build_model
-from experiments.seen import EPOCHS, SHOWN, DataNotes, data_record, latest
-from experiments.step import StepMetrics, TrainState, compiled, fresh_state, make_step
+from experiments.config.registry import Found, build_model
+from experiments.config.settings import ConfigError, RunConfig
+from experiments.evaluation.evaluate import Validation, evaluate
+from experiments.reporting.display import Display
+from experiments.training.capacity import inner_capacities, training_capacities
+from experiments.training.checkpoint import Checkpoints, Progress
+from experiments.training.data_notes import EPOCHS, SHOWN, DataNotes, data_record, latest
+from experiments.training.dropped import DroppedBoundaries
+from experiments.training.initial import initial_weights
+from experiments.training.optimizer import frozen_or_not, make_optimizer, multipliers
+from experiments.training.prepared import find, notes, read_found
+from experiments.training.run_dir import CHECKPOINTS, METRICS, MetricsLog, read_metrics
+from experiments.training.step import StepMetrics, TrainState, compiled, fresh_state, make_step
 from unet import SelectSmooth, UNet
 from unet.ops.mosaic import refusal
 

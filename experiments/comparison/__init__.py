@@ -1,0 +1,1 @@
+"""Comparing runs: statistics, tables and figures."""

@@ -1,0 +1,1 @@
+"""Settings of a run: their definitions, presets, and how they become a model."""

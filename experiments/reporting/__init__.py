@@ -1,0 +1,1 @@
+"""What a run shows: progress on the terminal, a summary, a report."""

@@ -1,0 +1,1 @@
+"""The training of a model: its loop and everything that the loop uses."""
