@@ -24,10 +24,10 @@ from experiments.benchmark.timing import Timing, in_turns
 from experiments.benchmark.whole_step import StepReport, compile_elsewhere
 from experiments.benchmark.writing import CacheReport, WritingReport, measure_caches, measure_writing
 from experiments.comparison.intervals import ALIKE, CONFIDENCE
-from experiments.config.checks import check
+from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
 from experiments.config.registry import REGISTRY
-from experiments.config.settings import ConfigError, EstimatorName, ModelName, RunConfig
+from experiments.config.settings import EstimatorName, ModelName, RunConfig
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, exit_code
 from experiments.training.run_dir import json_text, write_atomically
@@ -276,22 +276,25 @@ def step_table(report: StepReport, bytes_per_step: int) -> str:
 
 def preset(config: BenchConfig, estimator: EstimatorName) -> RunConfig:
     """The run whose step is looked at. Raises `ConfigError`."""
-    run = dataclasses.replace(PRESETS[config.model], estimator=estimator, dataset=config.dataset)
-    if config.rate is not None:
-        run = dataclasses.replace(run, rate=config.rate)
-    if config.batch is not None:
-        run = dataclasses.replace(run, batch=config.batch)
-    if config.length is not None:
-        run = dataclasses.replace(run, length=config.length)
-    if config.early_share is not None:
-        try:
-            run = dataclasses.replace(run, unet=dataclasses.replace(run.unet, early_share=config.early_share))
-        except ValueError as error:
-            raise ConfigError(f"--early-share: {error}") from error
-    if config.remat is not None:
-        run = dataclasses.replace(run, unet=dataclasses.replace(run.unet, remat=config.remat))
-    check(run)
-    return run
+    run = PRESETS[config.model]
+    shape = run.unet
+    try:
+        unet = dataclasses.replace(
+            shape,
+            early_share=shape.early_share if config.early_share is None else config.early_share,
+            remat=shape.remat if config.remat is None else config.remat,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--early-share: {error}") from error
+    return dataclasses.replace(
+        run,
+        unet=unet,
+        estimator=estimator,
+        dataset=config.dataset,
+        rate=run.rate if config.rate is None else config.rate,
+        batch=run.batch if config.batch is None else config.batch,
+        length=run.length if config.length is None else config.length,
+    )
 
 
 def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int, baseline: str = "uniform") -> str:

@@ -18,11 +18,12 @@ import tyro
 from experiments.comparison.comparison import REFERENCE, write_comparison
 from experiments.comparison.finished import by_estimator, is_finished, of_folder, of_tables, without
 from experiments.comparison.pairs import Names, every_pair
-from experiments.config.checks import check
-from experiments.config.settings import ConfigError, EstimatorName, RunConfig, from_json, to_json
+from experiments.config.errors import ConfigError, require
+from experiments.config.files import from_json, to_json
+from experiments.config.settings import EstimatorName, RunConfig
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, exit_code
-from experiments.run import read
+from experiments.run import parse
 from experiments.training.run_dir import CONFIG, SUMMARY, differing, held, prepare_new, write_atomically
 
 LOGS = "logs"
@@ -49,6 +50,17 @@ class CompareConfig:
     """Folder for the runs, the table and the report."""
     jobs: int = 1
     """Runs at a time; on a CPU each gets a core of its own, which for small models is faster than sharing two."""
+
+    def __post_init__(self):
+        require(
+            len(set(self.estimators)) == len(self.estimators) and len(set(self.seeds)) == len(self.seeds),
+            "--estimators and --seeds name each estimator and each seed once",
+        )
+        require(
+            bool(self.estimators and self.seeds) and self.jobs >= 1,
+            "a comparison needs at least one estimator, one seed and one job",
+        )
+        pairs_of(self)
 
 
 @dataclass
@@ -82,12 +94,8 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, RunConfig]:
             raise ConfigError(
                 f"{flag} is for single runs; a comparison has --estimators, --seeds and goes on by itself"
             )
-    if len(set(config.estimators)) < len(config.estimators) or len(set(config.seeds)) < len(config.seeds):
-        raise ConfigError("--estimators and --seeds name each estimator and each seed once")
-    if not config.estimators or not config.seeds or config.jobs < 1:
-        raise ConfigError("a comparison needs at least one estimator, one seed and one job")
-    pairs_of(config)
-    return config, read(rest)
+    # Of the first estimator, since what all runs have in common may suit none that is not compared.
+    return config, parse([*rest, "--estimator", config.estimators[0]])
 
 
 def pairs_of(config: CompareConfig) -> list[Names]:
@@ -128,7 +136,6 @@ def runs_of(config: CompareConfig, common: RunConfig) -> list[RunConfig]:
             run = dataclasses.replace(common, estimator=estimator, seed=seed, out=out)
             if estimator == "entropy":
                 run = dataclasses.replace(run, entropy=entropy)
-            check(run)
             runs.append(run)
     return runs
 

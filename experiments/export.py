@@ -14,7 +14,9 @@ import tyro
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from experiments.config.settings import ConfigError, RunConfig, to_json
+from experiments.config.errors import ConfigError
+from experiments.config.files import to_json
+from experiments.config.settings import RunConfig
 from experiments.reporting.display import Display, exit_code
 from experiments.training.run_dir import SUMMARY, read_config
 from unet import UNet

@@ -19,7 +19,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from experiments.config.settings import ConfigError
+from experiments.config.errors import ConfigError, require
 from experiments.evaluation.segmentation import characters
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, exit_code
@@ -69,18 +69,13 @@ class GenerateConfig:
     json: bool = False
     """One JSON document on standard output instead."""
 
-
-def check(config: GenerateConfig) -> None:
-    """Raise `ConfigError` for values that are impossible or do not go together."""
-    if config.num < 1 or config.max_bytes < 1:
-        raise ConfigError("--num and --max-bytes must be at least 1")
-    if config.json and config.stream:
-        raise ConfigError("--json is one document, written at the end: leave out --stream")
+    def __post_init__(self):
+        require(self.num >= 1 and self.max_bytes >= 1, "--num and --max-bytes must be at least 1")
+        require(not (self.json and self.stream), "--json is one document, written at the end: leave out --stream")
 
 
 def generate(config: GenerateConfig, display: Display) -> None:
     """Load, write, show."""
-    check(config)
     model = load(config.run).model
     prompt = sys.stdin.buffer.read() if config.prompt == "-" else os.fsencode(config.prompt)
     try:

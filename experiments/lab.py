@@ -14,8 +14,8 @@ import tyro
 from jaxtyping import PRNGKeyArray
 
 from data import load, open_source
+from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
-from experiments.config.settings import ConfigError
 from experiments.laboratory.gradients import Subjects, findings
 from experiments.laboratory.greedy import SPREAD, greedy_start
 from experiments.laboratory.report import flow_picture, flow_table, gradient_table, noise_table
@@ -32,7 +32,7 @@ from experiments.laboratory.scale import noise
 from experiments.laboratory.subjects import RATE, SHAPE, Subject, held_out_texts, make_optimizer, train_subject
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, exit_code
-from experiments.training.run_dir import json_text, write_atomically
+from experiments.training.run_dir import json_text, refuse_existing, write_atomically
 from unet import MeanPool, SelectDistribute, SelectSmooth
 
 FILES = ("lab.md", "lab.json", "lab.png")
@@ -71,33 +71,28 @@ class LabConfig:
     overwrite: bool = False
     """Replace the files of an earlier run."""
 
-
-def check(config: LabConfig) -> None:
-    """Raise `ConfigError` for values that cannot be worked with."""
-    if not 3 <= config.length <= 12:
-        raise ConfigError(f"--length lies between 3 and 12, since every boundary string is tried; got {config.length}")
-    if config.models < 2:
-        raise ConfigError(f"--models must be at least 2, since intervals are over models; got {config.models}")
-    if config.sets < 1 or config.paths < 1:
-        raise ConfigError(f"--sets and --paths must be at least 1; got {config.sets} and {config.paths}")
-    if config.texts < 2:
-        raise ConfigError(f"--texts must be at least 2, since returns are centred over them; got {config.texts}")
-    if config.steps < 1 or config.time <= 0:
-        raise ConfigError("--steps must be at least 1 and --time positive")
-    if config.draws < 8 or config.draws % 4:
-        raise ConfigError(f"--draws is a multiple of 4 and at least 8; got {config.draws}")
-    if any(rate <= 0 for rate in config.learning_rates) or any(steps < 0 for steps in config.after):
-        raise ConfigError("--learning-rates must be positive and --after not negative")
-    present = [name for name in FILES if (config.out / name).exists()]
-    if present and not config.overwrite:
-        raise ConfigError(
-            f"{config.out} holds {', '.join(present)} already: replace it (--overwrite) or name another --out"
+    def __post_init__(self):
+        require(
+            3 <= self.length <= 12,
+            f"--length lies between 3 and 12, since every boundary string is tried; got {self.length}",
+        )
+        require(self.models >= 2, f"--models must be at least 2, since intervals are over models; got {self.models}")
+        require(
+            self.sets >= 1 and self.paths >= 1,
+            f"--sets and --paths must be at least 1; got {self.sets} and {self.paths}",
+        )
+        require(self.texts >= 2, f"--texts must be at least 2, since returns are centred over them; got {self.texts}")
+        require(self.steps >= 1 and self.time > 0, "--steps must be at least 1 and --time positive")
+        require(self.draws >= 8 and self.draws % 4 == 0, f"--draws is a multiple of 4 and at least 8; got {self.draws}")
+        require(
+            all(rate > 0 for rate in self.learning_rates) and all(steps >= 0 for steps in self.after),
+            "--learning-rates must be positive and --after not negative",
         )
 
 
 def run(config: LabConfig, display: Display) -> None:
     """Do all experiments and write their results. Raises `ConfigError` and `DataError`."""
-    check(config)
+    refuse_existing(config.out, FILES, overwrite=config.overwrite)
     try:
         from experiments.laboratory.flow import flows, noisy_flows
     except ImportError as error:

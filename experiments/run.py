@@ -14,9 +14,9 @@ import jax
 import tyro
 
 from data import DataError
-from experiments.config.checks import check
+from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
-from experiments.config.settings import ConfigError, RunConfig
+from experiments.config.settings import RunConfig
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, bits_per_byte
 from experiments.reporting.report import write_report
@@ -31,17 +31,10 @@ SAMPLE_ROWS = 6
 
 
 def parse(arguments: Sequence[str]) -> RunConfig:
-    """The configuration that a command line asks for, checked.
+    """The configuration that a command line asks for; the preset named by --model gives its defaults.
 
-    Prints help or a usage error and raises `SystemExit` (2 for an error), raises `ConfigError` for inconsistent values.
+    Prints help or a usage error and raises `SystemExit` (2 for an error), raises `ConfigError` for values that cannot be run.
     """
-    config = read(arguments)
-    check(config)
-    return config
-
-
-def read(arguments: Sequence[str]) -> RunConfig:
-    """The same before it is checked; the preset named by --model gives its defaults."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--model", default="tiny")
     early.add_argument("--out", default=None)

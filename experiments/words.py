@@ -14,13 +14,14 @@ import tyro
 
 from data import Row
 from experiments.comparison.comparison import Measured
-from experiments.config.settings import ConfigError, RunConfig
+from experiments.config.errors import ConfigError, require
+from experiments.config.settings import RunConfig
 from experiments.evaluation.boundaries import Drawn, Examined, Report, examine, placements, shares
 from experiments.evaluation.evaluate import evaluate_rows
 from experiments.evaluation.segmentation import PLACES, Marks, SegmenterName, mark, open_segmenter
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, exit_code
-from experiments.training.run_dir import differing, json_text, read_config, write_atomically
+from experiments.training.run_dir import differing, json_text, read_config, refuse_existing, write_atomically
 from experiments.training.train import load_split
 from unet.saving import load
 
@@ -50,21 +51,10 @@ class WordsConfig:
     overwrite: bool = False
     """Replace the files of an earlier call."""
 
-
-def check(config: WordsConfig) -> None:
-    """Raise `ConfigError` for values that cannot be worked with."""
-    if not config.runs:
-        raise ConfigError("name at least one folder of a finished run")
-    if len({folder.resolve() for folder in config.runs}) < len(config.runs):
-        raise ConfigError("each run is named once")
-    if config.bytes is not None and config.bytes < 1:
-        raise ConfigError(f"--bytes must be at least 1; got {config.bytes}")
-    if config.out is not None and not config.overwrite:
-        present = [name for name in FILES if (config.out / name).exists()]
-        if present:
-            raise ConfigError(
-                f"{config.out} holds {', '.join(present)} already: replace it (--overwrite) or name another --out"
-            )
+    def __post_init__(self):
+        require(bool(self.runs), "name at least one folder of a finished run")
+        require(len({folder.resolve() for folder in self.runs}) == len(self.runs), "each run is named once")
+        require(self.bytes is None or self.bytes >= 1, f"--bytes must be at least 1; got {self.bytes}")
 
 
 def held_out_text(run: RunConfig) -> tuple[str | int | float | None, ...]:
@@ -102,7 +92,8 @@ def groups(runs: Mapping[Path, RunConfig]) -> dict[str, list[Path]]:
 
 def look(config: WordsConfig, display: Display) -> None:
     """Examine the runs one after another; tables on standard output. Raises `ConfigError`, `DataError` and `LoadError`."""
-    check(config)
+    if config.out is not None:
+        refuse_existing(config.out, FILES, overwrite=config.overwrite)
     segment = open_segmenter(config.segmenter)
     models = {folder: load(str(folder)).model for folder in config.runs}
     runs = {folder: read_config(folder) for folder in config.runs}

@@ -16,8 +16,9 @@ from experiments.benchmark.overhead import overhead
 from experiments.benchmark.roofline import Kernel, kernels_of, shares
 from experiments.benchmark.timing import in_turns
 from experiments.benchmark.whole_step import compile_elsewhere
+from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
-from experiments.config.settings import ConfigError, transformer_shape
+from experiments.config.settings import transformer_shape
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
 from unet import UNetConfig

@@ -23,8 +23,9 @@ from experiments.comparison.pairs import (
     pair_cells,
     pair_remarks,
 )
+from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
-from experiments.config.settings import ConfigError, EstimatorName
+from experiments.config.settings import EstimatorName
 from experiments.reporting.display import Display
 from experiments.training.run_dir import read_config
 from tests.test_run import SMALL

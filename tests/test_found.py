@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from experiments.config.errors import ConfigError
 from experiments.config.registry import build_estimator
-from experiments.config.settings import ConfigError
 from experiments.run import parse
 from experiments.training.prepared import find, read_byte_model, read_found
 from experiments.training.run_dir import read_config

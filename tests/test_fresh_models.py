@@ -11,10 +11,12 @@ import pytest
 
 from estimators import Bernoulli, CosineRouter, Draw, Likelier, MLPRouter, OffPolicy, WindowedPolicy
 from estimators.keys import named_key
+from experiments.config.errors import ConfigError
+from experiments.config.files import from_json, to_json
 from experiments.config.presets import PRESETS
 from experiments.config.registry import REGISTRY, build_estimators, build_model
 from experiments.config.sections import DynamicChunkingConfig, PoolConfig
-from experiments.config.settings import ConfigError, LevelConfig, from_json, to_json
+from experiments.config.settings import LevelConfig
 from experiments.training.capacity import inner_capacities, rated_capacities
 from experiments.training.target import TargetSchedule, TargetState
 from tests.compositions import FROM_DATA, SHAPE, config_of

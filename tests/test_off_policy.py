@@ -147,7 +147,7 @@ def test_what_can_be_configured_is_unbiased(two, centring):
         )
         offpolicy = dataclasses.replace(plain.offpolicy, clip=None)
         config = dataclasses.replace(plain, estimator="sfe-offpolicy", sfe=sfe, offpolicy=offpolicy)
-        found = here.expected([lively(step) for step in reductions(config, DIM)])
+        found = here.expected([lively(step) for step in reductions(config, config.estimator, DIM)])
         assert float(jnp.linalg.norm(found - exact)) < 2e-4 * float(jnp.linalg.norm(exact)), sfe
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from estimators import Boundaries
-from experiments.config.checks import check
+from experiments.config.errors import ConfigError
 from experiments.config.sections import PoolConfig
-from experiments.config.settings import ConfigError
 from tests.compositions import LENGTH, config_of, lively, registered
 from tests.conftest import losses, predict, small_score_function, text_bytes
 from tests.test_stepping import KEYS, check_row_by_row
@@ -190,7 +189,6 @@ def chosen(choice):
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_models_with_such_tokens_train_and_step_as_they_read(choice):
     config = chosen(choice)
-    check(config)
     model = registered("sfe", config)
     assert np.isfinite(losses(model, text_bytes(3, LENGTH), key=jax.random.key(0), capacities=(12,)).loss)
     check_row_by_row(model)
@@ -247,11 +245,16 @@ def test_nothing_after_a_row_reaches_it():
     [
         ({"pool": PoolConfig("attention", heads=3)}, "does not divide a width of 16"),
         ({"pool": PoolConfig("max"), "estimator": "gumbel"}, "makes its tokens itself"),
-        ({"pool": PoolConfig(boundary=True)}, "name a --pool.kind"),
-        ({"pool": PoolConfig("max", heads=0)}, "at least 1"),
         ({"chunker": "attend"}, "--unet.attend first or every"),
     ],
 )
 def test_pools_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        check(dataclasses.replace(config_of("sfe"), **changes))
+        dataclasses.replace(config_of("sfe"), **changes)
+
+
+def test_a_pool_that_is_impossible_by_itself_is_refused():
+    with pytest.raises(ConfigError, match=r"name a --pool\.kind"):
+        PoolConfig(boundary=True)
+    with pytest.raises(ConfigError, match=r"--pool\.heads must be at least 1; got 0"):
+        PoolConfig("max", heads=0)

@@ -12,8 +12,8 @@ import safetensors.numpy
 
 from estimators import EarlyExit
 from experiments import export
+from experiments.config.files import from_json, to_json
 from experiments.config.presets import PRESETS
-from experiments.config.settings import from_json, to_json
 from experiments.training.optimizer import stages_of
 from tests.conftest import predict, small_score_function, text_bytes
 from tests.test_stepping import check_row_by_row

@@ -14,7 +14,7 @@ import pytest
 from data.rows import make_row
 from estimators.fixed import is_whitespace
 from experiments import words
-from experiments.config.settings import to_json
+from experiments.config.files import to_json
 from experiments.evaluation.boundaries import bits_by_place, examine, place, placements
 from experiments.evaluation.evaluate import evaluate_rows, summarise
 from experiments.evaluation.segmentation import PLACES, by_jieba, by_whitespace, expected_scores, mark

@@ -15,9 +15,10 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from data import Split, open_batches
 from estimators.keys import named_key
 from experiments.benchmark.timing import Work
-from experiments.config.checks import check
+from experiments.config.errors import ConfigError
 from experiments.config.registry import ByteModel, Found, build_model
-from experiments.config.settings import ConfigError, EstimatorName, RunConfig, transformer_shape
+from experiments.config.sections import IsotropicConfig
+from experiments.config.settings import EstimatorName, RunConfig, transformer_shape
 from experiments.training.capacity import inner_capacities, training_capacities
 from experiments.training.optimizer import make_optimizer, multipliers
 from experiments.training.prepared import find, threshold_of
@@ -31,11 +32,12 @@ WayName = Literal["padded", "square", "pytorch", "pytorch-at-once"]
 def fresh_model(config: RunConfig, split: Split) -> UNet:
     """The untrained model of a run; an entropy router without `--entropy.model` watches an untrained byte model."""
     key = jax.random.key(config.seed)
-    found = find(config, split)
     if config.estimator == "entropy" and config.entropy.model is None:
         isotropic = dataclasses.replace(config, estimator="isotropic")
         byte_model = UNet(config.unet, None, key=named_key(key, "byte model"))
         found = Found(byte_model=ByteModel(isotropic, byte_model), threshold=threshold_of(config, byte_model, split))
+    else:
+        found = find(config, split)
     return build_model(config, key, found)
 
 
@@ -102,12 +104,9 @@ def of_estimators(config: RunConfig, names: Sequence[EstimatorName], split: Spli
     """A training step of every estimator in the model of `config`."""
     steps = Steps({}, {})
     for name in names:
-        one = dataclasses.replace(config, estimator=name)
-        if name == "isotropic":
-            one = dataclasses.replace(one, isotropic=dataclasses.replace(one.isotropic, token_level=True))
+        isotropic = IsotropicConfig(token_level=True) if name == "isotropic" else config.isotropic
         try:
-            if name != "entropy":
-                check(one)
+            one = dataclasses.replace(config, estimator=name, isotropic=isotropic)
             steps.works[name] = training_step(one, split)
         except (ConfigError, ValueError) as error:
             steps.left_out[name] = str(error)

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from experiments.benchmark.deviceless import ENVIRONMENT, TARGETS, compile_for, machine_program, mesh_of, missing
 from experiments.benchmark.roofline import Share, kernels_of, shares
 from experiments.benchmark.shapes import is_trained, shapes_of
-from experiments.config.settings import ConfigError, RunConfig, from_json, to_json
+from experiments.config.errors import ConfigError
+from experiments.config.files import from_json, to_json
+from experiments.config.settings import RunConfig
 from experiments.training.capacity import inner_capacities, rated_capacities
 from experiments.training.optimizer import make_optimizer, multipliers
 from experiments.training.step import fresh_state, make_step

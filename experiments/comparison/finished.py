@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import get_args
 
 from experiments.comparison.pairs import Curve
-from experiments.config.settings import ConfigError, EstimatorName, RunConfig, from_json, to_json
+from experiments.config.errors import ConfigError
+from experiments.config.files import from_json, to_json
+from experiments.config.settings import EstimatorName, RunConfig
 from experiments.reporting.summary import Summary
 from experiments.training.run_dir import SUMMARY, differing, read_config, read_metrics
 from unet.flops import matrix_flops

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ from estimators import (
 )
 from estimators.keys import named_key
 from experiments.config.sections import EntropyConfig
-from experiments.config.settings import EstimatorName, RunConfig
+from experiments.config.settings import EstimatorName, LevelConfig, RunConfig
 from unet import MeanPool, Projection, SelectAttend, SelectDeviate, SelectDistribute, SelectSmooth, UNet
 from unet.pooling import AbstractPool, Average, CrossAttention, Largest, Pooled, WithBoundary
 
@@ -82,9 +81,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Ingredients:
-    """Everything an estimator is made from; `config` asks for it by name and rate, `dim` is the width of what it sees."""
+    """Everything an estimator is made from: the settings of the run, the `level` that asks for it by name and rate, and the
+    width of the hidden states that it sees."""
 
     config: RunConfig
+    level: LevelConfig
     dim: int
     chunker: AbstractChunker
     key: PRNGKeyArray
@@ -97,13 +98,13 @@ CHUNKERS: dict[EstimatorName, Literal["mean", "smooth"]] = {"gumbel": "mean", "h
 """The chunkers of estimators that do not simply select and distribute."""
 
 
-def reductions(config: RunConfig, dim: int) -> tuple[AbstractReduction, ...]:
-    """The variance reductions that a configuration asks for on states of width `dim`, in the order in which they apply."""
+def reductions(config: RunConfig, estimator: EstimatorName, dim: int) -> tuple[AbstractReduction, ...]:
+    """The variance reductions that a configuration asks for on hidden states of width `dim`, in the order in which they apply."""
     sfe = config.sfe
     steps: list[AbstractReduction] = []
     if sfe.early_exit:
         steps.append(EarlyExit(sfe.early_weight))
-    if config.estimator == "sfe-offpolicy":
+    if estimator == "sfe-offpolicy":
         steps.append(ImportanceWeight(config.offpolicy.clip))
     if sfe.advantage_decay is not None:
         steps.append(GeneralisedAdvantage(dim, sfe.discount, sfe.advantage_decay))
@@ -126,8 +127,8 @@ def _score_function(given: Ingredients) -> AbstractEstimator:
     return ScoreFunction(
         given.dim,
         chunker=given.chunker,
-        target_rate=config.rate,
-        reductions=reductions(config, given.dim),
+        target_rate=given.level.rate,
+        reductions=reductions(config, given.level.estimator, given.dim),
         window=sfe.window,
         scale=sfe.scale,
         cap=sfe.cap,
@@ -146,11 +147,11 @@ def _under_score_function(router: Callable[[Ingredients], AbstractRouter]) -> Bu
 
 
 def _off_policy(given: Ingredients) -> AbstractRouter:
-    return OffPolicy(_score_function(given).router, Bernoulli(given.config.rate))
+    return OffPolicy(_score_function(given).router, Bernoulli(given.level.rate))
 
 
 def _mlp(given: Ingredients, start: float | None = None) -> AbstractRouter:
-    mlp, rate = given.config.mlp, given.config.rate
+    mlp, rate = given.config.mlp, given.level.rate
     return MLPRouter(given.dim, mlp.inner, target_rate=rate, temperature=mlp.temperature, start=start, key=given.key)
 
 
@@ -159,7 +160,7 @@ def _gumbel(given: Ingredients) -> AbstractEstimator:
     return StraightThroughGumbel(
         given.dim,
         chunker=given.chunker,
-        target_rate=given.config.rate,
+        target_rate=given.level.rate,
         inner=mlp.inner,
         temperature=mlp.temperature,
         prior_weight=mlp.prior_weight,
@@ -172,7 +173,7 @@ def _dynamic_chunking(given: Ingredients) -> AbstractEstimator:
     return DynamicChunking(
         given.dim,
         chunker=given.chunker,
-        target_rate=given.config.rate,
+        target_rate=given.level.rate,
         ratio_weight=hnet.ratio_weight,
         # Likelier actions: at a probability of less than one half there would be no boundary to learn from.
         router=_mlp(given, start=0.5) if hnet.routing == "direct" else None,
@@ -190,7 +191,7 @@ def _entropy(given: Ingredients) -> AbstractEstimator:
     found, settings = given.found, given.config.entropy
     if found.byte_model is None or found.threshold is None:
         raise ValueError("the entropy estimator needs a byte model and a threshold")
-    router = EntropyRouter(found.byte_model.model, patch_rule(settings)(found.threshold), target_rate=given.config.rate)
+    router = EntropyRouter(found.byte_model.model, patch_rule(settings)(found.threshold), target_rate=given.level.rate)
     return Entropy(router, chunker=given.chunker)
 
 
@@ -208,7 +209,7 @@ def _distilled(given: Ingredients) -> AbstractEstimator:
 
 def _stride(given: Ingredients) -> AbstractEstimator:
     stride = given.config.stride.stride
-    return Stride(chunker=given.chunker, stride=round(1 / given.config.rate) if stride is None else stride)
+    return Stride(chunker=given.chunker, stride=round(1 / given.level.rate) if stride is None else stride)
 
 
 def _characters(given: Ingredients) -> AbstractEstimator:
@@ -222,7 +223,7 @@ def _isotropic(given: Ingredients) -> AbstractEstimator | None:
 
 REGISTRY: dict[EstimatorName, Builder] = {
     "sfe": _score_function,
-    "sfe-cosine": _under_score_function(lambda given: CosineRouter(given.dim, target_rate=given.config.rate)),
+    "sfe-cosine": _under_score_function(lambda given: CosineRouter(given.dim, target_rate=given.level.rate)),
     "sfe-mlp": _under_score_function(_mlp),
     "sfe-smooth": _score_function,
     "sfe-offpolicy": _under_score_function(_off_policy),
@@ -231,7 +232,7 @@ REGISTRY: dict[EstimatorName, Builder] = {
     "entropy": _entropy,
     "bpe": _bpe,
     "bpe-distilled": _distilled,
-    "uniform": lambda given: Uniform(chunker=given.chunker, target_rate=given.config.rate),
+    "uniform": lambda given: Uniform(chunker=given.chunker, target_rate=given.level.rate),
     "stride": _stride,
     "characters": _characters,
     "whitespace": lambda given: Whitespace(chunker=given.chunker),
@@ -240,14 +241,14 @@ REGISTRY: dict[EstimatorName, Builder] = {
 }
 
 
-def build_chunker(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractChunker:
+def build_chunker(config: RunConfig, estimator: EstimatorName, dim: int, key: PRNGKeyArray) -> AbstractChunker:
     """The chunker that a configuration asks for, or else its estimator's own, for states of width `dim`."""
     way, smooth = config.unet.implementation, config.smooth
-    name = CHUNKERS.get(config.estimator, "distribute") if config.chunker is None else config.chunker
+    name = CHUNKERS.get(estimator, "distribute") if config.chunker is None else config.chunker
     if name == "mean":
         return MeanPool(dim, key=key, implementation=way)
     if name == "smooth":
-        published = "straight-through" if config.estimator == "hnet" else "none"
+        published = "straight-through" if estimator == "hnet" else "none"
         weighting = published if smooth.weighting is None else smooth.weighting
         return SelectSmooth(
             Projection(dim, key=key) if smooth.residual == "projected" else None, smooth.smoothing, weighting, way
@@ -283,14 +284,10 @@ def build_estimators(config: RunConfig, key: PRNGKeyArray, found: Found | None =
     """The estimators of a run, the outermost first."""
     built = []
     for number, level in enumerate(config.levels):
-        asked = dataclasses.replace(config, estimator=level.estimator, rate=level.rate)
-        key_level = named_key(key, f"level {number}")
-        built.append(_at_level(asked, config.unet.widths[number], key_level, Found() if found is None else found))
+        dim, key_level = config.unet.widths[number], named_key(key, f"level {number}")
+        chunker = build_chunker(config, level.estimator, dim, named_key(key_level, "chunker"))
+        pool = build_pool(config, dim, named_key(key_level, "pool"))
+        chunker = chunker if pool is None else Pooled(pool, chunker, config.unet.implementation)
+        own = named_key(key_level, "estimator")
+        built.append(REGISTRY[level.estimator](Ingredients(config, level, dim, chunker, own, found or Found())))
     return tuple(one for one in built if one is not None)
-
-
-def _at_level(config: RunConfig, dim: int, key: PRNGKeyArray, found: Found) -> AbstractEstimator | None:
-    chunker = build_chunker(config, dim, named_key(key, "chunker"))
-    pool = build_pool(config, dim, named_key(key, "pool"))
-    chunker = chunker if pool is None else Pooled(pool, chunker, config.unet.implementation)
-    return REGISTRY[config.estimator](Ingredients(config, dim, chunker, named_key(key, "estimator"), found))

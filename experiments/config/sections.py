@@ -1,10 +1,12 @@
-"""The parts of a run's configuration, every field a command-line flag."""
+"""The parts of a run's configuration, every field a command-line flag; each refuses values that are impossible by themselves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from experiments.config.errors import require
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,24 @@ class ScoreFunctionConfig:
     cap: float = 6.0
     """Bound of the policy's logits in training (eq. 19)."""
 
+    def __post_init__(self):
+        require(self.window >= 0, f"--sfe.window counts past boundaries and cannot be negative; got {self.window}")
+        require(0 <= self.discount <= 1, f"--sfe.discount lies between 0 and 1; got {self.discount}")
+        require(self.scale > 0 and self.cap > 0, "--sfe.scale and --sfe.cap must be positive")
+        require(
+            self.advantage_decay is None or 0 <= self.advantage_decay <= 1,
+            f"--sfe.advantage-decay lies between 0 and 1; got {self.advantage_decay}",
+        )
+        require(
+            self.advantage_decay is None or not self.critic,
+            "--sfe.advantage-decay brings a critic of its own: leave --sfe.critic out",
+        )
+        require(self.samples >= 1, f"--sfe.samples must be at least 1; got {self.samples}")
+        require(
+            self.centring != "samples" or self.samples > 1,
+            "--sfe.centring samples compares draws for one sequence: ask for --sfe.samples 2 or more",
+        )
+
 
 @dataclass(frozen=True)
 class StrideConfig:
@@ -45,6 +65,9 @@ class StrideConfig:
 
     stride: int | None = None
     """Bytes per token; by default the whole number nearest to 1 / rate."""
+
+    def __post_init__(self):
+        require(self.stride is None or self.stride >= 1, f"--stride.stride must be at least 1; got {self.stride}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,9 @@ class CharactersConfig:
     """Characters per token, white space and punctuation among them; --rate has no say."""
     at: Literal["last", "first"] = "last"
     """The byte of a character at which a token closes."""
+
+    def __post_init__(self):
+        require(self.every >= 1, f"--characters.every must be at least 1; got {self.every}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +98,9 @@ class OffPolicyConfig:
     clip: float | None = 1.0
     """Upper bound of importance weights; None leaves them unbounded and unbiased."""
 
+    def __post_init__(self):
+        require(self.clip is None or self.clip > 0, f"--offpolicy.clip must be positive; got {self.clip}")
+
 
 @dataclass(frozen=True)
 class MLPConfig:
@@ -83,6 +112,10 @@ class MLPConfig:
     """Temperature of the relaxed draws."""
     prior_weight: float = 1.0
     """Weight of the binomial prior (gumbel only)."""
+
+    def __post_init__(self):
+        require(self.inner is None or self.inner >= 1, f"--mlp.inner must be at least 1; got {self.inner}")
+        require(self.temperature > 0, f"--mlp.temperature must be positive; got {self.temperature}")
 
 
 @dataclass(frozen=True)
@@ -119,6 +152,12 @@ class PoolConfig:
     heads: int = 4
     """Heads of attention to the rows of a token."""
 
+    def __post_init__(self):
+        require(self.heads >= 1, f"--pool.heads must be at least 1; got {self.heads}")
+        require(
+            not self.boundary or self.kind != "last", "--pool.boundary adds the last row to a pool: name a --pool.kind"
+        )
+
 
 @dataclass(frozen=True)
 class EntropyConfig:
@@ -145,6 +184,10 @@ class BPEConfig:
     imitation_weight: float = 0.1
     """Weight of the cross-entropy of the distilled policy (bpe-distilled)."""
 
+    def __post_init__(self):
+        require(self.vocabulary >= 257, "--bpe.vocabulary has 256 bytes and at least one merge: 257 or more")
+        require(self.text_bytes >= 1, f"--bpe.text-bytes is an amount of text, at least 1; got {self.text_bytes}")
+
 
 @dataclass(frozen=True)
 class TargetConfig:
@@ -158,6 +201,14 @@ class TargetConfig:
     """Gain of a slow controller that moves an estimator's own target, in log-odds per step and unit of relative error, until
     the measured rate is the one asked for; 0 leaves the target alone. Rules draw at their own rate all the same, and so does the
     policy of sfe-offpolicy: the rate measured there is that of the boundaries drawn by lot."""
+
+    def __post_init__(self):
+        require(
+            self.start is None or 0 < self.start < 1,
+            f"--target.start is a share of bytes strictly between 0 and 1; got {self.start}",
+        )
+        require(0 < self.until <= 1, f"--target.until is a share of training, above 0 and at most 1; got {self.until}")
+        require(self.control >= 0, f"--target.control cannot be negative; got {self.control}")
 
 
 @dataclass(frozen=True)
@@ -188,6 +239,16 @@ class OptimizerConfig:
     accumulate: int = 1
     """Parts a batch is cut into, one after another, to save memory; batch centring and means over bytes work within a part."""
 
+    def __post_init__(self):
+        require(self.learning_rate > 0, "--optimizer.learning-rate must be positive")
+        require(self.clip > 0, "--optimizer.clip must be positive")
+        multipliers = self.stage_multipliers
+        require(multipliers is None or multipliers > 0, "--optimizer.stage-multipliers is a number of bytes above 0")
+        require(0 <= self.final_fraction <= 1, "--optimizer.final-fraction lies between 0 and 1")
+        require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "--optimizer.beta1 and beta2 lie in [0, 1)")
+        require(self.weight_decay >= 0, "--optimizer.weight-decay cannot be negative")
+        require(self.accumulate >= 1, f"--optimizer.accumulate must be at least 1; got {self.accumulate}")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -208,6 +269,11 @@ class DataConfig:
     cache_gib: float = 8.0
     """Size to which that cache is kept for each data set, in GiB; the oldest shards go first."""
 
+    def __post_init__(self):
+        require(0 < self.held_out < 1, "--data.held-out is a share of documents strictly between 0 and 1")
+        require(self.workers >= 0, "--data.workers cannot be negative")
+        require(self.cache_gib > 0, "--data.cache-gib must be positive")
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -218,6 +284,9 @@ class EvaluationConfig:
     times: int = 10
     """How often during training, evenly spread, the last at the end."""
 
+    def __post_init__(self):
+        require(self.times >= 1, "--evaluation.times must be at least 1")
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -227,3 +296,6 @@ class CheckpointConfig:
     """How often during training, evenly spread; there is always one at the end and when a run is stopped."""
     keep: int = 2
     """How many of the latest are kept."""
+
+    def __post_init__(self):
+        require(self.times >= 1 and self.keep >= 1, "--checkpoint.times and --checkpoint.keep must be at least 1")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar, get_origin, get_type_hints
+from typing import Literal
 
 import tyro
 
+from estimators.equations import logit
+from experiments.config.errors import ConfigError, require
 from experiments.config.sections import (
     BPEConfig,
     CharactersConfig,
@@ -81,10 +81,6 @@ ModelName = Literal[
     "dna-hnet",
     "dna-hnet-mamba",
 ]
-
-
-class ConfigError(Exception):
-    """A value, or a combination of values, that cannot be run, said in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +164,13 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    def __post_init__(self):
+        _require_sizes(self)
+        _require_levels(self)
+        _require_chunker(self)
+        if any(level.estimator.startswith("sfe") for level in self.levels):
+            _require_score_function(self)
+
     @property
     def bytes_per_step(self) -> int:
         return self.batch * self.length
@@ -216,37 +219,101 @@ def transformer_shape(config: RunConfig) -> UNetConfig:
     return config.unet
 
 
-def to_json(config: RunConfig) -> str:
-    """The configuration as JSON text, paths as strings."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+def _require_sizes(config: RunConfig) -> None:
+    for name in ("batch", "bytes", "log_every", "buckets"):
+        require(
+            getattr(config, name) >= 1, f"--{name.replace('_', '-')} must be at least 1; got {getattr(config, name)}"
+        )
+    require(config.length >= 2, "--length must be at least 2: one byte to read and one to predict")
+    require(config.steps is None or config.steps >= 1, f"--steps must be at least 1; got {config.steps}")
+    require(config.devices is None or config.devices >= 1, f"--devices must be at least 1; got {config.devices}")
+    require(
+        config.total_steps >= 1,
+        f"--bytes {config.bytes} is less than one step of {config.batch} x {config.length} bytes",
+    )
+    require(0 < config.rate < 1, f"--rate is a share of bytes strictly between 0 and 1; got {config.rate}")
+    require(config.capacity_slack >= 1, "--capacity-slack below 1 would drop boundaries at the target rate")
+    optimizer = config.optimizer
+    require(
+        config.batch % optimizer.accumulate == 0,
+        f"--optimizer.accumulate {optimizer.accumulate} does not divide --batch {config.batch}",
+    )
+    require(
+        optimizer.accumulate == 1 or config.target.control == 0,
+        "--target.control measures the rate of whole batches: use --optimizer.accumulate 1",
+    )
+    require(
+        config.warmup_steps <= config.total_steps,
+        f"a warm-up of {optimizer.warmup_bytes} bytes is longer than the run: name a shorter --optimizer.warmup-bytes, or None "
+        "for 5 % of the run",
+    )
+    require(config.evaluation.bytes >= config.length, "--evaluation.bytes must hold at least one sequence")
+    require(not (config.resume and config.overwrite), "--resume goes on with a run and --overwrite deletes it: use one")
 
 
-def from_json(text: str, where: str) -> RunConfig:
-    """The configuration that `to_json` wrote. Raises `ConfigError`, naming `where`, if it is anything else."""
-    try:
-        values: dict[str, object] = json.loads(text)
-        shape = values["unet"]
-        kinds = get_type_hints(RunConfig)
-        kinds["unet"] = HNetConfig if isinstance(shape, dict) and "layout" in shape else UNetConfig
-        for name, kind in kinds.items():
-            # A setting that is newer than the file was what its default is.
-            if dataclasses.is_dataclass(kind) and name in values:
-                values[name] = _build(kind, values[name])
-        return _build(RunConfig, values)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ConfigError(f"{where} is not the configuration of a run ({error})") from None
+def _require_levels(config: RunConfig) -> None:
+    inside = max(config.unet.levels - 1, 0)
+    given = max(len(config.inner_estimators), len(config.inner_rates))
+    require(
+        given <= inside, f"{given} inner levels are named, but --model {config.model} has {inside} inside its first"
+    )
+    for rate in config.inner_rates:
+        require(0 < rate < 1, f"--inner-rates are shares strictly between 0 and 1; got {rate}")
+    require(
+        config.unet.levels > 0 or (config.estimator == "isotropic" and not config.isotropic.token_level),
+        f"--model {config.model} has no level of tokens: use --estimator isotropic --isotropic.no-token-level",
+    )
+    named = {config.estimator, *config.inner_estimators}
+    require(
+        config.unet.levels == 0
+        or not isinstance(config.unet, HNetConfig)
+        or "isotropic" not in named
+        or config.isotropic.token_level,
+        f"--isotropic.no-token-level leaves out the only level of tokens, but the layout of --model {config.model} has "
+        f"{config.unet.levels}: name a --unet.layout without any, such as '[\"m4\"]'",
+    )
+    for name in {level.estimator for level in config.levels[1:]} & {"entropy", "bpe", "bpe-distilled", "characters"}:
+        raise ConfigError(f"{name} reads bytes, not tokens: use it for the first level, and name --inner-estimators")
 
 
-Built = TypeVar("Built")
+def _require_chunker(config: RunConfig) -> None:
+    """The chunker can be built, and passes a gradient to the router of each level that learns through it."""
+    pool, chunker = config.pool, config.chunker
+    names = {level.estimator for level in config.levels}
+    require(
+        chunker != "attend" or config.unet.attend != "none",
+        "--chunker attend brings no token back itself: name the blocks that attend to them with --unet.attend first or every",
+    )
+    for width in config.unet.widths[: len(config.levels)]:
+        require(
+            pool.kind != "attention" or width % pool.heads == 0,
+            f"--pool.heads {pool.heads} does not divide a width of {width}",
+        )
+    means = chunker == "mean" or "gumbel" in names
+    require(not means or pool.kind == "last", "--chunker mean makes its tokens itself: leave --pool.kind out")
+    require(
+        "gumbel" not in names or chunker in (None, "mean"),
+        f"--estimator gumbel learns through the means of groups: --chunker {chunker} would pass it no gradient",
+    )
+    require(
+        "hnet" not in names or chunker in (None, "smooth"),
+        f"--estimator hnet learns through smoothing: --chunker {chunker} would pass it no gradient",
+    )
+    require(
+        "hnet" not in names or config.smooth.smoothing or config.smooth.weighting != "none",
+        "--estimator hnet without smoothing and without weighting by confidence has no gradient to learn from",
+    )
 
 
-def _build(kind: type[Built], values: object) -> Built:
-    if not isinstance(values, dict):
-        raise TypeError(f"{kind.__name__} is written as an object, not {values!r}")
-    hints = get_type_hints(kind)
-    if unknown := sorted(values.keys() - hints.keys()):
-        raise TypeError(f"{kind.__name__} has no setting {', '.join(unknown)}: another version wrote it")
-    paths = {name: Path(value) for name, value in values.items() if hints[name] == Path | None and value is not None}
-    # JSON has lists only.
-    tuples = {name: tuple(value) for name, value in values.items() if get_origin(hints[name]) is tuple}
-    return kind(**values | paths | tuples)
+def _require_score_function(config: RunConfig) -> None:
+    sfe = config.sfe
+    for level in config.levels:
+        require(
+            not level.estimator.startswith("sfe") or abs(logit(level.rate)) < sfe.cap,
+            f"a rate of {level.rate} lies beyond policy logits capped at {sfe.cap}: raise --sfe.cap",
+        )
+    part = config.batch // config.optimizer.accumulate
+    require(
+        sfe.centring in ("none", "samples") or part * sfe.samples > 1,
+        f"centred returns of a batch of {part} are all zero: use a larger --batch or --sfe.centring none",
+    )

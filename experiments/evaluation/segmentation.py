@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int8
 
 from data import Row
-from experiments.config.settings import ConfigError
+from experiments.config.errors import ConfigError
 from unet import utf8
 
 Segmenter = Callable[[str], Sequence[str]]

@@ -24,7 +24,7 @@ from estimators import (
     Layout,
     ScoreFunctionObjective,
 )
-from experiments.config.settings import ConfigError
+from experiments.config.errors import ConfigError
 from unet import UNet, UNetConfig, next_byte_log_lik
 
 SHAPE = UNetConfig(dim=32, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=8)

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 from data import DataError
-from experiments.config.settings import ConfigError, RunConfig
+from experiments.config.errors import ConfigError
+from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
 from experiments.reporting.shading import Character, colour_of
 from unet.saving import LoadError

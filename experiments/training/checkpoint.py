@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from experiments.config.settings import ConfigError
+from experiments.config.errors import ConfigError
 from experiments.training.run_dir import write_atomically
 
 _TRASH = "trash"

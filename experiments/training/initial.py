@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from experiments.config.settings import ConfigError
+from experiments.config.errors import ConfigError
 from unet.model import UNet
 from unet.pretrained import load_hnet
 from unet.saving import WEIGHTS, describes_itself, load

@@ -16,8 +16,10 @@ from data import BOS, Batch, Batches, Split, open_batches
 from estimators import Layout
 from estimators.bpe import PrefixTree, find_size, train_vocabulary
 from estimators.entropy import find_threshold, next_byte_entropy
+from experiments.config.errors import ConfigError, require
+from experiments.config.files import to_json
 from experiments.config.registry import ByteModel, Found, Vocabulary, patch_rule
-from experiments.config.settings import ConfigError, RunConfig, to_json
+from experiments.config.settings import RunConfig
 from experiments.training.run_dir import read_config
 from unet import UNet
 from unet.likelihood import plain_layout
@@ -37,12 +39,23 @@ def find(config: RunConfig, split: Split) -> Found:
     try:
         if config.estimator in ("bpe", "bpe-distilled"):
             return Found(vocabulary=_find_vocabulary(config, split))
-        if config.estimator == "entropy" and config.entropy.model is not None:
+        if config.estimator == "entropy":
+            require_byte_model(config)
+            assert config.entropy.model is not None
             byte_model = read_byte_model(config.entropy.model)
             return Found(byte_model=byte_model, threshold=threshold_of(config, byte_model.model, split))
     except (ImportError, ValueError) as error:
         raise ConfigError(f"--estimator {config.estimator}: {error}") from error
     return Found()
+
+
+def require_byte_model(config: RunConfig) -> None:
+    """Raise `ConfigError` where the entropy of a byte model is asked for and no byte model is named."""
+    require(
+        config.estimator != "entropy" or config.entropy.model is not None,
+        "--estimator entropy needs a byte model: train one with --estimator isotropic --isotropic.no-token-level and name "
+        "its folder with --entropy.model",
+    )
 
 
 def write_found(folder: Path, found: Found) -> None:

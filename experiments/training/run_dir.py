@@ -16,7 +16,9 @@ try:
 except ImportError:  # Windows has no such locks; runs there are not kept from sharing a folder.
     fcntl = None
 
-from experiments.config.settings import ConfigError, RunConfig, from_json, to_json
+from experiments.config.errors import ConfigError, require
+from experiments.config.files import from_json, to_json
+from experiments.config.settings import RunConfig
 from unet.saving import CONFIG, WEIGHTS, write_atomically
 
 METRICS = "metrics.jsonl"
@@ -92,6 +94,15 @@ def prepare_new(config: RunConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CONFIG, to_json(config))
     return folder
+
+
+def refuse_existing(folder: Path, names: Collection[str], *, overwrite: bool) -> None:
+    """Raise `ConfigError` where one of the files `names` is in `folder` already and may not be overwritten."""
+    present = [name for name in names if (folder / name).exists()]
+    require(
+        overwrite or not present,
+        f"{folder} holds {', '.join(present)} already: replace it (--overwrite) or name another --out",
+    )
 
 
 def differing(run: RunConfig, saved: RunConfig, may_differ: Collection[str] = ()) -> list[str]:

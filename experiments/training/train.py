@@ -21,8 +21,9 @@ from jaxtyping import Array, PRNGKeyArray
 
 from data import Batch, DataError, Split, check_workers, load, open_batches, open_source
 from estimators.keys import named_key
+from experiments.config.errors import ConfigError
 from experiments.config.registry import Found, build_model
-from experiments.config.settings import ConfigError, RunConfig
+from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation, evaluate
 from experiments.reporting.display import Display
 from experiments.training.capacity import inner_capacities, training_capacities
@@ -31,7 +32,7 @@ from experiments.training.data_notes import EPOCHS, SHOWN, DataNotes, data_recor
 from experiments.training.dropped import DroppedBoundaries
 from experiments.training.initial import initial_weights
 from experiments.training.optimizer import frozen_or_not, make_optimizer, multipliers
-from experiments.training.prepared import find, notes, read_found
+from experiments.training.prepared import find, notes, read_found, require_byte_model
 from experiments.training.run_dir import CHECKPOINTS, METRICS, MetricsLog, read_metrics
 from experiments.training.step import StepMetrics, TrainState, compiled, fresh_state, make_step
 from unet import SelectSmooth, UNet
@@ -98,6 +99,7 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Read the data and build the model. Raises `DataError`, `ConfigError` and, for weights to start from, `LoadError`."""
+    require_byte_model(config)
     place_batch, replicate = placement(config)
     config = with_implementation(config)
     split = load_split(config)
