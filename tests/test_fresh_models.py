@@ -1,7 +1,6 @@
 """Fresh models: every weight drawn for itself, and room for the boundaries with which they start."""
 
 import dataclasses
-import json
 
 import equinox as eqx
 import jax
@@ -11,8 +10,6 @@ import pytest
 
 from estimators import Bernoulli, CosineRouter, Draw, Likelier, MLPRouter, OffPolicy, WindowedPolicy
 from estimators.keys import named_key
-from experiments.config.errors import ConfigError
-from experiments.config.files import from_json, to_json
 from experiments.config.presets import PRESETS
 from experiments.config.registry import REGISTRY, build_estimators, build_model
 from experiments.config.sections import DynamicChunkingConfig, PoolConfig
@@ -179,13 +176,6 @@ def test_presets_have_no_slack_of_their_own():
     """What a router draws at its start says how much room it needs."""
     assert {config.capacity_slack for config in PRESETS.values()} == {1.35}
     assert LevelConfig("hnet", 0.2) in PRESETS["hnet-tiny"].levels
-
-
-def test_a_setting_of_another_version_is_named():
-    values = json.loads(to_json(PRESETS["tiny"]))
-    values["pool"]["vectors"] = 2
-    with pytest.raises(ConfigError, match="PoolConfig has no setting vectors"):
-        from_json(json.dumps(values), "old/config.json")
 
 
 @pytest.mark.parametrize("heads", [0, -1])

@@ -142,9 +142,8 @@ def test_what_can_be_configured_is_unbiased(two, centring):
     plain = PRESETS["tiny"]
     exact = here.exact(DISCOUNT, centring == "batch")
     for early, (critic, decay) in itertools.product([False, True], [(False, None), (True, None), (False, 1.0)]):
-        sfe = dataclasses.replace(
-            plain.sfe, discount=DISCOUNT, early_exit=early, critic=critic, advantage_decay=decay, centring=centring
-        )
+        sfe = dataclasses.replace(plain.sfe, discount=DISCOUNT, early_exit=early, critic=critic, advantage_decay=decay)
+        sfe = dataclasses.replace(sfe, centring=centring, samples=here.signals.samples)
         offpolicy = dataclasses.replace(plain.offpolicy, clip=None)
         config = dataclasses.replace(plain, estimator="sfe-offpolicy", sfe=sfe, offpolicy=offpolicy)
         found = here.expected([lively(step) for step in reductions(config, config.estimator, DIM)])

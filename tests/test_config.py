@@ -1,0 +1,75 @@
+"""Settings: refused where they are impossible, and read back from a file with every type checked."""
+
+import json
+
+import pytest
+
+from experiments.config.errors import ConfigError
+from experiments.config.files import from_json, from_values, to_json
+from experiments.config.presets import PRESETS
+from experiments.config.sections import OptimizerConfig, ScoreFunctionConfig, StrideConfig
+
+CHANGES = [
+    ("batch", "16", "batch: '16' is no whole number"),
+    ("batch", 16.5, "batch: 16.5 is no whole number"),
+    ("seed", True, "seed: True is no whole number"),
+    ("rate", "much", "rate: 'much' is no number"),
+    ("rate", 1, "--rate is a share of bytes strictly between 0 and 1; got 1.0"),
+    ("resume", 0, "resume: 0 is neither true nor false"),
+    ("dataset", 3, "dataset: 3 is no string"),
+    ("out", 3, "out: 3 is no string"),
+    ("estimator", "magic", "estimator: 'magic' is none of sfe, sfe-cosine"),
+    ("chunker", "glue", "chunker: 'glue' is none of distribute, deviate, mean, smooth, attend"),
+    ("inner_estimators", ["sfe", "magic"], "inner_estimators[1]: 'magic' is none of"),
+    ("inner_rates", [0.5, "x"], "inner_rates[1]: 'x' is no number"),
+    ("pool", 3, "pool: it is no JSON object"),
+    ("pool.vectors", 2, "pool: there is no setting vectors; another version wrote it"),
+    ("antique", 2, "there is no setting antique; another version wrote it"),
+    ("unet.dim", 7, "unet: heads must divide dim"),
+    ("unet.width", 7, "unet: there is no setting width; another version wrote it"),
+    ("sfe.window", -1, "sfe: --sfe.window counts past boundaries and cannot be negative; got -1"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "sentence"), CHANGES)
+def test_a_file_with_a_wrong_setting_is_refused_in_one_sentence(name, value, sentence):
+    values = json.loads(to_json(PRESETS["tiny"]))
+    *sections, last = name.split(".")
+    inside = values
+    for section in sections:
+        inside = inside[section]
+    inside[last] = value
+    with pytest.raises(ConfigError) as refused:
+        from_values(values, "old/config.json")
+    text = str(refused.value)
+    assert text.startswith("old/config.json is not the configuration of a run: ")
+    assert sentence in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"), [("[1]", "no JSON object"), ("{", "Expecting"), ("{}", "unet: it is missing")]
+)
+def test_a_file_that_is_no_configuration_is_refused(text, sentence):
+    with pytest.raises(ConfigError, match=f"^here is not the configuration of a run.*{sentence}"):
+        from_json(text, "here")
+
+
+def test_every_preset_is_read_back_as_it_was_written():
+    for preset in PRESETS.values():
+        assert from_json(to_json(preset), "here") == preset
+
+
+def test_a_setting_that_is_newer_than_the_file_has_its_default():
+    values = json.loads(to_json(PRESETS["tiny"]))
+    del values["pool"], values["unet"]["ngrams"], values["sfe"]["samples"]
+    assert from_values(values, "here") == PRESETS["tiny"]
+
+
+def test_values_that_are_impossible_by_themselves_are_refused_where_they_are_defined():
+    with pytest.raises(ConfigError, match=r"--sfe\.centring samples compares draws"):
+        ScoreFunctionConfig(centring="samples")
+    with pytest.raises(ConfigError, match=r"--stride\.stride must be at least 1; got 0"):
+        StrideConfig(0)
+    with pytest.raises(ConfigError, match=r"--optimizer\.learning-rate must be positive"):
+        OptimizerConfig(learning_rate=float("nan"))
