@@ -23,7 +23,7 @@ from experiments.training.capacity import inner_capacities, training_capacities
 from experiments.training.optimizer import make_optimizer, multipliers
 from experiments.training.prepared import find, threshold_of
 from experiments.training.step import StepMetrics, TrainState, compiled, fresh_state, make_step
-from experiments.training.train import placement, token_groups, with_implementation
+from experiments.training.train import placement, with_implementation
 from unet import UNet
 
 WayName = Literal["padded", "square", "pytorch", "pytorch-at-once"]
@@ -63,9 +63,8 @@ def ready(config: RunConfig, split: Split, *, capacities: Sequence[int] | None =
     routers = [estimator.router for estimator in model.stage.estimators]
     if capacities is None:
         capacities = training_capacities(config, routers[0] if routers else None, split)
-    groups = token_groups(config, model, capacities)
     inside = inner_capacities(config, routers, capacities[-1])
-    step = compiled(make_step(config, static, optimizer, capacities=(capacities, *inside), groups=groups))
+    step = compiled(make_step(config, static, optimizer, capacities=(capacities, *inside)))
     stream = open_batches(split, batch=config.batch, seed=config.seed)
     batches = [place_batch(next(stream)) for _ in range(4)]
     stream.close()

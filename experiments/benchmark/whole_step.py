@@ -28,7 +28,6 @@ from experiments.config.settings import RunConfig
 from experiments.training.capacity import inner_capacities, rated_capacities
 from experiments.training.optimizer import make_optimizer, multipliers
 from experiments.training.step import fresh_state, make_step
-from experiments.training.train import token_groups
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 """Nothing can be timed on a GPU that is not there, so that products go to cuBLAS, whose kernels the roofline can read."""
@@ -61,9 +60,8 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
     optimizer = make_optimizer(config, multipliers(config, params))
     # One size, the largest: kernels of branches that may not be taken would have to be weighed.
     capacities = rated_capacities(config, routers[0])[-1:] if routers else (config.length,)
-    groups = token_groups(config, model, capacities, devices=1)
     inside = inner_capacities(config, routers, capacities[-1])
-    step = make_step(config, static, optimizer, capacities=(capacities, *inside), groups=groups)
+    step = make_step(config, static, optimizer, capacities=(capacities, *inside))
     state = eqx.filter_eval_shape(lambda: fresh_state(params, optimizer))
     shape = config.batch, config.length
     batch = {

@@ -140,9 +140,6 @@ class RunConfig:
     buckets: int = 4
     """Sizes, up to --capacity-slack x --rate x --length, of which each step runs the token level in the smallest with room, and
     one more where an untrained router draws more; 1 for the largest alone. Each takes time to compile."""
-    fold: bool = True
-    """Lay the token rows of all sequences of a device one after another in training: then the sum of their tokens decides which
-    size has room, not the fullest of them; attention alone always works in the largest. Not where tokens are smoothed."""
     devices: int | None = None
     """Devices that share a batch; by default all there are (a CPU counts as up to two)."""
     log_every: int = 1

@@ -47,9 +47,8 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     capacities: Sequence[int | Sequence[int]],
-    groups: int = 0,
 ) -> Step:
-    """The training step of a run; `capacities` and `groups` as `UNet.loss` takes them."""
+    """The training step of a run; `capacities` as `UNet.loss` takes them."""
     schedule, accumulate, samples = TargetSchedule.of(config), config.optimizer.accumulate, config.samples
 
     def loss(
@@ -64,7 +63,6 @@ def make_step(
             target_rate=target_rate,
             capacities=capacities,
             samples=samples,
-            groups=groups,
         )
         return output.loss, output
 

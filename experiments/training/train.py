@@ -7,7 +7,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from experiments.training.optimizer import frozen_or_not, make_optimizer, multip
 from experiments.training.prepared import find, notes, read_found, require_byte_model
 from experiments.training.run_dir import CHECKPOINTS, METRICS, MetricsLog, read_metrics
 from experiments.training.step import StepMetrics, TrainState, compiled, fresh_state, make_step
-from unet import SelectSmooth, UNet
+from unet import UNet
 from unet.ops.mosaic import refusal
 
 
@@ -70,16 +70,6 @@ class Outcome:
     parameters: int
     epochs: float | None
     shown: float | None
-
-
-def token_groups(config: RunConfig, model: UNet, capacities: Sequence[int], devices: int | None = None) -> int:
-    """The groups of sequences, one on each of the `devices` (None: those of the run), that share their token rows; 0 for none."""
-    # Smoothing goes from row to row: over sequences one after another it would have no two to do at once.
-    estimators = model.stage.estimators
-    smooths = any(isinstance(one.chunker, SelectSmooth) and one.chunker.smoothing for one in estimators)
-    if smooths or len(estimators) > 1 or not config.fold or capacities[-1] == config.length:
-        return 0
-    return _device_count(config) if devices is None else devices
 
 
 @dataclass(frozen=True)
@@ -149,8 +139,7 @@ def train(config: RunConfig, prepared: Prepared, folder: Path, display: Display)
     capacities = training_capacities(config, routers[0] if routers else None, split)
     capacity = capacities[-1]
     inside = inner_capacities(config, routers, capacity)
-    groups = token_groups(config, model, capacities)
-    step_function = compiled(make_step(config, static, optimizer, capacities=(capacities, *inside), groups=groups))
+    step_function = compiled(make_step(config, static, optimizer, capacities=(capacities, *inside)))
     # Fresh trees share equal buffers between leaves, which donation forbids.
     state = replicate(jax.tree.map(jnp.copy, fresh_state(params, optimizer)))
     rows = split.held_out_rows(config.evaluation.bytes)
