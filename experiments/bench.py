@@ -30,8 +30,8 @@ from experiments.config.registry import REGISTRY
 from experiments.config.settings import EstimatorName, ModelName, RunConfig
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, exit_code
+from experiments.training.data import load_split
 from experiments.training.run_dir import json_text, write_atomically
-from experiments.training.train import load_split
 from unet.config import UNetConfig
 from unet.ops import Implementation
 

@@ -143,7 +143,7 @@ def runs_of(config: CompareConfig, common: RunConfig) -> list[RunConfig]:
 def ready(run: RunConfig) -> Job:
     """A run's folder with its configuration in it. Raises `ConfigError` where it holds a run of other settings, or one that
     another process is at work on while its number of devices has to change."""
-    folder = run.folder
+    folder = run.run_dir
     path = folder / CONFIG
     if not path.is_file():
         prepare_new(run)
@@ -221,7 +221,7 @@ def _last_line(job: Job, logs: Path) -> str:
 def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     """Do the runs and write the comparison. Returns 0, or 1 where a run failed."""
     runs = runs_of(config, common)
-    byte_models = [run for run in runs if run.folder.name == BYTE_MODEL_RUN]
+    byte_models = [run for run in runs if run.run_dir.name == BYTE_MODEL_RUN]
     compared = runs[len(byte_models) :]
     elsewhere = of_tables(config.tables, compared)
     runs = [*byte_models, *without(compared, elsewhere)]

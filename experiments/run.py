@@ -22,9 +22,11 @@ from experiments.reporting.display import Display, bits_per_byte
 from experiments.reporting.report import write_report
 from experiments.reporting.shading import shade
 from experiments.reporting.summary import summary_of
-from experiments.training.prepared import write_found
+from experiments.training.prepared import write_prepared
 from experiments.training.run_dir import SUMMARY, differing, held, prepare_new, read_config
-from experiments.training.train import Interrupted, NonFiniteError, Outcome, Prepared, prepare, train
+from experiments.training.session import NonFiniteError
+from experiments.training.setup import Setup, set_up
+from experiments.training.train import Interrupted, Outcome, train
 from unet.saving import LoadError, save, write_atomically
 
 SAMPLE_ROWS = 6
@@ -47,10 +49,10 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         default = dataclasses.replace(read_config(Path(known.out)), resume=False, overwrite=False)
     config = tyro.cli(RunConfig, prog="python -m experiments.run", args=list(arguments), default=default)
     if config.resume:
-        saved = read_config(config.folder)
+        saved = read_config(config.run_dir)
         if changed := differing(config, saved):
             raise ConfigError(
-                f"the run in {config.folder} has other settings for {', '.join(changed)}: resume it without changing them, "
+                f"the run in {config.run_dir} has other settings for {', '.join(changed)}: resume it without changing them, "
                 "or start a new run in another --out"
             )
     return config
@@ -58,30 +60,30 @@ def parse(arguments: Sequence[str]) -> RunConfig:
 
 def run(config: RunConfig, display: Display) -> Outcome:
     """Train, evaluate, and leave everything in the run's folder."""
-    prepared = prepare(config)
-    with held(config.folder):
+    setup = set_up(config)
+    with held(config.run_dir):
         if not config.resume:
             prepare_new(config)
-        write_found(config.folder, prepared.found)
-        return _run_in(config.folder, config, prepared, display)
+        write_prepared(config.run_dir, setup.prepared)
+        return _run_in(config.run_dir, config, setup, display)
 
 
-def _run_in(folder: Path, config: RunConfig, prepared: Prepared, display: Display) -> Outcome:
-    outcome = train(config, prepared, folder, display)
+def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display) -> Outcome:
+    outcome = train(config, setup, run_dir, display)
     rows = outcome.split.held_out_rows(SAMPLE_ROWS * max(config.length, 1))[:SAMPLE_ROWS]
     shaded = shade(outcome.model, rows, seed=config.seed)
     summary = summary_of(config, outcome)
-    write_report(folder, config, summary, shaded)
-    save(outcome.model, folder)
+    write_report(run_dir, config, summary, shaded)
+    save(outcome.model, run_dir)
     # Last, so that a folder with a summary is a finished run.
-    write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_atomically(run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
     if outcome.validation.rate > 0:
         display.sample([character for row in shaded[:3] for character in row][:600])
     if outcome.dropped.warning:
         display.note(outcome.dropped.warning)
     display.note(
         f"held-out bpb {bits_per_byte(outcome.validation)} at rate {outcome.validation.rate:.3f} after "
-        f"{config.total_steps * config.bytes_per_step / 1e6:.2f} MB and {outcome.seconds:.0f} s; see {folder / 'report.html'}"
+        f"{config.total_steps * config.bytes_per_step / 1e6:.2f} MB and {outcome.seconds:.0f} s; see {run_dir / 'report.html'}"
     )
     return outcome
 

@@ -21,8 +21,8 @@ from experiments.evaluation.evaluate import evaluate_rows
 from experiments.evaluation.segmentation import PLACES, Marks, SegmenterName, mark, open_segmenter
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, exit_code
+from experiments.training.data import load_split
 from experiments.training.run_dir import differing, json_text, read_config, refuse_existing, write_atomically
-from experiments.training.train import load_split
 from unet.saving import load
 
 FILES = ("words.md", "words.json")

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from estimators import Frozen
 from estimators.entropy import find_threshold, next_byte_entropy
 from experiments.config.presets import PRESETS
-from experiments.config.registry import ByteModel, Found, Vocabulary, build_estimator, patch_rule
+from experiments.config.registry import ByteModel, Prepared, Vocabulary, build_estimator, patch_rule
 from experiments.config.settings import EstimatorName, RunConfig
 from tests.conftest import text_bytes
 from unet import UNet, UNetConfig
@@ -35,11 +35,11 @@ def config_of(name: EstimatorName) -> RunConfig:
 def registered(name: EstimatorName, config: RunConfig | None = None) -> UNet:
     """The model of such a run."""
     config = config_of(name) if config is None else config
-    estimator = build_estimator(config, jax.random.key(1), found(config) if name in FROM_DATA else Found())
+    estimator = build_estimator(config, jax.random.key(1), found(config) if name in FROM_DATA else Prepared())
     return UNet(config.unet, lively(estimator), key=jax.random.key(2))
 
 
-def found(config: RunConfig) -> Found:
+def found(config: RunConfig) -> Prepared:
     """What entropy and BPE would take from data."""
     words = [b"th", b"he", b"in", b"an", b"ab", b"abc", b"qu", b" a", b" an"]
     vocabulary = tuple([bytes([value]) for value in range(256)] + words)
@@ -48,7 +48,7 @@ def found(config: RunConfig) -> Found:
     measured = eqx.filter_jit(next_byte_entropy)(byte_model, layout)
     rule = patch_rule(config.entropy)
     threshold = find_threshold(np.asarray(measured), np.asarray(layout.numbers), config.rate, rule)
-    return Found(Vocabulary(vocabulary, config.rate, 0), ByteModel(config, byte_model), threshold)
+    return Prepared(Vocabulary(vocabulary, config.rate, 0), ByteModel(config, byte_model), threshold)
 
 
 def trains(node: Tree) -> Tree:

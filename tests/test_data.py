@@ -20,7 +20,7 @@ from data.rows import HeldOutRows, MemoryRows, Protocol, make_row, pieces, with_
 from data.splits import named_split
 from data.stream import StreamRows
 from experiments.config.presets import PRESETS
-from experiments.training.data_notes import DataNotes, data_record
+from experiments.training.data import DataNotes, data_record
 
 
 class Listed(AbstractSource):

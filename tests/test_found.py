@@ -11,9 +11,9 @@ import safetensors.numpy
 from experiments.config.errors import ConfigError
 from experiments.config.registry import build_estimator
 from experiments.run import parse
-from experiments.training.prepared import find, read_byte_model, read_found
+from experiments.training.data import load_split
+from experiments.training.prepared import prepare, read_byte_model, read_prepared
 from experiments.training.run_dir import read_config
-from experiments.training.train import load_split
 from tests.test_run import SMALL, curve, interrupt_at, start, summary
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
@@ -75,14 +75,14 @@ def test_a_run_keeps_its_vocabulary_and_resumes(corpus, tmp_path, monkeypatch, c
     assert len({values[name] for name in ("val_bpb", "val_bpb_greedy", "val_bpb_as_trained")} - {None}) == 3
     assert "greedy; {:.4f} with those it is trained on".format(values["val_bpb_as_trained"]) in capsys.readouterr().err
     assert "… with the boundaries it is trained on" in (tmp_path / "whole" / "report.html").read_text()
-    found = read_found(tmp_path / "whole", read_config(tmp_path / "whole"))
+    found = read_prepared(tmp_path / "whole", read_config(tmp_path / "whole"))
     assert found is not None
     assert found.vocabulary is not None
     assert 257 <= len(found.vocabulary.tokens) <= 400
-    assert found == read_found(tmp_path / "cut", read_config(tmp_path / "cut"))
+    assert found == read_prepared(tmp_path / "cut", read_config(tmp_path / "cut"))
     (tmp_path / "cut" / "vocabulary.json").write_text('["a"]')
     with pytest.raises(ConfigError, match="is not a vocabulary"):
-        read_found(tmp_path / "cut", read_config(tmp_path / "cut"))
+        read_prepared(tmp_path / "cut", read_config(tmp_path / "cut"))
 
 
 def test_a_vocabulary_that_misses_the_rate_is_used_and_its_rate_told(corpus, tmp_path, capsys):
@@ -91,7 +91,7 @@ def test_a_vocabulary_that_misses_the_rate_is_used_and_its_rate_told(corpus, tmp
     out = tmp_path / "run"
     arguments = ("--estimator", "bpe", "--rate", "0.05", "--bpe.vocabulary", "300", "--bpe.text-bytes", "256")
     assert start(*arguments, "--dataset", corpus, "--out", out, *SMALL) == 0
-    found = read_found(out, read_config(out))
+    found = read_prepared(out, read_config(out))
     assert found is not None
     assert found.vocabulary is not None
     config, rate = read_config(out), found.vocabulary.rate
@@ -144,10 +144,10 @@ def test_a_vocabulary_learns_from_one_epoch_and_not_from_what_its_rate_is_measur
         [*given, *("--length", "64", "--steps", "400", "--data.protocol", "pack", "--evaluation.bytes", "64")]
     )
     text = sum(len(json.loads(line)["text"]) for line in corpus.read_text().splitlines())
-    vocabulary = find(config, load_split(config)).vocabulary
+    vocabulary = prepare(config, load_split(config)).vocabulary
     assert vocabulary is not None
     assert vocabulary.apart
     assert 0.5 * text < vocabulary.learned_from < text
-    short = find(dataclasses.replace(config, steps=1), load_split(config)).vocabulary
+    short = prepare(dataclasses.replace(config, steps=1), load_split(config)).vocabulary
     assert short is not None
     assert not short.apart

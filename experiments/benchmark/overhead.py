@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from estimators import AbstractRouter, Boundaries, Draw
-from experiments.benchmark.shapes import is_trained, shapes_of
+from experiments.benchmark.shapes import shapes_of
 from experiments.config.settings import EstimatorName, RunConfig
+from experiments.training.trainer import is_trained
 from unet import UNet
 from unet.likelihood import plain_layout
 from unet.ops import boundary_scan

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 
 from experiments.config.registry import build_model
 from experiments.config.settings import RunConfig
@@ -18,8 +17,3 @@ def shapes_of(config: RunConfig) -> UNet:
         return build_model(config, jax.random.key(0))
 
     return eqx.filter_eval_shape(build)
-
-
-def is_trained(leaf: object) -> bool:
-    """True for the shapes of what has a gradient."""
-    return isinstance(leaf, jax.ShapeDtypeStruct) and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))

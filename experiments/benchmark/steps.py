@@ -7,23 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from data import Split, open_batches
 from estimators.keys import named_key
 from experiments.benchmark.timing import Work
 from experiments.config.errors import ConfigError
-from experiments.config.registry import ByteModel, Found, build_model
+from experiments.config.registry import ByteModel, Prepared, build_model
 from experiments.config.sections import IsotropicConfig
 from experiments.config.settings import EstimatorName, RunConfig, transformer_shape
-from experiments.training.capacity import inner_capacities, training_capacities
-from experiments.training.optimizer import make_optimizer, multipliers
-from experiments.training.prepared import find, threshold_of
-from experiments.training.step import StepMetrics, TrainState, compiled, fresh_state, make_step
-from experiments.training.train import placement, with_implementation
+from experiments.training.placement import Placement, with_implementation
+from experiments.training.prepared import prepare, threshold_of
+from experiments.training.step import StepMetrics, TrainState, compiled
+from experiments.training.trainer import Trainer
 from unet import UNet
 
 WayName = Literal["padded", "square", "pytorch", "pytorch-at-once"]
@@ -35,10 +32,12 @@ def fresh_model(config: RunConfig, split: Split) -> UNet:
     if config.estimator == "entropy" and config.entropy.model is None:
         isotropic = dataclasses.replace(config, estimator="isotropic")
         byte_model = UNet(config.unet, None, key=named_key(key, "byte model"))
-        found = Found(byte_model=ByteModel(isotropic, byte_model), threshold=threshold_of(config, byte_model, split))
+        prepared = Prepared(
+            byte_model=ByteModel(isotropic, byte_model), threshold=threshold_of(config, byte_model, split)
+        )
     else:
-        found = find(config, split)
-    return build_model(config, key, found)
+        prepared = prepare(config, split)
+    return build_model(config, key, prepared)
 
 
 @dataclass(frozen=True)
@@ -55,21 +54,15 @@ class Ready:
 
 def ready(config: RunConfig, split: Split, *, capacities: Sequence[int] | None = None) -> Ready:
     """The step of a run; `capacities` take the place of those it would choose from."""
-    place_batch, replicate = placement(config)
+    placement = Placement.of(config)
     config = with_implementation(config)
     model = fresh_model(config, split)
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    optimizer = make_optimizer(config, multipliers(config, params))
-    routers = [estimator.router for estimator in model.stage.estimators]
-    if capacities is None:
-        capacities = training_capacities(config, routers[0] if routers else None, split)
-    inside = inner_capacities(config, routers, capacities[-1])
-    step = compiled(make_step(config, static, optimizer, capacities=(capacities, *inside)))
+    trainer = Trainer.on(config, model, split) if capacities is None else Trainer.of(config, model, capacities)
     stream = open_batches(split, batch=config.batch, seed=config.seed)
-    batches = [place_batch(next(stream)) for _ in range(4)]
+    batches = [placement.batch(next(stream)) for _ in range(4)]
     stream.close()
-    state = replicate(jax.tree.map(jnp.copy, fresh_state(params, optimizer)))
-    return Ready(step, model, state, batches, capacities[-1])
+    state = placement.replicated(trainer.first_state())
+    return Ready(compiled(trainer.step), model, state, batches, trainer.capacity)
 
 
 def training_step(config: RunConfig, split: Split, *, capacities: Sequence[int] | None = None) -> Work:

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 
 from experiments.benchmark.deviceless import ENVIRONMENT, TARGETS, compile_for, machine_program, mesh_of, missing
 from experiments.benchmark.roofline import Share, kernels_of, shares
-from experiments.benchmark.shapes import is_trained, shapes_of
+from experiments.benchmark.shapes import shapes_of
 from experiments.config.errors import ConfigError
 from experiments.config.files import from_json, to_json
 from experiments.config.settings import RunConfig
-from experiments.training.capacity import inner_capacities, rated_capacities
-from experiments.training.optimizer import make_optimizer, multipliers
-from experiments.training.step import fresh_state, make_step
+from experiments.training.capacity import rated_capacities
+from experiments.training.step import fresh_state
+from experiments.training.trainer import Trainer
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 """Nothing can be timed on a GPU that is not there, so that products go to cuBLAS, whose kernels the roofline can read."""
@@ -56,13 +56,9 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
     routers = [estimator.router for estimator in model.stage.estimators]
     if routers and routers[0].rate is None:
         raise ConfigError(f"--estimator {config.estimator} has a rate of the data's own, of which a compiler sees none")
-    params, static = eqx.partition(model, is_trained)
-    optimizer = make_optimizer(config, multipliers(config, params))
-    # One size, the largest: kernels of branches that may not be taken would have to be weighed.
-    capacities = rated_capacities(config, routers[0])[-1:] if routers else (config.length,)
-    inside = inner_capacities(config, routers, capacities[-1])
-    step = make_step(config, static, optimizer, capacities=(capacities, *inside))
-    state = eqx.filter_eval_shape(lambda: fresh_state(params, optimizer))
+    # One capacity, the largest: kernels of branches that may not be taken would have to be weighed.
+    trainer = Trainer.of(config, model, rated_capacities(config, routers[0])[-1:] if routers else (config.length,))
+    step, state = trainer.step, eqx.filter_eval_shape(lambda: fresh_state(trainer.params, trainer.optimizer))
     shape = config.batch, config.length
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype)

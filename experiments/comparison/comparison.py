@@ -31,9 +31,9 @@ from experiments.config.settings import EstimatorName, RunConfig
 from experiments.reporting.display import Display
 from experiments.reporting.report import STYLE, picture, scale, shaded_html
 from experiments.reporting.shading import Character, shade
+from experiments.training.data import load_split
 from experiments.training.dropped import TOLERATED
 from experiments.training.run_dir import json_text, write_atomically
-from experiments.training.train import load_split
 from unet.saving import load
 
 REFERENCE: EstimatorName = "uniform"

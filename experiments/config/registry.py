@@ -71,7 +71,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Found:
+class Prepared:
     """The `vocabulary` of a byte-pair encoding; the `byte_model` whose entropy is watched, and the `threshold` on it."""
 
     vocabulary: Vocabulary | None = None
@@ -89,7 +89,7 @@ class Ingredients:
     dim: int
     chunker: AbstractChunker
     key: PRNGKeyArray
-    found: Found
+    prepared: Prepared
 
 
 Builder = Callable[[Ingredients], AbstractEstimator | None]
@@ -188,15 +188,17 @@ def patch_rule(settings: EntropyConfig) -> Callable[[float], AbstractPatchRule]:
 
 
 def _entropy(given: Ingredients) -> AbstractEstimator:
-    found, settings = given.found, given.config.entropy
-    if found.byte_model is None or found.threshold is None:
+    prepared, settings = given.prepared, given.config.entropy
+    if prepared.byte_model is None or prepared.threshold is None:
         raise ValueError("the entropy estimator needs a byte model and a threshold")
-    router = EntropyRouter(found.byte_model.model, patch_rule(settings)(found.threshold), target_rate=given.level.rate)
+    router = EntropyRouter(
+        prepared.byte_model.model, patch_rule(settings)(prepared.threshold), target_rate=given.level.rate
+    )
     return Entropy(router, chunker=given.chunker)
 
 
 def _bpe(given: Ingredients) -> BPEGuided:
-    vocabulary = given.found.vocabulary
+    vocabulary = given.prepared.vocabulary
     if vocabulary is None:
         raise ValueError("the BPE-guided estimator needs a vocabulary")
     return BPEGuided(vocabulary.tokens, chunker=given.chunker, rate=vocabulary.rate)
@@ -269,18 +271,20 @@ def build_pool(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractPool |
     return WithBoundary(pool, config.unet.implementation) if config.pool.boundary else pool
 
 
-def build_model(config: RunConfig, key: PRNGKeyArray, found: Found | None = None) -> UNet:
+def build_model(config: RunConfig, key: PRNGKeyArray, prepared: Prepared | None = None) -> UNet:
     """A new model of a run."""
-    estimators = build_estimators(config, named_key(key, "estimators"), found)
+    estimators = build_estimators(config, named_key(key, "estimators"), prepared)
     return UNet(config.unet, estimators, key=named_key(key, "model"))
 
 
-def build_estimator(config: RunConfig, key: PRNGKeyArray, found: Found | None = None) -> AbstractEstimator | None:
+def build_estimator(config: RunConfig, key: PRNGKeyArray, prepared: Prepared | None = None) -> AbstractEstimator | None:
     """The estimator of a run at its outermost level; None for a model without a token level."""
-    return next(iter(build_estimators(config, key, found)), None)
+    return next(iter(build_estimators(config, key, prepared)), None)
 
 
-def build_estimators(config: RunConfig, key: PRNGKeyArray, found: Found | None = None) -> tuple[AbstractEstimator, ...]:
+def build_estimators(
+    config: RunConfig, key: PRNGKeyArray, prepared: Prepared | None = None
+) -> tuple[AbstractEstimator, ...]:
     """The estimators of a run, the outermost first."""
     built = []
     for number, level in enumerate(config.levels):
@@ -289,5 +293,5 @@ def build_estimators(config: RunConfig, key: PRNGKeyArray, found: Found | None =
         pool = build_pool(config, dim, named_key(key_level, "pool"))
         chunker = chunker if pool is None else Pooled(pool, chunker, config.unet.implementation)
         own = named_key(key_level, "estimator")
-        built.append(REGISTRY[level.estimator](Ingredients(config, level, dim, chunker, own, found or Found())))
+        built.append(REGISTRY[level.estimator](Ingredients(config, level, dim, chunker, own, prepared or Prepared())))
     return tuple(one for one in built if one is not None)

@@ -199,7 +199,7 @@ class RunConfig:
         return tuple(LevelConfig(name, rate) for name, rate in zip(names, rates, strict=False))[: self.unet.levels]
 
     @property
-    def folder(self) -> Path:
+    def run_dir(self) -> Path:
         """Where the run's files go."""
         if self.out is not None:
             return self.out

@@ -25,12 +25,13 @@ from estimators import (
     WindowedPolicy,
 )
 from estimators.equations import discounted_returns
-from experiments.config.registry import build_estimators
+from estimators.keys import named_key
+from experiments.config.registry import build_model
 from experiments.config.settings import RunConfig
 from experiments.laboratory.results import Noise
-from experiments.training.optimizer import make_optimizer
-from experiments.training.step import compiled, fresh_state, make_step
-from experiments.training.train import load_split
+from experiments.training.data import load_split
+from experiments.training.step import compiled
+from experiments.training.trainer import Trainer
 from unet import UNet, next_byte_log_lik
 from unet.flops import matrix_flops
 from unet.likelihood import continues, plain_layout
@@ -110,22 +111,19 @@ class _Training:
         settings = dataclasses.replace(config.optimizer, final_fraction=1.0, warmup_bytes=config.bytes_per_step)
         self.config = dataclasses.replace(config, optimizer=settings, steps=max(steps, 2))
         self.split = load_split(self.config)
-        self.optimizer = make_optimizer(self.config)
-        self.static = eqx.partition(self._model(0)[0], eqx.is_inexact_array)[1]
-        step = make_step(self.config, self.static, self.optimizer, capacities=((config.length,),))
-        self.step = compiled(step)
+        # As many tokens as bytes, so that no boundary is dropped.
+        self.trainer = Trainer.of(self.config, self._model(0), (config.length,))
+        self.step = compiled(self.trainer.step)
 
-    def _model(self, seed: int) -> tuple[UNet, PRNGKeyArray]:
-        """A fresh model, and the key of its steps."""
-        key_estimator, key_model, key_steps = jax.random.split(jax.random.key(seed), 3)
-        return UNet(self.config.unet, build_estimators(self.config, key_estimator), key=key_model), key_steps
+    def _model(self, seed: int) -> UNet:
+        return build_model(self.config, jax.random.key(seed))
 
     def stops(
         self, seed: int, after: Sequence[int]
     ) -> Iterator[tuple[int, UNet, tuple[Int[Array, "batch length"], Int[Array, "batch length"]]]]:
         """The model after each number of steps, rising, and two batches that it is not trained on."""
-        model, key = self._model(seed)
-        state = jax.tree.map(jnp.copy, fresh_state(eqx.partition(model, eqx.is_inexact_array)[0], self.optimizer))
+        key = named_key(jax.random.key(seed), "steps")
+        state = self.trainer.first_state(self._model(seed))
         batches = open_batches(self.split, batch=self.config.batch, seed=seed)
         here, there = (jnp.asarray(next(batches)["bytes"], jnp.int32) for _ in range(2))
         done = 0
@@ -135,7 +133,7 @@ class _Training:
                 arrays = {"bytes": batch["bytes"], "segments": batch["segments"], "mask": batch["mask"]}
                 state, _ = self.step(state, jax.tree.map(jnp.asarray, arrays), jax.random.fold_in(key, number))
             done = stop
-            yield stop, eqx.combine(state.params, self.static), (here, there)
+            yield stop, self.trainer.model(state.params), (here, there)
         batches.close()
 
 

@@ -34,7 +34,7 @@ class Display:
         """Say what is about to be trained, and show the bar."""
         self.note(
             f"{config.estimator} on {config.dataset}: {parameters:,} parameters, {config.total_steps:,} steps of "
-            f"{config.batch} x {config.length} bytes, up to {capacity} tokens a sequence; files in {config.folder}"
+            f"{config.batch} x {config.length} bytes, up to {capacity} tokens a sequence; files in {config.run_dir}"
         )
         if not done:
             self.note("compiling, up to a minute")

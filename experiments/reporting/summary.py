@@ -50,7 +50,7 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
         "rate": validation.rate,
         "policy_entropy": validation.entropy,
     }
-    if (vocabulary := outcome.found.vocabulary) is not None:
+    if (vocabulary := outcome.prepared.vocabulary) is not None:
         summary |= {
             "vocabulary": len(vocabulary.tokens),
             "vocabulary_rate": vocabulary.rate,

@@ -18,7 +18,7 @@ from estimators.bpe import PrefixTree, find_size, train_vocabulary
 from estimators.entropy import find_threshold, next_byte_entropy
 from experiments.config.errors import ConfigError, require
 from experiments.config.files import to_json
-from experiments.config.registry import ByteModel, Found, Vocabulary, patch_rule
+from experiments.config.registry import ByteModel, Prepared, Vocabulary, patch_rule
 from experiments.config.settings import RunConfig
 from experiments.training.run_dir import read_config
 from unet import UNet
@@ -34,19 +34,19 @@ RATE_SHARE = 1 / 8
 """Share of the text of a vocabulary, at most, that is kept from it to measure its rate on."""
 
 
-def find(config: RunConfig, split: Split) -> Found:
+def prepare(config: RunConfig, split: Split) -> Prepared:
     """What the estimator of `config` needs of the training text. Raises `ConfigError` where it is not to be had."""
     try:
         if config.estimator in ("bpe", "bpe-distilled"):
-            return Found(vocabulary=_find_vocabulary(config, split))
+            return Prepared(vocabulary=_learn_vocabulary(config, split))
         if config.estimator == "entropy":
             require_byte_model(config)
             assert config.entropy.model is not None
             byte_model = read_byte_model(config.entropy.model)
-            return Found(byte_model=byte_model, threshold=threshold_of(config, byte_model.model, split))
+            return Prepared(byte_model=byte_model, threshold=threshold_of(config, byte_model.model, split))
     except (ImportError, ValueError) as error:
         raise ConfigError(f"--estimator {config.estimator}: {error}") from error
-    return Found()
+    return Prepared()
 
 
 def require_byte_model(config: RunConfig) -> None:
@@ -58,27 +58,30 @@ def require_byte_model(config: RunConfig) -> None:
     )
 
 
-def write_found(folder: Path, found: Found) -> None:
+def write_prepared(folder: Path, prepared: Prepared) -> None:
     """Keep in a run's folder what cannot be had from its checkpoints."""
-    if found.vocabulary is not None:
-        kept = {**vars(found.vocabulary), "tokens": [token.decode("latin-1") for token in found.vocabulary.tokens]}
+    if prepared.vocabulary is not None:
+        kept = {
+            **vars(prepared.vocabulary),
+            "tokens": [token.decode("latin-1") for token in prepared.vocabulary.tokens],
+        }
         write_atomically(folder / VOCABULARY, json.dumps(kept) + "\n")
-    if found.byte_model is not None:
+    if prepared.byte_model is not None:
         (folder / BYTE_MODEL).mkdir(exist_ok=True)
-        write_atomically(folder / BYTE_MODEL / CONFIG, to_json(found.byte_model.config))
-        save(found.byte_model.model, folder / BYTE_MODEL)
+        write_atomically(folder / BYTE_MODEL / CONFIG, to_json(prepared.byte_model.config))
+        save(prepared.byte_model.model, folder / BYTE_MODEL)
 
 
-def read_found(folder: Path, config: RunConfig) -> Found | None:
-    """What `write_found` kept; None where it did not come to that. The threshold comes with the model's weights."""
+def read_prepared(folder: Path, config: RunConfig) -> Prepared | None:
+    """What `write_prepared` kept; None where it did not come to that. The threshold comes with the model's weights."""
     if config.estimator in ("bpe", "bpe-distilled"):
         path = folder / VOCABULARY
-        return Found(vocabulary=_read_vocabulary(path)) if path.is_file() else None
+        return Prepared(vocabulary=_read_vocabulary(path)) if path.is_file() else None
     if config.estimator == "entropy":
         if not (folder / BYTE_MODEL / WEIGHTS).is_file():
             return None
-        return Found(byte_model=read_byte_model(folder / BYTE_MODEL), threshold=0.0)
-    return Found()
+        return Prepared(byte_model=read_byte_model(folder / BYTE_MODEL), threshold=0.0)
+    return Prepared()
 
 
 def read_byte_model(folder: Path) -> ByteModel:
@@ -105,9 +108,9 @@ def threshold_of(config: RunConfig, model: UNet, split: Split) -> float:
     return find_threshold(measured, numbers, config.rate, patch_rule(config.entropy))
 
 
-def notes(config: RunConfig, found: Found) -> list[str]:
-    """What a user has to know of what was found: the rate of a vocabulary, which no setting of the run moves any more."""
-    vocabulary = found.vocabulary
+def notes(config: RunConfig, prepared: Prepared) -> list[str]:
+    """What a user has to know of what was prepared: the rate of a vocabulary, which no setting of the run moves any more."""
+    vocabulary = prepared.vocabulary
     if vocabulary is None:
         return []
     measured_on = "other" if vocabulary.apart else "the same"
@@ -119,7 +122,7 @@ def notes(config: RunConfig, found: Found) -> list[str]:
     ]
 
 
-def _find_vocabulary(config: RunConfig, split: Split) -> Vocabulary:
+def _learn_vocabulary(config: RunConfig, split: Split) -> Vocabulary:
     """As many tokens as come nearest to the rate asked for.
 
     Of the text that they may see, one epoch at most, the first rows are kept from them: words that were learned are read in
@@ -154,7 +157,7 @@ def _rest_of_epoch(batches: Batches, most: int) -> Iterator[Batch]:
 
 
 def _read_vocabulary(path: Path) -> Vocabulary:
-    """Raises `ConfigError` where `path` is anything but what `write_found` wrote."""
+    """Raises `ConfigError` where `path` is anything but what `write_prepared` wrote."""
     try:
         kept = json.loads(path.read_text())
         tokens = tuple(word.encode("latin-1") for word in kept["tokens"])

@@ -79,7 +79,7 @@ def prepare_new(config: RunConfig) -> Path:
     Raises `ConfigError` where the folder has anything in it, unless the run may overwrite it; even then only what a run
     leaves is deleted, and a folder with anything else in it is refused.
     """
-    folder = config.folder
+    folder = config.run_dir
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if present and not config.overwrite:
         raise ConfigError(

@@ -1,15 +1,31 @@
-"""What a run says of its data while it trains: how often it has gone through it, and how much of it it can show."""
+"""The data of a run, and what is said of it while it trains: how often it was gone through, and how much of it can be shown."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from data import Batches, Split
+from data import Batches, Split, load, open_source
 from data.coverage import LITTLE
+from experiments.config.settings import RunConfig
 from experiments.training.run_dir import read_metrics
 
 EPOCHS, SHOWN = "epochs", "shown_fraction"
 """What metrics and summaries call them."""
+
+
+def load_split(config: RunConfig) -> Split:
+    """The data of a run. Raises `DataError`."""
+    data = config.data
+    source = open_source(
+        config.dataset, text_field=data.text_field, cache=data.cache, cache_bytes=round(data.cache_gib * 2**30)
+    )
+    return load(
+        source,
+        length=config.length,
+        protocol=data.protocol,
+        held_out_share=data.held_out,
+        held_out_bytes=config.evaluation.bytes,
+    )
 
 
 def data_record(batches: Batches) -> dict[str, float | int | None]:

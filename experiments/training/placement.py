@@ -1,0 +1,74 @@
+"""On which devices a run works, and how batches and parameters lie on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from data import Batch
+from experiments.config.errors import ConfigError, require
+from experiments.config.settings import RunConfig
+from unet.ops.mosaic import refusal
+
+Tree = TypeVar("Tree", bound=PyTree[Array])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Sequences of a batch divided among devices (`by_row`), everything else on each of them (`everywhere`)."""
+
+    by_row: NamedSharding
+    everywhere: NamedSharding
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Placement:
+        """That of a run. Raises `ConfigError` where its devices are not there or cannot share a batch."""
+        part = config.batch // config.optimizer.accumulate
+        available = jax.devices()
+        count = device_count(config)
+        require(
+            count <= len(available) and part % count == 0,
+            f"--devices {count} cannot share a batch of {part}: it must divide it, and there are {len(available)} device(s)",
+        )
+        mesh = jax.make_mesh((count,), ("batch",), axis_types=(AxisType.Auto,), devices=available[:count])
+        return cls(NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec()))
+
+    def batch(self, batch: Batch) -> dict[str, Array]:
+        """A batch on the devices."""
+        arrays = {"bytes": batch["bytes"], "segments": batch["segments"], "mask": batch["mask"]}
+        return jax.device_put(arrays, self.by_row)
+
+    def replicated(self, tree: Tree) -> Tree:
+        """A tree on each of the devices."""
+        return jax.device_put(tree, self.everywhere)
+
+
+def device_count(config: RunConfig) -> int:
+    """The devices asked for, or else as many as can share a batch evenly."""
+    if config.devices is not None:
+        return config.devices
+    part = config.batch // config.optimizer.accumulate
+    return max(n for n in range(1, len(jax.devices()) + 1) if part % n == 0)
+
+
+def with_implementation(config: RunConfig) -> RunConfig:
+    """The run with ragged operations in XLA where its batch is spread over devices, which kernels cannot be.
+
+    Raises `ConfigError` where kernels were asked for by name and cannot run.
+    """
+    implementation, spread = config.unet.implementation, device_count(config) > 1
+    if implementation == "pallas":
+        refused = "there is no CUDA device" if jax.default_backend() != "gpu" else None
+        refused = refused or refusal(config.unet.widths[0], jnp.dtype(config.unet.compute))
+        refused = refused or ("they run on one device only: add --devices 1" if spread else None)
+        if refused:
+            raise ConfigError(f"--unet.implementation pallas: kernels cannot run here: {refused}")
+    if implementation is None and spread:
+        return dataclasses.replace(config, unet=dataclasses.replace(config.unet, implementation="xla"))
+    return config

@@ -1,0 +1,50 @@
+"""The lines of `metrics.jsonl`: one for a training step, one for a validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from experiments.evaluation.evaluate import Validation
+from experiments.training.step import StepMetrics
+
+Record = dict[str, float | int | None]
+
+
+def step_record(step: int, num_bytes: int, metrics: StepMetrics) -> Record:
+    """The line of a training step."""
+    output = metrics.output
+    record: Record = {
+        "step": step,
+        "bytes": num_bytes,
+        "loss": float(output.loss),
+        "bpb": -float(output.log_lik) / math.log(2),
+        "early_bpb": number(-float(output.early_log_lik) / math.log(2)),
+        "rate": float(output.rate),
+        "target_rate": float(metrics.target_rate),
+        "overflow": float(output.overflow),
+        "padding": float(output.padding),
+        "gradient_norm": float(metrics.gradient_norm),
+    }
+    for level, values in enumerate(output.metrics):
+        prefix = "" if level == 0 else f"level{level}_"
+        record.update({prefix + name: float(value) for name, value in values.items()})
+    return record
+
+
+def validation_record(step: int, num_bytes: int, validation: Validation) -> Record:
+    """The line of a validation."""
+    record: Record = {"step": step, "bytes": num_bytes}
+    for name, value in dataclasses.asdict(validation).items():
+        if isinstance(value, dict):
+            record.update({f"val_{name}_{key}": number(inner) for key, inner in value.items()})
+        elif isinstance(value, tuple):
+            record.update({f"val_level{level}_rate": number(rate) for level, rate in enumerate(value, start=1)})
+        else:
+            record[f"val_{name}"] = number(value)
+    return record
+
+
+def number(value: float | int) -> float | int | None:
+    """JSON has no NaN: what is not there is null."""
+    return None if math.isnan(value) else value

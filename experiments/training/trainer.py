@@ -1,0 +1,79 @@
+"""A trainer: what moves the parameters of a model, shared by training, the benchmark and the laboratory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from data import Split
+from experiments.config.settings import RunConfig
+from experiments.training.capacity import inner_capacities, training_capacities
+from experiments.training.optimizer import frozen_or_not, make_optimizer, multipliers
+from experiments.training.step import Step, TrainState, fresh_state, make_step
+from unet import UNet
+
+
+def is_trained(leaf: object) -> bool:
+    """True for arrays that have a gradient, and for the shapes of such."""
+    shaped = isinstance(leaf, jax.ShapeDtypeStruct) and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+    return shaped or eqx.is_inexact_array(leaf)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The model of a run, split into its first `params` and everything that stays the same (`static`), its optimizer, and the
+    `capacities` of its levels: those that a step chooses from at the first level, and one for each level inside."""
+
+    config: RunConfig
+    params: PyTree[Float[Array, ...]]
+    static: UNet
+    optimizer: optax.GradientTransformation
+    capacities: tuple[int | tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, model: UNet, capacities: Sequence[int]) -> Trainer:
+        """The trainer of a fresh `model`, with these capacities to choose from at the first level."""
+        params, static = eqx.partition(model, is_trained)
+        routers = [estimator.router for estimator in model.stage.estimators]
+        inside = inner_capacities(config, routers, capacities[-1])
+        return cls(
+            config, params, static, make_optimizer(config, multipliers(config, params)), (tuple(capacities), *inside)
+        )
+
+    @classmethod
+    def on(cls, config: RunConfig, model: UNet, split: Split) -> Trainer:
+        """The same with the capacities that a run on this text has."""
+        routers = [estimator.router for estimator in model.stage.estimators]
+        return cls.of(config, model, training_capacities(config, routers[0] if routers else None, split))
+
+    @property
+    def step(self) -> Step:
+        """The training step, not compiled."""
+        return make_step(self.config, self.static, self.optimizer, capacities=self.capacities)
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that a sequence can have."""
+        first = self.capacities[0]
+        return first if isinstance(first, int) else first[-1]
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters train."""
+        return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(self.params, frozen_or_not(self.params))))
+
+    def first_state(self, model: UNet | None = None) -> TrainState:
+        """The state before the first step, of another model of the same shape where one is given."""
+        params = self.params if model is None else eqx.filter(model, is_trained)
+        # Fresh trees share equal buffers between leaves, which donation forbids.
+        return jax.tree.map(jnp.copy, fresh_state(params, self.optimizer))
+
+    def model(self, params: PyTree[Float[Array, ...]]) -> UNet:
+        """The model with these parameters."""
+        return eqx.combine(params, self.static)
