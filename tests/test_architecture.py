@@ -68,6 +68,18 @@ def test_rooms_use_only_what_lies_below_them_and_no_command(room, may_use):
     assert used <= may_use | {room}
 
 
+def test_functions_of_experiments_are_short_and_take_few_parameters():
+    long = []
+    for path in sorted((ROOT / "experiments").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                parameters = [a.arg for a in (*node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+                if lines > 60 or len(parameters) > 8:
+                    long.append(f"{path.relative_to(ROOT)}: {node.name}, {lines} lines, {len(parameters)} parameters")
+    assert long == []
+
+
 def test_every_package_was_looked_at():
     for package in PACKAGES:
         assert list(imports_of(package)), package
