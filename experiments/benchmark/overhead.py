@@ -21,7 +21,7 @@ from unet.ops import boundary_scan
 
 
 @dataclass(frozen=True)
-class Overhead:
+class OverheadReport:
     """Floating-point operations per byte of a loss and its gradient, by XLA's count of the program before it is optimised.
 
     `prescribed`: with boundaries that are given, at every 1/rate bytes, and cost nothing. On top of these, with the score
@@ -45,7 +45,7 @@ class Overhead:
         return (self.policy + self.objective) / self.prescribed
 
 
-def overhead(config: RunConfig) -> Overhead:
+def overhead(config: RunConfig) -> OverheadReport:
     """The overhead of the score function in the model of `config`, at two sequences a batch."""
     config = dataclasses.replace(config, batch=2)
 
@@ -56,7 +56,7 @@ def overhead(config: RunConfig) -> Overhead:
     given = dataclasses.replace(config, estimator="stride")
     prescribed, whole, headless = step("stride") - _drawing_flops(given), step("sfe"), step("sfe", early_exit=False)
     policy = _policy_flops(dataclasses.replace(config, estimator="sfe"))
-    return Overhead(prescribed, policy, whole - headless, headless - prescribed - policy)
+    return OverheadReport(prescribed, policy, whole - headless, headless - prescribed - policy)
 
 
 def _loss_flops(config: RunConfig) -> float:

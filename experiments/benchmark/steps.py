@@ -23,7 +23,7 @@ from experiments.training.step import StepMetrics, TrainState, compiled
 from experiments.training.trainer import Trainer
 from unet import UNet
 
-WayName = Literal["padded", "square", "pytorch", "pytorch-at-once"]
+AlternativeName = Literal["padded", "square", "pytorch", "pytorch-at-once"]
 
 
 def fresh_model(config: RunConfig, split: Split) -> UNet:
@@ -105,8 +105,8 @@ def of_estimators(config: RunConfig, names: Sequence[EstimatorName], split: Spli
     return steps
 
 
-def plainer_way(name: WayName, config: RunConfig, split: Split) -> Work:
-    """A plainer way to the training step of a run: a token level as long as the text (`padded`), attention over masked squares
+def alternative_step(name: AlternativeName, config: RunConfig, split: Split) -> Work:
+    """A plainer form of the training step of a run: a token level as long as the text (`padded`), attention over masked squares
     at the byte level (`square`), or the same model in eager PyTorch, with a policy that draws byte by byte (`pytorch`) and
     with one that need not (`pytorch-at-once`).
 

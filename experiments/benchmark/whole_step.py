@@ -1,6 +1,6 @@
 """Compiles a whole training step for a GPU that is not there and says what it needs: a program of its own, one target each.
 
-`experiments.bench --compile-for` starts it in the right environment: `python -m experiments.benchmark.whole_step REQUEST.json`.
+`experiments.bench compile` starts it in the right environment: `python -m experiments.benchmark.whole_step REQUEST.json`.
 """
 
 from __future__ import annotations

@@ -36,9 +36,12 @@ Record = Mapping[str, float | int | str | None]
 
 
 def json_text(value: object) -> str:
-    """`value` as JSON, which has neither NaN nor infinity: what is not a number is null. Paths become strings."""
+    """`value` as JSON, which has neither NaN nor infinity: what is not a number is null. Dataclasses become objects, paths
+    strings."""
 
     def plain(part: object) -> object:
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            return plain(dataclasses.asdict(part))
         if isinstance(part, dict):
             return {key: plain(inner) for key, inner in part.items()}
         if isinstance(part, list | tuple):

@@ -1,4 +1,4 @@
-"""What it costs to write byte by byte, against reading everything again for each byte."""
+"""What it costs to generate byte by byte, against a forward pass over everything for each byte."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from unet.stage import Hierarchy
 
 BATCH = 16
 PROMPT = 512
-WRITTEN = 512
+GENERATED = 512
 
 
 @dataclass(frozen=True)
-class WritingReport:
-    """Medians over rounds. `speedup`: the time of one pass over a text of the mean length, over that of a byte written alone;
-    `bytes_per_second` alone and in a batch, and `batch_speedup`, their ratio; `token_steps`: the share of steps in which the
-    token level ran; `token_time`: the share of the time that is gone where no token ever closes."""
+class GenerationReport:
+    """Medians over rounds. `speedup`: the time of a forward pass over a text of the mean length, over that of a byte generated
+    alone; `bytes_per_second` alone and in a batch, and `batch_speedup`, their ratio; `token_steps`: the share of steps in which
+    the token level ran; `token_time`: the share of the time that is gone where no token ever closes."""
 
     speedup: float
     bytes_per_second: float
@@ -85,19 +85,19 @@ def _pass(
 
 def write(model: UNet, prompts: Sequence[bytes], seed: int) -> Writer:
     """All of it, for its pace."""
-    writer = Writer(model, prompts, max_bytes=WRITTEN, key=jax.random.key(seed), endless=True)
+    writer = Writer(model, prompts, max_bytes=GENERATED, key=jax.random.key(seed), endless=True)
     while not writer.done:
         writer.go_on()
     return writer
 
 
-def measure_writing(config: RunConfig, split: Split, *, rounds: int) -> WritingReport:
-    """Write 512 bytes after prompts of 512, alone and in a batch of 16, with an untrained model of that shape."""
+def measure_generation(config: RunConfig, split: Split, *, rounds: int) -> GenerationReport:
+    """Generate 512 bytes after prompts of 512, alone and in a batch of 16, with an untrained model of that shape."""
     model = fresh(config)
     assert isinstance(model.stage, Hierarchy)
     closed = eqx.tree_at(lambda m: m.stage.estimator.router, model, RuleRouter(never, 0, rate_of(model)))
     prompts, keys = texts_of(split, BATCH, PROMPT), jax.random.split(jax.random.key(0), 1)
-    middle = jnp.asarray(padded([texts_of(split, 1, PROMPT + WRITTEN // 2 - 1)[0]]))
+    middle = jnp.asarray(padded([texts_of(split, 1, PROMPT + GENERATED // 2 - 1)[0]]))
     capacity = rounded_up(round(1.3 * rate_of(model) * middle.shape[1]))
 
     def passing() -> float:
@@ -106,14 +106,14 @@ def measure_writing(config: RunConfig, split: Split, *, rounds: int) -> WritingR
         return time.perf_counter() - started
 
     passing()
-    found: list[WritingReport] = []
+    found: list[GenerationReport] = []
     for number in range(rounds + 1):
         whole = statistics.median(passing() for _ in range(5))
         one, many = write(model, prompts[:1], number).pace, write(model, prompts, number).pace
         quiet, all_quiet = write(closed, prompts[:1], number).pace, write(closed, prompts, number).pace
         speed, together = one.bytes_per_second, many.bytes_per_second
         found.append(
-            WritingReport(
+            GenerationReport(
                 whole * speed,
                 speed,
                 together,
@@ -126,7 +126,7 @@ def measure_writing(config: RunConfig, split: Split, *, rounds: int) -> WritingR
         )
     # In the first round programs for a second size of cache may have been compiled.
     values = [list(vars(one).values()) for one in found[1:]]
-    return WritingReport(*(statistics.median(column) for column in zip(*values, strict=True)))
+    return GenerationReport(*(statistics.median(column) for column in zip(*values, strict=True)))
 
 
 def measure_caches(config: RunConfig, split: Split, contexts: Sequence[int]) -> list[CacheReport]:

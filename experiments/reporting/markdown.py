@@ -1,0 +1,11 @@
+"""Tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of these rows under a head, a line each."""
+    first, *rest = ("| " + " | ".join(map(str, row)) + " |\n" for row in (head, *rows))
+    return "".join([first, "|" + "---|" * len(head) + "\n", *rest])
