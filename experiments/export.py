@@ -122,7 +122,7 @@ FIGURES = {
     "parameters": "parameters",
     "bytes": "bytes of training text",
     "val_bpb": "bits per byte on held-out text",
-    "rate": "share of bytes that close a token",
+    "val_rate": "share of bytes that close a token",
     "target_rate": "the share aimed at",
     "seed": "seed",
 }

@@ -8,11 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 
 from experiments import compare as compare_module
-from experiments.comparison.comparison import html_table, markdown, remarks, table
+from experiments.comparison.comparison import COLUMNS, Line, cells, html_table, markdown, remarks, table
 from experiments.comparison.finished import FinishedRun, curve, of_tables
 from experiments.comparison.pairs import (
     PAIR_COLUMNS,
@@ -46,7 +47,7 @@ def finished_run(estimator: EstimatorName, seed: int, bpb: float, rate: float = 
         "estimator": estimator,
         "seed": seed,
         "val_bpb": bpb,
-        "rate": rate,
+        "val_rate": rate,
         "target_rate": 0.2,
         "parameters": 1000,
         "flops_per_byte": 1e6,
@@ -54,13 +55,17 @@ def finished_run(estimator: EstimatorName, seed: int, bpb: float, rate: float = 
         "seconds": 10.0,
         "bytes_per_second": 1000.0,
         "dropped_fraction": 0.0,
-        "boundary_f1_whitespace": None,
-        "sampled_f1_whitespace": 0.5,
-        "boundary_auc_whitespace": 0.5,
+        "val_whitespace_f1": None,
+        "val_whitespace_sampled_f1": 0.5,
+        "val_whitespace_auc": 0.5,
         **more,
     }
     config = dataclasses.replace(PRESETS["tiny"], estimator=estimator, seed=seed)
     return FinishedRun(config, summary, straight(3.0, 1e-3, 1000.0))
+
+
+def shown(lines: Sequence[Line]) -> str:
+    return markdown(COLUMNS, [cells(line) for line in lines])
 
 
 def test_means_errors_and_paired_gains():
@@ -70,12 +75,13 @@ def test_means_errors_and_paired_gains():
             "sfe": [finished_run("sfe", 0, 1.9), finished_run("sfe", 1, 2.0)],
         }
     )
-    found = [(line.bpb.mean, line.bpb.error, line.bpb.n, line.gain.mean, line.gain.half_width) for line in lines]
+    bpb = lines[1].numbers["val_bpb"]
+    found = bpb.mean, bpb.error, bpb.n, lines[1].gain.mean, lines[1].gain.half_width
     # Of one degree of freedom, tan(0.475 π) = 12.706 times the standard error.
-    assert found[1] == pytest.approx((1.95, 0.05, 2, 0.15, 0.05 * math.tan(0.475 * math.pi)))
+    assert found == pytest.approx((1.95, 0.05, 2, 0.15, 0.05 * math.tan(0.475 * math.pi)))
     assert lines[0].gain.values == ()
-    assert "| `uniform` | 2.1000 ± 0.1000 | – |" in markdown(lines)
-    assert "| `sfe` | 1.9500 ± 0.0500 | +0.1500 [-0.4853, +0.7853] ≈ |" in markdown(lines)
+    assert "| `uniform` | 2.1000 ± 0.1000 | – |" in shown(lines)
+    assert "| `sfe` | 1.9500 ± 0.0500 | +0.1500 [-0.4853, +0.7853] ≈ |" in shown(lines)
 
 
 def straight(start, slope, end):
@@ -160,11 +166,11 @@ def test_pairs_asked_for():
 def test_a_missed_rate_is_flagged():
     lines = table({"hnet": [finished_run("hnet", 0, 2.0, 0.268)], "sfe": [finished_run("sfe", 0, 2.0, 0.205)]})
     assert [line.missed for line in lines] == [True, False]
-    assert "0.268 †" in markdown(lines)
-    inside = finished_run("sfe", 0, 2.0, 0.21, rate_level1=0.6, target_rate_level1=0.5)
+    assert "0.268 †" in shown(lines)
+    inside = finished_run("sfe", 0, 2.0, 0.21, val_level1_rate=0.6, level1_target_rate=0.5)
     (line,) = table({"sfe": [inside]})
     assert line.missed
-    assert "| 0.210 / 0.600 † |" in markdown([line])
+    assert "| 0.210 / 0.600 † |" in shown([line])
     assert "sfe 0.210 / 0.600 for 0.2 / 0.5" in " ".join(remarks([line]))
     assert any("hnet 0.268 for 0.2" in note for note in remarks(lines))
 
@@ -192,7 +198,7 @@ def test_a_comparison_leaves_its_table_its_curves_and_its_page(finished):
     for name, of_method in runs.items():
         for run in of_method:
             assert run["summary"] == json.loads((finished / f"{name}-{run['seed']}" / "summary.json").read_text())
-            assert run["curve"][-1]["bpb"] == run["summary"]["val_bpb"]
+            assert run["curve"][-1]["val_bpb"] == run["summary"]["val_bpb"]
     (pair,) = found["pairs"]
     assert (pair["first"], pair["second"]) == ("sfe", "uniform")
     ends = [[run["summary"]["val_bpb"] for run in runs[name]] for name in ("uniform", "sfe")]

@@ -108,7 +108,7 @@ def test_without_a_token_level_there_is_no_rate(rows):
     got = evaluate(small_model(None), rows, batch=5, capacity=20, key=jax.random.key(0))
     assert got.rate == 0.0
     assert math.isfinite(got.bpb)
-    assert math.isnan(got.entropy)
+    assert math.isnan(got.policy_entropy)
 
 
 def evaluated(rng, documents):
@@ -138,7 +138,7 @@ def test_batches_add_up():
     assert (left.whitespace, left.spacelike, left.rate) == (right.whitespace, right.spacelike, right.rate)
     nats = -together["log_lik"][together["scored"]].sum()
     assert left.bpb == pytest.approx(nats / math.log(2) / left.bytes, rel=1e-6)
-    assert left.entropy == pytest.approx(together["entropy"].mean(), rel=1e-6)
+    assert left.policy_entropy == pytest.approx(together["entropy"].mean(), rel=1e-6)
     free, space = together["free"], np.isin(together["bytes"], [9, 10, 11, 12, 13, 32])
     assert left.whitespace.auc == area_under_roc(together["probs"][free], space[free])
 

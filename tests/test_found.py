@@ -51,7 +51,7 @@ def test_an_entropy_run_resumes_without_the_run_its_model_came_from(byte_run, co
     shutil.rmtree(source)
     assert start("--resume", "--out", tmp_path / "cut") == 0
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    assert abs(summary(tmp_path / "whole")["rate"] - 0.3) < 0.12
+    assert abs(summary(tmp_path / "whole")["val_rate"] - 0.3) < 0.12
     before = read_byte_model(byte_run).model
     after = read_byte_model(tmp_path / "whole" / "byte_model").model
     for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
@@ -107,7 +107,7 @@ def test_a_vocabulary_that_misses_the_rate_is_used_and_its_rate_told(corpus, tmp
     assert 3 * 64 - 12 <= values["vocabulary_bytes"] <= 3 * 64
     assert values["capacity"] >= min(rate * config.length, config.length)
     assert load(out).model.stage.estimators[0].router.rate == rate
-    assert values["rate"] == pytest.approx(rate, abs=0.2)
+    assert values["val_rate"] == pytest.approx(rate, abs=0.2)
 
 
 def test_what_cannot_be_found_is_said_in_a_sentence(byte_run, corpus, tmp_path, capsys):

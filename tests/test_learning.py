@@ -19,7 +19,7 @@ def trained(out, *settings: str) -> tuple[float, float]:
     done = subprocess.run(command, check=False, env=usual, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text())
-    return summary["boundary_auc_whitespace"], summary["rate"]
+    return summary["val_whitespace_auc"], summary["val_rate"]
 
 
 def test_boundaries_move_to_the_spaces_between_words(tmp_path):

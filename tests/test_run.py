@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import run as run_module
+from experiments.reporting.metrics import metric_of
 from experiments.training.run_dir import held, read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +75,7 @@ def test_a_run_leaves_everything_it_should(finished):
     }
     values = json.loads((finished / "summary.json").read_text())
     for name in (
-        *("val_bpb", "early_val_bpb", "rate", "boundary_f1_whitespace", "bytes", "seconds", "bytes_per_second"),
+        *("val_bpb", "val_early_bpb", "val_rate", "val_whitespace_f1", "bytes", "seconds", "bytes_per_second"),
         *("parameters", "dropped_fraction", "val_bpb_error", "val_documents"),
     ):
         assert values[name] is not None, name
@@ -84,6 +85,9 @@ def test_a_run_leaves_everything_it_should(finished):
     assert values["shown_fraction"] == last[0]["shown_fraction"] == 1.0
     assert (values["val_bpb_error"], values["val_documents"]) == (last[1]["val_bpb_error"], last[1]["val_documents"])
     assert values["bytes"] == 8 * 4 * 16
+    texts = {"estimator", "dataset", "model", "dropped_warning"}
+    names = set(values).union(*read_metrics(finished)) - texts
+    assert [name for name in sorted(names) if metric_of(name) is None] == []
     assert [record["step"] for record in read_metrics(finished) if "loss" in record] == list(range(1, 9))
     assert [record["step"] for record in read_metrics(finished) if "val_bpb" in record] == [4, 8]
     assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [6, 8]
@@ -319,8 +323,8 @@ def test_a_rule_runs_to_the_end(corpus, tmp_path, estimator):
         == 0
     )
     values = summary(tmp_path / "run")
-    assert values["early_val_bpb"] is None
-    assert values["rate"] > 0.1
+    assert values["val_early_bpb"] is None
+    assert values["val_rate"] > 0.1
 
 
 def test_accumulation_two_devices_and_no_token_level_run_too(corpus, tmp_path):
@@ -329,4 +333,4 @@ def test_accumulation_two_devices_and_no_token_level_run_too(corpus, tmp_path):
     assert start("--dataset", corpus, "--out", tmp_path / "a", *SMALL, *extra) == 0
     flat = ("--estimator", "isotropic", "--isotropic.no-token-level")
     assert start("--dataset", corpus, "--out", tmp_path / "b", *SMALL, *flat) == 0
-    assert summary(tmp_path / "b")["rate"] == 0.0
+    assert summary(tmp_path / "b")["val_rate"] == 0.0

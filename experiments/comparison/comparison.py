@@ -29,6 +29,7 @@ from experiments.comparison.pairs import (
 )
 from experiments.config.settings import EstimatorName, RunConfig
 from experiments.reporting.display import Display
+from experiments.reporting.markdown import table as markdown_table
 from experiments.reporting.report import STYLE, picture, scale, shaded_html
 from experiments.reporting.shading import Character, shade
 from experiments.training.data import load_split
@@ -66,44 +67,45 @@ class Measured:
 
 @dataclass(frozen=True)
 class Line:
-    """One estimator of the table, over its seeds. `gain` is how far its bits per byte lie below the reference's, seed by seed;
-    `bpb_greedy` and `bpb_as_trained` are known of estimators trained on boundaries that another router drew;
-    `rates` are those of all levels, the outermost first, of which one may be `missed`; FLOPs are those of training per byte, at
-    the measured rates, by the two rules of `unet.flops`."""
+    """One estimator of the table, over its seeds. `numbers`: those of `MEASURED` by name; `gain`: how far its bits per byte lie
+    below the reference's, seed by seed; the rates of all levels, the outermost first, and what was asked for, which one may have
+    `missed`."""
 
     estimator: EstimatorName
     seeds: tuple[int, ...]
-    bpb: Measured
-    bpb_greedy: Measured
-    bpb_as_trained: Measured
+    numbers: Mapping[str, Measured]
     gain: Difference
-    rates: tuple[Measured, ...]
+    val_rates: tuple[Measured, ...]
     target_rates: tuple[float, ...]
     missed: bool
-    f1: Measured
-    sampled_f1: Measured
-    auc: Measured
-    flops: Measured
-    layer_flops: Measured
-    seconds: Measured
-    bytes_per_second: Measured
-    dropped: Measured
     parameters: int
 
+    def json(self) -> dict[str, object]:
+        """As `table.json` keeps it."""
+        own = {name: value for name, value in asdict(self).items() if name != "numbers"}
+        return {**own, **asdict(self)["numbers"], "gain": difference_json(self.gain)}
+
+
+MEASURED = (
+    *("val_bpb", "val_bpb_greedy", "val_bpb_as_trained", "val_whitespace_auc", "val_whitespace_f1"),
+    *("val_whitespace_sampled_f1", "flops_per_byte", "layer_flops_per_byte", "bytes_per_second", "seconds"),
+    "dropped_fraction",
+)
+"""Numbers of summaries that a line has the means of."""
 
 COLUMNS: dict[str, str] = {
     "estimator": "estimator",
-    "bpb": "bits per byte",
+    "val_bpb": "bits per byte",
     "gain": f"below `{REFERENCE}`, {CONFIDENCE:.0%} interval",
-    "rate": "rate",
-    "auc": "AUC of p",
-    "f1": "F1, p > 0.5",
-    "sampled_f1": "F1, sampled",
-    "flops": "MFLOP/byte",
-    "layer_flops": "… by layers",
+    "val_rates": "rate",
+    "val_whitespace_auc": "AUC of p",
+    "val_whitespace_f1": "F1, p > 0.5",
+    "val_whitespace_sampled_f1": "F1, sampled",
+    "flops_per_byte": "MFLOP/byte",
+    "layer_flops_per_byte": "… by layers",
     "bytes_per_second": "kB/s",
     "seconds": "seconds",
-    "dropped": "dropped, %",
+    "dropped_fraction": "dropped, %",
     "parameters": "parameters",
     "seeds": "seeds",
 }
@@ -118,9 +120,9 @@ def write_comparison(out: Path, runs: Runs, pairs: Sequence[Names], common: RunC
     lines = table(runs)
     compared = compare_pairs(pairs, {name: bits_per_byte(own) for name, own in runs.items()}, curves)
     notes = [*remarks(lines), *pair_remarks(compared, [line.gain for line in lines])]
-    tables = [markdown(lines)]
+    tables = [markdown(COLUMNS, [cells(line) for line in lines])]
     if compared:
-        tables.append(markdown_table(PAIR_COLUMNS, [pair_cells(pair) for pair in compared]))
+        tables.append(markdown(PAIR_COLUMNS, [pair_cells(pair) for pair in compared]))
     write_atomically(out / "table.json", json_text(everything(lines, compared, runs, notes)))
     write_atomically(out / "table.md", "\n".join([*tables, "\n\n".join(notes)]) + "\n")
     drawn = curves_picture(curves)
@@ -136,10 +138,7 @@ def write_comparison(out: Path, runs: Runs, pairs: Sequence[Names], common: RunC
 
 def everything(lines: Sequence[Line], pairs: Sequence[Pair], runs: Runs, notes: Sequence[str]) -> dict[str, object]:
     """The content of `table.json`: both tables in full, and each run's settings, summary and curve."""
-    methods = [
-        {**asdict(line), "gain": difference_json(line.gain), "runs": [run.json() for run in runs[line.estimator]]}
-        for line in lines
-    ]
+    methods = [{**line.json(), "runs": [run.json() for run in runs[line.estimator]]} for line in lines]
     return {
         "reference": REFERENCE,
         "confidence": CONFIDENCE,
@@ -163,28 +162,18 @@ def table(methods: Runs) -> list[Line]:
         def measured(key: str, runs: Sequence[FinishedRun] = runs) -> Measured:
             return Measured.of([run.value(key) for run in runs])
 
-        inside = sorted(key.removeprefix("rate") for key in runs[0].summary if key.startswith("rate_level"))
-        rates = tuple(measured(f"rate{level}") for level in ("", *inside))
-        targets = tuple(runs[0].value(f"target_rate{level}") for level in ("", *inside))
+        inside = sorted(key.removesuffix("target_rate") for key in runs[0].summary if key.endswith("_target_rate"))
+        rates = tuple(measured(f"val_{level}rate") for level in ("", *inside))
+        targets = tuple(runs[0].value(f"{level}target_rate") for level in ("", *inside))
         lines.append(
             Line(
                 estimator=name,
                 seeds=tuple(run.seed for run in runs),
-                bpb=measured("val_bpb"),
-                bpb_greedy=measured("val_bpb_greedy"),
-                bpb_as_trained=measured("val_bpb_as_trained"),
+                numbers={key: measured(key) for key in MEASURED},
                 gain=paired_difference({} if name == REFERENCE else reference, bits_per_byte(runs)),
-                rates=rates,
+                val_rates=rates,
                 target_rates=targets,
                 missed=any(abs(rate.mean / target - 1) > MISSED for rate, target in zip(rates, targets, strict=True)),
-                f1=measured("boundary_f1_whitespace"),
-                sampled_f1=measured("sampled_f1_whitespace"),
-                auc=measured("boundary_auc_whitespace"),
-                flops=measured("flops_per_byte"),
-                layer_flops=measured("layer_flops_per_byte"),
-                seconds=measured("seconds"),
-                bytes_per_second=measured("bytes_per_second"),
-                dropped=measured("dropped_fraction"),
                 parameters=int(runs[0].value("parameters")),
             )
         )
@@ -193,33 +182,26 @@ def table(methods: Runs) -> list[Line]:
 
 def cells(line: Line) -> dict[str, str]:
     """The table's text for one estimator, by column."""
+    numbers = line.numbers
     return {
         "estimator": f"`{line.estimator}`",
-        "bpb": line.bpb.text(4),
+        "val_bpb": numbers["val_bpb"].text(4),
         "gain": text_of(line.gain),
-        "rate": " / ".join(rate.text(3) for rate in line.rates) + (" †" if line.missed else ""),
-        "auc": line.auc.text(3),
-        "f1": line.f1.text(3),
-        "sampled_f1": line.sampled_f1.text(3),
-        "flops": f"{line.flops.mean / 1e6:.2f}",
-        "layer_flops": f"{line.layer_flops.mean / 1e6:.2f}",
-        "bytes_per_second": f"{line.bytes_per_second.mean / 1e3:.1f}",
-        "seconds": f"{line.seconds.mean:.0f}",
-        "dropped": line.dropped.text(3, 0.01),
+        "val_rates": " / ".join(rate.text(3) for rate in line.val_rates) + (" †" if line.missed else ""),
+        **{name: numbers[name].text(3) for name in MEASURED if name.startswith("val_whitespace")},
+        "flops_per_byte": f"{numbers['flops_per_byte'].mean / 1e6:.2f}",
+        "layer_flops_per_byte": f"{numbers['layer_flops_per_byte'].mean / 1e6:.2f}",
+        "bytes_per_second": f"{numbers['bytes_per_second'].mean / 1e3:.1f}",
+        "seconds": f"{numbers['seconds'].mean:.0f}",
+        "dropped_fraction": numbers["dropped_fraction"].text(3, 0.01),
         "parameters": f"{line.parameters:,}",
         "seeds": ", ".join(map(str, line.seeds)),
     }
 
 
-def markdown(lines: Sequence[Line]) -> str:
-    """The table of methods in Markdown."""
-    return markdown_table(COLUMNS, [cells(line) for line in lines])
-
-
-def markdown_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
+def markdown(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
     """A table in Markdown; `columns` are the headings by name."""
-    text = ["| " + " | ".join(row[name] for name in columns) + " |" for row in (columns, *rows)]
-    return "\n".join([text[0], "|" + "---|" * len(columns), *text[1:]]) + "\n"
+    return markdown_table([*columns.values()], [[row[name] for name in columns] for row in rows])
 
 
 def html_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
@@ -243,7 +225,7 @@ def remarks(lines: Sequence[Line]) -> list[str]:
     missed = [line for line in lines if line.missed]
     if missed:
         names = ", ".join(
-            f"{line.estimator} {' / '.join(f'{rate.mean:.3f}' for rate in line.rates)} for "
+            f"{line.estimator} {' / '.join(f'{rate.mean:.3f}' for rate in line.val_rates)} for "
             f"{' / '.join(f'{target:g}' for target in line.target_rates)}"
             for line in missed
         )
@@ -251,15 +233,16 @@ def remarks(lines: Sequence[Line]) -> list[str]:
             f"† Missed its target rate by more than {MISSED:.0%} ({names}): more tokens buy better bits per byte, and fewer "
             "cost some. --target.control moves an estimator's own target towards the rate asked for, the faster the larger it is."
         )
-    if crowded := [line for line in lines if line.dropped.mean > TOLERATED]:
-        names = ", ".join(f"{line.estimator} {line.dropped.mean:.1%}" for line in crowded)
+    if crowded := [line for line in lines if line.numbers["dropped_fraction"].mean > TOLERATED]:
+        names = ", ".join(f"{line.estimator} {line.numbers['dropped_fraction'].mean:.1%}" for line in crowded)
         notes.append(f"Too many boundaries found no token row in training ({names}): name a larger --capacity-slack.")
-    notes.extend(
-        f"{line.estimator} was trained on boundaries that another router drew: {line.bpb_as_trained.text(4)} bits per byte with "
-        f"those, {line.bpb.text(4)} with its own, drawn, and {line.bpb_greedy.text(4)} with its own, greedy."
-        for line in lines
-        if not math.isnan(line.bpb_as_trained.mean)
-    )
+    for line in lines:
+        own, greedy, trained = (line.numbers[f"val_bpb{kind}"] for kind in ("", "_greedy", "_as_trained"))
+        if not math.isnan(trained.mean):
+            notes.append(
+                f"{line.estimator} was trained on boundaries that another router drew: {trained.text(4)} bits per byte with "
+                f"those, {own.text(4)} with its own, drawn, and {greedy.text(4)} with its own, greedy."
+            )
     return notes
 
 

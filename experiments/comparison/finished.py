@@ -39,7 +39,9 @@ class FinishedRun:
 
     def json(self) -> dict[str, object]:
         """As `table.json` keeps it."""
-        points = [{"flops": flops, "megabytes": megabytes, "bpb": bpb} for flops, megabytes, bpb in self.curve]
+        points = [
+            {"flops": flops, "bytes": round(1e6 * megabytes), "val_bpb": bpb} for flops, megabytes, bpb in self.curve
+        ]
         config = json.loads(to_json(self.config))
         return {"seed": self.seed, "config": config, "summary": self.summary, "curve": points}
 
@@ -101,7 +103,7 @@ def _run_of(values: Mapping[str, object], where: str) -> FinishedRun:
     if not isinstance(summary, dict) or not isinstance(points, list):
         raise TypeError("a run has a summary and a curve")
     config = from_values(values["config"], where)
-    return FinishedRun(config, summary, [(point["flops"], point["megabytes"], point["bpb"]) for point in points])
+    return FinishedRun(config, summary, [(point["flops"], point["bytes"] / 1e6, point["val_bpb"]) for point in points])
 
 
 def by_estimator(runs: Sequence[FinishedRun], names: Sequence[EstimatorName]) -> Runs:

@@ -64,7 +64,7 @@ class Agreement:
 @dataclass(frozen=True)
 class Validation:
     """Results on held-out text. `bpb`: bits per byte; `early_bpb`: of the early head, NaN without one; `rate`: share of
-    bytes with a boundary; `entropy`: of the policy, nats per decision; `overflow`: share of bytes whose boundary was
+    bytes with a boundary; `policy_entropy`: of the policy, nats per decision; `overflow`: share of bytes whose boundary was
     dropped, 0 by construction; `bytes`: how many were predicted; `inner_rates`: of levels inside, the share of the tokens of
     the level around that close a token; `bpb_error`: the standard error of `bpb` over documents, NaN for one; `documents`: how
     many different ones were evaluated.
@@ -79,7 +79,7 @@ class Validation:
     bpb: float
     early_bpb: float
     rate: float
-    entropy: float
+    policy_entropy: float
     overflow: float
     bytes: int
     whitespace: Agreement
@@ -297,7 +297,7 @@ class Tally:
             bpb=bits("log_lik"),
             early_bpb=bits("early_log_lik"),
             rate=sums["drawn"] / sums["valid"],
-            entropy=sums["entropy"] / sums["decided"] if sums["decided"] else math.nan,
+            policy_entropy=sums["entropy"] / sums["decided"] if sums["decided"] else math.nan,
             overflow=sums["overflow"] / sums["valid"],
             bytes=predicted,
             whitespace=whitespace,

@@ -198,7 +198,7 @@ def _figures(config: RunConfig, summary: Summary) -> Iterable[str]:
             "Held-out bits per byte ± standard error over documents",
             f"{_number(summary['val_bpb'])} ± {_number(summary['val_bpb_error'])}",
         ),
-        ("… of the early exit", _number(summary["early_val_bpb"])),
+        ("… of the early exit", _number(summary["val_early_bpb"])),
         *(
             (f"… with {whose}", _number(summary[name]))
             for name, whose in (
@@ -207,25 +207,25 @@ def _figures(config: RunConfig, summary: Summary) -> Iterable[str]:
             )
             if summary.get(name) is not None
         ),
-        ("Boundary rate, target", f"{_number(summary['rate'], digits=3)}, {config.rate:g}"),
+        ("Boundary rate, target", f"{_number(summary['val_rate'], digits=3)}, {config.rate:g}"),
         *(
             (
                 f"… at level {level} inside, target",
-                f"{_number(summary[f'rate_level{level}'], digits=3)}, {asked.rate:g}",
+                f"{_number(summary[f'val_level{level}_rate'], digits=3)}, {asked.rate:g}",
             )
             for level, asked in enumerate(config.levels)
             if level
         ),
-        ("White space: AUC of p", _number(summary["boundary_auc_whitespace"])),
+        ("White space: AUC of p", _number(summary["val_whitespace_auc"])),
         (
             "White space: F1 of boundaries with p > 0.5, of sampled ones",
-            f"{_number(summary['boundary_f1_whitespace'], digits=3)}, {_number(summary['sampled_f1_whitespace'], digits=3)}",
+            f"{_number(summary['val_whitespace_f1'], digits=3)}, {_number(summary['val_whitespace_sampled_f1'], digits=3)}",
         ),
         (
             "Spacelike: F1 of boundaries with p > 0.5, of sampled ones",
-            f"{_number(summary['boundary_f1_spacelike'], digits=3)}, {_number(summary['sampled_f1_spacelike'], digits=3)}",
+            f"{_number(summary['val_spacelike_f1'], digits=3)}, {_number(summary['val_spacelike_sampled_f1'], digits=3)}",
         ),
-        ("Policy entropy, nats a decision", _number(summary["policy_entropy"])),
+        ("Policy entropy, nats a decision", _number(summary["val_policy_entropy"])),
         ("Boundaries dropped in training, share of boundaries", _number(summary["dropped_fraction"], digits=5)),
         ("Epochs: how often the data was gone through", _number(summary["epochs"], digits=2)),
         ("Share of the training text that can be shown", _number(summary["shown_fraction"], digits=3)),

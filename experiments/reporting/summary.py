@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from experiments.config.settings import RunConfig
+from experiments.training.records import held_out
 from experiments.training.train import Outcome
 from unet.flops import layer_flops, matrix_flops
 
@@ -40,15 +41,7 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
             samples=config.samples,
         ).total,
         "target_rate": config.rate,
-        "val_bpb": validation.bpb,
-        "val_bpb_error": validation.bpb_error,
-        "early_val_bpb": validation.early_bpb,
-        "val_bpb_greedy": validation.bpb_greedy,
-        "val_bpb_as_trained": validation.bpb_as_trained,
-        "val_bytes": validation.bytes,
-        "val_documents": validation.documents,
-        "rate": validation.rate,
-        "policy_entropy": validation.entropy,
+        **held_out(validation),
     }
     if (vocabulary := outcome.prepared.vocabulary) is not None:
         summary |= {
@@ -56,16 +49,6 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
             "vocabulary_rate": vocabulary.rate,
             "vocabulary_bytes": vocabulary.learned_from,
         }
-    for level, rate in enumerate(validation.inner_rates, start=1):
-        summary |= {f"target_rate_level{level}": config.levels[level].rate, f"rate_level{level}": rate}
-    for name, agreement in (("whitespace", validation.whitespace), ("spacelike", validation.spacelike)):
-        summary |= {
-            f"boundary_auc_{name}": agreement.auc,
-            f"boundary_precision_{name}": agreement.precision,
-            f"boundary_recall_{name}": agreement.recall,
-            f"boundary_f1_{name}": agreement.f1,
-            f"sampled_precision_{name}": agreement.sampled_precision,
-            f"sampled_recall_{name}": agreement.sampled_recall,
-            f"sampled_f1_{name}": agreement.sampled_f1,
-        }
+    for level, asked in enumerate(config.levels[1:], start=1):
+        summary[f"level{level}_target_rate"] = asked.rate
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in summary.items()}

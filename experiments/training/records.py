@@ -21,7 +21,7 @@ def step_record(step: int, num_bytes: int, metrics: StepMetrics) -> Record:
         "bpb": -float(output.log_lik) / math.log(2),
         "early_bpb": number(-float(output.early_log_lik) / math.log(2)),
         "rate": float(output.rate),
-        "target_rate": float(metrics.target_rate),
+        "aimed_rate": float(metrics.aimed_rate),
         "overflow": float(output.overflow),
         "padding": float(output.padding),
         "gradient_norm": float(metrics.gradient_norm),
@@ -34,7 +34,12 @@ def step_record(step: int, num_bytes: int, metrics: StepMetrics) -> Record:
 
 def validation_record(step: int, num_bytes: int, validation: Validation) -> Record:
     """The line of a validation."""
-    record: Record = {"step": step, "bytes": num_bytes}
+    return {"step": step, "bytes": num_bytes, **held_out(validation)}
+
+
+def held_out(validation: Validation) -> Record:
+    """The numbers of a validation by name."""
+    record: Record = {}
     for name, value in dataclasses.asdict(validation).items():
         if isinstance(value, dict):
             record.update({f"val_{name}_{key}": number(inner) for key, inner in value.items()})

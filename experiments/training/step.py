@@ -35,7 +35,7 @@ class StepMetrics(eqx.Module):
 
     output: LossOutput
     gradient_norm: Float[Array, ""]
-    target_rate: Float[Array, ""]
+    aimed_rate: Float[Array, ""]
 
 
 Step = Callable[[TrainState, dict[str, Array], PRNGKeyArray], tuple[TrainState, StepMetrics]]
