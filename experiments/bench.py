@@ -346,6 +346,7 @@ def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int, 
 
 def bench(config: AbstractMeasurement, display: Display) -> None:
     """Measure, and write it down where asked. Raises `ConfigError` and `DataError`."""
+    jax.config.update("jax_num_cpu_devices", min(config.devices, os.cpu_count() or 1))
     found = config.measure(display)
     if config.json is not None:
         config.json.parent.mkdir(parents=True, exist_ok=True)
@@ -361,13 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 2 for a user's error."""
     display = Display()
     given = sys.argv[1:] if arguments is None else list(arguments)
-
-    def command() -> None:
-        config = tyro.cli(Command, prog="python -m experiments.bench", args=given)
-        jax.config.update("jax_num_cpu_devices", min(config.devices, os.cpu_count() or 1))
-        bench(config, display)
-
-    return exit_code(display, command)
+    return exit_code(display, lambda: bench(tyro.cli(Command, prog="python -m experiments.bench", args=given), display))
 
 
 if __name__ == "__main__":

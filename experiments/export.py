@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from experiments.config.errors import ConfigError
 from experiments.config.files import to_json
 from experiments.config.settings import RunConfig
-from experiments.reporting.display import Display, exit_code
+from experiments.reporting.display import Display, command_line
 from experiments.training.run_dir import SUMMARY, read_config
 from unet import UNet
 from unet.pretrained import save_hnet
@@ -146,11 +146,7 @@ def _upload(folder: Path, repository: str, *, private: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 2 for a user's error."""
-    display = Display()
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code(
-        display, lambda: export(tyro.cli(ExportConfig, prog="python -m experiments.export", args=given), display)
-    )
+    return command_line(ExportConfig, export, "experiments.export", arguments)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from rich.live import Live
 from rich.text import Text
 
 from experiments.config.errors import ConfigError, require
-from experiments.evaluation.segmentation import characters
+from experiments.evaluation.segmentation import character_spans
 from experiments.launch import with_large_pages
-from experiments.reporting.display import Display, exit_code
+from experiments.reporting.display import Display, command_line
 from unet import Sampling, Writer, Written, utf8
 from unet.generate import CHUNK, Pace, Piece, joined
 from unet.saving import load
@@ -171,7 +171,7 @@ def shown(text: Written, *, marks: bool) -> Text:
     end = len(content) if text.piece.finish is not None else max(utf8.whole_characters(content), len(text.prompt))
     closed = np.concatenate([text.prompt_closed_levels, text.piece.closed_levels])
     result = Text()
-    for first, last in characters(content[:end]):
+    for first, last in character_spans(content[:end]):
         character = content[first:last].decode("utf-8", errors="replace")
         result.append(character, style="dim" if first < len(text.prompt) else "")
         depth = int(closed[first:last].max())
@@ -219,13 +219,8 @@ def report(texts: Sequence[Written], pace: Pace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, 2 for a user's error, 130 after Ctrl-C."""
-    display = Display()
-    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return exit_code(
-            display,
-            lambda: generate(tyro.cli(GenerateConfig, prog="python -m experiments.generate", args=given), display),
-        )
+        return command_line(GenerateConfig, generate, "experiments.generate", arguments)
     except KeyboardInterrupt:
         return 130
 

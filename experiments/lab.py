@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import tyro
 from jaxtyping import PRNGKeyArray
 
 from data import load, open_source
@@ -31,7 +30,7 @@ from experiments.laboratory.results import (
 from experiments.laboratory.scale import noise
 from experiments.laboratory.subjects import RATE, SHAPE, Subject, held_out_texts, make_optimizer, train_subject
 from experiments.launch import with_large_pages
-from experiments.reporting.display import Display, exit_code
+from experiments.reporting.display import Display, command_line
 from experiments.training.run_dir import json_text, refuse_existing, write_atomically
 from unet import MeanPool, SelectDistribute, SelectSmooth
 
@@ -145,15 +144,15 @@ def _write(
     of_ways, of_paths = summarise_flows(ways, against[0]), summarise_flows(paths, against[1])
     of_noise = {steps: summarise_noise(models) for steps, models in noises.items()}
     everything = {
-        "settings": dataclasses.asdict(config),
-        "gradients": [dataclasses.asdict(one) for one in of_tables],
-        "flows": [dataclasses.asdict(one) for one in (*of_ways, *of_paths)],
-        "noise": {steps: [dataclasses.asdict(one) for one in found] for steps, found in of_noise.items()},
+        "settings": config,
+        "gradients": of_tables,
+        "flows": (*of_ways, *of_paths),
+        "noise": of_noise,
         "models": [
             {
-                "gradients": [dataclasses.asdict(one) for one in tables[number]],
-                "flows": [dataclasses.asdict(one) for one in (*ways[number], *paths[number])],
-                "noise": {steps: [dataclasses.asdict(one) for one in of[number]] for steps, of in noises.items()},
+                "gradients": tables[number],
+                "flows": (*ways[number], *paths[number]),
+                "noise": {steps: of[number] for steps, of in noises.items()},
             }
             for number in range(config.models)
         ],
@@ -221,9 +220,7 @@ def _over_sets(sets: Sequence[Subjects], key: PRNGKeyArray) -> list[Finding]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 2 for a user's error."""
-    display = Display()
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code(display, lambda: run(tyro.cli(LabConfig, prog="python -m experiments.lab", args=given), display))
+    return command_line(LabConfig, run, "experiments.lab", arguments)
 
 
 if __name__ == "__main__":

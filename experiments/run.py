@@ -13,12 +13,11 @@ from pathlib import Path
 import jax
 import tyro
 
-from data import DataError
 from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
 from experiments.launch import with_large_pages
-from experiments.reporting.display import Display, bits_per_byte
+from experiments.reporting.display import Display, bits_per_byte, exit_code
 from experiments.reporting.report import write_report
 from experiments.reporting.shading import shade
 from experiments.reporting.summary import summary_of
@@ -26,8 +25,8 @@ from experiments.training.prepared import write_prepared
 from experiments.training.run_dir import SUMMARY, differing, held, prepare_new, read_config
 from experiments.training.session import NonFiniteError
 from experiments.training.setup import Setup, set_up
-from experiments.training.train import Interrupted, Outcome, train
-from unet.saving import LoadError, save, write_atomically
+from experiments.training.train import Interrupted, train
+from unet.saving import save, write_atomically
 
 SAMPLE_ROWS = 6
 
@@ -58,17 +57,17 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     return config
 
 
-def run(config: RunConfig, display: Display) -> Outcome:
+def run(config: RunConfig, display: Display) -> None:
     """Train, evaluate, and leave everything in the run's folder."""
     setup = set_up(config)
     with held(config.run_dir):
         if not config.resume:
             prepare_new(config)
         write_prepared(config.run_dir, setup.prepared)
-        return _run_in(config.run_dir, config, setup, display)
+        _run_in(config.run_dir, config, setup, display)
 
 
-def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display) -> Outcome:
+def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display) -> None:
     outcome = train(config, setup, run_dir, display)
     rows = outcome.split.held_out_rows(SAMPLE_ROWS * max(config.length, 1))[:SAMPLE_ROWS]
     shaded = shade(outcome.model, rows, seed=config.seed)
@@ -85,7 +84,6 @@ def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display) ->
         f"held-out bpb {bits_per_byte(outcome.validation)} at rate {outcome.validation.rate:.3f} after "
         f"{config.total_steps * config.bytes_per_step / 1e6:.2f} MB and {outcome.seconds:.0f} s; see {run_dir / 'report.html'}"
     )
-    return outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,19 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A CPU counts as two devices: at these sizes two halves of a batch side by side beat one product on two cores.
     jax.config.update("jax_num_cpu_devices", min(2, os.cpu_count() or 1))
     try:
-        run(parse(sys.argv[1:] if arguments is None else arguments), display)
-    except (ConfigError, DataError, LoadError) as error:
-        return _fail(display, str(error), 2)
+        return exit_code(display, lambda: run(parse(sys.argv[1:] if arguments is None else arguments), display))
     except NonFiniteError as error:
-        return _fail(display, str(error), 1)
+        display.note(f"error: {error}")
+        return 1
     except Interrupted as error:
-        return _fail(display, f"{error}; go on with --resume", 128 + error.signal_number)
-    return 0
-
-
-def _fail(display: Display, message: str, code: int) -> int:
-    display.note(f"error: {message}" if code <= 2 else message)
-    return code
+        display.note(f"{error}; go on with --resume")
+        return 128 + error.signal_number
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +20,8 @@ from experiments.evaluation.boundaries import Drawn, Examined, Report, examine, 
 from experiments.evaluation.evaluate import evaluate_rows
 from experiments.evaluation.segmentation import PLACES, Marks, SegmenterName, mark, open_segmenter
 from experiments.launch import with_large_pages
-from experiments.reporting.display import Display, exit_code
+from experiments.reporting.display import Display, command_line
+from experiments.reporting.markdown import table
 from experiments.training.data import load_split
 from experiments.training.run_dir import differing, json_text, read_config, refuse_existing, write_atomically
 from unet.saving import load
@@ -122,10 +123,10 @@ def look(config: WordsConfig, display: Display) -> None:
             config.out / FILES[1],
             json_text(
                 {
-                    "settings": asdict(config),
+                    "settings": config,
                     "text": {"bytes": int(marks.counted.sum()), "places": shares(marks, marks.counted)},
                     "groups": {name: [str(folder) for folder in group] for name, group in groups(runs).items()},
-                    "runs": {str(folder): asdict(one) for folder, one in found.items()},
+                    "runs": {str(folder): one for folder, one in found.items()},
                 }
             ),
         )
@@ -145,12 +146,12 @@ def markdown(grouped: Mapping[str, Sequence[Examined]], marks: Marks, segmenter:
         "word (a token with a letter, digit or ideograph in it). A boundary agrees where it stands at the last byte of a token; "
         "forced boundaries, characters cut by a row's edge and the last character of each text do not count. Uniform "
         "boundaries are as many as the model's, their figures exact expectations. ± is the standard error over seeds.",
-        _table(["estimator", "bits per byte", "AUC of p, tokens", "AUC of p, words", "runs"], _summary_rows(grouped)),
+        table(["estimator", "bits per byte", "AUC of p, tokens", "AUC of p, words", "runs"], _summary_rows(grouped)),
         "Where boundaries stand in their characters (a character of one byte; the first, a middle, the last byte of several):",
-        _table(["boundaries", "rate", *PLACES], _place_rows(grouped, marks)),
+        table(["boundaries", "rate", *PLACES], _place_rows(grouped, marks)),
         "Bits of a predicted byte by its place in its character; less than the early head's is what boundaries are rewarded for:",
-        _table(["estimator", *PLACES], _bit_rows(grouped)),
-        _table(
+        table(["estimator", *PLACES], _bit_rows(grouped)),
+        table(
             [
                 "boundaries",
                 *(f"{score}, {of}" for of in ("tokens", "words") for score in ("precision", "recall", "F1")),
@@ -164,13 +165,8 @@ def markdown(grouped: Mapping[str, Sequence[Examined]], marks: Marks, segmenter:
             "their own; ends of words tell of bytes to come, so that those figures are no compression."
         )
         head = ["estimator", "boundaries", "rate", "of them there", "bits per byte", "above its own"]
-        parts.append(_table(head, _placement_rows(grouped)))
-    return "\n".join(parts)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
-    return "\n".join(["", lines[0], "|" + "---|" * len(head), *lines[1:], ""])
+        parts.append(table(head, _placement_rows(grouped)))
+    return "\n".join(f"{part.rstrip()}\n" for part in parts)
 
 
 def _summary_rows(grouped: Mapping[str, Sequence[Examined]]) -> list[list[str]]:
@@ -249,11 +245,7 @@ def _placement_rows(grouped: Mapping[str, Sequence[Examined]]) -> list[list[str]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 2 for a user's error."""
-    display = Display()
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code(
-        display, lambda: look(tyro.cli(WordsConfig, prog="python -m experiments.words", args=given), display)
-    )
+    return command_line(WordsConfig, look, "experiments.words", arguments)
 
 
 if __name__ == "__main__":

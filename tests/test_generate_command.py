@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import unet
-from experiments.evaluation.segmentation import characters
+from experiments.evaluation.segmentation import character_spans
 from experiments.generate import MARKS, main, shown
 from tests.compositions import registered
 from tests.test_run import usual_promotion as usual_promotion
@@ -135,5 +135,5 @@ def test_only_whole_characters_are_shown_until_the_end():
     ],
 )
 def test_characters_are_those_of_utf8(content, parts):
-    found = [content[first:last].decode("utf-8", errors="replace") for first, last in characters(content)]
+    found = [content[first:last].decode("utf-8", errors="replace") for first, last in character_spans(content)]
     assert found == parts

@@ -30,7 +30,7 @@ from experiments.comparison.pairs import (
 from experiments.config.settings import EstimatorName, RunConfig
 from experiments.reporting.display import Display
 from experiments.reporting.markdown import table as markdown_table
-from experiments.reporting.report import STYLE, picture, scale, shaded_html
+from experiments.reporting.report import html_page, picture, scale, shaded_html
 from experiments.reporting.shading import Character, shade
 from experiments.training.data import load_split
 from experiments.training.dropped import TOLERATED
@@ -300,12 +300,9 @@ def page(
     paired = ""
     if pairs:
         paired = "<h2>Pairs</h2>\n" + html_table(PAIR_COLUMNS, [pair_cells(pair) for pair in pairs])
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE} .wide {{ overflow-x: auto; }} th {{ text-align: left; padding-right: .8rem; }}
-th, td {{ white-space: nowrap; }} td.quiet {{ color: var(--quiet); }}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<p class="quiet">{html.escape(common.model)}, {common.length} bytes x {common.batch} sequences a step,
+    return html_page(
+        title,
+        f"""<p class="quiet">{html.escape(common.model)}, {common.length} bytes x {common.batch} sequences a step,
 {common.total_steps * common.bytes_per_step / 1e6:.2f} MB of training text, target rate {common.rate:g}</p>
 {html_table(COLUMNS, [cells(line) for line in lines])}
 {paired}
@@ -315,6 +312,5 @@ th, td {{ white-space: nowrap; }} td.quiet {{ color: var(--quiet); }}</style></h
 <p class="quiet">Means over seeds, and faint, where there are several, each seed.</p>
 <h2>The same held-out text</h2>
 <p>Boundary probability at each character, {scale()}. A line at the right of a character is a boundary that was drawn.</p>
-{"".join(blocks)}
-</body></html>
-"""
+{"".join(blocks)}""",
+    )

@@ -31,56 +31,25 @@ from experiments.config.sections import (
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
 
-EstimatorName = Literal[
-    "sfe",
-    "sfe-cosine",
-    "sfe-mlp",
-    "sfe-smooth",
-    "sfe-offpolicy",
-    "gumbel",
-    "hnet",
-    "entropy",
-    "bpe",
-    "bpe-distilled",
-    "uniform",
-    "stride",
-    "characters",
-    "whitespace",
-    "spacelike",
-    "isotropic",
-]
-ModelName = Literal[
-    "tiny",
-    "18M",
-    "32M",
-    "73M",
-    "90M",
-    "130M",
-    "147M",
-    "346M",
-    "ratio2",
-    "ratio4",
-    "ratio6",
-    "hnet-tiny",
-    "hnet-2stage-tiny",
+LearnedName = Literal["sfe", "sfe-cosine", "sfe-mlp", "sfe-smooth", "sfe-offpolicy", "gumbel", "hnet"]
+PreparedName = Literal["entropy", "bpe", "bpe-distilled"]
+RuleName = Literal["uniform", "stride", "characters", "whitespace", "spacelike", "isotropic"]
+EstimatorName = Literal[LearnedName, PreparedName, RuleName]
+
+TransformerName = Literal["tiny", "18M", "32M", "73M", "90M", "130M", "147M", "346M", "ratio2", "ratio4", "ratio6"]
+SmallHNetName = Literal["hnet-tiny", "hnet-2stage-tiny"]
+PublishedName = Literal[
     "hnet-1stage-L",
     "hnet-1stage-XL",
     "hnet-2stage-L",
     "hnet-2stage-XL",
     "hnet-2stage-XL-chinese",
     "hnet-2stage-XL-code",
-    "hnet-space-L",
-    "hnet-space-XL",
-    "hnet-pool-L",
-    "spacebyte++-L",
-    "spacebyte++-XL",
-    "llamabyte-L",
-    "mambabyte-L",
-    "dna-transformer",
-    "dna-mamba",
-    "dna-hnet",
-    "dna-hnet-mamba",
 ]
+ChunkedName = Literal["hnet-space-L", "hnet-space-XL", "hnet-pool-L", "spacebyte++-L", "spacebyte++-XL"]
+FlatName = Literal["llamabyte-L", "mambabyte-L"]
+GenomeName = Literal["dna-transformer", "dna-mamba", "dna-hnet", "dna-hnet-mamba"]
+ModelName = Literal[TransformerName, SmallHNetName, PublishedName, ChunkedName, FlatName, GenomeName]
 
 
 @dataclass(frozen=True)

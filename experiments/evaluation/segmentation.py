@@ -55,7 +55,7 @@ def open_segmenter(name: SegmenterName) -> Segmenter:
     return by_jieba() if name == "jieba" else by_whitespace
 
 
-def characters(content: bytes) -> Iterator[tuple[int, int]]:
+def character_spans(content: bytes) -> Iterator[tuple[int, int]]:
     """Where each character begins and ends; a byte that is part of none is one by itself."""
     start = 0
     while start < len(content):
@@ -122,7 +122,7 @@ def _texts(row: Row) -> Iterator[tuple[int, str]]:
     for begin, end in itertools.pairwise(cuts):
         content = values[begin:end].tobytes()
         # Bytes that are part of no character stand alone: BOS, a character that the row's edge has cut.
-        broken = [start for start, stop in characters(content) if stop == start + 1 and content[start] >= 0x80]
+        broken = [start for start, stop in character_spans(content) if stop == start + 1 and content[start] >= 0x80]
         for start, stop in zip([-1, *broken], [*broken, len(content)], strict=True):
             if start + 1 < stop:
                 yield begin + start + 1, content[start + 1 : stop].decode()

@@ -21,14 +21,14 @@ from experiments.laboratory.moments import (
     score_moments,
     string_probs,
 )
-from experiments.laboratory.subjects import Subject, Tables, tabulate
+from experiments.laboratory.subjects import PerDecision, PerString, Strings, Subject, Tables, tabulate
 
 
 class AbstractField(eqx.Module):
     """A direction to descend, at logits and, where it is drawn, for a key."""
 
     @abstractmethod
-    def __call__(self, logits: Float[Array, "texts decisions"], key: PRNGKeyArray) -> Float[Array, "texts decisions"]:
+    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
         """A gradient of the mean loss of each text."""
 
 
@@ -36,19 +36,19 @@ class Exact(AbstractField):
     """The gradient itself."""
 
     tables: Tables
-    strings: Bool[Array, "strings length"]
+    strings: Strings
 
-    def __call__(self, logits: Float[Array, "texts decisions"], key: PRNGKeyArray) -> Float[Array, "texts decisions"]:
+    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
         return exact_gradient(logits, self.tables, self.strings)
 
 
 class ExpectedScore(AbstractField):
     """The score function's mean."""
 
-    returns: Float[Array, "texts strings decisions"]
-    strings: Bool[Array, "strings length"]
+    returns: PerString
+    strings: Strings
 
-    def __call__(self, logits: Float[Array, "texts decisions"], key: PRNGKeyArray) -> Float[Array, "texts decisions"]:
+    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
         return score_moments(logits, self.strings, self.returns).mean
 
 
@@ -56,10 +56,10 @@ class ExpectedRelaxed(AbstractField):
     """A straight-through estimator's mean."""
 
     tables: Tables
-    strings: Bool[Array, "strings length"]
+    strings: Strings
     temperature: float | None = eqx.field(static=True)
 
-    def __call__(self, logits: Float[Array, "texts decisions"], key: PRNGKeyArray) -> Float[Array, "texts decisions"]:
+    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
         return relaxed_moments(logits, self.strings, self.tables, self.temperature).mean
 
 
@@ -68,7 +68,7 @@ class ExactSmooth(AbstractField):
 
     subject: Subject
 
-    def __call__(self, logits: Float[Array, "texts decisions"], key: PRNGKeyArray) -> Float[Array, "texts decisions"]:
+    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
         return exact_gradient(logits, tabulate(without_weights(self.subject), logits), self.subject.strings)
 
 
@@ -77,7 +77,7 @@ class ExpectedChunking(AbstractField):
 
     subject: Subject
 
-    def __call__(self, logits: Float[Array, "texts decisions"], key: PRNGKeyArray) -> Float[Array, "texts decisions"]:
+    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
         return moments_of(pathwise(logits, tabulate(self.subject, logits)), logits, self.subject.strings).mean
 
 
@@ -86,7 +86,7 @@ class GreedyChunking(AbstractField):
 
     subject: Subject
 
-    def __call__(self, logits: Float[Array, "texts decisions"], key: PRNGKeyArray) -> Float[Array, "texts decisions"]:
+    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
         return at_a_point(self.subject, logits)
 
 
@@ -97,7 +97,7 @@ class GreedyNeighbourhood(AbstractField):
     scale: Float[Array, ""]
     samples: int = eqx.field(static=True)
 
-    def __call__(self, logits: Float[Array, "texts decisions"], key: PRNGKeyArray) -> Float[Array, "texts decisions"]:
+    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
         around: Neighbourhood = neighbourhood(
             self.subject, without_weights(self.subject), logits, key, scale=self.scale, samples=self.samples
         )
@@ -107,11 +107,11 @@ class GreedyNeighbourhood(AbstractField):
 class SampledScore(AbstractField):
     """The score function on one drawn string for each text, as in training: returns minus a `baseline`, `centred` or not."""
 
-    returns: Float[Array, "texts strings decisions"]
-    baseline: Float[Array, "texts decisions"]
+    returns: PerString
+    baseline: PerDecision
     centred: bool = eqx.field(static=True)
 
-    def __call__(self, logits: Float[Array, "texts decisions"], key: PRNGKeyArray) -> Float[Array, "texts decisions"]:
+    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
         probs = jax.nn.sigmoid(logits)
         actions = jax.random.bernoulli(key, probs)
         returns = jnp.take_along_axis(self.returns, place_of(actions)[:, None, None], axis=1)[:, 0] - self.baseline
@@ -129,7 +129,7 @@ class Landscape(eqx.Module):
     """The losses of all strings, price included, each read as certain; and the price of a boundary at every byte."""
 
     losses: Float[Array, "texts strings"]
-    strings: Bool[Array, "strings length"]
+    strings: Strings
     price: Float[Array, ""]
 
     @property
@@ -137,15 +137,13 @@ class Landscape(eqx.Module):
         """Of the best string of each text."""
         return jnp.min(self.losses, axis=1)
 
-    def charge(self, logits: Float[Array, "texts decisions"]) -> Float[Array, "texts decisions"]:
+    def charge(self, logits: PerDecision) -> PerDecision:
         """The derivative of the expected price."""
         probs = jax.nn.sigmoid(logits)
         return self.price * probs * (1.0 - probs) / logits.shape[1]
 
 
-def landscape(
-    log_lik: Float[Array, "texts strings decisions"], strings: Bool[Array, "strings length"], rate: float = 0.3
-) -> Landscape:
+def landscape(log_lik: PerString, strings: Strings, rate: float = 0.3) -> Landscape:
     """The price is the one at which the best strings of all texts together draw boundaries at about `rate`."""
     losses = -jnp.mean(log_lik, axis=2)
     low, high = 0.0, 10.0
@@ -161,7 +159,7 @@ def landscape(
 class NoField(AbstractField):
     """No gradient of the likelihood: what the price does by itself."""
 
-    def __call__(self, logits: Float[Array, "texts decisions"], key: PRNGKeyArray) -> Float[Array, "texts decisions"]:
+    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
         return jnp.zeros_like(logits)
 
 
@@ -169,9 +167,7 @@ class AbstractJudge(eqx.Module):
     """The loss and the rate of a policy, means over texts, price included."""
 
     @abstractmethod
-    def __call__(
-        self, logits: Float[Array, "texts decisions"], ground: Landscape
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def __call__(self, logits: PerDecision, ground: Landscape) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Loss in nats per byte, and rate of boundaries."""
 
 
@@ -180,9 +176,7 @@ class Drawn(AbstractJudge):
 
     subject: Subject | None = None
 
-    def __call__(
-        self, logits: Float[Array, "texts decisions"], ground: Landscape
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def __call__(self, logits: PerDecision, ground: Landscape) -> tuple[Float[Array, ""], Float[Array, ""]]:
         losses = ground.losses
         if self.subject is not None:
             log_lik = tabulate(without_weights(self.subject), logits).log_lik
@@ -196,8 +190,6 @@ class Greedy(AbstractJudge):
 
     subject: Subject
 
-    def __call__(
-        self, logits: Float[Array, "texts decisions"], ground: Landscape
-    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def __call__(self, logits: PerDecision, ground: Landscape) -> tuple[Float[Array, ""], Float[Array, ""]]:
         rate = jnp.mean(logits > 0)
         return jnp.mean(greedy_losses(self.subject, logits)) + ground.price * rate, rate

@@ -38,7 +38,7 @@ from experiments.laboratory.gradients import Subjects, linear_critic, without_we
 from experiments.laboratory.greedy import greedy_start
 from experiments.laboratory.moments import credit
 from experiments.laboratory.results import Flow
-from experiments.laboratory.subjects import RATE, Subject, tabulate, with_logits
+from experiments.laboratory.subjects import RATE, PerDecision, PerString, Subject, tabulate, with_logits
 from unet import next_byte_log_lik
 
 SMOOTH_LENGTH = 7
@@ -60,7 +60,7 @@ class Course:
     against: str
 
 
-def start_of(subject: Subject) -> Float[Array, "texts decisions"]:
+def start_of(subject: Subject) -> PerDecision:
     """Decisions at the rate that the models were trained with."""
     texts, length = subject.texts.shape
     return jnp.full((texts, length - 1), jax.scipy.special.logit(RATE))
@@ -124,7 +124,7 @@ def _smooth_flows(subject: Subject, time: float, key: PRNGKeyArray) -> tuple[lis
 
 
 @eqx.filter_jit
-def certain_log_lik(subject: Subject) -> Float[Array, "texts strings decisions"]:
+def certain_log_lik(subject: Subject) -> PerString:
     """Log-likelihoods of a chunker that reads probabilities, every string read as certain of itself."""
     strings = subject.strings
 
@@ -138,7 +138,7 @@ def certain_log_lik(subject: Subject) -> Float[Array, "texts strings decisions"]
 
 @eqx.filter_jit
 def follow(
-    field: AbstractField, ground: Landscape, start: Float[Array, "texts decisions"], time: float
+    field: AbstractField, ground: Landscape, start: PerDecision, time: float
 ) -> tuple[Float[Array, " saved"], Float[Array, "saved texts decisions"]]:
     """Integrate a smooth field with adaptive steps: times and logits, the start included."""
     unused = jax.random.key(0)
@@ -178,11 +178,7 @@ class Pace:
 
 
 def descend(
-    field: AbstractField,
-    ground: Landscape,
-    start: Float[Array, "texts decisions"],
-    pace: Pace,
-    keys: Key[Array, " paths"],
+    field: AbstractField, ground: Landscape, start: PerDecision, pace: Pace, keys: Key[Array, " paths"]
 ) -> tuple[Float[Array, " saved"], Float[Array, "paths saved texts decisions"]]:
     """Gradient descent, once for every key: times and logits, the start included."""
     return pace.times, _descended(field, ground, start, jnp.asarray(pace.rate), jnp.asarray(pace.steps), keys)
@@ -192,13 +188,13 @@ def descend(
 def _descended(
     field: AbstractField,
     ground: Landscape,
-    start: Float[Array, "texts decisions"],
+    start: PerDecision,
     rate: Float[Array, ""],
     steps: Int[Array, ""],
     keys: Key[Array, " paths"],
 ) -> Float[Array, "paths saved texts decisions"]:
     def path(key: PRNGKeyArray) -> Float[Array, "saved texts decisions"]:
-        def step(number: Array, logits: Float[Array, "texts decisions"]) -> Float[Array, "texts decisions"]:
+        def step(number: Array, logits: PerDecision) -> PerDecision:
             return logits - rate * (field(logits, jax.random.fold_in(key, number)) + ground.charge(logits))
 
         def stretch(logits: Array, begin: Array) -> tuple[Array, Array]:

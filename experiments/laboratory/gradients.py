@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from estimators import EarlyExit, ImportanceWeight
 from experiments.laboratory.greedy import at_a_point, neighbourhood
@@ -30,7 +30,7 @@ from experiments.laboratory.moments import (
     string_probs,
 )
 from experiments.laboratory.results import Finding
-from experiments.laboratory.subjects import Subject, Tables, tabulate, with_chunker
+from experiments.laboratory.subjects import PerDecision, PerString, Strings, Subject, Tables, tabulate, with_chunker
 from unet import SelectSmooth
 
 
@@ -60,18 +60,13 @@ class Tried:
     name: str
     model: str
     objective: str
-    mean: Float[Array, "texts decisions"]
+    mean: PerDecision
     variance: float | None
-    exact: Float[Array, "texts decisions"]
+    exact: PerDecision
     cost: float
 
 
-def findings(
-    subjects: Subjects,
-    logits: Float[Array, "texts decisions"],
-    greedy_logits: Float[Array, "texts decisions"],
-    key: PRNGKeyArray,
-) -> list[Finding]:
+def findings(subjects: Subjects, logits: PerDecision, greedy_logits: PerDecision, key: PRNGKeyArray) -> list[Finding]:
     """Every estimator on the model of its own chunker, at `logits`; greedy boundaries at `greedy_logits` as well."""
     plain, pooled = tabulate(subjects.distribute, logits), tabulate(subjects.mean, logits)
     strings = subjects.distribute.strings
@@ -92,9 +87,7 @@ def findings(
     ]
 
 
-def score_functions(
-    logits: Float[Array, "texts decisions"], tables: Tables, strings: Bool[Array, "strings length"]
-) -> list[tuple[str, Moments, float]]:
+def score_functions(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
     """The score function with every set of variance reductions worth a look, and its cost; DisARM; other behaviours."""
     raw = tables.log_lik
     early = raw - tables.early_log_lik[:, None]
@@ -131,10 +124,7 @@ def score_functions(
 
 
 def off_policy(
-    logits: Float[Array, "texts decisions"],
-    tables: Tables,
-    strings: Bool[Array, "strings length"],
-    critic: Float[Array, "texts decisions"],
+    logits: PerDecision, tables: Tables, strings: Strings, critic: PerDecision
 ) -> list[tuple[str, Moments, float]]:
     """Boundaries drawn at a fixed rate, their rewards weighted with every clip, without and with a baseline."""
     found = []
@@ -150,9 +140,7 @@ def off_policy(
     return found
 
 
-def straight_through(
-    logits: Float[Array, "texts decisions"], tables: Tables, strings: Bool[Array, "strings length"]
-) -> list[tuple[str, Moments, float]]:
+def straight_through(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
     """Estimators through the derivative with respect to the actions, and the score function beside them."""
     return [
         (PAPER, _paper(logits, tables, strings), 1.0),
@@ -163,9 +151,7 @@ def straight_through(
     ]
 
 
-def _chunking(
-    subject: Subject, logits: Float[Array, "texts decisions"], strings: Bool[Array, "strings length"]
-) -> list[Finding]:
+def _chunking(subject: Subject, logits: PerDecision, strings: Strings) -> list[Finding]:
     """Dynamic chunking against the loss of drawn boundaries, whatever boundaries it takes itself."""
     weighted = tabulate(subject, logits)
     unweighted = tabulate(without_weights(subject), logits)
@@ -186,7 +172,7 @@ def _chunking(
     )
 
 
-def _greedy(subject: Subject, logits: Float[Array, "texts decisions"], key: PRNGKeyArray) -> list[Finding]:
+def _greedy(subject: Subject, logits: PerDecision, key: PRNGKeyArray) -> list[Finding]:
     """Greedy dynamic chunking against the loss that it is paid for, that of greedy boundaries."""
     unweighted, name = without_weights(subject), "dynamic chunking, greedy"
     here = at_a_point(subject, logits)
@@ -205,12 +191,7 @@ def without_weights(subject: Subject) -> Subject:
 
 
 @eqx.filter_jit
-def linear_critic(
-    logits: Float[Array, "texts decisions"],
-    tables: Tables,
-    strings: Bool[Array, "strings length"],
-    returns: Float[Array, "texts strings decisions"],
-) -> Float[Array, "texts decisions"]:
+def linear_critic(logits: PerDecision, tables: Tables, strings: Strings, returns: PerString) -> PerDecision:
     """What a linear critic on the encoder's states expects of the returns: for each text the ridge regression on the means
     of the other texts, so that it is never asked about what it was fitted to."""
     mean = jnp.einsum("ts,tsd->td", string_probs(logits, strings), returns)
@@ -228,12 +209,7 @@ def linear_critic(
 
 
 def advantages(
-    logits: Float[Array, "texts decisions"],
-    tables: Tables,
-    strings: Array,
-    critic: Float[Array, "texts decisions"],
-    decay: float,
-    discount: float = 0.99,
+    logits: PerDecision, tables: Tables, strings: Array, critic: PerDecision, decay: float, discount: float = 0.99
 ) -> Moments:
     """Generalised advantages with this critic. Row d of `critic` is the value of the state at row d + 1, whose reward is
     that of the prediction made there; the last state has none."""
@@ -244,12 +220,12 @@ def advantages(
     return score_moments(logits, strings, credit(errors, discount * decay))
 
 
-def _early(logits: Float[Array, "texts decisions"], tables: Tables, strings: Bool[Array, "strings length"]) -> Moments:
+def _early(logits: PerDecision, tables: Tables, strings: Strings) -> Moments:
     early = tables.log_lik - tables.early_log_lik[:, None]
     return score_moments(logits, strings, credit(early, 1.0))
 
 
-def _paper(logits: Float[Array, "texts decisions"], tables: Tables, strings: Bool[Array, "strings length"]) -> Moments:
+def _paper(logits: PerDecision, tables: Tables, strings: Strings) -> Moments:
     early = tables.log_lik - tables.early_log_lik[:, None]
     return score_moments(logits, strings, credit(early, 0.99), centring="batch")
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from experiments.laboratory.subjects import RATE, Subject, with_logits
+from experiments.laboratory.subjects import RATE, PerDecision, Subject, with_logits
 from unet import next_byte_log_lik
 
 SPREAD = 0.5
@@ -25,7 +25,7 @@ Loss = Callable[[Float[Array, "rows decisions"], Bool[Array, "rows decisions"]],
 """The mean loss of one text, in nats, at logits and actions of its decisions, a row a try."""
 
 
-def greedy_start(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "texts decisions"]:
+def greedy_start(key: PRNGKeyArray, shape: tuple[int, ...]) -> PerDecision:
     """Logits whose greedy boundaries come at the rate `RATE`: normal, with the mean that leaves so many above 0."""
     return SPREAD * (jax.scipy.special.ndtri(RATE) + jax.random.normal(key, shape))
 
@@ -82,7 +82,7 @@ class Neighbourhood(eqx.Module):
 def neighbourhood(
     weighted: Subject,
     unweighted: Subject,
-    logits: Float[Array, "texts decisions"],
+    logits: PerDecision,
     key: PRNGKeyArray,
     *,
     scale: Float[Array, ""],
@@ -109,14 +109,14 @@ def neighbourhood(
 
 
 @eqx.filter_jit
-def at_a_point(subject: Subject, logits: Float[Array, "texts decisions"]) -> Float[Array, "texts decisions"]:
+def at_a_point(subject: Subject, logits: PerDecision) -> PerDecision:
     """`fixed_gradient` of every text at its logits."""
     return jax.lax.map(
         lambda part: fixed_gradient(loss_of(subject, part[0]), part[1][None])[0], (subject.texts, logits)
     )
 
 
-def greedy_losses(subject: Subject, logits: Float[Array, "texts decisions"]) -> Float[Array, " texts"]:
+def greedy_losses(subject: Subject, logits: PerDecision) -> Float[Array, " texts"]:
     """The loss of every text's greedy boundaries."""
     return jax.lax.map(
         lambda part: loss_of(subject, part[0])(part[1][None], part[1][None] > 0)[0], (subject.texts, logits)

@@ -11,17 +11,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from estimators import AbstractReduction, Boundaries, Critic, ScoreFunctionObjective, Signal
 from estimators.equations import action_log_prob, discounted_returns
-from experiments.laboratory.subjects import RATE, Tables
+from experiments.laboratory.subjects import RATE, PerDecision, PerString, Strings, Tables
 
 
 class Moments(eqx.Module):
     """Of an estimator, for every text: its mean and the covariance of one sample."""
 
-    mean: Float[Array, "texts decisions"]
+    mean: PerDecision
     covariance: Float[Array, "texts decisions decisions"]
 
     @property
@@ -30,9 +30,7 @@ class Moments(eqx.Module):
         return jnp.sum(jnp.trace(self.covariance, axis1=1, axis2=2))
 
 
-def string_probs(
-    logits: Float[Array, "texts decisions"], strings: Bool[Array, "strings length"]
-) -> Float[Array, "texts strings"]:
+def string_probs(logits: PerDecision, strings: Strings) -> Float[Array, "texts strings"]:
     """The probability of every string under independent decisions with these logits."""
 
     def one(row: Float[Array, " decisions"]) -> Float[Array, " strings"]:
@@ -42,24 +40,18 @@ def string_probs(
     return jax.vmap(one)(logits)
 
 
-def score_of(
-    logits: Float[Array, "texts decisions"], strings: Bool[Array, "strings length"]
-) -> Float[Array, "texts strings decisions"]:
+def score_of(logits: PerDecision, strings: Strings) -> PerString:
     """The derivative of log π(a) with respect to each logit: a - p."""
     return strings[None, :, 1:].astype(jnp.float32) - jax.nn.sigmoid(logits)[:, None]
 
 
-def expected_loss(
-    logits: Float[Array, "texts decisions"], tables: Tables, strings: Bool[Array, "strings length"]
-) -> Float[Array, " texts"]:
+def expected_loss(logits: PerDecision, tables: Tables, strings: Strings) -> Float[Array, " texts"]:
     """J: the expected mean negative log-likelihood of each text."""
     return -jnp.sum(string_probs(logits, strings) * jnp.mean(tables.log_lik, axis=2), axis=1)
 
 
 @eqx.filter_jit
-def exact_gradient(
-    logits: Float[Array, "texts decisions"], tables: Tables, strings: Bool[Array, "strings length"]
-) -> Float[Array, "texts decisions"]:
+def exact_gradient(logits: PerDecision, tables: Tables, strings: Strings) -> PerDecision:
     """The derivative of J by differentiating the enumeration itself; no score function is involved.
 
     Where the likelihood depends on the probabilities beside the actions, its own derivative is added.
@@ -71,9 +63,7 @@ def exact_gradient(
 
 
 @eqx.filter_jit
-def credit(
-    rewards: Float[Array, "texts strings decisions"], discount: float
-) -> Float[Array, "texts strings decisions"]:
+def credit(rewards: PerString, discount: float) -> PerString:
     """Returns of decisions: row i of the result belongs to the decision at row i + 1, whose first reward is that of the
     prediction made there; 0 for the last, which is followed by none."""
 
@@ -86,11 +76,11 @@ def credit(
 
 @eqx.filter_jit
 def score_moments(
-    logits: Float[Array, "texts decisions"],
-    strings: Bool[Array, "strings length"],
-    returns: Float[Array, "texts strings decisions"],
+    logits: PerDecision,
+    strings: Strings,
+    returns: PerString,
     *,
-    baseline: Float[Array, "texts decisions"] | None = None,
+    baseline: PerDecision | None = None,
     centring: str = "none",
 ) -> Moments:
     """The score function with these returns, minus a `baseline` that no action changes; `centring` over the texts.
@@ -119,12 +109,7 @@ def score_moments(
 
 
 @eqx.filter_jit
-def sample_moments(
-    logits: Float[Array, "texts decisions"],
-    strings: Bool[Array, "strings length"],
-    returns: Float[Array, "texts strings decisions"],
-    samples: int,
-) -> Moments:
+def sample_moments(logits: PerDecision, strings: Strings, returns: PerString, samples: int) -> Moments:
     r"""k-sample leave-one-out, the average over its k samples; of the covariance only the diagonal.
 
     It is the U-statistic of $\tfrac12 (s_x - s_y)(G_x - G_y)$ over pairs of draws, whose variance is known (Hoeffding 1948).
@@ -132,7 +117,7 @@ def sample_moments(
     prob = string_probs(logits, strings)
     score = score_of(logits, strings)
 
-    def moment(a: int, b: int) -> Float[Array, "texts decisions"]:
+    def moment(a: int, b: int) -> PerDecision:
         return jnp.einsum("ts,tsd->td", prob, score**a * returns**b)
 
     mean = moment(1, 1)
@@ -148,12 +133,12 @@ def sample_moments(
 @eqx.filter_jit
 def off_policy_returns(
     reductions: tuple[AbstractReduction, ...],
-    logits: Float[Array, "texts decisions"],
-    behaviour: Float[Array, "texts decisions"],
-    strings: Bool[Array, "strings length"],
+    logits: PerDecision,
+    behaviour: PerDecision,
+    strings: Strings,
     tables: Tables,
-    values: Float[Array, "texts decisions"],
-) -> Float[Array, "texts strings decisions"]:
+    values: PerDecision,
+) -> PerString:
     """What the library itself credits decisions with after `reductions`, for all strings as if `behaviour` had drawn them.
 
     The strings of a text stand for the sequences of a batch, so no reduction may look from one sequence at another. The
@@ -186,9 +171,7 @@ def given_critic() -> Critic:
 
 
 @eqx.filter_jit
-def disarm_moments(
-    logits: Float[Array, "texts decisions"], strings: Bool[Array, "strings length"], tables: Tables
-) -> Moments:
+def disarm_moments(logits: PerDecision, strings: Strings, tables: Tables) -> Moments:
     r"""DisARM (Dong, Mnih and Tucker 2020): two antithetic draws, both forward passes, unbiased.
 
     $\hat g_i = \tfrac12 (f(a) - f(\tilde a))\,(-1)^{\tilde a_i}\,1[a_i \ne \tilde a_i]\,\sigma(|l_i|)$ with $a_i = 1[u_i < p_i]$,
@@ -216,12 +199,7 @@ def disarm_moments(
 
 
 @eqx.filter_jit
-def relaxed_moments(
-    logits: Float[Array, "texts decisions"],
-    strings: Bool[Array, "strings length"],
-    tables: Tables,
-    temperature: float | None,
-) -> Moments:
+def relaxed_moments(logits: PerDecision, strings: Strings, tables: Tables, temperature: float | None) -> Moments:
     r"""Straight-through draws: $\hat g_i = \partial L/\partial a_i \cdot s'_i$ with $s'$ the slope of the relaxed draw, given
     the action; with no `temperature`, the slope p(1 - p) of the probability (Bengio et al. 2013).
 
@@ -239,7 +217,7 @@ def relaxed_moments(
         drawn_slope = _slopes(logits, 1.0 - probs, jnp.ones_like(probs), temperature)
         other_slope = _slopes(logits, jnp.zeros_like(probs), 1.0 - probs, temperature)
 
-        def mean_power(power: int) -> Float[Array, "texts strings decisions"]:
+        def mean_power(power: int) -> PerString:
             of_drawn, of_other = ((slope**power @ _WEIGHTS)[:, None] for slope in (drawn_slope, other_slope))
             return jnp.where(drawn, of_drawn, of_other)
 
@@ -251,25 +229,21 @@ def relaxed_moments(
 
 
 @eqx.filter_jit
-def moments_of(
-    samples: Float[Array, "texts strings decisions"],
-    logits: Float[Array, "texts decisions"],
-    strings: Bool[Array, "strings length"],
-) -> Moments:
+def moments_of(samples: PerString, logits: PerDecision, strings: Strings) -> Moments:
     """An estimator that is `samples`, gradients of summed log-likelihoods, of strings drawn with `logits`."""
     prob = string_probs(logits, strings)
     mean = jnp.einsum("ts,tsd->td", prob, samples)
     return _as_loss(mean, jnp.einsum("ts,tsd,tse->tde", prob, samples, samples), 1.0, logits.shape[1])
 
 
-def pathwise(logits: Float[Array, "texts decisions"], tables: Tables) -> Float[Array, "texts strings decisions"]:
+def pathwise(logits: PerDecision, tables: Tables) -> PerString:
     """The derivative of each string's summed log-likelihood through the probabilities alone, as in dynamic chunking."""
     probs = jax.nn.sigmoid(logits)[:, None]
     return tables.by_probs * probs * (1.0 - probs)
 
 
 def _as_loss(
-    mean: Float[Array, "texts decisions"],
+    mean: PerDecision,
     second: Float[Array, "texts decisions decisions"],
     shrink: float,
     decisions: int,
@@ -284,10 +258,7 @@ def _as_loss(
 
 
 def _slopes(
-    logits: Float[Array, "texts decisions"],
-    low: Float[Array, "texts decisions"],
-    high: Float[Array, "texts decisions"],
-    temperature: float,
+    logits: PerDecision, low: PerDecision, high: PerDecision, temperature: float
 ) -> Float[Array, "texts decisions nodes"]:
     """The slope of the relaxed draw with respect to the logit, for uniform numbers from `low` to `high`."""
     uniform = low[..., None] + (high - low)[..., None] * _NODES

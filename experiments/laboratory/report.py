@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.comparison.intervals import Interval
 from experiments.laboratory.results import FindingSummary, Flow, FlowSummary, NoiseSummary
+from experiments.reporting.markdown import table
 from experiments.reporting.report import picture
 
 ABSENT = "–"
@@ -17,40 +18,37 @@ ABSENT = "–"
 
 def gradient_table(found: Sequence[FindingSummary]) -> str:
     """Bias, variance and signal-to-noise of every estimator."""
-    lines = [
-        "| estimator | model | against | bias | scale | cosine | variance | SNR | gain | cost |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = "estimator, model, against, bias, scale, cosine, variance, SNR, gain, cost"
+    rows = []
     for one in found:
         exactly = [plus_minus(value) for value in (one.bias, one.scale, one.cosine)]
         factors = [bounds(value) for value in (one.variance, one.snr)]
         cells = (one.name, one.model, one.objective, *exactly, *factors, plus_minus(one.gain), f"{one.cost:g}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return table(head.split(", "), rows)
 
 
 def flow_table(found: Sequence[FlowSummary]) -> str:
     """Where every flow ended; losses in nats per byte, price included."""
-    lines = [
-        "| flow | model | loss of | start | end | greedy string | best string | rate | way closed | compared with | lead |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = "flow, model, loss of, start, end, greedy string, best string, rate, way closed, compared with, lead"
+    rows = []
     for one in found:
         losses = (one.start, one.end, one.greedy, one.best)
         numbers = [plus_minus(value) for value in (*losses, one.rate, one.closed)]
         itself = one.against == one.name
         lead = (ABSENT, ABSENT) if itself else (one.against, plus_minus(one.lead))
-        lines.append(f"| {' | '.join((one.name, one.model, one.objective, *numbers, *lead))} |")
-    return "\n".join(lines) + "\n"
+        rows.append((one.name, one.model, one.objective, *numbers, *lead))
+    return table(head.split(", "), rows)
 
 
 def noise_table(found: Sequence[NoiseSummary]) -> str:
     """Variance ratios in a model of ordinary size."""
-    lines = ["| reductions | variance | SNR of a step | SNR per FLOP |", "|---|---|---|---|"]
+    head = "reductions, variance, SNR of a step, SNR per FLOP"
+    rows = []
     for one in found:
         gain = "no ratio" if one.gain is None else bounds(one.gain)
-        lines.append(f"| {one.name} | {bounds(one.variance)} | {plus_minus(one.snr)} | {gain} |")
-    return "\n".join(lines) + "\n"
+        rows.append((one.name, bounds(one.variance), plus_minus(one.snr), gain))
+    return table(head.split(", "), rows)
 
 
 def plus_minus(value: Interval) -> str:

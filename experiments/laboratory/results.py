@@ -3,49 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from experiments.comparison.intervals import Interval, geometric_interval, mean_interval, ratio_interval
 
+Number = TypeVar("Number", float, Interval)
+
 
 @dataclass(frozen=True)
-class Finding:
-    """An estimator against the gradient g of one objective, on one model.
+class Finding(Generic[Number]):
+    """An estimator against the gradient g of one objective: on one model, or, as intervals, over models.
 
     `bias`: |E[ĝ] - g| / |g|; `scale`: the factor c that makes c·g nearest to E[ĝ]; `cosine` between the two; `variance` of one
     sample, trace over texts and decisions, relative to that of the paper's estimator on the same model; `snr`:
     |E[ĝ]|² / variance; `gain`: the part of the SNR that points along g, cosine² · snr with the cosine's sign, for each pass of
     the token level and what follows it (`cost`), relative to that of the paper's estimator on the same model. The last three
-    are NaN for an estimator without noise.
+    are NaN for an estimator without noise. Over models `variance` and `snr` are geometric means.
     """
 
     name: str
     model: str
     objective: str
-    bias: float
-    scale: float
-    cosine: float
-    variance: float
-    snr: float
-    gain: float
+    bias: Number
+    scale: Number
+    cosine: Number
+    variance: Number
+    snr: Number
+    gain: Number
     cost: float
 
 
-@dataclass(frozen=True)
-class FindingSummary:
-    """The same over models: means, of `variance` and `snr` geometric ones."""
-
-    name: str
-    model: str
-    objective: str
-    bias: Interval
-    scale: Interval
-    cosine: Interval
-    variance: Interval
-    snr: Interval
-    gain: Interval
-    cost: float
+FindingSummary = Finding[Interval]
 
 
 @dataclass(frozen=True)
@@ -112,47 +102,34 @@ class NoiseSummary:
     gain: Interval | None
 
 
-def over_sets(findings: Sequence[Finding]) -> Finding:
+def over_sets(findings: Sequence[Finding[float]]) -> Finding[float]:
     """One estimator on several sets of texts of one model: means, of `variance` and `snr` geometric ones."""
-    first, count = findings[0], len(findings)
 
     def mean(values: Sequence[float]) -> float:
-        return math.fsum(values) / count
+        return math.fsum(values) / len(values)
 
     def geometric(values: Sequence[float]) -> float:
         return math.exp(mean([math.log(value) for value in values])) if min(values) > 0.0 else math.nan
 
-    return Finding(
-        first.name,
-        first.model,
-        first.objective,
-        mean([one.bias for one in findings]),
-        mean([one.scale for one in findings]),
-        mean([one.cosine for one in findings]),
-        geometric([one.variance for one in findings]),
-        geometric([one.snr for one in findings]),
-        mean([one.gain for one in findings]),
-        first.cost,
-    )
+    return _averaged(findings, mean, geometric)
 
 
-def summarise_findings(models: Sequence[Sequence[Finding]]) -> list[FindingSummary]:
+def summarise_findings(models: Sequence[Sequence[Finding[float]]]) -> list[FindingSummary]:
     """One summary for each estimator, from the findings of each model in the same order."""
-    return [
-        FindingSummary(
-            of[0].name,
-            of[0].model,
-            of[0].objective,
-            mean_interval([one.bias for one in of]),
-            mean_interval([one.scale for one in of]),
-            mean_interval([one.cosine for one in of]),
-            geometric_interval([one.variance for one in of]),
-            geometric_interval([one.snr for one in of]),
-            mean_interval([one.gain for one in of]),
-            of[0].cost,
-        )
-        for of in zip(*models, strict=True)
-    ]
+    return [_averaged(of, mean_interval, geometric_interval) for of in zip(*models, strict=True)]
+
+
+def _averaged(
+    findings: Sequence[Finding[float]],
+    mean: Callable[[Sequence[float]], Number],
+    geometric: Callable[[Sequence[float]], Number],
+) -> Finding[Number]:
+    first = findings[0]
+    numbers = {
+        name: (geometric if name in ("variance", "snr") else mean)([getattr(one, name) for one in findings])
+        for name in ("bias", "scale", "cosine", "variance", "snr", "gain")
+    }
+    return Finding(first.name, first.model, first.objective, cost=first.cost, **numbers)
 
 
 def summarise_flows(models: Sequence[Sequence[Flow]], against: Sequence[int]) -> list[FlowSummary]:

@@ -32,6 +32,14 @@ RATE = 0.2
 """The rate at which boundaries are drawn while a model is trained, and at which every experiment starts."""
 
 
+PerDecision = Float[Array, "texts decisions"]
+"""A number for each decision of each text."""
+Strings = Bool[Array, "strings length"]
+"""All boundary strings of a length."""
+PerString = Float[Array, "texts strings decisions"]
+"""A number for each decision of each string of each text."""
+
+
 class TabularRouter(AbstractRowRouter):
     """A boundary logit of its own for every row of every text, so that any policy without memory can be written down.
 
@@ -60,7 +68,7 @@ class Subject(eqx.Module):
     texts: Int[Array, "texts length"]
 
     @property
-    def strings(self) -> Bool[Array, "strings length"]:
+    def strings(self) -> Strings:
         """All boundary strings: the first action is forced, the others run through all values."""
         rest = np.array(list(itertools.product([False, True], repeat=self.texts.shape[1] - 1)))
         return jnp.asarray(np.concatenate([np.ones((len(rest), 1), bool), rest], axis=1))
@@ -157,7 +165,7 @@ def with_chunker(subject: Subject, chunker: AbstractChunker) -> Subject:
 
 
 @eqx.filter_jit
-def tabulate(subject: Subject, logits: Float[Array, "texts decisions"]) -> Tables:
+def tabulate(subject: Subject, logits: PerDecision) -> Tables:
     """The tables at given logits of the free decisions, which matter to chunkers that read probabilities."""
     strings = subject.strings
 

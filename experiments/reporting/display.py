@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -16,6 +19,8 @@ from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
 from experiments.reporting.shading import Character, colour_of
 from unet.saving import LoadError
+
+Settings = TypeVar("Settings")
 
 
 class Display:
@@ -112,3 +117,15 @@ def exit_code(display: Display, command: Callable[[], int | None]) -> int:
     except (ConfigError, DataError, LoadError) as error:
         display.note(f"error: {error}")
         return 2
+
+
+def command_line(
+    settings: type[Settings], command: Callable[[Settings, Display], None], name: str, arguments: Sequence[str] | None
+) -> int:
+    """Run `command` with the settings that a command line (by default that of this process) asks for; returns its exit code.
+
+    `name` is what `python -m` is given.
+    """
+    display = Display()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    return exit_code(display, lambda: command(tyro.cli(settings, prog=f"python -m {name}", args=given), display))

@@ -33,6 +33,8 @@ img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 pre.text { background: white; color: black; padding: .8rem; border: 1px solid var(--line); border-radius: 4px;
   white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, monospace; }
 pre.text span { padding: .15em 0; } pre.text .b { box-shadow: inset -2px 0 #0009; }
+.wide { overflow-x: auto; } .wide th { text-align: left; padding-right: .8rem; }
+.wide th, .wide td { white-space: nowrap; } td.quiet { color: var(--quiet); }
 .scale { display: inline-block; width: 12rem; height: .8rem; vertical-align: middle; border-radius: 2px; }
 """
 
@@ -49,11 +51,9 @@ def report_page(folder: Path, config: RunConfig, summary: Summary, shaded: Seque
     curves = base64.b64encode(curves_picture(folder, config)).decode()
     texts = "\n".join(f'<pre class="text">{shaded_html(characters)}</pre>' for characters in shaded)
     settings = html.escape((folder / "config.json").read_text())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<p class="quiet">{_subtitle(config, summary)}</p>
+    return html_page(
+        title,
+        f"""<p class="quiet">{_subtitle(config, summary)}</p>
 <table>{"".join(_figures(config, summary))}</table>
 <h2>Held-out text</h2>
 <p>Boundary probability at each character (of several bytes: at the last), {scale()}.
@@ -62,7 +62,17 @@ A line at the right of a character is a boundary that was drawn. ▪ is the begi
 <h2>Curves</h2>
 <img alt="Bits per byte, boundary rate and agreement with white space over training bytes" src="data:image/png;base64,{curves}">
 <h2>Settings</h2>
-<details><summary>config.json</summary><pre>{settings}</pre></details>
+<details><summary>config.json</summary><pre>{settings}</pre></details>""",
+    )
+
+
+def html_page(title: str, body: str) -> str:
+    """A self-contained page of this content under its title."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+{body}
 </body></html>
 """
 

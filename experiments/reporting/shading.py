@@ -11,6 +11,7 @@ import numpy as np
 
 from data import BOS, Row
 from experiments.evaluation.evaluate import evaluate_batch, stack_rows
+from experiments.evaluation.segmentation import character_spans
 from unet import UNet
 
 
@@ -36,20 +37,10 @@ def shade(model: UNet, rows: Sequence[Row], *, seed: int) -> list[list[Character
 
 def characters(values: np.ndarray, probs: np.ndarray, boundaries: np.ndarray) -> list[Character]:
     """Bytes to characters, each with the probability at its last byte; BOS shows as a small square."""
-    result = []
-    start = 0
-    while start < len(values):
-        size = min(_character_size(int(values[start])), len(values) - start)
-        if values[start] == BOS:
-            text = "▪"
-        else:
-            text = bytes(values[start : start + size]).decode("utf-8", errors="replace")
-            if len(text) > 1:
-                # A crop may begin or end inside a character.
-                text, size = "\ufffd", 1
-        last = start + size - 1
-        result.append(Character(text, float(probs[last]), bool(boundaries[start : last + 1].any())))
-        start += size
+    content, result = values.astype(np.uint8).tobytes(), []
+    for first, stop in character_spans(content):
+        text = "▪" if content[first] == BOS else content[first:stop].decode("utf-8", errors="replace")
+        result.append(Character(text, float(probs[stop - 1]), bool(boundaries[first:stop].any())))
     return result
 
 
@@ -59,10 +50,3 @@ def colour_of(prob: float) -> tuple[int, int, int]:
     # Half way to white keeps the ends apart and the text legible.
     red, green, blue = (round(255 * (0.35 + 0.65 * channel)) for channel in (red, green, blue))
     return red, green, blue
-
-
-def _character_size(first: int) -> int:
-    """How many bytes a UTF-8 character with this first byte has; 1 for a byte that starts none."""
-    if first >= 0xF0:
-        return 4 if first < 0xF8 else 1
-    return 3 if first >= 0xE0 else 2 if first >= 0xC0 else 1
