@@ -181,7 +181,7 @@ class Recurrence(AbstractTimed):
         rows = []
         for name, one in found.items():
             scan = "" if one.times_a_scan is None else f"{one.times_a_scan:.1f}"
-            rows.append((name, f"{one.seconds * 1e3:.0f}", f"{one.per_row:.2f}", scan))
+            rows.append((name, f"{one.seconds * 1e3:.0f}", f"{one.per_position:.2f}", scan))
         head = ["positions", "ms", "a position, relative to the first", "times the speed of a plain scan"]
         display.note(table(head, rows))
         return found

@@ -65,8 +65,8 @@ def export(config: ExportConfig, display: Display) -> None:
             raise ConfigError(f"--to {folder} is not empty; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder, model, settings, run / SUMMARY, config.layout)
-    way = "load" if config.layout == "own" else "load_hnet"
-    display.note(f'{config.to}: load it with unet.{way}("{config.to}")')
+    function = "load" if config.layout == "own" else "load_hnet"
+    display.note(f'{config.to}: load it with unet.{function}("{config.to}")')
 
 
 def _write(folder: Path, model: UNet, settings: RunConfig, summary: Path, layout: Layout) -> None:

@@ -1,4 +1,4 @@
-"""Write with a trained model: `python -m experiments.generate RUN --prompt "The "`."""
+"""Generate text with a trained model: `python -m experiments.generate RUN --prompt "The "`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from unet.generate import CHUNK, Pace, Piece, joined
 from unet.saving import load
 
 STREAMED = 8
-"""Bytes between two looks at a text that is shown as it is written."""
+"""Bytes between two updates of a text that is streamed."""
 
 MARKS = ("·", "│", "┃")
 """Stand behind the byte with which a token closes: at the outermost level only, at the one inside it too, further inside."""
@@ -43,29 +43,29 @@ class GenerateConfig:
     prompt: str = ""
     """What to continue; - reads it from standard input."""
     num: int = 1
-    """Texts to write, each drawn for itself."""
+    """Texts to generate, sampled independently."""
     max_bytes: int = 256
     """Bytes of each text beyond the prompt, at most."""
     temperature: float = 1.0
-    """Below 1 the likelier bytes become likelier still; 0 takes the likeliest."""
+    """Sampling temperature of bytes; 0 always takes the most probable one."""
     top_k: int | None = None
-    """Draw from the so many likeliest bytes."""
+    """Sample from this many most probable bytes."""
     top_p: float | None = None
-    """Draw from the fewest likeliest bytes whose probabilities reach this."""
+    """Sample from the smallest set of most probable bytes whose probabilities sum to this."""
     min_p: float | None = None
-    """Draw from the bytes at least this times as likely as the likeliest."""
+    """Sample from bytes at least this fraction as probable as the most probable one."""
     stop: tuple[str, ...] = ()
     """Strings before which a text ends."""
     utf8: bool = False
-    """Draw only bytes that keep the text valid UTF-8."""
-    likelier: bool = False
-    """Do not draw boundaries: close a token wherever that is likelier than not."""
+    """Sample only bytes that keep the text valid UTF-8."""
+    greedy_boundaries: bool = False
+    """Do not sample boundaries: close a token wherever p > 0.5."""
     seed: int = 0
     """Seed of bytes and boundaries."""
     show_boundaries: bool = False
     """Mark where tokens close: · of the outermost level, │ of it and the one inside, ┃ of more."""
     stream: bool = False
-    """Show the text as it is written."""
+    """Show the text while it is generated."""
     json: bool = False
     """One JSON document on standard output instead."""
 
@@ -75,7 +75,7 @@ class GenerateConfig:
 
 
 def generate(config: GenerateConfig, display: Display) -> None:
-    """Load, write, show."""
+    """Load, generate, show."""
     model = load(config.run).model
     prompt = sys.stdin.buffer.read() if config.prompt == "-" else os.fsencode(config.prompt)
     try:
@@ -87,7 +87,7 @@ def generate(config: GenerateConfig, display: Display) -> None:
             sampling=Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
             stop=[os.fsencode(stop) for stop in config.stop],
             valid=config.utf8,
-            likelier=config.likelier,
+            likelier=config.greedy_boundaries,
             chunk=STREAMED if config.stream else CHUNK,
         )
     except ValueError as error:
@@ -136,7 +136,7 @@ def _so_far(writer: Writer, pieces: Sequence[Sequence[Piece]]) -> tuple[Written,
 
 @contextmanager
 def _screen(count: int):
-    """A way to show texts again and again: one grows on any output, several change in place on a terminal."""
+    """A function that shows texts again and again: one text grows on any output, several change in place on a terminal."""
     console = _console()
     if count == 1:
         shown_before = 0
@@ -181,7 +181,7 @@ def shown(text: Written, *, marks: bool) -> Text:
 
 
 def document(config: GenerateConfig, texts: Sequence[Written], pace: Pace) -> dict[str, object]:
-    """What `--json` writes: the settings, the texts, and what writing them cost. Bytes are counted from the end of the prompt."""
+    """What `--json` writes: the settings, the texts, and what they cost. Bytes are counted from the end of the prompt."""
     return {
         "run": config.run,
         "settings": {name: value for name, value in asdict(config).items() if name not in ("run", "json", "stream")},
@@ -209,7 +209,7 @@ def document(config: GenerateConfig, texts: Sequence[Written], pace: Pace) -> di
 
 
 def report(texts: Sequence[Written], pace: Pace) -> str:
-    """One line about what was written."""
+    """One line about what was generated."""
     nats = np.concatenate([text.piece.log_lik for text in texts])
     bits = -float(nats.mean()) / math.log(2) if nats.size else math.nan
     speed = "" if math.isnan(pace.bytes_per_second) else f", {pace.bytes_per_second:.0f} bytes/s"

@@ -104,15 +104,15 @@ def run(config: LabConfig, display: Display) -> None:
         display.note(f"{time.process_time() - started:4.0f} s of CPU time  {text}")
 
     key = jax.random.key(config.seed)
-    tables, ways, paths = [], [], []
+    tables, expected, paths = [], [], []
     against: tuple[list[int], list[int]] = [], []
     for number, sets in enumerate(_subjects(config, key)):
         own = jax.random.fold_in(key, number)
         note(f"model {number + 1} of {config.models}: means and variances")
         tables.append(_over_sets(sets, own))
         note(f"model {number + 1} of {config.models}: flows")
-        found, with_way = flows(sets[0], time=config.time, key=jax.random.fold_in(own, 11))
-        ways.append(found)
+        found, with_flow = flows(sets[0], time=config.time, key=jax.random.fold_in(own, 11))
+        expected.append(found)
         found, with_path = noisy_flows(
             sets[0].distribute,
             time=config.time,
@@ -121,12 +121,12 @@ def run(config: LabConfig, display: Display) -> None:
             key=jax.random.fold_in(own, 12),
         )
         paths.append(found)
-        against = with_way, with_path
+        against = with_flow, with_path
     note(f"noise in `tiny` after {' and '.join(str(steps) for steps in config.after) or 'no'} steps")
     tiny = dataclasses.replace(PRESETS["tiny"], dataset=config.dataset, seed=config.seed)
     noises = noise(tiny, after=config.after, draws=config.draws, models=config.models)
 
-    page = _write(config, tables, ways, paths, against, noises)
+    page = _write(config, tables, expected, paths, against, noises)
     display.note(page)
     note(f"see {config.out / 'lab.md'} and {config.out / 'lab.png'}")
 
@@ -134,38 +134,38 @@ def run(config: LabConfig, display: Display) -> None:
 def _write(
     config: LabConfig,
     tables: Sequence[Sequence[Finding]],
-    ways: Sequence[Sequence[Flow]],
+    expected: Sequence[Sequence[Flow]],
     paths: Sequence[Sequence[Flow]],
     against: tuple[Sequence[int], Sequence[int]],
     noises: Mapping[int, Sequence[Sequence[Noise]]],
 ) -> str:
     """Write the numbers of every model, their means and intervals, and the figure; returns the tables."""
     of_tables = summarise_findings(tables)
-    of_ways, of_paths = summarise_flows(ways, against[0]), summarise_flows(paths, against[1])
+    of_flows, of_paths = summarise_flows(expected, against[0]), summarise_flows(paths, against[1])
     of_noise = {steps: summarise_noise(models) for steps, models in noises.items()}
     everything = {
         "settings": config,
         "gradients": of_tables,
-        "flows": (*of_ways, *of_paths),
+        "flows": (*of_flows, *of_paths),
         "noise": of_noise,
         "models": [
             {
                 "gradients": tables[number],
-                "flows": (*ways[number], *paths[number]),
+                "flows": (*expected[number], *paths[number]),
                 "noise": {steps: of[number] for steps, of in noises.items()},
             }
             for number in range(config.models)
         ],
     }
     write_atomically(config.out / "lab.json", json_text(everything))
-    write_atomically(config.out / "lab.png", flow_picture(ways, [*of_ways, *of_paths], paths))
+    write_atomically(config.out / "lab.png", flow_picture(expected, [*of_flows, *of_paths], paths))
     page = "\n".join(
         [
             f"Means over {config.models} models with 95 % intervals.\n",
             "## Gradients\n",
             gradient_table(of_tables),
             "## Flows\n",
-            flow_table(of_ways),
+            flow_table(of_flows),
             "## Stochastic gradient descent\n",
             flow_table(of_paths),
             *(f"## Noise in `tiny` after {steps} steps\n\n{noise_table(found)}" for steps, found in of_noise.items()),

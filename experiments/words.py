@@ -182,17 +182,17 @@ def _summary_rows(grouped: Mapping[str, Sequence[Examined]]) -> list[list[str]]:
     ]
 
 
-def _drawn(runs: Sequence[Examined], way: str) -> list[Drawn]:
-    return [run.sampled if way == "sampled" else run.greedy for run in runs]
+def _drawn(runs: Sequence[Examined], action: str) -> list[Drawn]:
+    return [run.sampled if action == "sampled" else run.greedy for run in runs]
 
 
 def _place_rows(grouped: Mapping[str, Sequence[Examined]], marks: Marks) -> list[list[str]]:
     rows = []
     for name, runs in grouped.items():
-        for way in ("sampled", "greedy"):
-            own = [drawn.own for drawn in _drawn(runs, way)]
+        for action in ("sampled", "greedy"):
+            own = [drawn.own for drawn in _drawn(runs, action)]
             cells = [Measured.of([one.places[place] for one in own]).text() for place in PLACES]
-            rows.append([f"{name}, {way}", Measured.of([one.rate for one in own]).text(), *cells])
+            rows.append([f"{name}, {action}", Measured.of([one.rate for one in own]).text(), *cells])
     everywhere = shares(marks, marks.counted)
     return [*rows, ["all bytes", "1", *(f"{everywhere[place]:.3f}" for place in PLACES)]]
 
@@ -211,15 +211,15 @@ def _bit_rows(grouped: Mapping[str, Sequence[Examined]]) -> list[list[str]]:
 def _score_rows(grouped: Mapping[str, Sequence[Examined]]) -> list[list[str]]:
     rows = []
     for name, runs in grouped.items():
-        for way in ("sampled", "greedy"):
+        for action in ("sampled", "greedy"):
             for kind, label in KINDS.items():
-                reports: list[Report] = [getattr(drawn, kind) for drawn in _drawn(runs, way)]
+                reports: list[Report] = [getattr(drawn, kind) for drawn in _drawn(runs, action)]
                 cells = [
                     Measured.of([getattr(getattr(report, of), score) for report in reports]).text()
                     for of in ("ends", "words")
                     for score in ("precision", "recall", "f1")
                 ]
-                rows.append([f"{name}, {way}" if kind == "own" else f"as many {label}", *cells])
+                rows.append([f"{name}, {action}" if kind == "own" else f"as many {label}", *cells])
     return rows
 
 

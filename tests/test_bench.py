@@ -118,7 +118,7 @@ def test_the_command_times_estimators_against_uniform(corpus, tmp_path):
     assert all(one["seconds"] > 0 for one in found.values())
 
 
-def test_mistakes_are_one_sentence(corpus, capsys):
+def test_invalid_input_is_one_sentence(corpus, capsys):
     assert bench.main(["steps", "--rounds", "0"]) == 2
     assert "--rounds" in capsys.readouterr().err
     assert bench.main(["steps", "--dataset", str(corpus), "--early-share", "0"]) == 2
@@ -223,7 +223,7 @@ def test_the_recurrence_is_measured_at_several_lengths(monkeypatch, tmp_path):
     assert bench.main(["recurrence", "--rounds", "1", "--calls", "1", "--json", str(out)]) == 0
     found = json.loads(out.read_text())["recurrence"]
     assert list(found) == ["16", "32"]
-    assert found["16"]["per_row"] == 1.0
+    assert found["16"]["per_position"] == 1.0
     assert found["32"]["times_a_scan"] > 0
 
 

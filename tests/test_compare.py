@@ -373,7 +373,7 @@ def test_a_stopped_comparison_stops_its_runs(tmp_path, number, monkeypatch):
         (("--pairs", "sfe:hnet", "hnet:sfe"), "each pair once"),
     ],
 )
-def test_mistakes_are_one_sentence(tmp_path, corpus, capsys, arguments, message):
+def test_invalid_input_is_one_sentence(tmp_path, corpus, capsys, arguments, message):
     assert start(*arguments, "--dataset", corpus, "--out", tmp_path / "out") == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()

@@ -201,14 +201,14 @@ def test_what_is_there_is_not_overwritten_unless_told(finished, corpus, tmp_path
 
 
 @pytest.mark.parametrize(
-    "mistake", [("--dataset", "no/such/file"), ("--devices", "3"), ("--unet.implementation", "pallas")]
+    "invalid", [("--dataset", "no/such/file"), ("--devices", "3"), ("--unet.implementation", "pallas")]
 )
-def test_a_mistake_costs_no_finished_run_and_leaves_no_folder(finished, corpus, tmp_path, mistake):
+def test_invalid_input_costs_no_finished_run_and_leaves_no_folder(finished, corpus, tmp_path, invalid):
     copy, fresh = tmp_path / "copy", tmp_path / "fresh"
     shutil.copytree(finished, copy)
-    assert start("--dataset", corpus, "--out", copy, *SMALL, "--overwrite", *mistake) == 2
+    assert start("--dataset", corpus, "--out", copy, *SMALL, "--overwrite", *invalid) == 2
     assert (copy / "summary.json").exists()
-    assert start("--dataset", corpus, "--out", fresh, *SMALL, *mistake) == 2
+    assert start("--dataset", corpus, "--out", fresh, *SMALL, *invalid) == 2
     assert not fresh.exists()
 
 
@@ -288,7 +288,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "expected"), WRONG)
-def test_mistakes_get_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, expected):
+def test_invalid_input_gets_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, expected):
     monkeypatch.chdir(tmp_path)
     assert start("--out", "run", *arguments) == 2
     text = message(capsys)

@@ -255,7 +255,7 @@ def test_the_command_leaves_tables_of_seeds_together(runs, tmp_path, capsys, mon
         (("sfe-0", "--bytes", "0"), "--bytes must be at least 1"),
     ],
 )
-def test_mistakes_are_one_sentence(runs, capsys, arguments, message):
+def test_invalid_input_is_one_sentence(runs, capsys, arguments, message):
     given = [part if part.startswith("-") or part == "0" else runs / part for part in arguments]
     assert start(*given, "--segmenter", "whitespace") == 2
     assert message in " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""Each ragged operation against a plain way to the same result, with its gradient where it has one."""
+"""Each ragged operation against a plain form of it, with its gradient where it has one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unet.ops import boundary_scan, downsample, mean_pool, smooth, token_of, ups
 
 @dataclass(frozen=True)
 class Sizes:
-    """What operations are measured at: sequences, rows, width, and the share of rows with a boundary."""
+    """What operations are measured at: sequences, positions, width, and the fraction of positions with a boundary."""
 
     batch: int = 8
     length: int = 4096
@@ -30,13 +30,13 @@ class Sizes:
 
     @property
     def capacity(self) -> int:
-        """Token rows of each sequence."""
+        """Most tokens of each sequence."""
         return round(1.35 * self.rate * self.length)
 
 
 @dataclass(frozen=True)
 class Compared:
-    """An operation's own timing, whose `speedup` is over `other`, the way that it was measured against."""
+    """An operation's own timing, whose `speedup` is over `other`, what it was measured against."""
 
     own: Timing
     other: str
@@ -52,11 +52,11 @@ def compare_operations(sizes: Sizes, *, rounds: int, calls: int) -> dict[str, Co
 
 
 Pair = tuple[str, dict[str, Work]]
-"""What the other way is, and the two pieces of work, `own` and `other`."""
+"""What the other form is, and the two pieces of work, `own` and `other`."""
 
 
 def operations(sizes: Sizes, key: PRNGKeyArray) -> dict[str, Pair]:
-    """Each operation of this library beside a plain way; both return the same value and gradient."""
+    """Each operation of this library beside a plain form; both return the same value and gradient."""
     batch, length, capacity = sizes.batch, sizes.length, sizes.capacity
     key_hidden, key_actions, key_probs, key_uniforms = jax.random.split(key, 4)
     hidden = jax.random.normal(key_hidden, (batch, length, sizes.dim))
@@ -160,10 +160,10 @@ def changing_signs(sizes: Sizes, key: PRNGKeyArray) -> Float[Array, "batch lengt
 
 
 def _both(own: Callable[[Array], Array], other: Callable[[Array], Array], x: Array) -> dict[str, Work]:
-    """Value and gradient of either way, jitted."""
+    """Value and gradient of both forms, jitted."""
 
-    def graded(way: Callable[[Array], Array]) -> Work:
-        return _jitted(jax.value_and_grad(lambda x: jnp.sum(jnp.square(way(x)))), x)
+    def graded(form: Callable[[Array], Array]) -> Work:
+        return _jitted(jax.value_and_grad(lambda x: jnp.sum(jnp.square(form(x)))), x)
 
     return {"own": graded(own), "other": graded(other)}
 

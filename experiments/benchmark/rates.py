@@ -14,7 +14,7 @@ from experiments.config.registry import build_model
 from experiments.config.settings import RunConfig, transformer_shape
 
 RATES = (1.0, 1 / 2, 1 / 4, 1 / 8)
-"""Shares of rows with a boundary."""
+"""Fractions of positions with a boundary."""
 
 
 @dataclass(frozen=True)

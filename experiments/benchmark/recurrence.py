@@ -14,19 +14,19 @@ from unet.mamba import HEAD
 from unet.ops.ssd import SSDOutput, ssd, ssd_sequential
 
 LENGTHS = (1024, 4096, 16384)
-"""Rows of one sequence."""
+"""Positions of one sequence."""
 
 COMPARED = 4096
-"""Rows at which the plain scan is timed as well."""
+"""Positions at which the plain scan is timed as well."""
 
 
 @dataclass(frozen=True)
 class RecurrenceReport:
-    """`seconds` of the recurrence and its gradient; what a row takes relative to the shortest length; and, where a plain scan was
-    timed, how many times its speed that is."""
+    """`seconds` of the recurrence and its gradient; what a position takes relative to the shortest length; and, where a plain
+    scan was timed, how many times its speed that is."""
 
     seconds: float
-    per_row: float
+    per_position: float
     times_a_scan: float | None
 
 

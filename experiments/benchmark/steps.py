@@ -42,8 +42,8 @@ def fresh_model(config: RunConfig, split: Split) -> UNet:
 
 @dataclass(frozen=True)
 class Ready:
-    """A training step before it is compiled, its first state, batches that lie on the devices, and the most token rows that a
-    sequence can have."""
+    """A training step before it is compiled, its first state, batches that lie on the devices, and the capacity: the
+    most tokens of a sequence."""
 
     step: jax.stages.Wrapped
     model: UNet

@@ -1,4 +1,4 @@
-"""The same model in eager PyTorch, written the plain way, as a peer to be timed against: square masks at every level, the token
+"""The same model in eager PyTorch, written plainly, to be timed against: square masks at every level, the token
 level padded to the longest sequence, which the host asks for, and a policy that draws byte by byte."""
 
 from __future__ import annotations

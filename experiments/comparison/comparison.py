@@ -235,7 +235,7 @@ def remarks(lines: Sequence[Line]) -> list[str]:
         )
     if crowded := [line for line in lines if line.numbers["dropped_fraction"].mean > TOLERATED]:
         names = ", ".join(f"{line.estimator} {line.numbers['dropped_fraction'].mean:.1%}" for line in crowded)
-        notes.append(f"Too many boundaries found no token row in training ({names}): name a larger --capacity-slack.")
+        notes.append(f"Too many boundaries were dropped in training ({names}): name a larger --capacity-slack.")
     for line in lines:
         own, greedy, trained = (line.numbers[f"val_bpb{kind}"] for kind in ("", "_greedy", "_as_trained"))
         if not math.isnan(trained.mean):

@@ -108,16 +108,16 @@ def _in_no_english(run: RunConfig) -> RunConfig:
 
 
 def _shape(layout: str, dims: tuple[int, ...], mlp_dims: tuple[int, ...], *, norms: bool = True) -> HNetConfig:
-    """Sixteen heads, half of each turned, and a window of 1024 at the byte level, as in the paper's other models."""
+    """Sixteen heads, half of each with rotary positions, and a window of 1024 at the byte level, as in the other models."""
     heads = tuple(16 if dim >= 1024 else 8 for dim in dims)
     windows = (1024, *[0] * (len(dims) - 1))
-    turned = tuple(dim // count // 2 for dim, count in zip(dims, heads, strict=True))
+    rotary = tuple(dim // count // 2 for dim, count in zip(dims, heads, strict=True))
     return HNetConfig(
         layout=layout,
         dims=dims,
         mlp_dims=mlp_dims,
         heads=heads,
-        rotary_dims=turned,
+        rotary_dims=rotary,
         windows=windows,
         network_norms=norms,
     )
@@ -126,7 +126,7 @@ def _shape(layout: str, dims: tuple[int, ...], mlp_dims: tuple[int, ...], *, nor
 def _spaced(
     name: ModelName, layers: int, dims: tuple[int, int], mlp_dim: int, rate: float, **settings: bool
 ) -> RunConfig:
-    """H-Net's other ways of chunking around the same networks: spaces, and every sixth byte."""
+    """H-Net's baselines around the same networks: boundaries at spaces, and at every sixth byte."""
     shape = _shape(f'["m4", ["T{layers}"], "m4"]', dims, (0, mlp_dim), norms=settings.get("norms", True))
     estimator: EstimatorName = "stride" if "pool" in name else "spacelike"
     plain = settings.get("norms", True)

@@ -61,8 +61,8 @@ class ByteModel:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a byte-pair encoding, single bytes first; the `rate` at which they begin in training text, a share of bytes;
-    how many bytes of training text they were `learned_from`; and whether the rate was measured `apart` from these."""
+    """The tokens of a byte-pair encoding, single bytes first; the `rate` at which they begin in training text, as a fraction of
+    its bytes; how many bytes they were `learned_from`; and whether the rate was measured `apart` from these."""
 
     tokens: tuple[bytes, ...]
     rate: float
@@ -72,7 +72,8 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The `vocabulary` of a byte-pair encoding; the `byte_model` whose entropy is watched, and the `threshold` on it."""
+    """What an estimator takes from data before training: the `vocabulary` of a byte-pair encoding; or the `byte_model` whose
+    entropy draws the boundaries, and the `threshold` on it."""
 
     vocabulary: Vocabulary | None = None
     byte_model: ByteModel | None = None
@@ -175,7 +176,7 @@ def _dynamic_chunking(given: Ingredients) -> AbstractEstimator:
         chunker=given.chunker,
         target_rate=given.level.rate,
         ratio_weight=hnet.ratio_weight,
-        # Likelier actions: at a probability of less than one half there would be no boundary to learn from.
+        # Greedy actions: with probabilities below one half there would be no boundary to learn from.
         router=_mlp(given, start=0.5) if hnet.routing == "direct" else None,
     )
 
@@ -245,23 +246,26 @@ REGISTRY: dict[EstimatorName, Builder] = {
 
 def build_chunker(config: RunConfig, estimator: EstimatorName, dim: int, key: PRNGKeyArray) -> AbstractChunker:
     """The chunker that a configuration asks for, or else its estimator's own, for states of width `dim`."""
-    way, smooth = config.unet.implementation, config.smooth
+    implementation, smooth = config.unet.implementation, config.smooth
     name = CHUNKERS.get(estimator, "distribute") if config.chunker is None else config.chunker
     if name == "mean":
-        return MeanPool(dim, key=key, implementation=way)
+        return MeanPool(dim, key=key, implementation=implementation)
     if name == "smooth":
         published = "straight-through" if estimator == "hnet" else "none"
         weighting = published if smooth.weighting is None else smooth.weighting
         return SelectSmooth(
-            Projection(dim, key=key) if smooth.residual == "projected" else None, smooth.smoothing, weighting, way
+            Projection(dim, key=key) if smooth.residual == "projected" else None,
+            smooth.smoothing,
+            weighting,
+            implementation,
         )
     if name == "attend":
-        return SelectAttend(way)
-    return SelectDeviate(way) if name == "deviate" else SelectDistribute(way)
+        return SelectAttend(implementation)
+    return SelectDeviate(implementation) if name == "deviate" else SelectDistribute(implementation)
 
 
 def build_pool(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractPool | None:
-    """How tokens are made of the rows that they close; None where they are their last rows."""
+    """How tokens are pooled from their positions; None where the last position is selected."""
     kind = config.pool.kind
     if kind == "last":
         return None

@@ -93,7 +93,7 @@ class IsotropicConfig:
 
 @dataclass(frozen=True)
 class OffPolicyConfig:
-    """Boundaries drawn at the target rate by lot, weighted to train the policy (--estimator sfe-offpolicy)."""
+    """Boundaries sampled independently at the target rate; importance weights train the policy (--estimator sfe-offpolicy)."""
 
     clip: float | None = 1.0
     """Upper bound of importance weights; None leaves them unbounded and unbiased."""
@@ -142,20 +142,21 @@ class SmoothConfig:
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """What tokens are made of, for chunkers that would take the row at the boundary (all but mean)."""
+    """How a token is pooled from its positions, for chunkers that would select the position at the boundary (all but mean)."""
 
     kind: Literal["last", "max", "mean", "attention"] = "last"
-    """The row at the boundary; the largest or mean values of the rows that it closes; or attention to them (H-Net fig. 13; as in
-    BLT's encoder)."""
+    """Select the position at the boundary (last); the maximum or the mean over the positions of the token; or attention to them
+    (H-Net fig. 13; BLT's encoder)."""
     boundary: bool = False
-    """Add the row at the boundary to what the others make (H-Net fig. 13, +Res)."""
+    """Add the position at the boundary to the pooled value (H-Net fig. 13, +Res)."""
     heads: int = 4
-    """Heads of attention to the rows of a token."""
+    """Heads of the attention to the positions of a token."""
 
     def __post_init__(self):
         require(self.heads >= 1, f"--pool.heads must be at least 1; got {self.heads}")
         require(
-            not self.boundary or self.kind != "last", "--pool.boundary adds the last row to a pool: name a --pool.kind"
+            not self.boundary or self.kind != "last",
+            "--pool.boundary adds the last position to a pool: name a --pool.kind",
         )
 
 
@@ -200,7 +201,7 @@ class TargetConfig:
     control: float = 0.0
     """Gain of a slow controller that moves an estimator's own target, in log-odds per step and unit of relative error, until
     the measured rate is the one asked for; 0 leaves the target alone. Rules draw at their own rate all the same, and so does the
-    policy of sfe-offpolicy: the rate measured there is that of the boundaries drawn by lot."""
+    policy of sfe-offpolicy: the rate measured there is that of the independent boundaries."""
 
     def __post_init__(self):
         require(
@@ -237,7 +238,7 @@ class OptimizerConfig:
     clip: float = 1.0
     """Global norm to which gradients are clipped."""
     accumulate: int = 1
-    """Parts a batch is cut into, one after another, to save memory; batch centring and means over bytes work within a part."""
+    """Gradient accumulation: parts of a batch that are computed one after another; batch centring works within a part."""
 
     def __post_init__(self):
         require(self.learning_rate > 0, "--optimizer.learning-rate must be positive")
@@ -252,7 +253,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How documents become training rows."""
+    """How documents become training sequences."""
 
     protocol: Literal["crop", "cut", "pack"] = "cut"
     """crop: random stretches of documents; cut: the start of documents that are long enough, and nothing of what follows it;

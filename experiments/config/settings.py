@@ -86,7 +86,7 @@ class RunConfig:
     inner_estimators: tuple[EstimatorName, ...] = ()
     """Estimators of the levels of tokens inside the first, from the outside in; --estimator for those not named."""
     inner_rates: tuple[float, ...] = ()
-    """Target shares of the tokens of the level around that close a token of these levels; --rate for those not named."""
+    """Target rates of these levels, as fractions of the tokens of the level around; --rate for those not named."""
     seed: int = 0
     """Seed of parameters, data order and boundaries."""
     init: str | None = None
@@ -99,16 +99,16 @@ class RunConfig:
     overwrite: bool = False
     """Delete what is in --out first."""
     chunker: Literal["distribute", "deviate", "mean", "smooth", "attend"] | None = None
-    """How bytes become tokens and come back: select and add the token level's output (distribute) or its change (deviate), the
-    means of groups (mean), select and smooth (smooth), select and leave it to the decoder to attend to tokens (attend, as BLT:
-    with --unet.attend every); by default what the estimator was published with."""
+    """How bytes become tokens and come back: select, and add the token level's output (distribute) or its change (deviate); mean
+    pooling (mean); select, and smooth on the way back (smooth); select, and let the decoder attend to tokens (attend, as BLT:
+    with --unet.attend every). By default what the estimator was published with."""
     capacity_slack: float = 1.35
-    """Most token rows per sequence in training, as a multiple of the boundaries expected: at --rate, or at the rate at which an
-    untrained router draws where that is higher (about one half for hnet and sfe-cosine). Boundaries beyond are dropped and
+    """Capacity in training (most tokens per sequence), as a multiple of the number expected at --rate, or at the rate of an
+    untrained router where that is higher (about one half for hnet and sfe-cosine). Boundaries beyond it are dropped and
     counted."""
     buckets: int = 4
-    """Sizes, up to --capacity-slack x --rate x --length, of which each step runs the token level in the smallest with room, and
-    one more where an untrained router draws more; 1 for the largest alone. Each takes time to compile."""
+    """Capacities to choose from, up to --capacity-slack x --rate x --length: each step runs the token level at the smallest that
+    fits its tokens. There is one more where an untrained router draws more. 1: the largest alone. Each takes time to compile."""
     devices: int | None = None
     """Devices that share a batch; by default all there are (a CPU counts as up to two)."""
     log_every: int = 1
@@ -131,7 +131,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self):
-        _require_sizes(self)
+        _require_amounts(self)
         _require_levels(self)
         _require_chunker(self)
         if any(level.estimator.startswith("sfe") for level in self.levels):
@@ -143,7 +143,7 @@ class RunConfig:
 
     @property
     def samples(self) -> int:
-        """Draws of boundaries for each sequence of a training batch."""
+        """Samples of boundaries for each sequence of a training batch."""
         return self.sfe.samples if any(level.estimator.startswith("sfe") for level in self.levels) else 1
 
     @property
@@ -185,7 +185,7 @@ def transformer_shape(config: RunConfig) -> UNetConfig:
     return config.unet
 
 
-def _require_sizes(config: RunConfig) -> None:
+def _require_amounts(config: RunConfig) -> None:
     for name in ("batch", "bytes", "log_every", "buckets"):
         require(
             getattr(config, name) >= 1, f"--{name.replace('_', '-')} must be at least 1; got {getattr(config, name)}"

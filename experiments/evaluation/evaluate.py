@@ -26,8 +26,7 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 class Evaluated(eqx.Module):
-    """What evaluation keeps of a batch, all `batch length`; without a token level there are no boundaries and the
-    probabilities are 0."""
+    """What evaluation keeps of each byte of a batch. Without a token level there are no boundaries and probabilities are 0."""
 
     log_lik: Float[Array, "batch length"]
     early_log_lik: Float[Array, "batch length"]
@@ -70,10 +69,10 @@ class Validation:
     many different ones were evaluated.
 
     Everything but two figures is judged on the boundaries that generation draws. Most estimators are trained on the same:
-    policies sampled in both (`sfe` and its kin, `gumbel`, `uniform`), `hnet` with its likelier actions in both, and rules
+    policies sampled in both (`sfe…`, `gumbel`, `uniform`), `hnet` with greedy actions in both, and rules
     (`entropy`, `bpe`, `stride`, `characters` and the others), which leave no choice. Where another router draws in training
     (`AbstractTaught`: the guide of `bpe-distilled`, the behaviour policy of `sfe-offpolicy`) the model is judged on three
-    kinds of boundaries at its first level: `bpb` is under the router's own, sampled; `bpb_greedy` under its own likelier ones;
+    kinds of boundaries at its first level: `bpb` is under the router's own, sampled; `bpb_greedy` under its own, greedy;
     `bpb_as_trained` under those of the other router, as in training. Both are NaN elsewhere."""
 
     bpb: float
@@ -151,7 +150,7 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
 
 
 def is_taught(model: UNet) -> bool:
-    """Whether its first level is trained on boundaries that another router draws."""
+    """Whether another router draws the boundaries that its first level trains on."""
     return any(isinstance(estimator.router, AbstractTaught) for estimator in model.stage.estimators[:1])
 
 
@@ -218,8 +217,8 @@ def dropping_none(
 ) -> dict[str, np.ndarray]:
     """The fields of `Evaluated` for one batch, with the `actions` given or those that are drawn, none dropped.
 
-    It first runs with `capacity` token rows per sequence; a sequence for which that is too few runs again, alone and with the
-    same boundaries, with as many rows as it has bytes. So the usual case costs what training costs.
+    It first runs at `capacity` tokens per sequence. A sequence that has more runs again, alone and with the same boundaries, at a
+    capacity of all its bytes. So the usual case costs what training costs.
     """
     result = evaluate_batch(model, layout, key, capacity, actions)
     arrays = {name: np.array(array) for name, array in vars(result).items()}
@@ -235,7 +234,7 @@ def dropping_none(
 
 class Tally:
     """What an evaluation keeps of its batches: sums, the sums of each document and, for the areas under ROC curves, the
-    probabilities of the rows where no boundary is forced."""
+    probabilities at positions where no boundary is forced."""
 
     def __init__(self):
         values = jnp.arange(256)
@@ -323,14 +322,14 @@ def summarise(kept: dict[str, np.ndarray]) -> Validation:
 
 
 def agreement(kept: dict[str, np.ndarray], target: np.ndarray) -> Agreement:
-    """How boundaries agree with the bytes for which `target` is True, over the rows where none is forced."""
+    """How boundaries agree with the bytes for which `target` is True, over positions where none is forced."""
     free = kept["free"]
     return _agreement(_hits(kept, target), area_under_roc(kept["probs"][free], target[free]))
 
 
 def _hits(kept: dict[str, np.ndarray], target: np.ndarray) -> np.ndarray:
-    """Of the rows where no boundary is forced, how many are greedy and in `target`, greedy, sampled and in it, sampled, and in
-    it."""
+    """Of the positions where no boundary is forced, how many are greedy and in `target`, greedy, sampled and in it, sampled,
+    and in it."""
     free = kept["free"]
     greedy, sampled, wanted = kept["greedy"] & free, kept["sampled"] & free, target & free
     return np.array([part.sum() for part in (greedy & wanted, greedy, sampled & wanted, sampled, wanted)])

@@ -260,8 +260,8 @@ def noisy_flows(
         for number, (name, field) in enumerate(fields.items()):
             keys = jax.random.split(jax.random.fold_in(key, number), paths)
             course = Course(f"{name}, η = {rate:g}", "distribute", "drawn", field, Drawn(), paper)
-            times, ways = descend(field, ground, start, Pace.of(rate, time), keys)
-            found.append(_mean_flow([_read_off(course, ground, times, way) for way in ways]))
+            times, trajectories = descend(field, ground, start, Pace.of(rate, time), keys)
+            found.append(_mean_flow([_read_off(course, ground, times, path) for path in trajectories]))
     return found, against
 
 

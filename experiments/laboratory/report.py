@@ -76,7 +76,7 @@ def _short(value: float) -> str:
 
 
 def flow_picture(
-    ways: Sequence[Sequence[Flow]], summaries: Sequence[FlowSummary], paths: Sequence[Sequence[Flow]]
+    expected: Sequence[Sequence[Flow]], summaries: Sequence[FlowSummary], paths: Sequence[Sequence[Flow]]
 ) -> bytes:
     """Loss above that of the best strings over time, means over models: each chunker's flows, then the noisy ones; and the
     way that each flow closed, with its interval."""
@@ -89,7 +89,7 @@ def flow_picture(
         ("smooth", "greedy"): "select, smooth: loss of greedy boundaries",
     }
     for part, (kind, title) in zip(axes.flat, panels.items(), strict=False):
-        for of in zip(*ways, strict=True):
+        for of in zip(*expected, strict=True):
             if (of[0].model, of[0].objective) == kind:
                 reference = "gradient" in of[0].name
                 style = {"color": "black", "linestyle": "--"} if reference else {}

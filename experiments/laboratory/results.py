@@ -45,7 +45,7 @@ class Flow:
 
     The loss is that of the flow's `objective`: the expected loss of drawn boundaries, or the loss of greedy ones. `start` and
     `end` are its first and last values, `best` the loss of the best string of each text, found by trying all, `greedy` that of
-    the string of likelier actions at the end, taken for certain; `rate` the rate there. `closed` is the share of the way
+    the string of greedy actions at the end, taken for certain; `rate` the rate there. `closed` is the share of the way
     from the start to the best that the greedy string has gone: 1 for the best policy, below 0 for one worse than the start.
     """
 

@@ -1,4 +1,4 @@
-"""How many token rows a training step has room for."""
+"""Capacities in training: the most tokens per sequence at each level."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MEASURED_BYTES = 2**21
 
 
 def training_capacities(config: RunConfig, router: AbstractRouter | None, split: Split) -> tuple[int, ...]:
-    """The token rows per sequence that a step in training can choose from; the largest is the bound.
+    """The capacities of the first level that a training step chooses from; boundaries beyond the largest are dropped.
 
-    See `rated_capacities` for a router that aims at a rate. A rule that aims at none is measured on held-out text instead, and
-    its bound is a quarter more than the fullest row needed there.
+    See `rated_capacities` for a router with a target rate. A rule without one is measured on held-out text, and the largest
+    capacity is a quarter more than the most tokens of a sequence there.
     """
     if router is None:
         return (config.length,)
@@ -33,29 +33,29 @@ def training_capacities(config: RunConfig, router: AbstractRouter | None, split:
     layout = stack_rows(rows, len(rows))
     nothing = jnp.zeros((*layout.bytes.shape, 1))
     drawn = jnp.sum(router(nothing, layout, Draw(boundary_scan)).actions, axis=1)
-    return _sizes(config, float(jnp.mean(drawn)), 1.25 * float(jnp.max(drawn)))
+    return _spread(config, float(jnp.mean(drawn)), 1.25 * float(jnp.max(drawn)))
 
 
 def rated_capacities(config: RunConfig, router: AbstractRouter) -> tuple[int, ...]:
-    """The same for a router that aims at a rate: up to `capacity_slack` times the boundaries expected at that rate and,
-    where it draws more of them before it has learned to, at its initial rate. Raises `ValueError` for a router without a rate."""
+    """The same for a router with a target rate: up to `capacity_slack` times the boundaries expected at that rate and, where an
+    untrained router draws more, at its initial rate. Raises `ValueError` for a router without a rate."""
     if router.rate is None:
         raise ValueError("a router without a rate has to be measured on text")
     held = max(router.rate, TargetSchedule.of(config).highest) * config.length
     first = (router.initial_rate or 0.0) * config.length
     slack = 1.0 if router.rate == 1.0 else config.capacity_slack
-    sizes = _sizes(config, held, slack * held)
+    capacities = _spread(config, held, slack * held)
     most = _rounded(config, slack * first)
-    if most <= sizes[-1]:
-        return sizes
-    return (most,) if config.buckets == 1 else (*sizes, most)
+    if most <= capacities[-1]:
+        return capacities
+    return (most,) if config.buckets == 1 else (*capacities, most)
 
 
 def inner_capacities(config: RunConfig, routers: Sequence[AbstractRouter], bound: int) -> tuple[int, ...]:
-    """The token rows per sequence of the levels inside the first, which has at most `bound`.
+    """The capacities of the levels inside the first, whose largest is `bound`.
 
-    Where a router aims at a rate: `capacity_slack` times the boundaries expected, at the rates aimed at or the initial ones,
-    whichever are more; as many as there can be where it does not."""
+    For a router with a target rate `capacity_slack` times the boundaries expected at the target rates or at the initial ones,
+    whichever are more; for one without, as many as there can be."""
     held = first = float(config.length)
     bounds = [bound]
     for number, router in enumerate(routers):
@@ -69,12 +69,12 @@ def inner_capacities(config: RunConfig, routers: Sequence[AbstractRouter], bound
     return tuple(bounds[1:])
 
 
-def _sizes(config: RunConfig, expected: float, bound: float) -> tuple[int, ...]:
-    """`buckets` sizes in equal ratios from a little over `expected` to `bound`."""
-    sizes = np.geomspace(bound, min(1.03 * expected, bound), config.buckets)
-    return tuple(sorted({_rounded(config, size) for size in sizes}))
+def _spread(config: RunConfig, expected: float, bound: float) -> tuple[int, ...]:
+    """`buckets` capacities in equal ratios from a little over `expected` to `bound`."""
+    values = np.geomspace(bound, min(1.03 * expected, bound), config.buckets)
+    return tuple(sorted({_rounded(config, value) for value in values}))
 
 
-def _rounded(config: RunConfig, size: float) -> int:
+def _rounded(config: RunConfig, value: float) -> int:
     """Up to a multiple of 4, at most the bytes of a sequence."""
-    return min(config.length, 4 * math.ceil(size / 4 - 1e-9))
+    return min(config.length, 4 * math.ceil(value / 4 - 1e-9))

@@ -1,11 +1,11 @@
-"""Boundaries for which training had no token row left: counted, and reported where they are too many."""
+"""Boundaries dropped in training because a sequence had more than its capacity: counted, and reported where they are too many."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 TOLERATED = 0.005
-"""Share of the boundaries of a level that may be dropped without a word."""
+"""Fraction of the boundaries of a level that may be dropped without a warning."""
 FIRST_STEPS = 10
 """Steps before a running training is judged: fewer have too few boundaries for a share of them."""
 
@@ -63,8 +63,8 @@ class DroppedBoundaries:
         shares = " and ".join(f"{share:.1%}" for share in self.shares)
         inside = " of the levels of tokens, the outermost first," if len(self.shares) > 1 else ""
         return (
-            f"{shares} of the boundaries{inside} found no token row and were dropped in training, more than the {TOLERATED:.1%} "
-            "that change nothing: give them room with a larger --capacity-slack"
+            f"{shares} of the boundaries{inside} were dropped in training, beyond the capacity: more than the {TOLERATED:.1%} "
+            "that change nothing; name a larger --capacity-slack"
         )
 
     @property

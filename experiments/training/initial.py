@@ -1,4 +1,4 @@
-"""Training that starts from weights that are there already."""
+"""Training that starts from the weights of another model."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def initial_weights(where: str, fresh: UNet) -> UNet:
 
 
 def _fits(here: Array, there: Array) -> bool:
-    """Whether the numbers `there` can stand here as they are."""
+    """Whether an array has this shape, and its values fit this dtype."""
     return here.shape == there.shape and np.can_cast(there.dtype, here.dtype)

@@ -33,12 +33,12 @@ def frozen_or_not(params: PyTree[Float[Array, ...]]) -> PyTree[bool]:
 
 def stages_of(params: PyTree[Float[Array, ...]]) -> PyTree[int]:
     """The stage that each parameter of a model belongs to, 0 the outermost, where embedding and heads are too; routers and
-    chunkers belong to the stage whose rows they read."""
+    chunkers belong to the stage whose hidden states they read."""
 
     def stage(path: tuple[object, ...], leaf: Array) -> int:
         # `.inner` of a hierarchy leads inward; `.stage` of one that is widened stays.
-        way = re.match(r"\.stage((?:\.inner|\.stage)*)(?=\.)", jax.tree_util.keystr(path))
-        return 0 if way is None else way.group(1).count(".inner")
+        path_inward = re.match(r"\.stage((?:\.inner|\.stage)*)(?=\.)", jax.tree_util.keystr(path))
+        return 0 if path_inward is None else path_inward.group(1).count(".inner")
 
     return jax.tree_util.tree_map_with_path(stage, params)
 

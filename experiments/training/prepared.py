@@ -1,4 +1,4 @@
-"""What some estimators take from data before training begins: a vocabulary, or a byte model and a threshold on its entropy."""
+"""What some estimators are prepared with before training: a vocabulary, or a byte model and a threshold on its entropy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RATE_SHARE = 1 / 8
 
 
 def prepare(config: RunConfig, split: Split) -> Prepared:
-    """What the estimator of `config` needs of the training text. Raises `ConfigError` where it is not to be had."""
+    """What the estimator of `config` takes from the training text. Raises `ConfigError` where that is impossible."""
     try:
         if config.estimator in ("bpe", "bpe-distilled"):
             return Prepared(vocabulary=_learn_vocabulary(config, split))
@@ -59,7 +59,7 @@ def require_byte_model(config: RunConfig) -> None:
 
 
 def write_prepared(folder: Path, prepared: Prepared) -> None:
-    """Keep in a run's folder what cannot be had from its checkpoints."""
+    """Save it in a run's folder: checkpoints do not hold it."""
     if prepared.vocabulary is not None:
         kept = {
             **vars(prepared.vocabulary),
@@ -73,7 +73,7 @@ def write_prepared(folder: Path, prepared: Prepared) -> None:
 
 
 def read_prepared(folder: Path, config: RunConfig) -> Prepared | None:
-    """What `write_prepared` kept; None where it did not come to that. The threshold comes with the model's weights."""
+    """What `write_prepared` saved; None where there is nothing. The threshold comes with the model's weights."""
     if config.estimator in ("bpe", "bpe-distilled"):
         path = folder / VOCABULARY
         return Prepared(vocabulary=_read_vocabulary(path)) if path.is_file() else None

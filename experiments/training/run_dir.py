@@ -1,4 +1,4 @@
-"""The files of a run: written whole or not at all, never over another run's."""
+"""The files of a run: written atomically, never over those of another run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OWN_FILES = (
 )
 
 OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every")
-"""Settings that a run may be given anew at any time: none of them moves its curve."""
+"""Settings that do not change the results of a run, so that they may differ when it is resumed."""
 
 Record = Mapping[str, float | int | str | None]
 

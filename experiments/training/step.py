@@ -74,7 +74,7 @@ def make_step(
         """The mean over the parts of a batch."""
         if accumulate == 1:
             return gradient(params, batch, key, target_rate)
-        # Every device keeps rows of every part, or all would compute each part whole.
+        # Every device keeps sequences of every part, or all would compute each part whole.
         parts = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, accumulate, *rows.shape[1:]), 0, 1), batch)
         keys = jax.random.split(key, accumulate)
 
@@ -92,7 +92,7 @@ def make_step(
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-        # A boundary for which there was no room was drawn all the same.
+        # Dropped boundaries were drawn, too.
         moved = TrainState(params, moments, schedule.moved(state.target, output.rate + output.overflow))
         return moved, StepMetrics(output, optax.tree.norm(gradients), target_rate)
 
