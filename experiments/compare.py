@@ -8,15 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
 from experiments.comparison.comparison import REFERENCE, write_comparison
-from experiments.comparison.finished import by_estimator, is_finished, of_folder, of_tables, without
+from experiments.comparison.finished import by_estimator, is_finished, read_finished, read_tables, without
 from experiments.comparison.pairs import Names, every_pair
 from experiments.config.errors import ConfigError, require
 from experiments.config.files import from_json, to_json
@@ -25,6 +24,7 @@ from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, exit_code
 from experiments.run import parse
 from experiments.training.run_dir import CONFIG, SUMMARY, differing, held, prepare_new, write_atomically
+from experiments.training.stopping import stop_signals
 
 LOGS = "logs"
 BYTE_MODEL_RUN = "byte-model"
@@ -160,7 +160,7 @@ def ready(run: RunConfig) -> Job:
     return Job(folder.name, folder)
 
 
-def work_off(jobs: list[Job], at_once: int, logs: Path, display: Display) -> list[str]:
+def run_jobs(jobs: list[Job], at_once: int, logs: Path, display: Display) -> list[str]:
     """Run the jobs, `at_once` at a time; returns the names of those that failed.
 
     A job waits for the one whose model it reads; where that one fails it says so itself. An interrupt or an error stops all of
@@ -223,7 +223,7 @@ def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     runs = runs_of(config, common)
     byte_models = [run for run in runs if run.run_dir.name == BYTE_MODEL_RUN]
     compared = runs[len(byte_models) :]
-    elsewhere = of_tables(config.tables, compared)
+    elsewhere = read_tables(config.tables, compared)
     runs = [*byte_models, *without(compared, elsewhere)]
     config.out.mkdir(parents=True, exist_ok=True)
     logs = config.out / LOGS
@@ -231,8 +231,8 @@ def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     jobs = [ready(run) for run in runs]
     for job, run in zip(jobs, runs, strict=True):
         job.reads = next((other for other in jobs if other.folder == run.entropy.model and other is not job), None)
-    failed = work_off(jobs, config.jobs, logs, display)
-    here = [of_folder(job.folder) for job in jobs if job.name != BYTE_MODEL_RUN and is_finished(job.folder)]
+    failed = run_jobs(jobs, config.jobs, logs, display)
+    here = [read_finished(job.folder) for job in jobs if job.name != BYTE_MODEL_RUN and is_finished(job.folder)]
     known = {BYTE_MODEL_RUN, *(job.name for job in jobs)}
     others = sorted(path.parent.name for path in config.out.glob(f"*/{SUMMARY}") if path.parent.name not in known)
     if others:
@@ -244,26 +244,13 @@ def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     return 1 if failed else 0
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """`KeyboardInterrupt` on `kill` too, and on Ctrl-C where a shell that started this in the background has it ignored: the
-    runs have sessions of their own and would stay behind."""
-    watched = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in watched}
-    for number in watched:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, 1 where a run failed, 2 for a user's error, 130 after Ctrl-C or `kill`."""
     display = Display()
     try:
-        with _interruptible():
+        # `KeyboardInterrupt` on `kill` too, and on Ctrl-C where a shell that started this in the background ignores it: the runs
+        # have sessions of their own and would stay behind.
+        with stop_signals(signal.default_int_handler):
             given = sys.argv[1:] if arguments is None else arguments
             return exit_code(display, lambda: compare(*parse_compare(given), display))
     except KeyboardInterrupt:

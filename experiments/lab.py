@@ -140,12 +140,12 @@ def _write(
     noises: Mapping[int, Sequence[Sequence[Noise]]],
 ) -> str:
     """Write the numbers of every model, their means and intervals, and the figure; returns the tables."""
-    of_tables = summarise_findings(tables)
+    read_tables = summarise_findings(tables)
     of_flows, of_paths = summarise_flows(expected, against[0]), summarise_flows(paths, against[1])
     of_noise = {steps: summarise_noise(models) for steps, models in noises.items()}
     everything = {
         "settings": config,
-        "gradients": of_tables,
+        "gradients": read_tables,
         "flows": (*of_flows, *of_paths),
         "noise": of_noise,
         "models": [
@@ -163,7 +163,7 @@ def _write(
         [
             f"Means over {config.models} models with 95 % intervals.\n",
             "## Gradients\n",
-            gradient_table(of_tables),
+            gradient_table(read_tables),
             "## Flows\n",
             flow_table(of_flows),
             "## Stochastic gradient descent\n",

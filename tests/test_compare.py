@@ -14,7 +14,7 @@ import pytest
 
 from experiments import compare as compare_module
 from experiments.comparison.comparison import COLUMNS, Line, cells, html_table, markdown, remarks, table
-from experiments.comparison.finished import FinishedRun, curve, of_tables
+from experiments.comparison.finished import FinishedRun, curve, read_tables
 from experiments.comparison.pairs import (
     PAIR_COLUMNS,
     Curve,
@@ -29,6 +29,7 @@ from experiments.config.presets import PRESETS
 from experiments.config.settings import EstimatorName
 from experiments.reporting.display import Display
 from experiments.training.run_dir import read_config
+from experiments.training.stopping import stop_signals
 from tests.test_run import SMALL
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
@@ -222,16 +223,16 @@ def test_runs_made_elsewhere_count_as_if_made_here(finished, launched, corpus, t
     assert launched == ["uniform-2", "sfe-2"]
     _, asked = compare_module.parse_compare([*ARGUMENTS, "--dataset", str(corpus), *map(str, SMALL)])
     runs = [dataclasses.replace(asked, estimator=name, seed=0) for name in ("uniform", "sfe")]
-    found = of_tables([table_json, table_json], runs)
+    found = read_tables([table_json, table_json], runs)
     assert [(run.config.estimator, run.seed) for run in found] == [("uniform", 0), ("sfe", 0)]
     assert found[1].summary == json.loads((finished / "sfe-0" / "summary.json").read_text())
     assert found[1].curve == curve(finished / "sfe-0")
     with pytest.raises(ConfigError, match="other settings for rate"):
-        of_tables([table_json], [dataclasses.replace(runs[1], rate=0.3)])
+        read_tables([table_json], [dataclasses.replace(runs[1], rate=0.3)])
     with pytest.raises(ConfigError, match="is not the table"):
-        of_tables([finished / "sfe-0" / "summary.json"], runs)
+        read_tables([finished / "sfe-0" / "summary.json"], runs)
     with pytest.raises(ConfigError, match="cannot be read"):
-        of_tables([finished / "nothing.json"], runs)
+        read_tables([finished / "nothing.json"], runs)
 
 
 def test_runs_made_elsewhere_are_told_from_those_of_a_byte_model(finished, launched, corpus, tmp_path):
@@ -301,7 +302,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(compare_module, "_launch", launch)
     monkeypatch.setattr(compare_module, "write_comparison", lambda *arguments: None)
-    monkeypatch.setattr(compare_module, "of_folder", lambda folder: FinishedRun(read_config(folder), {}, []))
+    monkeypatch.setattr(compare_module, "read_finished", lambda folder: FinishedRun(read_config(folder), {}, []))
     return names
 
 
@@ -354,8 +355,8 @@ def test_a_stopped_comparison_stops_its_runs(tmp_path, number, monkeypatch):
 
     monkeypatch.setattr(compare_module, "_launch", launch)
     before = signal.getsignal(number)
-    with compare_module._interruptible(), pytest.raises(KeyboardInterrupt):
-        compare_module.work_off([job], 1, tmp_path, Display(quiet=True))
+    with stop_signals(signal.default_int_handler), pytest.raises(KeyboardInterrupt):
+        compare_module.run_jobs([job], 1, tmp_path, Display(quiet=True))
     assert started[0].process.poll() == -signal.SIGTERM
     assert signal.getsignal(number) == before
 

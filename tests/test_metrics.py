@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.comparison.comparison import MEASURED
-from experiments.comparison.finished import of_tables
+from experiments.comparison.finished import read_tables
 from experiments.reporting.metrics import SECTIONS, documentation, metric_of
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -47,4 +47,4 @@ def test_measured_tables_have_these_names_and_are_read(path):
     assert {name for method in methods for run in method["runs"] for point in run["curve"] for name in point} == {
         *("flops", "bytes", "val_bpb")
     }
-    assert of_tables([path], []) == []
+    assert read_tables([path], []) == []

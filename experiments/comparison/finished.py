@@ -55,12 +55,12 @@ def is_finished(folder: Path) -> bool:
     return (folder / SUMMARY).is_file()
 
 
-def of_folder(folder: Path) -> FinishedRun:
+def read_finished(folder: Path) -> FinishedRun:
     """The finished run in a folder."""
     return FinishedRun(read_config(folder), json.loads((folder / SUMMARY).read_text()), curve(folder), folder)
 
 
-def of_tables(paths: Sequence[Path], runs: Sequence[RunConfig]) -> list[FinishedRun]:
+def read_tables(paths: Sequence[Path], runs: Sequence[RunConfig]) -> list[FinishedRun]:
     """Those of `runs` that the `table.json` of other comparisons have.
 
     Raises `ConfigError` for a file that is no such table, and for a run whose settings are other than those asked for.

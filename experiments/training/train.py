@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from experiments.training.dropped import DroppedBoundaries
 from experiments.training.prepared import notes
 from experiments.training.session import Session
 from experiments.training.setup import Setup
+from experiments.training.stopping import stop_requests
 from unet import UNet
 
 
@@ -61,7 +60,7 @@ def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> O
     session, total = Session(config, setup, run_dir, display), config.total_steps
     display.start(config, session.trainer.parameters, session.trainer.capacity, session.step)
     try:
-        with _stop_requests() as requested:
+        with stop_requests() as requested:
             while session.step < total:
                 session.train_step()
                 if _is_due(session.step, total, config.evaluation.times):
@@ -90,29 +89,6 @@ def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> O
         epochs=latest(run_dir, EPOCHS),
         shown=latest(run_dir, SHOWN),
     )
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that the number of a SIGINT or SIGTERM is put on, instead of ending the process at once.
-
-    A second one ends it as usual.
-    """
-    requested: list[int] = []
-    watched = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in watched}
-
-    def remember(number: int, frame: object) -> None:
-        requested.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in watched:
-        signal.signal(number, remember)
-    try:
-        yield requested
-    finally:
-        for number in watched:
-            signal.signal(number, before[number])
 
 
 def _is_due(step: int, total: int, times: int) -> bool:
