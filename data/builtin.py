@@ -1,4 +1,4 @@
-"""Text that every Python installation carries: its documentation and its source code."""
+"""Text that comes with every Python installation: its documentation and its source code."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 def library_files() -> list[Path]:
-    """The standard library's Python files without its tests, sorted. Raises `DataError` where none are installed."""
+    """The Python files of the standard library, without tests, sorted. Raises `DataError` if none are installed."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in root.rglob("*.py") if not _NOT_LIBRARY.intersection(path.relative_to(root).parts))
     if not files:
-        raise DataError(f"no Python source of the standard library lies under {root}; name another data set")
+        raise DataError(f"there is no Python source of the standard library in {root}; name another data set")
     return files
 
 
 class StandardLibraryCode(AbstractSource):
-    """The source code of the standard library, one document a file (about 12 MB)."""
+    """The source code of the standard library, one document per file (about 12 MB)."""
 
     @property
     def name(self) -> str:
@@ -45,10 +45,9 @@ class StandardLibraryCode(AbstractSource):
 
 
 class StandardLibraryDocs(AbstractSource):
-    """English prose: the docstrings of the standard library, one document a module, and pydoc's topics (about 2 MB).
+    """English prose: the docstrings of the standard library, one document per module, and pydoc's topics (about 2 MB).
 
-    Prose only: line breaks within a paragraph and indentation, which are typesetting, become single spaces, and each
-    paragraph a line.
+    Layout is removed: each paragraph becomes one line, with single spaces between words.
     """
 
     @property
@@ -67,7 +66,7 @@ class StandardLibraryDocs(AbstractSource):
             text = as_prose("\n\n".join(_docstrings(path)))
             if text:
                 yield text.encode()
-        # Imported here: half a megabyte of text that nothing else needs.
+        # Imported here, since it is half a megabyte of text that nothing else needs.
         from pydoc_data.topics import topics
 
         for _, text in sorted(topics.items()):

@@ -1,4 +1,4 @@
-"""How much of the training documents a protocol can ever show."""
+"""Coverage: how much of the training documents a protocol can ever put into training rows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from data.rows import Protocol
 
 LITTLE = 0.5
-"""Share of the bytes below which a run names the setting that would show more."""
+"""Fraction of the bytes below which a run names the setting that would cover more."""
 
 
 def shown_bytes(size: int, length: int, protocol: Protocol) -> int:
-    """Of the `size` bytes of a document, BOS not counted, how many some row of `length` can show, in whatever epoch.
+    """How many of a document's `size` bytes, without BOS, can occur in rows of `length`, over all epochs.
 
-    cut: the first `length` - 1 behind the BOS, and none of a document too short for a row; crop and pack: all.
+    cut: the first `length` - 1, after the BOS, and none of a document shorter than a row; crop and pack: all.
     """
     if protocol == "cut":
         return length - 1 if size + 1 >= length else 0
@@ -23,8 +23,8 @@ def shown_bytes(size: int, length: int, protocol: Protocol) -> int:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Counts over training documents: all of them, those that give no row, their bytes without BOS, and the bytes that some
-    row can show."""
+    """Counts over training documents: documents, documents that give no row, bytes without BOS, and bytes that can occur in
+    rows."""
 
     documents: int = 0
     left_out: int = 0
@@ -32,18 +32,18 @@ class Coverage:
     shown: int = 0
 
     def plus(self, size: int, length: int, protocol: Protocol) -> Coverage:
-        """The counts with another document of `size` bytes."""
+        """The counts after another document of `size` bytes."""
         shown = shown_bytes(size, length, protocol)
         left_out = self.left_out + (shown == 0)
         return Coverage(self.documents + 1, left_out, self.bytes + size, self.shown + shown)
 
     @property
     def share(self) -> float:
-        """`shown` of `bytes`; NaN before the first byte."""
+        """The fraction `shown / bytes`; NaN without bytes."""
         return self.shown / self.bytes if self.bytes else math.nan
 
     def sentence(self, name: str, length: int, protocol: Protocol, *, so_far: bool) -> str:
-        """What to tell the user of the data set `name`; `so_far` where these are the documents read up to now."""
+        """A note to the user about the data set `name`; `so_far` if it counts only the documents read up to now."""
         read = " read so far" if so_far else ""
         said = (
             f"the protocol '{protocol}' can show {100 * self.share:.3g} % of the bytes of the {self.documents:,} training "

@@ -1,4 +1,4 @@
-"""What a data set is made of: documents, in shards, as UTF-8 bytes."""
+"""Data sets: documents as UTF-8 bytes, in shards."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ BOS = 254
 
 
 class DataError(Exception):
-    """Something about the data that the user can put right, said in one sentence."""
+    """A problem with the data that the user can solve, described in one sentence."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a data set that is read in one go: its name, and its size in bytes where it is stored."""
+    """A part of a data set that is read as a whole: its name, and its stored size in bytes (0 if unknown)."""
 
     name: str
     size: int
 
 
 class AbstractSource(ABC):
-    """Where documents come from. `shards` and `documents` give the same answers in the same order every time."""
+    """A source of documents. `shards` and `documents` return the same results in the same order every time."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What messages call this data set."""
+        """The name of the data set in messages."""
 
     @property
     @abstractmethod
     def streamed(self) -> bool:
-        """Whether it is too large, or too far away, to be read as a whole before training starts."""
+        """Whether it is read during training, since it is too large or too remote to be read before."""
 
     @property
     def held_out_source(self) -> AbstractSource | None:
-        """A data set of its own that holds the held-out documents; None where they are a share of these."""
+        """The data set of the held-out documents; None if they are a fraction of this one's."""
         return None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences for the user about what of it is not read, or read for another purpose than training."""
+        """Notes to the user about parts that are not read, or not used for training."""
         return ()
 
     @abstractmethod
     def shards(self) -> Sequence[Shard]:
-        """All parts, in a fixed order. Raises `DataError` where they cannot be listed."""
+        """All shards, in a fixed order. Raises `DataError` if they cannot be listed."""
 
     @abstractmethod
     def documents(self, shard: Shard) -> Iterator[bytes]:
-        """The documents of one shard in order, without BOS. Raises `DataError` where it cannot be read."""
+        """The documents of one shard in order, without BOS. Raises `DataError` if it cannot be read."""
 
 
 def checked_utf8(content: bytes, where: str) -> bytes:
-    """`content` itself if it is valid UTF-8, so that bytes 254 (BOS) and 255 (EOS) cannot be in it.
+    """`content`, if it is valid UTF-8, in which bytes 254 (BOS) and 255 (EOS) cannot occur.
 
-    Raises `DataError`, naming `where` and the offset of the first bad byte, if it is not.
+    Otherwise raises `DataError`, naming `where` and the offset of the first invalid byte.
     """
     try:
         content.decode("utf-8")
@@ -70,10 +70,10 @@ def checked_utf8(content: bytes, where: str) -> bytes:
 
 
 def is_held_out(document: bytes, share: float) -> bool:
-    """Whether a document belongs to the held-out split: decided by its content alone, so copies of it agree."""
+    """Whether a document is held out. Its content alone decides, so that copies are in the same split."""
     return document_rank(document) < share
 
 
 def document_rank(document: bytes) -> float:
-    """A number in [0, 1), the same for the same bytes, spread evenly over different ones."""
+    """A hash of the document as a number in [0, 1), uniformly distributed over documents."""
     return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big") / 2**64

@@ -10,19 +10,19 @@ from data.documents import DataError
 SUFFIXES = (".fa", ".fasta", ".fna")
 
 STRETCH = 1 << 20
-"""Bases of a document: a longer sequence, such as a chromosome, is several."""
+"""Bases per document: a longer sequence, such as a chromosome, is split into several documents."""
 
-# The letters of IUPAC: bases, and the codes for what may be one of several.
+# The IUPAC letters: bases, and ambiguity codes; and the signs for gaps.
 _ALLOWED = re.compile(rb"[ACGTUNRYSWKMBDHVacgtunryswkmbdhv.*-]*")
 
 
 def read_fasta(
     lines: Iterable[bytes], where: str, leave_out: Callable[[int], None] = lambda bases: None
 ) -> Iterator[bytes]:
-    """The sequences in the lines of a file as documents of bases, without headers and line ends; letters are made capitals.
+    """The sequences of a FASTA file as documents of upper-case bases, without headers and line breaks.
 
-    Stretches of N (or gaps), which nobody has read, are left out and end a document; `leave_out` is told their lengths.
-    Raises `DataError`, naming `where` and the line, for anything that is no nucleotide, and for bases before the first header.
+    Runs of unknown bases (N) and gaps are left out and end a document; `leave_out` is called with their lengths. Raises
+    `DataError`, naming `where` and the line, for letters that are not nucleotides and for bases before the first header.
     """
     held: list[bytes] = []
     size, begun = 0, False
@@ -35,7 +35,7 @@ def read_fasta(
         if line and not begun:
             raise DataError(f"{where}, line {number}: a FASTA file begins with a header, a line that starts with >")
         if not _ALLOWED.fullmatch(line):
-            raise DataError(f"{where}, line {number}: {_foreign(line)} is no nucleotide; proteins are not read")
+            raise DataError(f"{where}, line {number}: {_foreign(line)} is not a nucleotide; proteins are not supported")
         held.append(line.upper())
         size += len(line)
         if size >= 2 * STRETCH:
@@ -46,7 +46,7 @@ def read_fasta(
 
 
 def _cut(content: bytes, leave_out: Callable[[int], None]) -> Iterator[bytes]:
-    """What was read between unread stretches."""
+    """The documents between runs of unknown bases and gaps."""
     parts = re.split(rb"[N.*-]+", content)
     leave_out(len(content) - sum(map(len, parts)))
     for part in parts:

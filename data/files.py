@@ -18,20 +18,20 @@ from data.splits import Splits
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 
 PLAIN_DOCUMENT = 64 * 1024
-"""A plain text file longer than this is cut at line ends into documents of about this many bytes."""
+"""A longer plain text file is split at line ends into documents of about this many bytes."""
 
 
 class Files(AbstractSource):
-    """Files named by a path, a folder (everything below it but hidden files) or a glob.
+    """Local files, given by a path, a folder (all files in it, at any depth, except hidden ones) or a glob.
 
-    `.jsonl`, `.json` and `.ndjson` hold one JSON object a line and `.parquet` one row a document, the text in `text_field`;
-    `.fa`, `.fasta` and `.fna` hold nucleotide sequences; `.gz` and `.zst` may follow. Every other file is plain text: one
-    document, or several where it is long. More than `memory_limit` bytes of files are streamed. Where some of several
-    files of JSON or Parquet are named as a validation or test split, the first of these splits is the held-out text.
+    `.jsonl`, `.json` and `.ndjson` have one JSON object per line and `.parquet` one row per document, with the text in
+    `text_field`. `.fa`, `.fasta` and `.fna` have nucleotide sequences. Every other file is plain text: one document, or several
+    if it is long. All may be compressed (`.gz`, `.zst`). Files of more than `memory_limit` bytes together are streamed. If some
+    JSON or Parquet files are named as a validation split, or else as a test split, they are the held-out text.
     """
 
     def __init__(self, pattern: str, text_field: str, memory_limit: int = 512 * 2**20, *, held_out: bool = False):
-        """`held_out`: the held-out text itself, of files of which others train. Raises `DataError` where nothing matches."""
+        """`held_out`: read the held-out files instead of the training files. Raises `DataError` if nothing matches."""
         self._pattern = pattern
         self._text_field = text_field
         self._memory_limit = memory_limit
@@ -61,7 +61,7 @@ class Files(AbstractSource):
         notes = self._splits.notes(self.name)
         if unread := sum(self._unread.values()):
             notes += (
-                f"{unread:,} unread bases and gaps (N, ., -, *) of {self.name} are left out, of what is read so far",
+                f"{unread:,} unknown bases and gaps (N, ., -, *) of {self.name} are left out, of what is read so far",
             )
         return notes
 
@@ -80,9 +80,9 @@ class Files(AbstractSource):
 def read_documents(
     path: Path, text_field: str, leave_out: Callable[[int], None] = lambda bases: None
 ) -> Iterator[bytes]:
-    """The documents of one file, in order; empty ones are left out. `leave_out` hears of unread bases that are.
+    """The documents of one file, in order, without empty ones. `leave_out` is called with the numbers of unknown bases left out.
 
-    Raises `DataError` naming the file and the place.
+    Raises `DataError`, naming the file and the place, for what cannot be read.
     """
     kind = _kind(path)
     try:
@@ -100,14 +100,14 @@ def read_documents(
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says what is in a file, compressed or not."""
+    """The suffix of a file's format, before that of the compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in (".gz", ".zst") else (suffixes or [""])[-1]
 
 
 def _splits_of(paths: Sequence[Path]) -> Splits:
-    """What several files are for by their names below the folder that holds them all, where some of them are for training;
-    the names of other files than JSON and Parquet, such as tests among source code, say nothing."""
+    """The splits that files name in their paths below their common folder. Only names of JSON and Parquet files count, since
+    source code has tests too. If no file would be left for training, all are for training."""
     everything = Splits(tuple(str(path) for path in paths))
     if len(paths) == 1:
         return everything
@@ -196,7 +196,7 @@ def _text_of(record: object, text_field: str, where: str) -> Iterator[bytes]:
     try:
         text = record[text_field].encode()
     except UnicodeEncodeError:
-        raise DataError(f"{where} holds half of a surrogate pair, which UTF-8 cannot encode") from None
+        raise DataError(f"{where} has half of a surrogate pair, which UTF-8 cannot encode") from None
     if text:
         yield text
 

@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face hub: listed once, then streamed shard by shard through a cache of bounded size."""
+"""Data sets on the Hugging Face hub: listed once, then streamed shard by shard, with a cache of bounded size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from data.hub_names import HubDataset
 from data.splits import Splits, named_split
 
 TRIES = 6
-"""Times a shard is asked for before giving up."""
+"""Number of attempts at a request to the hub."""
 
 FORMATS = (
     ("*.parquet",),
@@ -41,14 +41,14 @@ FORMATS = (
     ("*.json",),
     ("*.txt", "*.txt.gz"),
 )
-"""Files that hold documents, the kinds in order of preference: the shards of a split are all of the first kind it has."""
+"""File formats in order of preference. The shards of a split are its files of the first format that it has."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository: its path, its size in bytes, and its SHA-256 where the hub knows it."""
+    """A file of a repository: its path, its size in bytes, and its SHA-256 if the hub has one."""
 
     path: str
     size: int
@@ -57,7 +57,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The shards of a data set at one commit. Kept beside the cached shards, so that a later run sees the same data."""
+    """The shards of a data set at one commit. It is saved with the cached shards, so that later runs see the same data."""
 
     repository: str
     commit: str
@@ -67,10 +67,10 @@ class Manifest:
 class HubSource(AbstractSource):
     """A data set on the hub.
 
-    Its files are listed at one commit, and that list is kept: later runs use it without asking again. Files that are named
-    as its validation or test split never train: the first of these that it has is its held-out text. A shard is looked for
-    in the user's own Hugging Face cache, then in ours, then downloaded; ours is kept below `cache_bytes` by deleting the
-    shards that were used longest ago. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
+    Its files are listed at one commit, and later runs use the saved list. Files named as a validation or test split are never
+    used for training; those of the validation split, or else of the test split, are the held-out text. A shard is taken from
+    the user's own Hugging Face cache, else from ours, else downloaded to ours, which is kept below `cache_bytes` by deleting
+    the least recently used shards. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class HubSource(AbstractSource):
         wait: Callable[[float], None] = time.sleep,
         held_out: bool = False,
     ):
-        """`cache`: a folder of our own, by default `caesura` in the user's cache folder. `wait` sleeps between tries.
-        `held_out`: this is the held-out text itself: the files named so or, where none are, all."""
+        """`cache`: our cache folder, by default `caesura` in the user's cache folder. `wait` sleeps between attempts.
+        `held_out`: read the held-out files or, if none are named so, all files."""
         root = _default_cache() if cache is None else cache
         self._dataset = dataset
         self._text_field = text_field
@@ -138,8 +138,8 @@ class HubSource(AbstractSource):
             files = splits.held_out or splits.training
         elif not files:
             raise DataError(
-                f"every file of {self.name} is named as a test or validation split ({splits.held_out[0]} …), which never trains; "
-                "name a data set or a folder with others"
+                f"every file of {self.name} is named as a test or validation split ({splits.held_out[0]} …), which is never "
+                "used for training; name a data set or a folder with others"
             )
         return [Shard(path, sizes[path]) for path in files]
 
@@ -157,7 +157,7 @@ class HubSource(AbstractSource):
                 self._manifest = _read_manifest(kept)
             else:
                 self._manifest = self._cached_manifest() if constants.HF_HUB_OFFLINE else self._remote_manifest()
-                if not constants.HF_HUB_OFFLINE:  # what happens to be cached is no list to keep
+                if not constants.HF_HUB_OFFLINE:  # offline, the files that happen to be cached are not the full list
                     self._folder.mkdir(parents=True, exist_ok=True)
                     _write_manifest(kept, self._manifest)
         return self._manifest
@@ -170,7 +170,7 @@ class HubSource(AbstractSource):
         def look() -> Manifest:
             commit = api.dataset_info(repository, revision=revision, timeout=10).sha
             if commit is None:
-                raise DataError(f"the hub names no commit of {repository}, so its files cannot be pinned")
+                raise DataError(f"the hub reports no commit of {repository}, so its files cannot be pinned")
             tree = api.list_repo_tree(repository, folder or None, recursive=True, revision=commit, repo_type="dataset")
             files = tuple(
                 RemoteFile(entry.path, entry.size, None if entry.lfs is None else entry.lfs.sha256)
@@ -183,7 +183,7 @@ class HubSource(AbstractSource):
         return self._with_shards_only(manifest)
 
     def _cached_manifest(self) -> Manifest:
-        """Offline and never listed before: whatever shards the user's own Hugging Face cache holds."""
+        """The shards in the user's own Hugging Face cache, for offline use of a data set that was never listed."""
         root = Path(constants.HF_HUB_CACHE) / f"datasets--{self._dataset.repository.replace('/', '--')}"
         snapshots = sorted((root / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
         revision = self._dataset.revision
@@ -204,7 +204,7 @@ class HubSource(AbstractSource):
         return self._with_shards_only(Manifest(self._dataset.repository, newest.name, inside))
 
     def _with_shards_only(self, manifest: Manifest) -> Manifest:
-        """The files of the first format that there is, of each split for itself."""
+        """The manifest with only the files of each split's preferred format. Raises `DataError` if there are none."""
         by_split: dict[str, list[RemoteFile]] = {}
         for file in manifest.files:
             by_split.setdefault(named_split(file.path) or "training", []).append(file)
@@ -223,7 +223,7 @@ class HubSource(AbstractSource):
         return []
 
     def _local(self, file: RemoteFile) -> Path:
-        """The path of a shard on this machine, downloaded if it must be."""
+        """The local path of a shard, downloaded if necessary."""
         manifest = self._listed()
         theirs = try_to_load_from_cache(manifest.repository, file.path, repo_type="dataset", revision=manifest.commit)
         if isinstance(theirs, str) and os.path.getsize(theirs) == file.size:
@@ -262,7 +262,7 @@ class HubSource(AbstractSource):
     def _make_room(self, file: RemoteFile) -> None:
         if file.size > self._cache_bytes:
             raise DataError(
-                f"{file.path} of {self.name} has {file.size / 2**30:.2f} GiB, more than the cache may hold: raise "
+                f"{file.path} of {self.name} has {file.size / 2**30:.2f} GiB, more than the cache may hold; raise "
                 f"--data.cache-gib above {self._cache_bytes / 2**30:.2f}"
             )
         hidden = self._folder / ".cache"
@@ -279,7 +279,7 @@ class HubSource(AbstractSource):
             path.unlink(missing_ok=True)
 
     def _trying(self, what: str, action: Callable[[], Result]) -> Result:
-        """The result of `action`, tried again with growing pauses after failures that may pass."""
+        """The result of `action`, retried with exponential backoff after transient failures."""
         for attempt in range(TRIES):
             try:
                 return action()
@@ -306,16 +306,16 @@ def _check_download(path: Path, file: RemoteFile) -> None:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != file.sha256:
-            raise OSError("it arrived with other contents than the hub's checksum says")
+            raise OSError("its contents do not match the hub's checksum")
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether trying again makes sense: not after a refusal, not when the disk is full or forbidden."""
+    """Whether a failure may be transient: not a refusal, and not a full or read-only disk."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500 or error.response.status_code in (408, 429)
     if isinstance(error, OfflineModeIsEnabled | ValueError):
         return False
-    # The client raises plain OSErrors for downloads of the wrong size; those of the operating system have a number.
+    # The client raises OSErrors without errno for downloads of the wrong size; those of the operating system have one.
     passing = httpx2.TransportError | ConnectionError | TimeoutError | RuntimeError
     return isinstance(error, passing) or (isinstance(error, OSError) and error.errno is None)
 
@@ -344,7 +344,7 @@ def _read_manifest(path: Path) -> Manifest:
         files = tuple(RemoteFile(**file) for file in values["files"])
         return Manifest(values["repository"], values["commit"], files)
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete it and the shards are listed anew") from None
+        raise DataError(f"{path} is damaged ({error}); delete it, and the shards are listed again") from None
 
 
 def _write_manifest(path: Path, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""The data sets of the Hugging Face hub by name."""
+"""Names of data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from data.documents import DataError
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where a data set lies on the hub: its repository, a folder in it ("" for all), file patterns (empty: the first of
-    `hub.FORMATS` that is there), the field of the text, the repository of its own held-out split, if it has one, and the
-    branch, tag or commit to read ("" for the newest commit when it is first listed)."""
+    """Where a data set is on the hub: its repository, a folder in it ("" for all), file patterns (empty: the first of
+    `hub.FORMATS` that it has), the field of the text, the repository of its held-out split, if it is another, and the branch,
+    tag or commit to read ("" for the newest commit when it is first listed)."""
 
     name: str
     repository: str
@@ -42,14 +42,14 @@ HUB_DATASETS: dict[str, HubDataset] = {
 
 
 def hub_dataset(name: str) -> HubDataset:
-    """What `hub:owner/name`, `hub:owner/name/folder`, each with or without `@revision` behind it, names.
+    """The data set of a name `hub:owner/name` or `hub:owner/name/folder`, optionally followed by `@revision`.
 
-    Raises `DataError` for anything else.
+    Raises `DataError` for any other name.
     """
     place, at, revision = name.removeprefix("hub:").partition("@")
     parts = place.split("/")
     if len(parts) < 2 or any(part in ("", ".", "..") for part in parts) or bool(at) != bool(revision):
         raise DataError(
-            f"a hub data set is written hub:owner/name, hub:owner/name/folder or hub:owner/name/folder@revision; got {name!r}"
+            f"a hub data set must be hub:owner/name, hub:owner/name/folder or hub:owner/name/folder@revision; got {name!r}"
         )
     return HubDataset(name, "/".join(parts[:2]), folder="/".join(parts[2:]), revision=revision)

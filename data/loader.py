@@ -1,4 +1,4 @@
-"""From a source to batches: the split, the shuffle, and an iterator that can go on from any step."""
+"""From a source to batches: splitting, shuffling, and an iterator that can resume at any step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from data.rows import HeldOutRows, MemoryRows, Protocol
 from data.stream import StreamRows, stream_held_out
 
 SHUFFLE_WINDOW = 1024
-"""Rows of a streamed data set that are shuffled among each other."""
+"""Size of the shuffle buffer for streamed data sets, in rows."""
 
 
 class Batch(TypedDict):
-    """Rows stacked: bytes, document numbers, and which bytes are real."""
+    """Stacked rows: bytes, document numbers within each row, and a mask that is False at padding."""
 
     bytes: UInt8[np.ndarray, "batch length"]
     segments: Int32[np.ndarray, "batch length"]
@@ -30,7 +30,7 @@ class Batch(TypedDict):
 
 
 class ReadBatch(Batch):
-    """A batch as it is read: of a stream, with what a `StreamedRow` says of each row."""
+    """A batch as it is read, for a stream with the further fields of `StreamedRow`."""
 
     epochs: NotRequired[Float64[np.ndarray, " batch"]]
     earlier_rows: NotRequired[Int64[np.ndarray, " batch"]]
@@ -39,9 +39,9 @@ class ReadBatch(Batch):
 
 @dataclass(frozen=True)
 class Split:
-    """What `load` made of a source: the held-out rows, the training documents (None where they are streamed) and how much of
-    them the protocol can show, a fingerprint that changes with the data, and sentences for the user about what is shown and
-    what was left out."""
+    """A source split into held-out rows and training documents (None if streamed), with the training documents' `coverage` by
+    the protocol (None if streamed), a fingerprint that changes with the data, and notes to the user about what is covered and
+    what is left out."""
 
     source: AbstractSource
     length: int
@@ -54,12 +54,11 @@ class Split:
     notes: tuple[str, ...]
 
     def coverage_note(self, coverage: Coverage) -> str:
-        """What to tell the user of the training documents that are counted in `coverage`."""
+        """A note to the user about the training documents counted in `coverage`."""
         return coverage.sentence(self.source.name, self.length, self.protocol, so_far=self.training is None)
 
     def held_out_rows(self, max_bytes: int) -> HeldOutRows:
-        """Up to `max_bytes` of held-out rows, made when they are asked for: the same for every run on this data, whatever its
-        seed."""
+        """Up to `max_bytes` of held-out rows, made lazily: the same for every run on this data, whatever its seed."""
         order = np.random.default_rng(0).permutation(len(self.held_out))
         return HeldOutRows(self.held_out, order[: max(1, max_bytes // self.length)])
 
@@ -69,9 +68,9 @@ def load(
 ) -> Split:
     """Split a source by document into training and held-out text.
 
-    What is held out depends on each document's content alone: those of the lowest rank, `held_out_share` of them; of a
-    streamed source, as many as give `held_out_bytes`; of a data set with a held-out split, that split and nothing else.
-    Raises `DataError` where the source cannot be read or has too little.
+    A data set with a held-out split holds out that split only. Otherwise a document is held out by its content alone, if its
+    rank (a hash in [0, 1)) is below `held_out_share`. Of a held-out split or a stream, only the first `held_out_bytes` of rows
+    are read. Raises `DataError` if the source cannot be read or has too little text.
     """
     training: list[bytes] | None = None
     notes: list[str] = []
@@ -84,7 +83,7 @@ def load(
     elif training is None:
         held_out = stream_held_out(source, held_out_share, held_out_bytes, length, protocol)
         notes.append(
-            f"{100 * held_out_share:.3g} % of the documents of {source.name} never train (--data.held-out); validation is on the "
+            f"{100 * held_out_share:.3g} % of the documents of {source.name} are held out (--data.held-out); validation uses the "
             f"first {len(held_out):,} of them"
         )
     else:
@@ -98,12 +97,12 @@ def load(
             coverage = coverage.plus(len(document), length, protocol)
         if coverage.shown == 0:
             raise DataError(
-                f"no document of {source.name} has {length} bytes; use a smaller --length or --data.protocol crop"
+                f"no document of {source.name} has {length} bytes or more; use a smaller --length or --data.protocol crop"
             )
         notes.append(coverage.sentence(source.name, length, protocol, so_far=False))
     if len(rows) == 0:
         raise DataError(
-            f"no held-out document of {source.name} has {length} bytes; use a smaller --length or --data.protocol crop"
+            f"no held-out document of {source.name} has {length} bytes or more; use a smaller --length or --data.protocol crop"
         )
     if rows.dropped:
         notes.append(
@@ -112,7 +111,7 @@ def load(
         )
     if len(rows) < held_out_bytes // length:
         notes.append(
-            f"validation is on all the held-out text of {source.name}, {len(rows):,} rows of {length} bytes; --evaluation.bytes "
+            f"validation uses all held-out text of {source.name}, {len(rows):,} rows of {length} bytes; --evaluation.bytes "
             f"asks for {held_out_bytes // length:,}"
         )
     digest = hashlib.blake2b(digest_size=8)
@@ -126,13 +125,13 @@ def load(
 
 
 def split_documents(documents: Sequence[bytes], share: float, name: str) -> tuple[list[bytes], list[bytes]]:
-    """Training and held-out documents; at least one different document on each side.
+    """Training and held-out documents; at least one on each side, with no document on both.
 
-    Raises `DataError` where there are fewer than two different documents.
+    Raises `DataError` if there are fewer than two distinct documents.
     """
     ranks = [document_rank(document) for document in documents]
     if len(set(ranks)) < 2:
-        raise DataError(f"{name} holds {len(set(ranks))} different document(s); two are needed, one of them held out")
+        raise DataError(f"{name} has {len(set(ranks))} distinct document(s); two are needed, one of them to hold out")
     threshold = share if min(ranks) < share else float(np.nextafter(min(ranks), 1.0))
     threshold = min(threshold, max(ranks))
     training = [document for document, rank in zip(documents, ranks, strict=True) if rank >= threshold]
@@ -142,15 +141,17 @@ def split_documents(documents: Sequence[bytes], share: float, name: str) -> tupl
 def check_workers(split: Split, workers: int) -> None:
     """Raise `DataError` for more than one worker on a stream."""
     if split.training is None and workers > 1:
-        raise DataError(f"{split.source.name} is streamed shard by shard, by one worker process at most; got {workers}")
+        raise DataError(
+            f"{split.source.name} is streamed shard by shard, which takes one worker process at most; got {workers} workers"
+        )
 
 
 class Batches(Iterator[Batch]):
-    """Training batches without end. `state` tells where it stands, in plain JSON, and `open_batches` goes on from there.
+    """Training batches without end. `state` returns its position as plain JSON, from which `open_batches` resumes.
 
-    `epochs`: how often the data had been gone through after the latest batch: rows out of those of an epoch; of a stream,
-    whose rows nobody has counted, whole shards by their stored size. `coverage`: of the training documents; of a stream, of
-    those read so far, None before there are any.
+    `epochs`: the number of epochs so far, fractional by rows; for a stream, whose number of rows is unknown, by the stored
+    sizes of completed shards. `coverage`: that of the training documents; for a stream, of those read so far (None before the
+    first).
     """
 
     epochs: float
@@ -165,7 +166,7 @@ class Batches(Iterator[Batch]):
         epochs: float,
         coverage: Coverage | None,
     ):
-        """`rows_per_epoch` None: of a stream. `step`, `epochs`, `coverage`: where it stands."""
+        """`rows_per_epoch` is None for a stream. `step`, `epochs` and `coverage` are the current values."""
         self._iterator = iterator
         self._rows_per_epoch = rows_per_epoch
         self._step = step
@@ -177,22 +178,22 @@ class Batches(Iterator[Batch]):
         if self._rows_per_epoch is not None:
             self.epochs = self._step * len(batch["bytes"]) / self._rows_per_epoch
         elif "epochs" in batch and "earlier_rows" in batch and "coverage" in batch:
-            # Rows are shuffled: the furthest that was read may be ahead of how many were handed out.
+            # The shuffle buffer reads ahead: the latest shard may begin after more rows than have been returned.
             handed_out, ahead = self._step * len(batch["bytes"]), int(batch["earlier_rows"].max())
             self.epochs = max(self.epochs, float(batch["epochs"].max()) * min(1.0, handed_out / max(1, ahead)))
             counts = Coverage(*(int(count) for count in batch["coverage"].max(axis=0)))
-            # Before the first document is counted there is nothing to say.
+            # There is no coverage before the first document has been counted.
             if counts.bytes and (self.coverage is None or counts.bytes > self.coverage.bytes):
                 self.coverage = counts
         return Batch(bytes=batch["bytes"], segments=batch["segments"], mask=batch["mask"])
 
     def state(self) -> dict[str, object]:
-        """After how many batches it stands and, of a stream, where in the shards."""
+        """The number of batches so far, the epochs and, for a stream, its `StreamState`."""
         stream = self._iterator.get_state() if self._rows_per_epoch is None else None
         return {"step": self._step, "epochs": self.epochs, "stream": stream}
 
     def close(self) -> None:
-        """Stop its threads and processes."""
+        """Stops its threads and processes."""
         self._iterator.close()
 
 
@@ -201,14 +202,14 @@ def open_batches(
 ) -> Batches:
     """Shuffled batches, the same for the same seed whatever the number of worker processes.
 
-    Rows in memory are shuffled anew every epoch (packed rows stay as they are packed), streamed rows within a window.
-    `state` is what `Batches.state` returned. Raises `DataError` for more than one worker on a stream, whose shards are read
-    one after another.
+    Rows in memory are reshuffled every epoch (packed rows keep their contents); streamed rows are shuffled within a buffer.
+    `state` is a result of `Batches.state`. Raises `DataError` for more than one worker on a stream, whose shards are read
+    sequentially.
     """
     step, epochs = 0, 0.0
     if state is not None and isinstance(state["step"], int):
         step = state["step"]
-    # A state from before epochs were counted has none.
+    # States saved by earlier versions have no epochs.
     if state is not None and isinstance(passed := state.get("epochs"), float):
         epochs = passed
     check_workers(split, workers)
@@ -220,8 +221,8 @@ def open_batches(
     else:
         rows = MemoryRows(split.training, split.length, split.protocol, random=True, order_seed=seed)
         rows_per_epoch = len(rows)
-        # Batches are made before the work is dealt out, so that the number of workers cannot change them.
-        # As good as without end, which grain cannot cut into batches of one.
+        # Batches are formed before they are distributed to workers, so that the number of workers does not change them.
+        # The number of repeats is finite but never reached: grain cannot make batches of one from an infinite data set.
         repeated = grain.MapDataset.source(rows).shuffle(seed=seed).repeat(2**60 // len(rows))
         batches = repeated.random_map(rows.row, seed=seed + 1)
         dataset = batches.batch(batch)[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
@@ -236,7 +237,7 @@ def open_batches(
 
 
 def _parse_worker_flags() -> None:
-    """Worker processes read absl flags, which fail unless somebody has declared them parsed."""
+    """Marks absl flags as parsed: worker processes read them, which fails otherwise."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

@@ -1,4 +1,4 @@
-"""Documents to rows of N bytes: the three protocols."""
+"""From documents to rows of N bytes: the three protocols."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jaxtyping import Bool, Int32, Int64, UInt8
 from data.documents import BOS
 
 Protocol = Literal["crop", "cut", "pack"]
-"""crop: N bytes from a random place of a document; cut: the first N bytes of documents of at least N; pack: documents one
-after another, cut where a row is full, each kept from seeing its neighbours."""
+"""crop: up to N bytes from a random place in a document; cut: the first N bytes of documents with at least N; pack: documents
+concatenated and split into rows, with segments so that none sees another. Sizes include BOS."""
 
 
 class Row(TypedDict):
-    """N bytes, the number of the document each belongs to, and whether it is a real byte."""
+    """N bytes, the number of each byte's document within the row, and a mask that is False at padding."""
 
     bytes: UInt8[np.ndarray, " length"]
     segments: Int32[np.ndarray, " length"]
@@ -25,29 +25,29 @@ class Row(TypedDict):
 
 
 class HeldOutRow(Row):
-    """A row that knows where its bytes come from: the number of the document of each, -1 for padding. Copies of a document
-    share its number."""
+    """A row with the number of each byte's document in the whole held-out text, -1 at padding. Copies of a document share a
+    number."""
 
     documents: Int32[np.ndarray, " length"]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes `start` to `stop` of a document, or as many bytes from a place drawn at random where `start` is None."""
+    """Bytes `start` to `stop` of a document or, if `start` is None, `stop` bytes from a random place."""
 
     start: int | None
     stop: int
 
 
 def with_bos(document: bytes) -> UInt8[np.ndarray, " size"]:
-    """The document's bytes behind a BOS."""
+    """BOS followed by the document's bytes."""
     return np.frombuffer(bytes([BOS]) + document, np.uint8)
 
 
 def pieces(size: int, length: int, protocol: Protocol, random: bool) -> list[Piece]:
-    """How one document of `size` bytes, BOS included, is cut for rows of `length`.
+    """How a document of `size` bytes, including BOS, is cut into pieces of at most `length`.
 
-    Random crops come in the number that covers the document once on average. Without `random` the crops lie side by side.
+    There are about `size / length` random crops, which cover each byte once on average. Without `random`, crops are adjacent.
     """
     if protocol == "cut":
         return [Piece(0, length)] if size >= length else []
@@ -59,17 +59,17 @@ def pieces(size: int, length: int, protocol: Protocol, random: bool) -> list[Pie
 def cut_piece(
     document: UInt8[np.ndarray, " size"], piece: Piece, rng: np.random.Generator | None
 ) -> UInt8[np.ndarray, " part"]:
-    """The bytes of a piece; `rng` places it where its start is left open."""
+    """The bytes of a piece; `rng` draws its start if that is None."""
     if piece.start is not None:
         return document[piece.start : piece.stop]
     if rng is None:
-        raise ValueError("a piece without a start needs a random generator to place it")
+        raise ValueError("a piece without a start needs `rng` to draw one")
     start = int(rng.integers(0, len(document) - piece.stop + 1))
     return document[start : start + piece.stop]
 
 
 def make_row(parts: Sequence[UInt8[np.ndarray, " _"]], length: int) -> Row:
-    """Parts of different documents side by side, the rest of the row padding."""
+    """A row of consecutive parts of different documents, padded at the end."""
     values = np.zeros(length, np.uint8)
     segments = np.full(length, len(parts), np.int32)
     end = 0
@@ -81,13 +81,13 @@ def make_row(parts: Sequence[UInt8[np.ndarray, " _"]], length: int) -> Row:
 
 
 class MemoryRows:
-    """All rows of documents that fit in memory, by number; a random-access source for grain."""
+    """The rows of documents in memory, by index: a random-access source for grain."""
 
     def __init__(
         self, documents: Sequence[bytes], length: int, protocol: Protocol, *, random: bool, order_seed: int = 0
     ):
-        """`random` crops lie at random places and need a generator in `row`. Packing takes the documents in an order drawn
-        with `order_seed`; `dropped` counts the documents that a protocol leaves out."""
+        """`random` crops are at random places and need an `rng` in `row`. Packing shuffles the documents by `order_seed`.
+        `dropped` counts the documents that are too short for the protocol."""
         self.length = length
         self.protocol: Protocol = protocol
         self.dropped = 0
@@ -110,14 +110,14 @@ class MemoryRows:
         return index
 
     def row(self, index: int, rng: np.random.Generator | None) -> Row:
-        """Row number `index`; `rng` places random crops."""
+        """The row at `index`; `rng` places random crops."""
         if self.protocol == "pack":
             return make_row(list(self._packed(index)), self.length)
         number, piece = self._rows[index]
         return make_row([cut_piece(self._documents[number], piece, rng)], self.length)
 
     def documents_of(self, index: int) -> range:
-        """The numbers of the documents in row `index`, in order."""
+        """The numbers of the documents in the row at `index`, in order."""
         if self.protocol == "pack":
             begin, end = index * self.length, min((index + 1) * self.length, int(self._starts[-1]))
             first, last = np.searchsorted(self._starts, [begin, end - 1], side="right") - 1
@@ -126,7 +126,7 @@ class MemoryRows:
         return range(number, number + 1)
 
     def identities(self) -> Int32[np.ndarray, " documents"]:
-        """For each document the number of the first that is the same."""
+        """For each document, the number of the first with equal content."""
         first: dict[bytes, int] = {}
         return np.array([first.setdefault(one.tobytes(), at) for at, one in enumerate(self._documents)], np.int32)
 
@@ -140,7 +140,7 @@ class MemoryRows:
 
 
 class HeldOutRows(Sequence[HeldOutRow]):
-    """Rows of held-out documents in a given order, each made when it is asked for."""
+    """Rows of held-out documents in a given order, made lazily."""
 
     def __init__(self, rows: MemoryRows, order: Int64[np.ndarray, " rows"]):
         self._rows, self._order, self._identities = rows, order, rows.identities()
@@ -157,6 +157,6 @@ class HeldOutRows(Sequence[HeldOutRow]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = int(self._order[index])
         row = self._rows.row(number, None)
-        # Padding has the segment behind the last.
+        # The segment of padding is the number of documents in the row.
         present = np.append(self._identities[list(self._rows.documents_of(number))], np.int32(-1))
         return HeldOutRow(**row, documents=present[row["segments"]])

@@ -1,4 +1,4 @@
-"""Names of data sets to sources."""
+"""From the name of a data set to its source."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def open_source(
 ) -> AbstractSource:
     """The source called `name`.
 
-    `docs` and `stdlib` come with Python; `codeparrot`, `codeparrot-clean`, `fineweb`, `fineweb-edu` (samples of ten billion
-    tokens), `fineweb-100BT`, `fineweb-edu-100BT` and `hub:owner/name/folder@revision` (folder and revision may be left out)
-    are data sets of the Hugging Face hub, kept in `cache` up to `cache_bytes`; everything else is the path of a file, a
-    folder or a glob. `text_field` names the field of structured files that holds the text (default: `text`, or what the
-    named data set uses). Raises `DataError` where there is no such source.
+    `docs` and `stdlib` come with Python. `codeparrot`, `codeparrot-clean`, `fineweb`, `fineweb-edu` (samples of ten billion
+    tokens), `fineweb-100BT`, `fineweb-edu-100BT` and `hub:owner/name/folder@revision` (folder and revision are optional) are
+    data sets of the Hugging Face hub, of which `cache` keeps up to `cache_bytes`. Every other name is the path of a file, a
+    folder or a glob. `text_field` is the field of structured files with the text (default: that of the named data set, else
+    `text`). Raises `DataError` if there is no such source.
     """
     if name == "docs":
         return StandardLibraryDocs()

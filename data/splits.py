@@ -1,4 +1,4 @@
-"""Which split of a data set a file is, by its name."""
+"""The split of a data set that a file belongs to, by its name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _WORDS: dict[SplitName, tuple[str, ...]] = {
 
 
 def named_split(path: str) -> SplitName | None:
-    """The split that `path`, written with slashes, names: `test-0001.parquet`, `validation/a.jsonl`; None where it names none.
+    """The split named by `path` (with slashes), such as `test-0001.parquet` or `validation/a.jsonl`; None if it names none.
 
-    A folder or file names a split with one of its words (between dots, dashes, underscores, spaces and digits), the first of
-    them that is one; the innermost part of the path that names a split decides.
+    A file or folder names a split by the first of its words that is in `_WORDS`; dots, dashes, underscores, spaces and digits
+    separate words. The innermost part of the path that names a split decides.
     """
     for part in reversed(PurePosixPath(path).parts):
         for word in re.split(r"[^a-z]+", re.sub(r"held[-_ .]?out", "heldout", part.lower())):
@@ -33,8 +33,8 @@ def named_split(path: str) -> SplitName | None:
 
 @dataclass(frozen=True)
 class Splits:
-    """The files of a data set by what they are for: `training`, `held_out` (those named as its validation split or, where there
-    are none, its test split) and `unused` (the test split beside a validation split)."""
+    """The files of a data set by use: `training`, `held_out` (the validation split or, without one, the test split) and
+    `unused` (the test split if there is a validation split)."""
 
     training: tuple[str, ...]
     held_out: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Splits:
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> Splits:
-        """Sort `paths` by the splits that they name; those that name none train."""
+        """Sorts `paths` by the splits they name; paths that name none are for training."""
         named: dict[SplitName | None, list[str]] = {}
         for path in paths:
             named.setdefault(named_split(path), []).append(path)
@@ -51,11 +51,9 @@ class Splits:
         return cls(tuple(sorted(training)), validation or test, test if validation else ())
 
     def notes(self, name: str) -> tuple[str, ...]:
-        """What to tell the user of the data set `name`; nothing where no file is named as a held-out split."""
+        """Notes to the user about the data set `name`, if any file is named as a held-out split."""
         if not self.held_out:
             return ()
-        held_out = (
-            f"{len(self.held_out):,} file(s) of {name} named as a held-out split ({self.held_out[0]} …) never train"
-        )
+        held_out = f"{len(self.held_out):,} file(s) of {name} named as a held-out split ({self.held_out[0]} …)"
         unused = f"; {len(self.unused):,} of its test split ({self.unused[0]} …) are not read" if self.unused else ""
-        return (f"{held_out} and are what is held out{unused}",)
+        return (f"{held_out} are the held-out text and are never used for training{unused}",)

@@ -1,4 +1,4 @@
-"""Rows of a source that is read shard by shard while training goes on."""
+"""Rows of a source that is read shard by shard during training."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from data.documents import AbstractSource, DataError, is_held_out
 from data.rows import Piece, Protocol, Row, cut_piece, make_row, pieces, with_bos
 
 StreamState = dict[str, int]
-"""Where a stream stands: the next row begins in this `epoch`, at this place of the epoch's order of shards (`shard`), in
+"""The position of a stream. The next row begins in this `epoch`, at this index of the epoch's order of shards (`shard`), in
 this `document` of the shard, at this `piece` of it (for packing: at this byte). `documents`, `left_out`, `bytes` and `shown`
-are the `Coverage` of the documents before it, over all epochs; `rows` and `earlier_rows` count the rows so far and those of
-earlier shards."""
+are the `Coverage` of the documents before it, over all epochs. `rows` counts all rows so far, `earlier_rows` those of earlier
+shards."""
 
 
 _NO_COUNTS: StreamState = {"rows": 0, "earlier_rows": 0, **vars(Coverage())}
 
 
 class StreamedRow(Row):
-    """A row, the epochs before its shard (by the stored size of shards) and the rows that these had, and the four counts of the
-    `Coverage` of the documents read before it."""
+    """A row with the epochs completed before its shard (fractional, by the stored sizes of shards), the number of rows before its
+    shard, and the four counts of the `Coverage` of the documents read before it."""
 
     epochs: Float64[np.ndarray, ""]
     earlier_rows: Int64[np.ndarray, ""]
@@ -32,7 +32,7 @@ class StreamedRow(Row):
 
 
 class StreamRows(grain.IterDataset):
-    """Rows of a streamed source, shard after shard in an order drawn anew every epoch, without the held-out documents."""
+    """Rows of a streamed source without its held-out documents, shard by shard in a random order for each epoch."""
 
     def __init__(self, source: AbstractSource, length: int, protocol: Protocol, held_out_share: float, seed: int):
         super().__init__()
@@ -43,7 +43,7 @@ class StreamRows(grain.IterDataset):
         return _StreamIterator(self)
 
     def order(self, epoch: int, shards: int) -> Int64[np.ndarray, " shards"]:
-        """The order in which an epoch reads the shards."""
+        """The order of the shards in an epoch."""
         return np.random.default_rng([self.stream_seed, epoch]).permutation(shards)
 
 
@@ -69,21 +69,21 @@ class _StreamIterator(grain.DatasetIterator):
         return self._state.copy()
 
     def set_state(self, state: StreamState) -> None:
-        # A state from before these were counted has no counts.
+        # States saved by earlier versions have no counts.
         self._state = _NO_COUNTS | state
         self._rows = self._from(self._state)
 
     def _passes(self, epoch: int, place: int) -> float:
-        """Epochs that end before the shard at `place` of `epoch`, a part of one by the stored size of its shards."""
+        """Epochs completed before the shard at `place` of `epoch`, fractional by the stored sizes of shards."""
         if self._passed[:2] != (epoch, place):
-            # One byte more each, for sources that do not know the sizes of their shards.
+            # Plus one byte each, for sources with unknown shard sizes (0).
             sizes = np.array([shard.size + 1 for shard in self._data.source.shards()])
             before = sizes[self._data.order(epoch, len(sizes))[:place]]
             self._passed = (epoch, place, epoch + float(before.sum() / sizes.sum()))
         return self._passed[2]
 
     def _from(self, state: StreamState) -> Iterator[tuple[Row, StreamState]]:
-        """Rows from `state` on, each with the state in which the row after it begins."""
+        """Rows from `state` on, each with the state after it."""
         data = self._data
         if data.protocol == "pack":
             return self._packed_from(state)
@@ -130,7 +130,10 @@ class _StreamIterator(grain.DatasetIterator):
                     coverage = coverage.plus(len(document), data.length, data.protocol)
                 first_document = 0
             if not found:
-                raise DataError(f"a whole pass over {data.source.name} found no document to train on")
+                raise DataError(
+                    f"no document of {data.source.name} can be used for training: after a whole epoch, all were held out or too "
+                    "short for a row; use a smaller --length or --data.protocol crop"
+                )
             epoch, first_shard, found = epoch + 1, 0, False
 
 
@@ -141,7 +144,7 @@ def _same_document(at: StreamState, state: StreamState) -> bool:
 def stream_held_out(
     source: AbstractSource, share: float, max_bytes: int, length: int, protocol: Protocol
 ) -> list[bytes]:
-    """Held-out documents from the start of a stream, enough for `max_bytes` of rows."""
+    """Held-out documents from the start of a stream, enough for rows of `max_bytes` together, or all there are."""
     held_out: list[bytes] = []
     size = 0
     for shard in source.shards():
@@ -154,5 +157,5 @@ def stream_held_out(
                 if size >= max_bytes:
                     return held_out
     if not held_out:
-        raise DataError(f"{source.name} has no held-out document at a share of {share}; raise --data.held-out")
+        raise DataError(f"{source.name} has no held-out document at a fraction of {share}; raise --data.held-out")
     return held_out

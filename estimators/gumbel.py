@@ -1,4 +1,4 @@
-"""Straight-through Gumbel: relaxed draws whose gradient passes through the pooling."""
+"""Straight-through Gumbel: relaxed samples whose gradient passes through the pooling."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from estimators.routers import MLPRouter
 
 
 class StraightThroughGumbel(AbstractEstimator):
-    """Nawrot et al., "Efficient transformers with dynamic token pooling", as its authors' code has it.
+    """Nawrot et al., "Efficient transformers with dynamic token pooling", as in the authors' code.
 
-    `MLPRouter` draws, `BinomialPrior` holds the rate, and the chunker, meant to be `unet.MeanPool`, passes the gradient of
-    the means on to the draws. Biased: the gradient is that of the relaxed draws.
+    `MLPRouter` draws the boundaries and `BinomialPrior` trains their rate. The chunker should be
+    `unet.Chunker(MeanPool(…), Distribute())`, which passes the gradient of the means to the samples. Biased: the gradient is
+    that of the relaxed samples.
     """
 
     router: AbstractRouter

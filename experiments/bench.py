@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import jax
 import tyro
 
 from experiments.benchmark.generation import CacheReport, GenerationReport, measure_caches, measure_generation
@@ -29,7 +27,7 @@ from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
 from experiments.config.registry import REGISTRY
 from experiments.config.settings import EstimatorName, ModelName, RunConfig
-from experiments.launch import with_large_pages
+from experiments.launch import use_cpu_devices, with_large_pages
 from experiments.reporting.display import Display, exit_code
 from experiments.reporting.markdown import table
 from experiments.training.data import load_split
@@ -80,7 +78,7 @@ class OfModel:
     """Preset of the model."""
     rate: float | None = None
     """Target rate, instead of the preset's."""
-    early_share: float | None = None
+    early_exit_fraction: float | None = None
     """Share of positions at which the early head predicts, instead of the preset's."""
     batch: int | None = None
     """Sequences per step, instead of the preset's."""
@@ -96,11 +94,13 @@ class OfModel:
         try:
             unet = dataclasses.replace(
                 shape,
-                early_share=shape.early_share if self.early_share is None else self.early_share,
+                early_exit_fraction=shape.early_exit_fraction
+                if self.early_exit_fraction is None
+                else self.early_exit_fraction,
                 remat=shape.remat if self.remat is None else self.remat,
             )
         except ValueError as error:
-            raise ConfigError(f"--early-share: {error}") from error
+            raise ConfigError(f"--early-exit-fraction: {error}") from error
         return dataclasses.replace(
             run,
             unet=unet,
@@ -346,7 +346,7 @@ def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int, 
 
 def bench(config: AbstractMeasurement, display: Display) -> None:
     """Measure, and write it down where asked. Raises `ConfigError` and `DataError`."""
-    jax.config.update("jax_num_cpu_devices", min(config.devices, os.cpu_count() or 1))
+    use_cpu_devices(config.devices)
     found = config.measure(display)
     if config.json is not None:
         config.json.parent.mkdir(parents=True, exist_ok=True)
@@ -366,5 +366,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with_large_pages("experiments.bench")
+    with_large_pages()
     sys.exit(main())

@@ -259,5 +259,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with_large_pages("experiments.compare")
+    with_large_pages()
     sys.exit(main())

@@ -20,9 +20,9 @@ from experiments.config.settings import RunConfig
 from experiments.reporting.display import Display, command_line
 from experiments.training.run_dir import SUMMARY, read_config
 from unet import UNet
-from unet.pretrained import save_hnet
-from unet.reference import LayoutError, to_reference
-from unet.saving import CONFIG, WEIGHTS, load, save, write_atomically
+from unet.files.hnet_layout import LayoutError, to_reference
+from unet.files.pretrained import save_hnet
+from unet.files.saving import CONFIG, WEIGHTS, load, save, write_atomically
 
 CARD = "README.md"
 

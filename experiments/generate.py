@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated
@@ -23,9 +23,9 @@ from experiments.config.errors import ConfigError, require
 from experiments.evaluation.segmentation import character_spans
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, command_line
-from unet import Sampling, Writer, Written, utf8
-from unet.generate import CHUNK, Pace, Piece, joined
-from unet.saving import load
+from unet import Generation, Sampling, TextStream, utf8
+from unet.decoding.generate import CHUNK, Piece, Throughput, joined
+from unet.files.saving import load
 
 STREAMED = 8
 """Bytes between two updates of a text that is streamed."""
@@ -79,7 +79,7 @@ def generate(config: GenerateConfig, display: Display) -> None:
     model = load(config.run).model
     prompt = sys.stdin.buffer.read() if config.prompt == "-" else os.fsencode(config.prompt)
     try:
-        writer = Writer(
+        stream = TextStream(
             model,
             [prompt] * config.num,
             max_bytes=config.max_bytes,
@@ -87,51 +87,46 @@ def generate(config: GenerateConfig, display: Display) -> None:
             sampling=Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
             stop=[os.fsencode(stop) for stop in config.stop],
             valid=config.utf8,
-            likelier=config.greedy_boundaries,
+            greedy_boundaries=config.greedy_boundaries,
             chunk=STREAMED if config.stream else CHUNK,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    texts = followed(writer, config) if config.stream else written(writer)
+    texts = followed(stream, config) if config.stream else written(stream)
     if config.json:
-        sys.stdout.write(json.dumps(document(config, texts, writer.pace)) + "\n")
+        sys.stdout.write(json.dumps(document(config, texts, stream.throughput)) + "\n")
     elif not config.stream:
         console = _console()
         for number, text in enumerate(texts):
             if config.num > 1:
                 console.rule(f"{number + 1}", style="dim")
             console.print(shown(text, marks=config.show_boundaries))
-    display.note(report(texts, writer.pace))
+    display.note(report(texts, stream.throughput))
 
 
-def written(writer: Writer) -> tuple[Written, ...]:
+def written(stream: TextStream) -> tuple[Generation, ...]:
     """All texts to their ends."""
-    pieces: list[list[Piece]] = [[] for _ in writer.prompts]
-    for now in _rounds(writer):
+    pieces: list[list[Piece]] = [[] for _ in stream.prompts]
+    for now in stream:
         for mine, piece in zip(pieces, now, strict=True):
             mine += [] if piece is None else [piece]
-    return _so_far(writer, pieces)
+    return _so_far(stream, pieces)
 
 
-def followed(writer: Writer, config: GenerateConfig) -> tuple[Written, ...]:
+def followed(stream: TextStream, config: GenerateConfig) -> tuple[Generation, ...]:
     """All texts to their ends, shown as they come, in whole characters."""
-    pieces: list[list[Piece]] = [[] for _ in writer.prompts]
+    pieces: list[list[Piece]] = [[] for _ in stream.prompts]
     with _screen(len(pieces)) as show:
-        for now in _rounds(writer):
+        for now in stream:
             for mine, piece in zip(pieces, now, strict=True):
                 mine += [] if piece is None else [piece]
-            show([shown(text, marks=config.show_boundaries) for text in _so_far(writer, pieces)])
-    return _so_far(writer, pieces)
+            show([shown(text, marks=config.show_boundaries) for text in _so_far(stream, pieces)])
+    return _so_far(stream, pieces)
 
 
-def _rounds(writer: Writer) -> Iterator[tuple[Piece | None, ...]]:
-    while not writer.done:
-        yield writer.go_on()
-
-
-def _so_far(writer: Writer, pieces: Sequence[Sequence[Piece]]) -> tuple[Written, ...]:
+def _so_far(stream: TextStream, pieces: Sequence[Sequence[Piece]]) -> tuple[Generation, ...]:
     whole = (joined(mine) for mine in pieces)
-    return tuple(map(Written, writer.prompts, writer.prompt_closed_levels, whole))
+    return tuple(map(Generation, stream.prompts, stream.prompt_boundary_depth, whole))
 
 
 @contextmanager
@@ -164,12 +159,12 @@ def _console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
-def shown(text: Written, *, marks: bool) -> Text:
+def shown(text: Generation, *, marks: bool) -> Text:
     """Prompt and text in whole characters, the prompt fainter; behind a character with which a token closes a mark, if asked
     for. What is no UTF-8 is U+FFFD; a last character that is not complete is left out until the text has ended."""
     content = text.prompt + text.piece.bytes
     end = len(content) if text.piece.finish is not None else max(utf8.whole_characters(content), len(text.prompt))
-    closed = np.concatenate([text.prompt_closed_levels, text.piece.closed_levels])
+    closed = np.concatenate([text.prompt_boundary_depth, text.piece.boundary_depth])
     result = Text()
     for first, last in character_spans(content[:end]):
         character = content[first:last].decode("utf-8", errors="replace")
@@ -180,41 +175,42 @@ def shown(text: Written, *, marks: bool) -> Text:
     return result
 
 
-def document(config: GenerateConfig, texts: Sequence[Written], pace: Pace) -> dict[str, object]:
+def document(config: GenerateConfig, texts: Sequence[Generation], throughput: Throughput) -> dict[str, object]:
     """What `--json` writes: the settings, the texts, and what they cost. Bytes are counted from the end of the prompt."""
     return {
         "run": config.run,
         "settings": {name: value for name, value in asdict(config).items() if name not in ("run", "json", "stream")},
         "prompt_boundaries": np.flatnonzero(texts[0].prompt_boundaries).tolist(),
-        "prompt_closed_levels": texts[0].prompt_closed_levels.tolist(),
+        "prompt_boundary_depth": texts[0].prompt_boundary_depth.tolist(),
         "texts": [
             {
                 "text": text.text,
                 "base64": base64.b64encode(text.piece.bytes).decode(),
                 "finish": text.piece.finish,
                 "bytes": len(text.piece.bytes),
-                "log_lik": float(text.piece.log_lik.sum(dtype=np.float64)),
-                "byte_log_lik": [round(float(value), 6) for value in text.piece.log_lik],
+                "log_prob": float(text.piece.logprobs.sum(dtype=np.float64)),
+                "logprobs": [round(float(value), 6) for value in text.piece.logprobs],
                 "boundaries": np.flatnonzero(text.piece.boundaries).tolist(),
-                "closed_levels": text.piece.closed_levels.tolist(),
+                "boundary_depth": text.piece.boundary_depth.tolist(),
             }
             for text in texts
         ],
-        "pace": {
-            **asdict(pace),
-            "bytes_per_second": None if math.isnan(pace.bytes_per_second) else pace.bytes_per_second,
-            "token_steps_per_step": pace.token_steps / pace.steps,
+        "throughput": {
+            **asdict(throughput),
+            "bytes_per_second": None if math.isnan(throughput.bytes_per_second) else throughput.bytes_per_second,
+            "token_steps_per_step": throughput.token_steps / throughput.steps,
         },
     }
 
 
-def report(texts: Sequence[Written], pace: Pace) -> str:
+def report(texts: Sequence[Generation], throughput: Throughput) -> str:
     """One line about what was generated."""
-    nats = np.concatenate([text.piece.log_lik for text in texts])
+    nats = np.concatenate([text.piece.logprobs for text in texts])
     bits = -float(nats.mean()) / math.log(2) if nats.size else math.nan
-    speed = "" if math.isnan(pace.bytes_per_second) else f", {pace.bytes_per_second:.0f} bytes/s"
+    speed = "" if math.isnan(throughput.bytes_per_second) else f", {throughput.bytes_per_second:.0f} bytes/s"
     written = sum(len(text.piece.bytes) for text in texts)
-    return f"{written} bytes at {bits:.3f} bits each{speed}; the token level ran in {pace.token_steps} of {pace.steps} steps"
+    ran = f"the token level ran in {throughput.token_steps} of {throughput.steps} steps"
+    return f"{written} bytes at {bits:.3f} bits each{speed}; {ran}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,5 +222,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with_large_pages("experiments.generate")
+    with_large_pages()
     sys.exit(main())

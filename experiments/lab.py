@@ -32,7 +32,7 @@ from experiments.laboratory.subjects import RATE, SHAPE, Subject, held_out_texts
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, command_line
 from experiments.training.run_dir import json_text, refuse_existing, write_atomically
-from unet import MeanPool, SelectDistribute, SelectSmooth
+from unet import Chunker, Distribute, MeanPool, Select, Smooth
 
 FILES = ("lab.md", "lab.json", "lab.png")
 
@@ -188,7 +188,8 @@ def _subjects(config: LabConfig, key: PRNGKeyArray) -> Iterator[list[Subjects]]:
     )
     shape = (config.models, config.sets, config.texts, config.length)
     texts = held_out_texts(split, count=count, length=config.length).reshape(shape)
-    chunkers = SelectDistribute(), MeanPool(SHAPE.dim, key=jax.random.fold_in(key, 9)), SelectSmooth()
+    pool = MeanPool(SHAPE.dim, key=jax.random.fold_in(key, 9))
+    chunkers = Chunker(Select(), Distribute()), Chunker(pool, Distribute()), Chunker(Select(), Smooth())
     optimizer = make_optimizer(config.steps)
     for number in range(config.models):
         own = jax.random.fold_in(jax.random.key(config.seed + 1), number)
@@ -224,5 +225,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with_large_pages("experiments.lab")
+    with_large_pages()
     sys.exit(main())

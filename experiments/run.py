@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import tyro
 
 from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
-from experiments.launch import with_large_pages
+from experiments.launch import use_cpu_devices, with_large_pages
 from experiments.reporting.display import Display, bits_per_byte, exit_code
 from experiments.reporting.report import write_report
 from experiments.reporting.shading import shade
@@ -26,7 +24,7 @@ from experiments.training.run_dir import SUMMARY, differing, held, prepare_new, 
 from experiments.training.session import NonFiniteError
 from experiments.training.setup import Setup, set_up
 from experiments.training.train import Interrupted, train
-from unet.saving import save, write_atomically
+from unet.files.saving import save, write_atomically
 
 SAMPLE_ROWS = 6
 
@@ -89,10 +87,15 @@ def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display) ->
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, 1 for a run that failed, 2 for a user's error, 128 + n after signal n."""
     display = Display()
-    # A CPU counts as two devices: at these sizes two halves of a batch side by side beat one product on two cores.
-    jax.config.update("jax_num_cpu_devices", min(2, os.cpu_count() or 1))
+
+    def command() -> None:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        # Two halves of a batch side by side beat one product on two cores at these sizes.
+        use_cpu_devices(2)
+        run(config, display)
+
     try:
-        return exit_code(display, lambda: run(parse(sys.argv[1:] if arguments is None else arguments), display))
+        return exit_code(display, command)
     except NonFiniteError as error:
         display.note(f"error: {error}")
         return 1
@@ -102,5 +105,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with_large_pages("experiments.run")
+    with_large_pages()
     sys.exit(main())

@@ -24,7 +24,7 @@ from experiments.reporting.display import Display, command_line
 from experiments.reporting.markdown import table
 from experiments.training.data import load_split
 from experiments.training.run_dir import differing, json_text, read_config, refuse_existing, write_atomically
-from unet.saving import load
+from unet.files.saving import load
 
 FILES = ("words.md", "words.json")
 
@@ -85,9 +85,13 @@ def groups(runs: Mapping[Path, RunConfig]) -> dict[str, list[Path]]:
         same = [group for group in found if not differing(run, runs[group[0]], may_differ=("seed", "devices"))]
         same[0].append(folder) if same else found.append([folder])
     names = [runs[group[0]].estimator for group in found]
+    # As much of each first folder's path as tells all of them apart.
+    most = max(len(group[0].parts) for group in found)
+    ends = ([Path(*group[0].parts[-parts:]) for group in found] for parts in range(1, most + 1))
+    paths = next(some for some in ends if len(set(some)) == len(some))
     return {
-        f"`{name}`" if names.count(name) == 1 else f"`{name}` ({group[0].name})": group
-        for name, group in zip(names, found, strict=True)
+        f"`{name}`" if names.count(name) == 1 else f"`{name}` ({path})": group
+        for name, path, group in zip(names, paths, found, strict=True)
     }
 
 
@@ -249,5 +253,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with_large_pages("experiments.words")
+    with_large_pages()
     sys.exit(main())

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from estimators import Entropy, EntropyRouter, GlobalRule
-from unet import CrossAttention, Flat, Hierarchy, Pooled, SelectAttend, UNet, UNetConfig
+from unet import AttentionPool, Chunker, Flat, Hierarchy, LeaveToDecoder, UNet, UNetConfig
 from unet.attention import Attention
 from unet.blocks import AbstractBlock, Attending, PreNorm, Stack
 from unet.cross import CrossLayer
@@ -131,7 +131,7 @@ def small_blt(arrays: Arrays, config: Mapping) -> UNet:
     dim = config["encoder_config"]["hidden_size"]
     pool = eqx.tree_at(
         lambda one: (one.unfold, one.cross),
-        CrossAttention(dim, heads, vectors=vectors, key=KEY),
+        AttentionPool(dim, heads, vectors=vectors, key=KEY),
         (
             linear(arrays[f"{encoder}.patch_embedding_projection.weight"]),
             cross_layer(lambda part: arrays[f"{encoder}.cross_attn_layers.0.{part}.weight"], heads),
@@ -142,7 +142,7 @@ def small_blt(arrays: Arrays, config: Mapping) -> UNet:
     unfold = linear(arrays[f"{decoder}.patch_embedding_projection.weight"])
     stage = Hierarchy(
         stack(arrays, encoder, config["encoder_config"], window=window),
-        Entropy(router, chunker=Pooled(pool, SelectAttend())),
+        Entropy(router, chunker=Chunker(pool, LeaveToDecoder())),
         Flat(stack(arrays, "model.global_transformer", config["global_config"], window=None)),
         stack(arrays, decoder, config["decoder_config"], window=window, unfold=unfold),
         chunk_positions=True,

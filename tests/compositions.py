@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from estimators import Frozen
-from estimators.entropy import find_threshold, next_byte_entropy
+from estimators.routers.entropy import find_threshold, next_byte_entropy
 from experiments.config.presets import PRESETS
 from experiments.config.registry import ByteModel, Prepared, Vocabulary, build_estimator, patch_rule
 from experiments.config.settings import EstimatorName, RunConfig
@@ -47,7 +47,7 @@ def found(config: RunConfig) -> Prepared:
     layout = plain_layout(text_bytes(8, LENGTH, seed=9))
     measured = eqx.filter_jit(next_byte_entropy)(byte_model, layout)
     rule = patch_rule(config.entropy)
-    threshold = find_threshold(np.asarray(measured), np.asarray(layout.numbers), config.rate, rule)
+    threshold = find_threshold(np.asarray(measured), np.asarray(layout.document_positions), config.rate, rule)
     return Prepared(Vocabulary(vocabulary, config.rate, 0), ByteModel(config, byte_model), threshold)
 
 

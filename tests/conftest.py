@@ -33,7 +33,7 @@ import pytest  # noqa: E402
 from jaxtyping import Array, Int  # noqa: E402
 
 from estimators import AbstractEstimator, AbstractReduction, EarlyExit, ScoreFunction  # noqa: E402
-from unet import SelectDistribute, UNet, UNetConfig  # noqa: E402
+from unet import Chunker, Distribute, Select, UNet, UNetConfig  # noqa: E402
 from unet.model import LossOutput, Prediction  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -92,7 +92,7 @@ def small_score_function(
     """A score-function estimator to go with `small_model`, its policy lively enough to draw varied boundaries."""
     estimator = ScoreFunction(
         dim,
-        chunker=SelectDistribute(),
+        chunker=Chunker(Select(), Distribute()),
         target_rate=0.3,
         reductions=tuple(reductions),
         window=window,

@@ -20,11 +20,11 @@ from estimators import (
     AbstractReduction,
     Bernoulli,
     Boundaries,
-    Draw,
     Layout,
+    ObjectiveInputs,
     OffPolicy,
+    SamplingOptions,
     ScoreFunctionObjective,
-    Signal,
     WindowedPolicy,
 )
 from estimators import equations as eq
@@ -53,39 +53,39 @@ class World(eqx.Module):
 
     layout: Layout
     policy: WindowedPolicy
-    signals: Signal
+    signals: ObjectiveInputs
     actions: Bool[Array, "outcomes batch length"]
-    scores: Float[Array, "outcomes batch length taps dim"]
+    scores: Float[Array, "outcomes batch length lags dim"]
     on: Float[Array, " outcomes"]
     off: Float[Array, " outcomes"]
 
     def gradients(
         self, reductions: Sequence[AbstractReduction], weighted: bool = True
-    ) -> Float[Array, "outcomes length taps dim"]:
+    ) -> Float[Array, "outcomes length lags dim"]:
         """Of each outcome, the policy gradient at every row: that of a summed likelihood, to be climbed.
 
         `weighted` False takes the boundaries as the policy's own.
         """
         objective = ScoreFunctionObjective(tuple(reductions), BEHAVIOUR)
 
-        def credited(signal: Signal) -> Float[Array, "batch length"]:
-            boundaries = signal.boundaries
+        def credited(inputs: ObjectiveInputs) -> Float[Array, "batch length"]:
+            boundaries = inputs.boundaries
             if not weighted:
                 boundaries = dataclasses.replace(boundaries, behaviour_log_prob=None)
-            advantages = objective.advantages(dataclasses.replace(signal, boundaries=boundaries))
+            advantages = objective.advantages(dataclasses.replace(inputs, boundaries=boundaries))
             return jnp.where(boundaries.decided, advantages, 0.0)
 
         return jnp.einsum("obi,obitd->oitd", jax.vmap(credited)(self.signals), self.scores)
 
-    def expected(self, reductions: Sequence[AbstractReduction]) -> Float[Array, "length taps dim"]:
+    def expected(self, reductions: Sequence[AbstractReduction]) -> Float[Array, "length lags dim"]:
         """The expected gradient where the behaviour draws."""
         return jnp.tensordot(self.off, self.gradients(reductions), 1)
 
-    def expected_on_policy(self, reductions: Sequence[AbstractReduction]) -> Float[Array, "length taps dim"]:
+    def expected_on_policy(self, reductions: Sequence[AbstractReduction]) -> Float[Array, "length lags dim"]:
         """The expected gradient where the policy itself draws and nothing is weighted."""
         return jnp.tensordot(self.on, self.gradients(reductions, weighted=False), 1)
 
-    def exact(self, discount: float, batch_mean: bool = False) -> Float[Array, "length taps dim"]:
+    def exact(self, discount: float, batch_mean: bool = False) -> Float[Array, "length lags dim"]:
         """The gradient of the expected likelihood, by differentiating the sum over outcomes: no score function is in it.
 
         Every row has weights of its own; what row k earns counts γ^(k-i) times for those of row i. `batch_mean` scales row i
@@ -95,14 +95,14 @@ class World(eqx.Module):
         starts, free = self.layout.starts, self.layout.free
         times = 2.0 ** jnp.sum(~free[:, 1:])
 
-        def expectation(copies: Float[Array, "length taps dim"]) -> Float[Array, "batch length"]:
+        def expectation(copies: Float[Array, "length lags dim"]) -> Float[Array, "batch length"]:
             projections = jnp.einsum("itd,bid->bit", copies, hidden).at[..., 0].add(eq.logit(policy.target_rate))
 
-            def outcome(actions, log_lik):
+            def outcome(actions, log_prob):
                 logits = eq.soft_cap(eq.windowed_logits(projections, actions, starts), policy.cap)
-                return jnp.exp(jnp.sum(eq.action_log_prob(logits, actions), where=free)) * log_lik / times
+                return jnp.exp(jnp.sum(eq.action_log_prob(logits, actions), where=free)) * log_prob / times
 
-            return jnp.sum(jax.vmap(outcome)(self.actions, self.signals.log_lik), axis=0)
+            return jnp.sum(jax.vmap(outcome)(self.actions, self.signals.log_prob), axis=0)
 
         copies = jnp.broadcast_to(policy.weight, (length, *policy.weight.shape))
         credit = jax.jit(jax.jacobian(expectation))(copies)  # batch, row of the likelihood, row of the policy, weights
@@ -148,10 +148,10 @@ def world(
     )
     actions = (actions | starts) & np.asarray(layout.mask)
 
-    def scored(weight: Float[Array, "taps dim"], taken: Bool[Array, "batch length"]) -> Boundaries:
+    def scored(weight: Float[Array, "lags dim"], taken: Bool[Array, "batch length"]) -> Boundaries:
         changed = eqx.tree_at(lambda p: p.weight, own_policy, weight)
         return dataclasses.replace(draws, policy=changed)(
-            hidden, layout, Draw(boundary_scan, actions=taken, training=True)
+            hidden, layout, SamplingOptions(boundary_scan, actions=taken, training=True)
         )
 
     def drawn(taken: Bool[Array, "batch length"]):
@@ -160,7 +160,7 @@ def world(
         assert theirs is not None
         on, off = (jnp.exp(jnp.sum(log_probs, where=layout.free)) / times for log_probs in (own, theirs))
         scores = jax.jacobian(lambda w: eq.action_log_prob(scored(w, taken).logits, taken))(own_policy.weight)
-        return full.limited(length if capacity is None else capacity), scores, on, off
+        return full.truncated(length if capacity is None else capacity), scores, on, off
 
     limited, scores, on, off = jax.jit(jax.vmap(drawn))(jnp.asarray(actions))
     kept, code = np.asarray(limited.actions), np.zeros(actions.shape, int)
@@ -168,13 +168,13 @@ def world(
         before = code[..., row - 1] if row else 0
         code[..., row] = np.where(starts[:, row], 0, 2 * before + kept[..., row])
     follows = np.asarray(continues(layout))
-    log_lik = np.where(follows, worth[np.arange(len(worth))[:, None], np.arange(length), code], 0.0)
+    log_prob = np.where(follows, worth[np.arange(len(worth))[:, None], np.arange(length), code], 0.0)
 
     early, follows = jnp.asarray(np.where(follows, early, 0.0), jnp.float32), jnp.asarray(follows)
 
-    def seen(boundaries: Boundaries, log_lik: Float[Array, "batch length"]) -> Signal:
-        return Signal(boundaries, hidden, log_lik, early, follows, follows, samples=samples)
+    def seen(boundaries: Boundaries, log_prob: Float[Array, "batch length"]) -> ObjectiveInputs:
+        return ObjectiveInputs(boundaries, hidden, log_prob, early, follows, follows, samples=samples)
 
-    signals = jax.vmap(seen)(limited, jnp.asarray(log_lik, jnp.float32))
+    signals = jax.vmap(seen)(limited, jnp.asarray(log_prob, jnp.float32))
 
     return World(layout, own_policy, signals, jnp.asarray(actions), scores, on, off)

@@ -121,8 +121,8 @@ def test_the_command_times_estimators_against_uniform(corpus, tmp_path):
 def test_invalid_input_is_one_sentence(corpus, capsys):
     assert bench.main(["steps", "--rounds", "0"]) == 2
     assert "--rounds" in capsys.readouterr().err
-    assert bench.main(["steps", "--dataset", str(corpus), "--early-share", "0"]) == 2
-    assert "--early-share: early_share is a share of rows above 0" in " ".join(capsys.readouterr().err.split())
+    assert bench.main(["steps", "--dataset", str(corpus), "--early-exit-fraction", "0"]) == 2
+    assert "--early-exit-fraction: early_exit_fraction must be above 0" in " ".join(capsys.readouterr().err.split())
     assert bench.main(["steps", "--dataset", str(corpus), "--length", "0"]) == 2
     assert "error:" in capsys.readouterr().err
 

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators.entropy import next_byte_entropy
+from estimators.routers.entropy import next_byte_entropy
 from tests import blt_reference as reference
+from tests.test_decoding import decode, prefill
 from tests.test_entropy import starts_of
-from tests.test_stepping import prefill, step
-from unet.cache import with_room
+from unet.decoding.kv_cache import with_room
 from unet.likelihood import plain_layout
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -73,11 +73,13 @@ def test_loss_and_every_gradient_are_the_same(blt, ids):
     assert not any(jnp.any(leaf) for name, leaf in gradients.items() if name.startswith("model.patcher"))
 
 
-def test_byte_by_byte_it_says_the_same(model, ids, predicted):
-    ready = prefill(model, ids, jnp.asarray([3, 40]), None)
-    state, here = with_room(ready.state, 96), np.asarray([3, 40])
-    for _ in range(24):
-        logits, closed, state = step(model, ids[np.arange(2), here], state, jnp.ones(2, bool))
-        np.testing.assert_allclose(logits, predicted.logits[np.arange(2), here], **CLOSE)
-        np.testing.assert_array_equal(closed[0], predicted.levels[0].boundaries.actions[np.arange(2), here])
-        here = here + 1
+def test_decoded_in_pieces_it_says_the_same(model, ids, predicted):
+    _, state = prefill(model, ids, [3, 40], None)
+    state, here = with_room(state, 96), np.asarray([3, 40])[:, None]
+    for width in (7, *[1] * 17):
+        place, every = here + np.arange(width), np.arange(2)[:, None]
+        got, state = decode(model, ids[every, place], state, jnp.full(2, width))
+        np.testing.assert_allclose(got.logits, predicted.logits[every, place], **CLOSE)
+        closed = predicted.levels[0].boundaries.actions
+        np.testing.assert_array_equal(got.levels[0].boundaries.actions, closed[every, place])
+        here = here + width

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import BPEGuided, Distilled, Draw, PrefixTree, WindowedPolicy
-from estimators.bpe import find_size, train_vocabulary
+from estimators import BPEGuided, Distilled, PrefixTree, SamplingOptions, WindowedPolicy
+from estimators.routers.prefixes import find_size, train_vocabulary
 from tests.conftest import losses, small_model, text_bytes
-from unet import SelectDistribute
+from unet import Chunker, Distribute, Select
 from unet.likelihood import plain_layout
 from unet.ops import boundary_scan
 
@@ -91,8 +91,8 @@ def test_the_size_found_comes_nearest_to_the_rate_and_its_rate_is_told(learned, 
 
 
 def test_a_router_aims_at_no_rate_but_tells_the_one_measured():
-    assert BPEGuided(BYTES, chunker=SelectDistribute(), rate=0.23).router.rate == 0.23
-    assert BPEGuided(BYTES, chunker=SelectDistribute()).router.rate is None
+    assert BPEGuided(BYTES, chunker=Chunker(Select(), Distribute()), rate=0.23).router.rate == 0.23
+    assert BPEGuided(BYTES, chunker=Chunker(Select(), Distribute())).router.rate is None
 
 
 def test_a_vocabulary_without_all_bytes_is_refused():
@@ -103,19 +103,19 @@ def test_a_vocabulary_without_all_bytes_is_refused():
 def test_distillation_teaches_the_guides_boundaries():
     """A policy without memory can learn a guide that only ever looks at the byte itself."""
     guide = BPEGuided(
-        BYTES + [bytes([a, b]) for a in range(97, 123) for b in range(97, 123)], chunker=SelectDistribute()
+        BYTES + [bytes([a, b]) for a in range(97, 123) for b in range(97, 123)], chunker=Chunker(Select(), Distribute())
     )
     student = WindowedPolicy(16, window=0, target_rate=0.3, scale=1.0, cap=1e6)
-    estimator = Distilled(student, guide.router, chunker=SelectDistribute())
+    estimator = Distilled(student, guide.router, chunker=Chunker(Select(), Distribute()))
     layout = plain_layout(text_bytes(4, 32))
     hidden = jax.random.normal(jax.random.key(0), (256, 16))[layout.bytes]
-    draw = Draw(boundary_scan, jax.random.key(0), training=True)
+    options = SamplingOptions(boundary_scan, jax.random.key(0), training=True)
     np.testing.assert_array_equal(
-        estimator.router(hidden, layout, draw).actions, guide.router(hidden, layout, draw).actions
+        estimator.router(hidden, layout, options).actions, guide.router(hidden, layout, options).actions
     )
     model = small_model(estimator)
     output = losses(model, text_bytes(2, 16), key=jax.random.key(0))
     # At zero weights the student gives every boundary its target rate.
-    drawn = guide.router(hidden[:2, :16], plain_layout(text_bytes(2, 16)), draw).actions[:, 1:]
+    drawn = guide.router(hidden[:2, :16], plain_layout(text_bytes(2, 16)), options).actions[:, 1:]
     expected = -float(jnp.mean(jnp.where(drawn, jnp.log(0.3), jnp.log(0.7))))
-    assert float(output.metrics[0]["imitation_loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(output.metrics["imitation_loss"]) == pytest.approx(expected, rel=1e-5)

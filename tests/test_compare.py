@@ -33,8 +33,8 @@ from experiments.training.stopping import stop_signals
 from tests.test_run import SMALL
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
+from unet.files.saving import load
 from unet.flops import matrix_flops
-from unet.saving import load
 
 ARGUMENTS = ("--estimators", "uniform", "sfe", "--seeds", "0", "1")
 

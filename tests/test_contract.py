@@ -12,9 +12,9 @@ from experiments.config.registry import REGISTRY
 from experiments.config.settings import EstimatorName
 from tests.compositions import LENGTH, SHAPE, registered, trains
 from tests.conftest import text_bytes
+from unet.files.saving import load, save
+from unet.hierarchy import StageSampling
 from unet.likelihood import plain_layout
-from unet.saving import load, save
-from unet.stage import Drawing
 
 BOUNDED = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -99,7 +99,7 @@ def test_no_gradient_reaches_an_embedding_from_an_earlier_prediction(model):
     layout = plain_layout(bytes, segments, mask)
 
     def energy(offset, place):
-        output = model.stage(model.embed(layout) + offset, layout, Drawing(None, (actions,)))
+        output = model.stage(model.embed(layout) + offset, layout, StageSampling(None, (actions,)))
         return jnp.sum(model.head(model.norm(output.hidden))[0, place] ** 2)
 
     gradient = jax.jit(jax.grad(energy), static_argnums=1)(jnp.zeros((3, LENGTH, SHAPE.dim)), 9)

@@ -178,7 +178,7 @@ def test_presets_for_dna_can_show_the_whole_genome_and_cut_says_how_little_it_ca
     assert any(
         "can show 0.79 % of the bytes" in note and "--data.protocol crop or pack" in note for note in little.notes
     )
-    assert "500 unread bases and gaps (N, ., -, *)" in little.notes[0]
+    assert "500 unknown bases and gaps (N, ., -, *)" in little.notes[0]
 
 
 @pytest.mark.parametrize("protocol", ["crop", "cut", "pack"])
@@ -496,8 +496,8 @@ def test_a_chromosome_is_several_documents(tmp_path, monkeypatch):
     ("content", "message"),
     [
         (b"ACGT\n", r"genome.fa, line 1: a FASTA file begins with a header"),
-        (b">protein\nACGT\nMKLV\n", r"genome.fa, line 3: 'L' is no nucleotide"),
-        (b">x\nAC GT\n", r"line 2: ' ' is no nucleotide"),
+        (b">protein\nACGT\nMKLV\n", r"genome.fa, line 3: 'L' is not a nucleotide"),
+        (b">x\nAC GT\n", r"line 2: ' ' is not a nucleotide"),
     ],
 )
 def test_what_is_no_sequence_of_bases_is_refused(tmp_path, content, message):

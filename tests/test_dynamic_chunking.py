@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from estimators import Boundaries, CosineRouter, Draw, DynamicChunking, MLPRouter
+from estimators import Boundaries, CosineRouter, DynamicChunking, MLPRouter, SamplingOptions
 from estimators import equations as eq
 from tests.conftest import small_model, text_bytes
-from unet import Projection, SelectSmooth
+from unet import Chunker, Projection, Select, Smooth
 from unet.likelihood import plain_layout
 from unet.ops import boundary_scan, smooth
 
@@ -58,7 +58,7 @@ def test_the_gradient_of_smoothing_equals_finite_differences():
 
 def test_routing_starts_from_plain_cosines():
     hidden = jax.random.normal(jax.random.key(0), (2, 6, 8))
-    boundaries = CosineRouter(8)(hidden, plain_layout(text_bytes(2, 6)), Draw(boundary_scan))
+    boundaries = CosineRouter(8)(hidden, plain_layout(text_bytes(2, 6)), SamplingOptions(boundary_scan))
     unit = np.asarray(hidden) / np.linalg.norm(hidden, axis=-1, keepdims=True)
     expected = 0.5 * (1 - np.sum(unit[:, :-1] * unit[:, 1:], axis=-1))
     np.testing.assert_allclose(boundaries.probs[:, 1:], expected, rtol=1e-5, atol=1e-6)
@@ -77,8 +77,8 @@ def inputs():
     """Token outputs, their rows and boundaries, for a chunker to bring back."""
     hidden = jax.random.normal(jax.random.key(0), (2, 12, 4))
     layout = plain_layout(text_bytes(2, 12))
-    boundaries = CosineRouter(4)(hidden, layout, Draw(boundary_scan))
-    rows = SelectSmooth().down(hidden, boundaries, capacity=12)
+    boundaries = CosineRouter(4)(hidden, layout, SamplingOptions(boundary_scan))
+    rows = Select()(hidden, boundaries, capacity=12).tokens
     return jax.random.normal(jax.random.key(1), rows.values.shape), rows, hidden, boundaries
 
 
@@ -87,7 +87,7 @@ def test_weighting_changes_gradients_or_values_as_it_says(inputs):
 
     def up(weighting, probs):
         changed = dataclasses.replace(boundaries, probs=probs)
-        return SelectSmooth(weighting=weighting, smoothing=False).up(outputs, rows, hidden, changed)
+        return Smooth(weighting=weighting, smoothing=False)(outputs, rows, hidden, changed).hidden
 
     through, plain = (up(weighting, boundaries.probs) for weighting in ("straight-through", "none"))
     np.testing.assert_allclose(through, plain, rtol=1e-6)
@@ -101,13 +101,15 @@ def test_weighting_changes_gradients_or_values_as_it_says(inputs):
     assert not jnp.any(gradient("none"))
     # The confidence enters both times, but its own value multiplies only one of the gradients.
     expected = jnp.sum(2 * plain * (plain - hidden), axis=-1) * jnp.where(boundaries.actions, 1.0, -1.0)
+    # A forced boundary is certain, and no choice of the router's.
+    expected = jnp.where(boundaries.starts, 0.0, expected)
     np.testing.assert_allclose(gradient("straight-through"), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_projected_residual_starts_from_nothing(inputs):
     outputs, rows, hidden, boundaries = inputs
-    plain = SelectSmooth().up(outputs, rows, hidden, boundaries)
-    projected = SelectSmooth(Projection(4)).up(outputs, rows, hidden, boundaries)
+    plain = Smooth()(outputs, rows, hidden, boundaries).hidden
+    projected = Smooth(Projection(4))(outputs, rows, hidden, boundaries).hidden
     np.testing.assert_allclose(projected, plain - hidden, rtol=1e-5, atol=1e-6)
 
 
@@ -115,21 +117,31 @@ def test_a_projected_residual_is_summed_in_float32(inputs):
     outputs, rows, hidden, boundaries = inputs
     projection = eqx.tree_at(lambda p: p.weight, Projection(4, key=jax.random.key(0)), 3.0 + jnp.eye(4))
     half = hidden.astype(jnp.bfloat16)
-    back = SelectSmooth(Projection(4)).up(outputs.astype(jnp.bfloat16), rows, half, boundaries)
+    back = Smooth(Projection(4))(outputs.astype(jnp.bfloat16), rows, half, boundaries).hidden
     assert back.dtype == jnp.bfloat16
-    joined = SelectSmooth(projection).joined(back, half, boundaries)
+    joined = Smooth(projection).joined(back, half, boundaries)
     wanted = back.astype(jnp.float32) + projection(half.astype(jnp.float32))
     assert joined.dtype == jnp.bfloat16
     np.testing.assert_array_equal(joined, wanted.astype(jnp.bfloat16))
 
 
+def test_a_forced_boundary_is_certain_whatever_the_policy_thought_of_it():
+    hidden = jax.random.normal(jax.random.key(0), (1, 4, 4))
+    actions, starts = jnp.asarray([[True, False, True, False]]), jnp.asarray([[True, False, False, False]])
+    drawn = Boundaries(actions, jnp.zeros((1, 4)), jnp.full((1, 4), 0.2), ~starts, starts)
+    tokens = Select()(hidden, drawn, capacity=2).tokens
+    got = Smooth(weighting="confidence")(tokens.values, tokens, hidden, drawn).hidden
+    np.testing.assert_allclose(got[0, 0], 2 * hidden[0, 0], rtol=1e-3)
+    np.testing.assert_allclose(drawn.confidence[0], [1.0, 0.8, 0.2, 0.8], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("chunker", "router"),
     [
-        (SelectSmooth(), None),
-        (SelectSmooth(smoothing=False), None),
-        (SelectSmooth(weighting="confidence"), None),
-        (SelectSmooth(), MLPRouter(16, target_rate=0.5, key=jax.random.key(0))),
+        (Chunker(Select(), Smooth()), None),
+        (Chunker(Select(), Smooth(smoothing=False)), None),
+        (Chunker(Select(), Smooth(weighting="confidence")), None),
+        (Chunker(Select(), Smooth()), MLPRouter(16, target_rate=0.5, key=jax.random.key(0))),
     ],
     ids=["published", "no smoothing", "no straight-through", "direct"],
 )
@@ -144,5 +156,5 @@ def test_every_ablation_still_trains_its_router(chunker, router):
 
 def test_boundaries_carry_the_confidence_of_what_was_done():
     actions, probs = jnp.array([[True, False]]), jnp.array([[0.9, 0.3]])
-    boundaries = Boundaries(actions, probs, probs, actions, actions)
+    boundaries = Boundaries(actions, probs, probs, actions, jnp.zeros_like(actions))
     np.testing.assert_allclose(boundaries.confidence, [[0.9, 0.7]], rtol=1e-6)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import CombinedRule, Draw, Entropy, EntropyRouter, GlobalRule, RiseRule
+from estimators import CombinedRule, Entropy, EntropyRouter, GlobalRule, RiseRule, SamplingOptions
 from estimators import equations as eq
-from estimators.entropy import find_threshold, next_byte_entropy, patch_ends
+from estimators.routers.entropy import find_threshold, next_byte_entropy, patch_ends
 from tests.conftest import predict, small_model, text_bytes
-from unet import SelectDistribute
+from unet import Chunker, Distribute, Select
 from unet.likelihood import plain_layout
 from unet.ops import boundary_scan
 
@@ -72,10 +72,10 @@ def test_the_rules_are_those_of_the_program(name, rule):
     """In documents side by side too, some as short as one byte."""
     values = noisy(3, 40)
     lengths = ((40,), (1, 2, 3, 4, 5, 25), (17, 23))
-    numbers = jnp.asarray([[i for length in row for i in range(length)] for row in lengths])
+    document_positions = jnp.asarray([[i for length in row for i in range(length)] for row in lengths])
     for threshold in (-0.5, 0.0, 1.0, 2.5):
         made = rule(threshold)
-        found = patch_ends(made, values, numbers)
+        found = patch_ends(made, values, document_positions)
         for sequence, row in enumerate(lengths):
             first = 0
             for length in row:
@@ -107,8 +107,8 @@ def starts_of(lengths, total):
 def test_the_global_rule_makes_the_patches_of_a_small_blt(golden):
     z = golden("blt")
     threshold = json.loads(str(z["config"]))["patching_threshold"]
-    numbers = jnp.broadcast_to(jnp.arange(96), z["entropies"].shape)
-    ends = patch_ends(GlobalRule(threshold), jnp.asarray(z["entropies"]), numbers)
+    document_positions = jnp.broadcast_to(jnp.arange(96), z["entropies"].shape)
+    ends = patch_ends(GlobalRule(threshold), jnp.asarray(z["entropies"]), document_positions)
     for found, lengths in zip(ends, z["patch_lengths"], strict=True):
         wanted = starts_of(lengths, 96)
         assert found.tolist()[:95] == wanted[1:96]
@@ -119,9 +119,9 @@ def test_the_global_rule_makes_the_patches_of_a_small_blt(golden):
     ("rate", "rule"), [(0.1, GlobalRule), (0.25, RiseRule), (0.1, RULES[4][1]), (0.25, RULES[3][1])]
 )
 def test_thresholds_meet_their_rate(rate, rule):
-    values, numbers = noisy(8, 200), np.broadcast_to(np.arange(200), (8, 200))
-    threshold = find_threshold(np.asarray(values), numbers, rate, rule)
-    assert abs(float(jnp.mean(patch_ends(rule(threshold), values, jnp.asarray(numbers)))) - rate) < 0.005
+    values, document_positions = noisy(8, 200), np.broadcast_to(np.arange(200), (8, 200))
+    threshold = find_threshold(np.asarray(values), document_positions, rate, rule)
+    assert abs(float(jnp.mean(patch_ends(rule(threshold), values, jnp.asarray(document_positions)))) - rate) < 0.005
 
 
 def test_a_rate_that_no_threshold_reaches_is_refused():
@@ -136,7 +136,7 @@ def test_a_rate_that_no_threshold_reaches_is_refused():
 
 def test_the_byte_model_and_the_thresholds_are_left_alone():
     router = EntropyRouter(small_model(seed=4), CombinedRule(5.0), target_rate=0.3)
-    model = small_model(Entropy(router, chunker=SelectDistribute()))
+    model = small_model(Entropy(router, chunker=Chunker(Select(), Distribute())))
     gradients = eqx.filter_jit(eqx.filter_grad(lambda m: m.loss(text_bytes(2, 12), key=None).loss))(model)
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(gradients.stage.estimator))
     assert any(jnp.any(leaf) for leaf in jax.tree.leaves(gradients.stage.encoder))
@@ -147,6 +147,6 @@ def test_boundaries_stand_before_bytes_that_the_byte_model_does_not_foresee():
     entropies = eqx.filter_jit(next_byte_entropy)(byte_model, layout)
     threshold = float(jnp.median(entropies))
     router = EntropyRouter(byte_model, GlobalRule(threshold), target_rate=0.5)
-    boundaries = router(jnp.zeros((2, 12, 1)), layout, Draw(boundary_scan))
+    boundaries = router(jnp.zeros((2, 12, 1)), layout, SamplingOptions(boundary_scan))
     np.testing.assert_array_equal(boundaries.actions[:, 1:], entropies[:, 1:] > threshold)
     assert jnp.all(boundaries.actions[:, 0])

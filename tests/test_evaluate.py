@@ -11,9 +11,9 @@ from data.rows import HeldOutRow, make_row
 from estimators import (
     Bernoulli,
     Estimator,
+    Greedy,
     Guided,
     Isotropic,
-    Likelier,
     NoObjective,
     OffPolicy,
     PrefixRouter,
@@ -23,7 +23,7 @@ from estimators import (
 from experiments.evaluation.evaluate import Tally, agreement, area_under_roc, evaluate, summarise
 from experiments.reporting.shading import characters, colour_of
 from tests.conftest import predict, small_model, small_score_function, text_bytes
-from unet import SelectDistribute, next_byte_log_lik
+from unet import Chunker, Distribute, Select, next_logprobs
 
 
 def test_the_area_under_the_curve_counts_ordered_pairs():
@@ -68,13 +68,13 @@ def test_too_small_a_capacity_changes_nothing_but_the_time(rows):
 
 
 def test_bits_per_byte_are_those_of_the_model(rows):
-    model = small_model(Isotropic(chunker=SelectDistribute()))
+    model = small_model(Isotropic(chunker=Chunker(Select(), Distribute())))
     got = evaluate(model, rows, batch=3, capacity=20, key=jax.random.key(0))
     nats, sizes = np.zeros(3), np.zeros(3)
     for number, row in enumerate(rows):
         size = int(row["mask"].sum())
         bytes = jnp.asarray(row["bytes"][None, :size], jnp.int32)
-        nats[number // 2] -= float(next_byte_log_lik(predict(model, bytes).logits, bytes).sum())
+        nats[number // 2] -= float(next_logprobs(predict(model, bytes).logits, bytes).sum())
         sizes[number // 2] += size - 1
     assert got.bpb == pytest.approx(nats.sum() / math.log(2) / got.bytes, rel=1e-5)
     error = equations.bits_per_byte_error(jnp.asarray(nats, jnp.float32), jnp.asarray(sizes, jnp.float32))
@@ -91,11 +91,11 @@ def test_what_is_trained_on_others_boundaries_is_judged_on_theirs_and_on_its_own
     other = PrefixRouter(tree) if kind == "guided" else Bernoulli(0.6)
 
     def judged(router):
-        model = small_model(Estimator(router, SelectDistribute(), NoObjective()))
+        model = small_model(Estimator(router, Chunker(Select(), Distribute()), NoObjective()))
         return evaluate(model, rows, batch=5, capacity=20, key=jax.random.key(0))
 
     got = judged(Guided(own, other) if kind == "guided" else OffPolicy(own, other))
-    expected = {"bpb": judged(own), "bpb_greedy": judged(Likelier(own)), "bpb_as_trained": judged(other)}
+    expected = {"bpb": judged(own), "bpb_greedy": judged(Greedy(own)), "bpb_as_trained": judged(other)}
     for name, alone in expected.items():
         assert getattr(got, name) == pytest.approx(alone.bpb, rel=1e-6)
         assert math.isnan(alone.bpb_greedy)
@@ -105,7 +105,8 @@ def test_what_is_trained_on_others_boundaries_is_judged_on_theirs_and_on_its_own
 
 
 def test_without_a_token_level_there_is_no_rate(rows):
-    got = evaluate(small_model(None), rows, batch=5, capacity=20, key=jax.random.key(0))
+    with jax.debug_nans(True):
+        got = evaluate(small_model(None), rows, batch=5, capacity=20, key=jax.random.key(0))
     assert got.rate == 0.0
     assert math.isfinite(got.bpb)
     assert math.isnan(got.policy_entropy)
@@ -116,7 +117,7 @@ def evaluated(rng, documents):
     shape = (len(documents), 9)
     kept = {name: rng.random(shape) < 0.6 for name in ("sampled", "greedy", "scored", "free")}
     kept |= {name: rng.random(shape).astype(np.float32) for name in ("probs", "entropy")}
-    kept |= {"log_lik": -rng.random(shape, np.float32), "early_log_lik": np.full(shape, np.nan)}
+    kept |= {"log_prob": -rng.random(shape, np.float32), "early_log_prob": np.full(shape, np.nan)}
     kept |= {"valid": np.ones(shape, bool), "overflow": np.zeros(len(documents)), "bytes": rng.integers(0, 254, shape)}
     return kept | {
         "tokens": np.full((len(documents), 2), [4, 1]),
@@ -136,7 +137,7 @@ def test_batches_add_up():
     assert (left.bytes, left.documents, left.inner_rates) == (int(together["scored"].sum()), 3, (0.25,))
     assert math.isnan(left.early_bpb)
     assert (left.whitespace, left.spacelike, left.rate) == (right.whitespace, right.spacelike, right.rate)
-    nats = -together["log_lik"][together["scored"]].sum()
+    nats = -together["log_prob"][together["scored"]].sum()
     assert left.bpb == pytest.approx(nats / math.log(2) / left.bytes, rel=1e-6)
     assert left.policy_entropy == pytest.approx(together["entropy"].mean(), rel=1e-6)
     free, space = together["free"], np.isin(together["bytes"], [9, 10, 11, 12, 13, 32])
@@ -149,7 +150,7 @@ def test_the_error_of_a_validation_is_over_documents_however_they_are_cut_into_r
     tally = Tally()
     tally.add(batch)
     sums = [
-        (-batch["log_lik"][rows][batch["scored"][rows]].sum(), batch["scored"][rows].sum())
+        (-batch["log_prob"][rows][batch["scored"][rows]].sum(), batch["scored"][rows].sum())
         for rows in ([0, 1], [2], [3])
     ]
     nats, size = np.array(sums).T

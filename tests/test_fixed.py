@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import Characters, Draw, Stride, Thinned, Uniform, equations
-from estimators.fixed import (
+from estimators import Characters, SamplingOptions, Stride, Thinned, Uniform, UniformRouter, equations
+from estimators.routers.rules import (
     EveryNth,
     RuleRouter,
-    UniformRouter,
     character_first,
     character_last,
     character_size,
@@ -18,7 +17,7 @@ from estimators.fixed import (
     spacelike,
     whitespace,
 )
-from unet import SelectDistribute
+from unet import Chunker, Distribute, Select
 from unet.likelihood import plain_layout
 from unet.ops import boundary_scan
 
@@ -52,7 +51,7 @@ def test_stride_counts_from_the_start_of_each_document():
     got = EveryNth(3)(layout_of(b"0123456789", segments))[0]
     np.testing.assert_array_equal(np.flatnonzero(got), [0, 3, 5, 8])
     with pytest.raises(ValueError, match="at least 1"):
-        Stride(chunker=SelectDistribute(), stride=0)
+        Stride(chunker=Chunker(Select(), Distribute()), stride=0)
 
 
 def test_the_first_byte_of_a_character_tells_its_size():
@@ -90,16 +89,16 @@ def test_a_character_that_is_cut_off_is_not_closed():
 def test_every_second_character_is_counted_from_the_start_of_its_document(at, expected):
     text = b"\xfe" + "a一二bc".encode() + b"\xfe" + "三四五".encode()
     segments = jnp.asarray([[0] * 10 + [1] * 10])
-    router = Characters(chunker=SelectDistribute(), every=2, at=at).router
-    got = router(jnp.zeros((1, 20, 1)), layout_of(text, segments), Draw(boundary_scan)).actions[0]
+    router = Characters(chunker=Chunker(Select(), Distribute()), every=2, at=at).router
+    got = router(jnp.zeros((1, 20, 1)), layout_of(text, segments), SamplingOptions(boundary_scan)).actions[0]
     np.testing.assert_array_equal(np.flatnonzero(got), expected)
 
 
 def test_characters_refuse_to_take_none():
     with pytest.raises(ValueError, match="at least 1; got 0"):
-        Characters(chunker=SelectDistribute(), every=0)
+        Characters(chunker=Chunker(Select(), Distribute()), every=0)
     assert Thinned(RuleRouter(EveryNth(3), 0, 1 / 3), 2).rate == pytest.approx(1 / 6)
-    assert Characters(chunker=SelectDistribute()).router.rate is None
+    assert Characters(chunker=Chunker(Select(), Distribute())).router.rate is None
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.38])
@@ -107,18 +106,20 @@ def test_uniform_draws_exactly_its_share_first_and_last_forced(rate):
     mask = jnp.ones((3, 50), bool).at[1, 33:].set(False)
     layout = plain_layout(jnp.zeros((3, 50), jnp.int32), mask=mask)
     hidden = jnp.zeros((3, 50, 1))
-    boundaries = UniformRouter(rate)(hidden, layout, Draw(boundary_scan, jax.random.key(0)))
+    boundaries = UniformRouter(rate)(hidden, layout, SamplingOptions(boundary_scan, jax.random.key(0)))
     valid = np.asarray(mask.sum(axis=1))
     np.testing.assert_array_equal(boundaries.actions.sum(axis=1), np.round(valid * np.float32(rate)))
     assert boundaries.actions[:, 0].all()
     assert all(boundaries.actions[b, valid[b] - 1] for b in range(3))
-    other = UniformRouter(rate)(hidden, layout, Draw(boundary_scan, jax.random.key(1)))
+    other = UniformRouter(rate)(hidden, layout, SamplingOptions(boundary_scan, jax.random.key(1)))
     assert (boundaries.actions != other.actions).any()
 
 
 def test_uniform_prefers_no_place():
     layout = plain_layout(jnp.zeros((400, 30), jnp.int32))
-    drawn = UniformRouter(0.3)(jnp.zeros((400, 30, 1)), layout, Draw(boundary_scan, jax.random.key(0))).actions
+    drawn = UniformRouter(0.3)(
+        jnp.zeros((400, 30, 1)), layout, SamplingOptions(boundary_scan, jax.random.key(0))
+    ).actions
     share = np.asarray(drawn)[:, 1:-1].mean(axis=0)
     # Seven free boundaries among 28 places, four standard errors.
     np.testing.assert_allclose(share, 7 / 28, atol=4 * np.sqrt(0.25 * 0.75 / 400))
@@ -126,5 +127,5 @@ def test_uniform_prefers_no_place():
 
 def test_uniform_refuses_impossible_rates():
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
-        Uniform(chunker=SelectDistribute(), target_rate=1.0)
+        Uniform(chunker=Chunker(Select(), Distribute()), target_rate=1.0)
     assert equations.logit(0.5) == 0.0

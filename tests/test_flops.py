@@ -7,7 +7,7 @@ import pytest
 
 from estimators import Entropy, EntropyRouter, GlobalRule
 from tests.conftest import small_model, small_score_function, text_bytes
-from unet import SelectDistribute, UNet, UNetConfig
+from unet import Chunker, Distribute, Select, UNet, UNetConfig
 from unet.flops import layer_flops, matrix_flops
 
 
@@ -34,7 +34,7 @@ def test_several_samples_cost_everything_behind_the_encoder_again():
 
 def test_a_frozen_model_counts_its_forward_pass():
     router = EntropyRouter(small_model(seed=1), GlobalRule(5.0), target_rate=0.3)
-    model = small_model(Entropy(router, chunker=SelectDistribute()))
+    model = small_model(Entropy(router, chunker=Chunker(Select(), Distribute())))
     frozen = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(router, eqx.is_inexact_array)))
     assert matrix_flops(model, rate=0.3).boundary == 2 * frozen
 

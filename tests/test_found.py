@@ -18,7 +18,7 @@ from tests.test_run import SMALL, curve, interrupt_at, start, summary
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
 from unet import UNet
-from unet.saving import load
+from unet.files.saving import load
 
 
 @pytest.fixture(scope="module")

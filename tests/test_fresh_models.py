@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import Bernoulli, CosineRouter, Draw, Likelier, MLPRouter, OffPolicy, WindowedPolicy
+from estimators import Bernoulli, CosineRouter, Greedy, MLPRouter, OffPolicy, SamplingOptions, WindowedPolicy
 from estimators.keys import named_key
 from experiments.config.presets import PRESETS
 from experiments.config.registry import REGISTRY, build_estimators, build_model
@@ -117,7 +117,7 @@ def test_a_fresh_router_draws_about_its_initial_rate_and_a_step_has_room_for_it(
 def test_capacities_have_room_for_the_rate_held_and_for_the_first():
     config = dataclasses.replace(config_of("sfe"), length=1000, rate=0.2, capacity_slack=1.5, buckets=3)
     assert rated_capacities(config, WindowedPolicy(4, target_rate=0.2)) == (208, 252, 300)
-    assert rated_capacities(config, Likelier(CosineRouter(4, target_rate=0.2))) == (208, 252, 300, 752)
+    assert rated_capacities(config, Greedy(CosineRouter(4, target_rate=0.2))) == (208, 252, 300, 752)
     one = dataclasses.replace(config, buckets=1)
     assert rated_capacities(one, WindowedPolicy(4, target_rate=0.2)) == (300,)
     assert rated_capacities(one, CosineRouter(4, target_rate=0.2)) == (752,)
@@ -129,7 +129,7 @@ def test_capacities_have_room_for_the_rate_held_and_for_the_first():
 
 def test_inner_levels_have_room_for_what_cosines_draw_first():
     config = dataclasses.replace(config_of("hnet"), length=1000, capacity_slack=1.5)
-    routers = [Likelier(CosineRouter(4, target_rate=rate)) for rate in (0.2, 0.2)]
+    routers = [Greedy(CosineRouter(4, target_rate=rate)) for rate in (0.2, 0.2)]
     # One half of one half, and not a fifth of a fifth.
     assert inner_capacities(config, routers, 752) == (376,)
 
@@ -139,13 +139,13 @@ def test_direct_routing_starts_with_boundaries():
     config = dataclasses.replace(config_of("hnet"), rate=0.2, hnet=DynamicChunkingConfig(routing="direct"))
     router = build_estimators(config, jax.random.key(0))[0].router
     hidden = jax.random.normal(jax.random.key(1), (8, 64, SHAPE.dim))
-    drawn = router(hidden, plain_layout(text_bytes(8, 64)), Draw(boundary_scan)).actions
+    drawn = router(hidden, plain_layout(text_bytes(8, 64)), SamplingOptions(boundary_scan)).actions
     assert 0.2 < np.asarray(drawn).mean() < 0.8
 
 
 def test_rates_drawn_by_lot_follow_the_target_and_learned_ones_do_not():
     layout, hidden = plain_layout(text_bytes(16, 256)), jax.random.normal(jax.random.key(2), (16, 256, 8))
-    asked = Draw(boundary_scan, key=jax.random.key(3), target_rate=jnp.asarray(0.6), training=True)
+    asked = SamplingOptions(boundary_scan, key=jax.random.key(3), target_rate=jnp.asarray(0.6), training=True)
 
     def rate(router):
         return float(np.asarray(router(hidden, layout, asked).actions).mean())
@@ -158,8 +158,8 @@ def test_rates_drawn_by_lot_follow_the_target_and_learned_ones_do_not():
 
 def test_the_behaviour_is_weighted_by_the_rate_it_drew_at():
     layout, hidden = plain_layout(text_bytes(2, 16)), jax.random.normal(jax.random.key(2), (2, 16, 8))
-    draw = Draw(boundary_scan, key=jax.random.key(3), target_rate=jnp.asarray(0.6), training=True)
-    drawn = OffPolicy(WindowedPolicy(8), Bernoulli(0.2))(hidden, layout, draw)
+    options = SamplingOptions(boundary_scan, key=jax.random.key(3), target_rate=jnp.asarray(0.6), training=True)
+    drawn = OffPolicy(WindowedPolicy(8), Bernoulli(0.2))(hidden, layout, options)
     expected = np.where(np.asarray(drawn.actions), np.log(0.6), np.log(0.4))
     assert drawn.behaviour_log_prob is not None
     np.testing.assert_allclose(drawn.behaviour_log_prob, expected, rtol=1e-5)

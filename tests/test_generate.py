@@ -14,12 +14,12 @@ import pytest
 from estimators import BOS, EOS, EveryNth, RuleRouter
 from experiments.config.sections import IsotropicConfig
 from tests.compositions import config_of, registered
-from unet import Sampling, Writer, generate, score, utf8
-from unet.cache import cache_bytes
-from unet.generate import joined
-from unet.likelihood import next_byte_log_lik
-from unet.reading import keys_of
-from unet.sampling import draw, kept
+from unet import Sampling, TextStream, generate, score, utf8
+from unet.decoding.generate import joined
+from unet.decoding.kv_cache import cache_bytes
+from unet.decoding.sampling import draw, kept
+from unet.decoding.score import keys_of
+from unet.likelihood import next_logprobs
 
 PROMPTS = ("", "a man", "the quick fox", "né")
 KEY = jax.random.key(3)
@@ -49,12 +49,12 @@ def check_against_the_whole(model, written, keys):
         padded = jnp.asarray(np.pad(values, (0, 64 - len(values))))[None]
         drawing = jax.random.fold_in(key, 0)[None]
         prediction = whole(model, padded, drawing)
-        log_lik = next_byte_log_lik(prediction.logits, padded)[0]
+        log_prob = next_logprobs(prediction.logits, padded)[0]
         rows = slice(len(text.prompt), len(values) - 1)
-        np.testing.assert_allclose(text.piece.log_lik, log_lik[rows], atol=2e-4, rtol=1e-4)
+        np.testing.assert_allclose(text.piece.logprobs, log_prob[rows], atol=2e-4, rtol=1e-4)
         closed = closings(prediction.levels, len(values))
-        np.testing.assert_array_equal(text.prompt_closed_levels, closed[1 : 1 + len(text.prompt)])
-        np.testing.assert_array_equal(text.piece.closed_levels, closed[1 + len(text.prompt) :])
+        np.testing.assert_array_equal(text.prompt_boundary_depth, closed[1 : 1 + len(text.prompt)])
+        np.testing.assert_array_equal(text.piece.boundary_depth, closed[1 + len(text.prompt) :])
 
 
 def closings(levels, length):
@@ -73,12 +73,12 @@ def test_what_is_written_has_the_likelihood_and_the_boundaries_of_the_whole(name
     assert [text.piece.finish for text in written.texts] == ["length"] * 4
     assert all(len(text.piece.bytes) == 21 for text in written.texts)
     check_against_the_whole(model, written, keys)
-    assert written.pace.bytes == 4 * 21
-    assert written.pace.steps == 21
+    assert written.throughput.bytes == 4 * 21
+    assert written.throughput.steps == 21
 
 
 def test_greedy_text_is_the_likeliest_byte_after_byte(sfe):
-    written = write(sfe, ["so"], max_bytes=12, key=KEY, sampling=Sampling(temperature=0.0), likelier=True)
+    written = write(sfe, ["so"], max_bytes=12, key=KEY, sampling=Sampling(temperature=0.0), greedy_boundaries=True)
     text = bytes([BOS]) + b"so"
     for _ in range(12):
         padded = jnp.asarray(np.pad(np.frombuffer(text, np.uint8).astype(np.int32), (0, 16 - len(text))))[None]
@@ -93,7 +93,7 @@ def test_a_text_is_the_same_alone_and_in_any_batch(sfe):
     for number, prompt in list(enumerate(PROMPTS))[1:3]:
         alone = write(sfe, [prompt], max_bytes=20, key=keys[number : number + 1]).texts[0]
         assert alone.piece.bytes == together[number].piece.bytes
-        np.testing.assert_allclose(alone.piece.log_lik, together[number].piece.log_lik, atol=1e-4)
+        np.testing.assert_allclose(alone.piece.logprobs, together[number].piece.logprobs, atol=1e-4)
     assert [text.piece.bytes for text in write(sfe, PROMPTS, max_bytes=20, key=KEY).texts] == [
         text.piece.bytes for text in together
     ]
@@ -113,15 +113,13 @@ def test_other_keys_write_other_texts(sfe):
 def test_a_text_ends_before_a_stop_string_even_across_pieces(sfe):
     plain = write(sfe, ["so", "no"], max_bytes=24, key=KEY).texts
     stop = plain[0].piece.bytes[6:9]
-    writer = Writer(sfe, [b"so", b"no"], max_bytes=24, key=KEY, stop=[b"\0\0\0\0", stop], chunk=4)
-    pieces = []
-    while not writer.done:
-        pieces.append(writer.go_on())
+    writer = TextStream(sfe, [b"so", b"no"], max_bytes=24, key=KEY, stop=[b"\0\0\0\0", stop], chunk=4)
+    pieces = list(writer)
     mine = [piece for piece, _ in pieces if piece is not None]
     place = plain[0].piece.bytes.find(stop)
     assert b"".join(piece.bytes for piece in mine) == plain[0].piece.bytes[:place]
     assert [piece.finish for piece in mine][-1] == "stop"
-    np.testing.assert_allclose(joined(mine).log_lik, plain[0].piece.log_lik[:place], atol=1e-5)
+    np.testing.assert_allclose(joined(mine).logprobs, plain[0].piece.logprobs[:place], atol=1e-5)
     if stop not in plain[1].piece.bytes:
         assert b"".join(piece.bytes for _, piece in pieces if piece is not None) == plain[1].piece.bytes
 
@@ -135,10 +133,12 @@ def test_a_text_ends_at_eos_and_stays_ended(sfe):
     for text in written.texts:
         assert EOS not in text.piece.bytes
         assert len(text.piece.bytes) < 40 or text.piece.finish == "length"
-        assert len(text.piece.log_lik) == len(text.piece.boundaries) == len(text.piece.bytes)
+        assert len(text.piece.logprobs) == len(text.piece.boundaries) == len(text.piece.bytes)
     endless = write(loud, ["a", "b", "c", "d"], max_bytes=40, key=KEY, endless=True)
     assert all(len(text.piece.bytes) == 40 and EOS not in text.piece.bytes for text in endless.texts)
-    assert written.pace.bytes == sum(len(text.piece.bytes) + (text.piece.finish == "eos") for text in written.texts)
+    assert written.throughput.bytes == sum(
+        len(text.piece.bytes) + (text.piece.finish == "eos") for text in written.texts
+    )
 
 
 @pytest.mark.parametrize("max_bytes", [3, 5, 11])
@@ -181,13 +181,13 @@ def test_a_last_character_that_is_not_complete_is_counted_off():
 
 
 def test_a_cache_that_turns_out_too_small_grows_in_the_middle(sfe):
-    late = with_rule(sfe, lambda layout: layout.numbers >= 40, rate=0.05)
+    late = with_rule(sfe, lambda layout: layout.document_positions >= 40, rate=0.05)
     prompt = "the quick brown fox jumps over the lazy dog "[:36]
-    writer = Writer(late, [prompt.encode()], max_bytes=28, key=KEY, chunk=4)
+    writer = TextStream(late, [prompt.encode()], max_bytes=28, key=KEY, chunk=4)
     sizes = [cache_bytes(writer.state)]
     pieces = []
-    while not writer.done:
-        pieces += writer.go_on()
+    for now in writer:
+        pieces += now
         sizes.append(cache_bytes(writer.state))
     assert sizes[0] < sizes[-1]
     written = write(late, [prompt], max_bytes=27, key=KEY)
@@ -205,9 +205,9 @@ def test_more_tokens_than_expected_are_read_all_the_same(sfe):
 def test_the_token_level_runs_where_a_token_closes_and_nowhere_else(sfe):
     every_fifth = with_rule(sfe, EveryNth(5), rate=0.2)
     # Two texts of which the second is two bytes ahead.
-    pace = write(every_fifth, ["abcd", "abcdef"], max_bytes=20, key=KEY).pace
+    pace = write(every_fifth, ["abcd", "abcdef"], max_bytes=20, key=KEY).throughput
     assert (pace.steps, pace.token_steps) == (20, 8)
-    pace = write(every_fifth, ["abcd", "efgh"], max_bytes=20, key=KEY).pace
+    pace = write(every_fifth, ["abcd", "efgh"], max_bytes=20, key=KEY).throughput
     assert (pace.steps, pace.token_steps) == (20, 4)
 
 
@@ -217,14 +217,14 @@ def test_scores_are_sums_of_the_whole_models_log_likelihoods(sfe):
     for batch in (2, 4):
         scored = score(sfe, texts, contexts=contexts, key=keys, batch=batch)
         assert [one.bytes for one in scored] == [10, 0, 24]
-        assert scored[1].log_lik == 0.0
+        assert scored[1].log_prob == 0.0
         assert scored[1].greedy
         for one, text, context, key in zip(scored, texts, contexts, keys, strict=True):
             values = jnp.asarray(np.frombuffer(bytes([BOS]) + (context + text).encode(), np.uint8).astype(np.int32))
             prediction = whole(sfe, values[None], jax.random.fold_in(key, 0)[None])
-            expected = next_byte_log_lik(prediction.logits, values[None])[0, len(context) : len(values) - 1]
-            np.testing.assert_allclose(one.byte_log_lik, expected, atol=2e-4)
-            assert one.log_lik == pytest.approx(float(expected.sum()), abs=1e-3)
+            expected = next_logprobs(prediction.logits, values[None])[0, len(context) : len(values) - 1]
+            np.testing.assert_allclose(one.logprobs, expected, atol=2e-4)
+            assert one.log_prob == pytest.approx(float(expected.sum()), abs=1e-3)
             closed = prediction.levels[0].boundaries.actions[0, 1 + len(context) :]
             np.testing.assert_array_equal(one.boundaries, closed)
 
@@ -233,18 +233,18 @@ def test_what_was_written_scores_the_same_with_the_same_key(sfe):
     texts = write(sfe, PROMPTS, max_bytes=11, key=KEY).texts
     scores = score(sfe, [text.piece.bytes for text in texts], contexts=PROMPTS, key=KEY, batch=4)
     for text, one in zip(texts, scores, strict=True):
-        np.testing.assert_allclose(one.byte_log_lik, text.piece.log_lik, atol=2e-4)
+        np.testing.assert_allclose(one.logprobs, text.piece.logprobs, atol=2e-4)
         np.testing.assert_array_equal(one.boundaries, text.piece.boundaries)
 
 
 def test_what_greedy_sampling_writes_scores_as_greedy(sfe):
     # BOS, which is never written, could be the likeliest byte of an untrained model.
     model = eqx.tree_at(lambda m: m.head.weight, sfe, sfe.head.weight.at[:, BOS].set(0.0))
-    text = write(model, ["so"], max_bytes=12, key=KEY, sampling=Sampling(0.0), likelier=True).texts[0]
+    text = write(model, ["so"], max_bytes=12, key=KEY, sampling=Sampling(0.0), greedy_boundaries=True).texts[0]
     one, other = score(model, [text.piece.bytes, b"zzzz"], contexts=["so", "so"], key=None)
     assert one.greedy
     assert not other.greedy
-    assert one.log_lik == pytest.approx(float(text.piece.log_lik.sum()), abs=1e-3)
+    assert one.log_prob == pytest.approx(float(text.piece.logprobs.sum()), abs=1e-3)
 
 
 def test_cut_off_bytes_are_those_that_were_asked_for():
@@ -319,7 +319,7 @@ def test_a_model_without_tokens_writes_and_scores():
     config = dataclasses.replace(config_of("isotropic"), isotropic=IsotropicConfig(token_level=False))
     model = registered("isotropic", config)
     written = write(model, PROMPTS, max_bytes=9, key=KEY)
-    assert written.pace.token_steps == 0
+    assert written.throughput.token_steps == 0
     assert not any(text.piece.boundaries.any() for text in written.texts)
     one = score(model, [written.texts[1].piece.bytes], contexts=[PROMPTS[1]], key=KEY)[0]
-    assert one.log_lik == pytest.approx(float(written.texts[1].piece.log_lik.sum()), abs=1e-3)
+    assert one.log_prob == pytest.approx(float(written.texts[1].piece.logprobs.sum()), abs=1e-3)

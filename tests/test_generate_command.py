@@ -14,7 +14,7 @@ from experiments.evaluation.segmentation import character_spans
 from experiments.generate import MARKS, main, shown
 from tests.compositions import registered
 from tests.test_run import usual_promotion as usual_promotion
-from unet.generate import Piece, Written
+from unet.decoding.generate import Generation, Piece
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def test_json_is_one_document_with_everything_in_it(folder, capsys):
         assert base64.b64decode(text["base64"]) == other.piece.bytes
         assert text["text"] == other.text
         assert text["finish"] == "length"
-        assert text["log_lik"] == pytest.approx(float(other.piece.log_lik.sum()), abs=1e-3)
-        assert sum(text["byte_log_lik"]) == pytest.approx(text["log_lik"], abs=1e-3)
+        assert text["log_prob"] == pytest.approx(float(other.piece.logprobs.sum()), abs=1e-3)
+        assert sum(text["logprobs"]) == pytest.approx(text["log_prob"], abs=1e-3)
         assert text["boundaries"] == np.flatnonzero(other.piece.boundaries).tolist()
-    assert found["pace"]["steps"] == 12
-    assert found["pace"]["bytes_per_second"] is None
+    assert found["throughput"]["steps"] == 12
+    assert found["throughput"]["bytes_per_second"] is None
     assert found["settings"]["seed"] == 5
     assert "24 bytes at" in err
 
@@ -86,7 +86,7 @@ def test_a_prompt_comes_from_standard_input(folder, capsys, monkeypatch):
         (("--max-bytes", 0), "must be at least 1"),
         (("--num", 0), "must be at least 1"),
         (("--json", "--stream"), "leave out --stream"),
-        (("--top-k", 0), "top-k keeps at least 1"),
+        (("--top-k", 0), "top-k must be at least 1"),
         (("--stop", ""), "stop string"),
         # How an argument that is no UTF-8 comes to a program.
         (("--prompt", "a\udcfe"), "holds the byte 254"),
@@ -113,7 +113,7 @@ def piece_of(content, finish, closed=()):
     levels = np.zeros(len(content), int)
     for place in closed:
         levels[place] += 1
-    return Written(b"", np.zeros(0, int), Piece(content, np.zeros(len(content)), levels, finish))
+    return Generation(b"", np.zeros(0, int), Piece(content, np.zeros(len(content)), levels, finish))
 
 
 def test_only_whole_characters_are_shown_until_the_end():

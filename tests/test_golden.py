@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import BatchCentre, Boundaries, Discount, EarlyExit, ScoreFunctionObjective, Signal
+from estimators import BatchCentre, Boundaries, Discount, EarlyExit, ObjectiveInputs, ScoreFunctionObjective
 from estimators import equations as eq
-from unet.attention import Surroundings, Visibility
+from unet.attention import BlockContext, Visibility
 from unet.blocks import Block
 from unet.layers import Rotary
 from unet.likelihood import plain_layout
@@ -70,7 +70,9 @@ def test_the_objective_assembles_the_same_policy_loss(golden):
     boundaries = Boundaries(actions, logits, jax.nn.sigmoid(logits), everywhere, ~everywhere)
     reductions = (EarlyExit(), Discount(float(z["discount"])), BatchCentre())
     objective = ScoreFunctionObjective(reductions, 0.2)
-    output = objective(Signal(boundaries, jnp.zeros((*actions.shape, 1)), final, early, everywhere, everywhere))
+    output = objective(
+        ObjectiveInputs(boundaries, jnp.zeros((*actions.shape, 1)), final, early, everywhere, everywhere)
+    )
     assert float(output.metrics["policy_loss"]) == pytest.approx(float(z["policy_loss"]), rel=1e-5)
 
 
@@ -109,7 +111,7 @@ def test_a_block_equals_the_gemma_2_layer(golden, name, window):
     rotary = Rotary(positions, dim // int(z["heads"]))
 
     def run(block, x):
-        return block(x, Surroundings(layout, rotary, Visibility(layout, window), window=window))
+        return block(x, BlockContext(layout, rotary, Visibility(layout, window))).hidden
 
     x = jnp.asarray(z["x"])
 

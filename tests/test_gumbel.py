@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import Boundaries, Draw, MLPRouter
+from estimators import Boundaries, MLPRouter, SamplingOptions
 from estimators import equations as eq
 from tests.conftest import text_bytes
-from unet import MeanPool
+from unet import Chunker, Distribute, MeanPool
 from unet.likelihood import plain_layout
 from unet.ops import boundary_scan, mean_pool
 
@@ -35,9 +35,8 @@ def parts(z):
         router,
         (first, first_bias, second[0], second_bias[0]),
     )
-    return router, eqx.tree_at(
-        lambda c: c.null, MeanPool(16, key=jax.random.key(0)), jnp.asarray(z["null_group"][0, 0])
-    )
+    pool = eqx.tree_at(lambda c: c.null, MeanPool(16, key=jax.random.key(0)), jnp.asarray(z["null_group"][0, 0]))
+    return router, Chunker(pool, Distribute())
 
 
 class Drawn(NamedTuple):
@@ -64,10 +63,10 @@ def test_values_are_those_of_the_original(z, parts):
     np.testing.assert_allclose(soft, z["soft"], **VALUES)
     np.testing.assert_array_equal(boundaries.relaxed, z["hard"])
     capacity = z["shortened"].shape[0] - 1
-    rows = chunker.down(hidden, boundaries, capacity=capacity)
+    rows = chunker.down(hidden, boundaries, capacity=capacity).tokens
     expected = np.swapaxes(z["shortened"], 0, 1)[:, 1:]
     np.testing.assert_allclose(rows.values, np.where(rows.mask[..., None], expected, 0.0), **VALUES)
-    pooled = chunker.up(rows.values, rows, jnp.zeros_like(hidden), boundaries)
+    pooled = chunker.up(rows.values, rows, jnp.zeros_like(hidden), boundaries).hidden
     np.testing.assert_allclose(pooled, np.swapaxes(z["upsampled"], 0, 1), **VALUES)
     prior = eq.binomial_prior_loss(hard, float(z["prior"]))
     np.testing.assert_allclose(prior, z["prior_loss"], rtol=1e-5)
@@ -83,13 +82,13 @@ def test_gradients_are_those_of_the_original(z, parts):
     def gradient(inputs):
         router, chunker, hidden = inputs
         _, hard, boundaries = draw_with(router, hidden, jnp.asarray(z["uniforms"]))
-        rows = chunker.down(hidden, boundaries, capacity=z["shortened"].shape[0] - 1)
-        pooled = chunker.up(rows.values, rows, jnp.zeros_like(hidden), boundaries)
+        rows = chunker.down(hidden, boundaries, capacity=z["shortened"].shape[0] - 1).tokens
+        pooled = chunker.up(rows.values, rows, jnp.zeros_like(hidden), boundaries).hidden
         return jnp.sum(pooled * cotangent) + eq.binomial_prior_loss(hard, float(z["prior"]))
 
     by_router, by_chunker, by_hidden = gradient((router, chunker, hidden))
     np.testing.assert_allclose(by_hidden, np.swapaxes(z["grad_hidden"], 0, 1), **GRADIENTS)
-    np.testing.assert_allclose(by_chunker.null, z["grad_null_group"][0, 0], **GRADIENTS)
+    np.testing.assert_allclose(by_chunker.downsampler.null, z["grad_null_group"][0, 0], **GRADIENTS)
     for name, found in (
         ("0.weight", by_router.weight_in),
         ("0.bias", by_router.bias_in),
@@ -126,7 +125,7 @@ def test_draws_have_the_probability_of_their_logits():
     layout = plain_layout(text_bytes(64, 40))
     router = MLPRouter(4, target_rate=0.3, key=jax.random.key(1))
     hidden = jax.random.normal(jax.random.key(2), (64, 40, 4)) * 4
-    boundaries = router(hidden, layout, Draw(boundary_scan, jax.random.key(3)))
+    boundaries = router(hidden, layout, SamplingOptions(boundary_scan, jax.random.key(3)))
     drawn, expected = boundaries.actions[:, 1:], boundaries.probs[:, 1:]
     error = float(jnp.mean(drawn) - jnp.mean(expected))
     assert abs(error) < 4 * float(jnp.sqrt(jnp.mean(expected * (1 - expected)) / drawn.size))

@@ -24,14 +24,16 @@ from experiments.training.initial import initial_weights
 from experiments.training.optimizer import make_optimizer, make_schedule, multipliers, stages_of
 from tests.compositions import FROM_DATA, LENGTH, lively
 from tests.conftest import losses, predict, small_model, text_bytes
+from tests.test_decoding import check_in_pieces
 from tests.test_generate import check_against_the_whole
-from tests.test_stepping import check_row_by_row
 from unet import (
+    Chunker,
+    Distribute,
     Flat,
     Hierarchy,
     HNetConfig,
     LoadError,
-    SelectDistribute,
+    Select,
     UNet,
     Widened,
     generate,
@@ -43,12 +45,12 @@ from unet import (
 )
 from unet.attention import Attention
 from unet.blocks import PreNorm
+from unet.decoding.score import keys_of
 from unet.hnet import read_layout
 from unet.layers import Linear
-from unet.likelihood import next_byte_log_lik, plain_layout
+from unet.likelihood import next_logprobs, plain_layout
 from unet.losses import Reward
 from unet.mamba import Mamba2
-from unet.reading import keys_of
 
 SMALL = HNetConfig(
     layout='["m1", ["T1m1", ["T1"], "t1"], "m1"]',
@@ -84,22 +86,22 @@ def test_every_estimator_works_inside_another(inner):
     bytes = text_bytes(3, LENGTH, seed=4)
     output = losses(model, bytes, key=jax.random.key(0), capacities=(20, 12))
     assert np.isfinite(output.loss)
-    assert 0 < float(output.metrics[1]["rate"]) <= 1
+    assert 0 < float(output.metrics["level1_rate"]) <= 1
 
 
 @pytest.mark.parametrize("inner", ["sfe", "hnet", "gumbel", "spacelike"])
-def test_levels_inside_step_as_they_read(inner):
+def test_levels_inside_decode_in_pieces(inner):
     model = nested("sfe" if inner == "hnet" else "hnet", inner)
-    check_row_by_row(model, (1, 9, LENGTH - 1), jax.random.split(jax.random.key(8), 3))
+    check_in_pieces(model, (1, 9, LENGTH - 1), jax.random.split(jax.random.key(8), 3))
 
 
 def test_what_is_written_says_which_levels_closed_a_token():
     model, keys = nested("sfe"), keys_of(jax.random.key(5), 2)
     written = generate(model, ["a man", ""], max_bytes=20, key=keys, chunk=8, endless=True)
     check_against_the_whole(model, written, keys)
-    assert {0, 1, 2} == set(written.texts[1].piece.closed_levels)
+    assert {0, 1, 2} == set(written.texts[1].piece.boundary_depth)
     (scored,) = score(model, [written.texts[1].piece.bytes], key=keys[1:], batch=1)
-    np.testing.assert_array_equal(scored.closed_levels, written.texts[1].piece.closed_levels)
+    np.testing.assert_array_equal(scored.boundary_depth, written.texts[1].piece.boundary_depth)
 
 
 def test_rows_see_nothing_after_them_and_documents_nothing_of_each_other():
@@ -121,7 +123,7 @@ def two_policies(reductions=(), policy_weight=1.0):
     def policy(seed):
         made = ScoreFunction(
             8,
-            chunker=SelectDistribute(),
+            chunker=Chunker(Select(), Distribute()),
             target_rate=0.4,
             reductions=reductions,
             window=1,
@@ -166,7 +168,7 @@ def test_the_expected_gradient_of_both_policies_is_that_of_the_expected_likeliho
     def expected(weights):
         def one(outer, inner):
             _, prediction = at(weights, outer, inner)
-            total = jnp.sum(next_byte_log_lik(prediction.logits, bytes))
+            total = jnp.sum(next_logprobs(prediction.logits, bytes))
             return jnp.where(counted(outer, inner), jnp.exp(log_prob(prediction.levels)), 0.0) * total
 
         return jnp.sum(jax.vmap(lambda a: jax.vmap(lambda b: one(a, b))(inner))(outer))
@@ -175,7 +177,7 @@ def test_the_expected_gradient_of_both_policies_is_that_of_the_expected_likeliho
         def one(outer, inner):
             moved, prediction = at(weights, outer, inner)
             found = moved.losses(prediction, layout)
-            loss = found.metrics[0]["policy_loss"] + found.metrics[1]["policy_loss"]
+            loss = found.metrics["policy_loss"] + found.metrics["level1_policy_loss"]
             chance = jax.lax.stop_gradient(jnp.exp(log_prob(prediction.levels)))
             return jnp.where(counted(outer, inner), chance, 0.0) * loss
 
@@ -195,9 +197,9 @@ def test_a_chunk_is_rewarded_with_the_predictions_made_while_it_is_the_last():
     level = predict(model, bytes, actions=(actions,)).levels[0]
     values = jnp.arange(16, dtype=jnp.float32).reshape(2, 8)
     inside = Reward(values, None, jnp.ones((2, 8), jnp.int32)).inside(level, 8)
-    np.testing.assert_array_equal(inside.log_lik[0, :4], [0 + 1, 2 + 3 + 4, 5 + 6 + 7, 0])
+    np.testing.assert_array_equal(inside.log_prob[0, :4], [0 + 1, 2 + 3 + 4, 5 + 6 + 7, 0])
     np.testing.assert_array_equal(inside.scored, [[2, 3, 3, 0, 0, 0, 0, 0], [1, 6, 1, 0, 0, 0, 0, 0]])
-    np.testing.assert_allclose(inside.log_lik.sum(axis=1), values.sum(axis=1))
+    np.testing.assert_allclose(inside.log_prob.sum(axis=1), values.sum(axis=1))
 
 
 def test_the_early_head_learns_from_one_level_only():
@@ -207,17 +209,12 @@ def test_the_early_head_learns_from_one_level_only():
     def gradient(model):
         return jax.jit(jax.grad(lambda m: m.loss(bytes, key=jax.random.key(0)).loss))(model).early_head.weight
 
-    silent = Estimator(WindowedPolicy(8, window=1, target_rate=0.4), SelectDistribute(), NoObjective())
+    silent = Estimator(WindowedPolicy(8, window=1, target_rate=0.4), Chunker(Select(), Distribute()), NoObjective())
     alone = eqx.tree_at(lambda m: m.stage.inner.estimator, both, silent)
     np.testing.assert_allclose(gradient(both), gradient(alone), rtol=1e-5, atol=1e-8)
     assert np.any(gradient(both) != 0)
     inside = eqx.tree_at(lambda m: m.stage.estimator, both, silent)
     assert np.any(gradient(inside) != 0)
-
-
-def test_groups_are_for_one_level():
-    with pytest.raises(ValueError, match="one level of tokens"):
-        two_policies().loss(text_bytes(2, 8), key=jax.random.key(0), capacities=(4, 2), groups=1)
 
 
 def test_layouts_are_read_as_they_are_published():
@@ -257,7 +254,7 @@ def test_shapes_that_make_no_model_are_refused(changes, message):
 
 
 def test_a_shape_wants_as_many_estimators_as_it_has_levels():
-    with pytest.raises(ValueError, match="2 levels of tokens; got 1"):
+    with pytest.raises(ValueError, match="2 token levels; got 1"):
         UNet(SMALL, two_policies().stage.estimator, key=jax.random.key(0))
 
 
@@ -381,7 +378,7 @@ def test_draws_are_those_of_any_level():
     model = UNet(config.unet, lively(build_estimators(config, jax.random.key(1))), key=jax.random.key(2))
     output = losses(model, text_bytes(2, LENGTH), key=jax.random.key(0), samples=3)
     assert np.isfinite(output.loss)
-    assert float(output.metrics[1]["advantage_rms"]) > 0
+    assert float(output.metrics["level1_advantage_rms"]) > 0
 
 
 def test_a_rule_outside_leaves_the_rewards_inside_as_they_are():
@@ -390,7 +387,7 @@ def test_a_rule_outside_leaves_the_rewards_inside_as_they_are():
     bytes = text_bytes(4, 8)
     policies = predict(model, bytes, key=jax.random.key(0), training=True)
     ruled = eqx.tree_at(lambda p: p.levels[0].boundaries.decided, policies, replace_fn=jnp.zeros_like)
-    one, other = (model.losses(drawn, plain_layout(bytes)).metrics[1]["policy_loss"] for drawn in (policies, ruled))
+    one, other = (model.losses(drawn, plain_layout(bytes)).metrics["level1_policy_loss"] for drawn in (policies, ruled))
     assert float(one) == pytest.approx(float(other), rel=1e-6)
 
 
@@ -406,7 +403,9 @@ def test_stages_learn_at_the_rates_of_equation_11():
     depths = stages_of(params)
     assert depths.embedding == depths.head.weight == depths.stage.encoder.norm.weight == 0
     assert depths.stage.estimator.router.router.query == 0
-    assert depths.stage.inner.decoder.norm.weight == depths.stage.inner.estimator.chunker.projection.weight == 1
+    assert (
+        depths.stage.inner.decoder.norm.weight == depths.stage.inner.estimator.chunker.upsampler.projection.weight == 1
+    )
     assert depths.stage.inner.inner.padding == depths.stage.inner.inner.stage.stack.norm.weight == 2
     optimizer = make_optimizer(config, multipliers(config, params))
     ones = jax.tree.map(jnp.ones_like, params)
@@ -477,7 +476,7 @@ def test_training_goes_on_from_weights_of_any_layout(tmp_path):
     assert initial_weights(str(tmp_path), fresh).output_head.weight.dtype == jnp.float32
     with pytest.raises(ConfigError, match="a model of other parts than this run's"):
         initial_weights(str(tmp_path), small_model())
-    with pytest.raises(LoadError, match="is no file"):
+    with pytest.raises(LoadError, match="is not a file"):
         initial_weights(str(tmp_path / "none.pt"), fresh)
 
 

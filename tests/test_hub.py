@@ -80,7 +80,7 @@ def test_the_cache_stays_within_its_bound_by_dropping_the_oldest(server, tmp_pat
 
 
 def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):
-    with pytest.raises(DataError, match=r"more than the cache may hold: raise --data\.cache-gib"):
+    with pytest.raises(DataError, match=r"more than the cache may hold; raise --data\.cache-gib"):
         read_all(source_at(server, tmp_path, cache_bytes=10))
 
 
@@ -219,14 +219,15 @@ def test_a_validation_or_test_split_never_trains_and_is_the_held_out_text(tmp_pa
         batches.close()
         assert {b"train 0 %d " % number for number in range(30)} <= set(re.findall(rb"train 0 [0-9]+ ", trained))
         assert not any(word in trained for word in (b"validation", b"test", b"dev"))
-        note = "1 file(s) of hub:someone/text/data named as a held-out split (data/validation-0.jsonl …) never train"
+        note = "1 file(s) of hub:someone/text/data named as a held-out split (data/validation-0.jsonl …) are the held-out text"
         assert split.notes[0].startswith(note)
         assert "1 of its test split (data/test-0.jsonl …) are not read" in split.notes[0]
         other = loaded(source_called(f"hub:{REPOSITORY}/other", server, tmp_path))
         assert [shard.name for shard in other.source.shards()] == ["other/more.jsonl"]
         assert b"dev" in text_of(other.held_out_rows(2000))
         with pytest.raises(
-            DataError, match=r"named as a test or validation split \(held/test.jsonl …\), which never trains"
+            DataError,
+            match=r"named as a test or validation split \(held/test.jsonl …\), which is never used for training",
         ):
             loaded(source_called(f"hub:{REPOSITORY}/held", server, tmp_path))
         with pytest.raises(DataError, match="it has no such folder or file"):

@@ -10,7 +10,7 @@ import pytest
 from estimators import DynamicChunking
 from experiments.config.presets import PRESETS
 from experiments.config.registry import build_estimators
-from unet import HNetConfig, Projection, SelectSmooth, UNet, to_reference
+from unet import Chunker, HNetConfig, Projection, Select, Smooth, UNet, to_reference
 
 SHAPE = HNetConfig(
     layout='["m1", ["T1m1", ["M1"], "t1"], "m1"]',
@@ -69,7 +69,7 @@ def check(name, value):
 
 def test_every_parameter_starts_as_in_the_released_program():
     keys = jax.random.split(jax.random.key(0), 3)
-    estimators = [DynamicChunking(128, chunker=SelectSmooth(Projection(128, key=key))) for key in keys[1:]]
+    estimators = [DynamicChunking(128, chunker=Chunker(Select(), Smooth(Projection(128, key=key)))) for key in keys[1:]]
     model = UNet(SHAPE, estimators, key=keys[0])
     params = to_reference(model)
     for name, value in params.items():
@@ -81,7 +81,9 @@ def test_every_parameter_starts_as_in_the_released_program():
 @pytest.mark.parametrize("name", ["hnet-tiny", "hnet-2stage-tiny"])
 def test_runs_draw_the_bias_of_the_residual(name):
     for estimator in build_estimators(PRESETS[name], jax.random.key(1)):
-        assert isinstance(estimator.chunker, SelectSmooth)
-        assert estimator.chunker.projection is not None
-        uniform(estimator.chunker.projection.bias, -0.125, 0.125)
-        assert np.std(estimator.chunker.projection.bias) == pytest.approx(0.125 / math.sqrt(3), rel=0.2)
+        assert isinstance(estimator.chunker, Chunker)
+        assert isinstance(estimator.chunker.upsampler, Smooth)
+        projection = estimator.chunker.upsampler.projection
+        assert projection is not None
+        uniform(projection.bias, -0.125, 0.125)
+        assert np.std(projection.bias) == pytest.approx(0.125 / math.sqrt(3), rel=0.2)

@@ -92,9 +92,9 @@ def test_smoothing_runs_over_any_number_of_tokens(tokens):
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
-@pytest.mark.parametrize("taps", [2, 5])
-def test_the_interpreted_scan_draws_what_xla_draws(taps, cap):
-    q, u = 2.0 * normal(3, 21, taps), jnp.asarray(np.random.default_rng(4).random((3, 21)), jnp.float32)
+@pytest.mark.parametrize("lags", [2, 5])
+def test_the_interpreted_scan_draws_what_xla_draws(lags, cap):
+    q, u = 2.0 * normal(3, 21, lags), jnp.asarray(np.random.default_rng(4).random((3, 21)), jnp.float32)
     starts = jnp.zeros((3, 21), bool).at[:, 0].set(True).at[1, 9].set(True)
     found, wanted = (boundary_scan(q, u, starts, cap, implementation=way) for way in ("interpret", "xla"))
     assert jnp.min(jnp.abs(u - jax.nn.sigmoid(wanted.logits))) > 1e-5

@@ -35,7 +35,7 @@ from experiments.laboratory.results import Flow, Noise, summarise_flows, summari
 from experiments.laboratory.scale import noise
 from experiments.laboratory.subjects import SHAPE, Subject, Tables, TabularRouter
 from tests.test_run import corpus as corpus
-from unet import SelectDistribute, UNet
+from unet import Chunker, Distribute, Select, UNet
 
 TEXTS, DECISIONS = 3, 4
 STRINGS = jnp.asarray([[True, *rest] for rest in itertools.product([False, True], repeat=DECISIONS)])
@@ -54,9 +54,9 @@ def tables():
     count = len(STRINGS)
     noise = jax.random.normal(keys[0], (TEXTS, DECISIONS, count))
     number = jnp.cumsum(jnp.where(STRINGS, 2 ** jnp.arange(DECISIONS + 1), 0), axis=1)
-    log_lik = jnp.stack([noise[:, i][:, number[:, i] % count] for i in range(DECISIONS)], axis=-1)
+    log_prob = jnp.stack([noise[:, i][:, number[:, i] % count] for i in range(DECISIONS)], axis=-1)
     return Tables(
-        log_lik,
+        log_prob,
         jax.random.normal(keys[1], (TEXTS, DECISIONS)),
         jax.random.normal(keys[2], (TEXTS, DECISIONS, 3)),
         jax.random.normal(keys[3], (TEXTS, count, DECISIONS)),
@@ -66,10 +66,10 @@ def tables():
 
 def test_unbiased_estimators_have_the_exact_gradient(logits, tables):
     exact = exact_gradient(logits, tables, STRINGS)
-    returns = credit(tables.log_lik - tables.early_log_lik[:, None], 1.0)
+    returns = credit(tables.log_prob - tables.early_log_prob[:, None], 1.0)
     baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
     for moments in (
-        score_moments(logits, STRINGS, credit(tables.log_lik, 1.0)),
+        score_moments(logits, STRINGS, credit(tables.log_prob, 1.0)),
         score_moments(logits, STRINGS, returns),
         score_moments(logits, STRINGS, returns, baseline=baseline),
         score_moments(logits, STRINGS, returns, centring="leave-one-out"),
@@ -84,7 +84,7 @@ def test_unbiased_estimators_have_the_exact_gradient(logits, tables):
 def by_hand(logits, behaviour, tables, clip):
     """The mean gradient under another policy's draws, summed string by string in plain numpy."""
     policy, other = (1 / (1 + np.exp(-np.asarray(part, np.float64))) for part in (logits, behaviour))
-    rewards = np.asarray(tables.log_lik - tables.early_log_lik[:, None], np.float64)
+    rewards = np.asarray(tables.log_prob - tables.early_log_prob[:, None], np.float64)
     gradient = np.zeros(logits.shape)
     for text in range(TEXTS):
         for number, string in enumerate(np.asarray(STRINGS)[:, 1:]):
@@ -136,7 +136,7 @@ def variance_of(samples):
 
 @pytest.mark.parametrize("centring", ["none", "leave-one-out", "batch"])
 def test_exact_variances_are_those_of_samples(logits, tables, centring):
-    returns = credit(tables.log_lik, 0.9)
+    returns = credit(tables.log_prob, 0.9)
     actions, index = drawn(logits, jax.random.key(2), 40_000)
     chosen = jnp.take_along_axis(returns[None], index[..., None, None], axis=2)[:, :, 0]
     if centring != "none":
@@ -148,7 +148,7 @@ def test_exact_variances_are_those_of_samples(logits, tables, centring):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_variance_of_several_samples_is_that_of_samples(logits, tables, count):
-    returns = credit(tables.log_lik, 1.0)
+    returns = credit(tables.log_prob, 1.0)
     actions, index = drawn(logits, jax.random.key(3), 40_000)
     chosen = jnp.take_along_axis(returns[None], index[..., None, None], axis=2)[:, :, 0]
     score = actions - jax.nn.sigmoid(logits)
@@ -179,7 +179,7 @@ def test_relaxed_moments_are_those_of_samples(logits, tables):
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_gradient_descent_follows_the_mean_of_its_estimator(logits, tables, centred):
-    returns = credit(tables.log_lik, 0.9)
+    returns = credit(tables.log_prob, 0.9)
     baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
     field = SampledScore(returns, baseline, centred)
     samples = jax.vmap(field, (None, 0))(logits, jax.random.split(jax.random.key(6), 40_000))
@@ -221,9 +221,9 @@ def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, table
     pytest.importorskip("diffrax")
     from experiments.laboratory.flow import Pace, descend, follow, judged
 
-    ground = landscape(tables.log_lik, STRINGS)
+    ground = landscape(tables.log_prob, STRINGS)
     keys = jax.random.key(0), jax.random.key(0), jax.random.key(1)
-    field = SampledScore(credit(tables.log_lik, 1.0), jnp.zeros_like(logits), False)
+    field = SampledScore(credit(tables.log_prob, 1.0), jnp.zeros_like(logits), False)
     pace = Pace.of(0.5, 100.0)
     times, (one, again, other) = descend(field, ground, logits, pace, jnp.stack(keys))
     np.testing.assert_array_equal(one, again)
@@ -233,7 +233,7 @@ def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, table
     assert float(times[-1]) == 100.0
     # As small steps along the expectation the same field is the flow of the exact gradient.
     with jax.numpy_dtype_promotion("standard"):
-        _, path = follow(ExpectedScore(credit(tables.log_lik, 1.0), STRINGS), ground, logits, 20.0)
+        _, path = follow(ExpectedScore(credit(tables.log_prob, 1.0), STRINGS), ground, logits, 20.0)
     _, (small,) = descend(Exact(tables, STRINGS), ground, logits, Pace.of(0.02, 20.0), jnp.stack(keys[:1]))
     np.testing.assert_allclose(path[-1], small[-1], rtol=0.02, atol=0.02)
     losses, rate, greedy = judged(Drawn(), ground, path)
@@ -246,13 +246,13 @@ def test_models_share_compiled_programs():
     """Another model of the same shape traces nothing anew: its weights are arguments."""
     traced = []
 
-    class Counting(SelectDistribute):
-        def down(self, hidden, boundaries, *, capacity):
+    class Counting(Chunker):
+        def down(self, hidden, boundaries, **given):
             traced.append(hidden.shape)
-            return super().down(hidden, boundaries, capacity=capacity)
+            return super().down(hidden, boundaries, **given)
 
     def subject(seed):
-        estimator = Estimator(TabularRouter(jnp.zeros((1, 3))), Counting(), NoObjective())
+        estimator = Estimator(TabularRouter(jnp.zeros((1, 3))), Counting(Select(), Distribute()), NoObjective())
         model = UNet(dataclasses.replace(SHAPE, dim=8), estimator, key=jax.random.key(seed))
         return Subject(model, jnp.full((1, 3), 97 + seed))
 

@@ -1,5 +1,6 @@
 """The state-space recurrence: against itself one row after another, against the differential equation, and row by row."""
 
+import dataclasses
 import itertools
 
 import diffrax
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators.base import written
+from estimators.decode_state import update_state
 from tests.conftest import text_bytes
-from unet.attention import Surroundings
+from unet.attention import BlockContext
 from unet.likelihood import plain_layout
 from unet.mamba import Mamba2
 from unet.ops.ssd import ssd, ssd_sequential
@@ -34,7 +35,7 @@ def test_chunks_give_the_values_and_gradients_of_the_recurrence(length, chunk):
 
     def weighed(form, *arrays):
         done = form(*arrays, starts)
-        return jnp.sum(jnp.sin(done.values)) + jnp.sum(jnp.cos(done.state)), done
+        return jnp.sum(jnp.sin(done.y)) + jnp.sum(jnp.cos(done.h)), done
 
     def both(form):
         return jax.jit(jax.value_and_grad(lambda *a: weighed(form, *a), argnums=(0, 1, 2, 3), has_aux=True))
@@ -47,12 +48,12 @@ def test_chunks_give_the_values_and_gradients_of_the_recurrence(length, chunk):
 def test_fast_decay_within_a_chunk_neither_overflows_nor_spoils_gradients():
     values, _, writes, reads, starts = inputs(64)
     decay = jnp.full((2, 64, 3), -40.0)
-    gradient = jax.grad(lambda d: jnp.sum(ssd(values, d, writes, reads, starts).values))(decay)
+    gradient = jax.grad(lambda d: jnp.sum(ssd(values, d, writes, reads, starts).y))(decay)
     assert np.all(np.isfinite(gradient))
 
 
 def test_a_chunk_of_no_rows_is_refused():
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="at least one position"):
         ssd(*inputs(4), chunk=0)
 
 
@@ -76,7 +77,7 @@ def test_steps_approach_the_differential_equation_at_first_order():
         dt = seconds / steps
         rows = jnp.broadcast_to(dt * value, (1, steps, 1, 2)), jnp.full((1, steps, 1), dt * rate)
         vectors = (jnp.broadcast_to(write, (1, steps, 3)),) * 2
-        state = ssd(*rows, *vectors, jnp.zeros((1, steps), bool), chunk=4).state[0, 0]
+        state = ssd(*rows, *vectors, jnp.zeros((1, steps), bool), chunk=4).h[0, 0]
         errors.append(float(jnp.max(jnp.abs(state - exact))))
     assert errors[-1] < 0.03 * float(jnp.max(jnp.abs(exact)))
     for coarse, fine in itertools.pairwise(errors):
@@ -92,8 +93,15 @@ def test_between_inputs_the_state_fades_as_the_differential_equation_says():
     for number in range(4):
         state = jax.jit(solution)(rate, jnp.zeros(3), jnp.zeros(2), float(steps[number]), state)
         state = state + values[number][:, None] * writes[number]
-    got = ssd(values[None, :, None], (steps * rate)[None, :, None], writes[None], writes[None], jnp.zeros((1, 4), bool))
-    np.testing.assert_allclose(got.state[0, 0], state, rtol=1e-4, atol=1e-5)
+    got = ssd(
+        values[None, :, None],
+        (steps * rate)[None, :, None],
+        writes[None],
+        writes[None],
+        jnp.zeros((1, 4), bool),
+        jnp.zeros((1, 1, 2, 3)),
+    )
+    np.testing.assert_allclose(got.h[0, 0], state, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +110,7 @@ def layer():
 
 
 def mixed(layer, x, layout):
-    return jax.jit(lambda x: layer.prefill(x, Surroundings(layout, None, None)))(x)
+    return jax.jit(lambda x: layer(x, BlockContext(layout, None, None), layer.init_state(len(x))))(x)
 
 
 def test_a_layer_steps_as_it_reads_sequences_of_all_lengths(layer):
@@ -112,13 +120,18 @@ def test_a_layer_steps_as_it_reads_sequences_of_all_lengths(layer):
     mask = jnp.arange(length) < lengths[:, None]
     ready = mixed(layer, x, plain_layout(text_bytes(4, length), None, mask))
     np.testing.assert_allclose(ready.hidden[mask], whole[mask], **CLOSE)
-    memory, done = ready.memory, np.asarray(lengths)
-    step = jax.jit(lambda x, memory: layer.step(x, Surroundings(plain_layout(text_bytes(4, 1)), None, None), memory))
+    state, done = update_state(layer.init_state(4), ready.update, lengths), np.asarray(lengths)
+
+    @jax.jit
+    def step(x, state, count):
+        layout = dataclasses.replace(plain_layout(text_bytes(4, 1)), before=count)
+        return layer(x, BlockContext(layout, None, None), state)
+
     while (done < length).any():
         here, advance = np.minimum(done, length - 1), done < length
-        after = step(x[np.arange(4), here][:, None], memory)
+        after = step(x[np.arange(4), here][:, None], state, jnp.asarray(done, jnp.int32))
         np.testing.assert_allclose(after.hidden[advance, 0], whole[np.arange(4), here][advance], **CLOSE)
-        memory = written(memory, after.memory, jnp.asarray(advance))
+        state = update_state(state, after.update, jnp.asarray(advance, jnp.int32))
         done = done + advance
 
 
@@ -144,13 +157,13 @@ def test_the_recurrence_is_float32_whatever_the_layer_reads(layer):
     layout = plain_layout(text_bytes(2, 9))
     low = mixed(layer, x.astype(jnp.bfloat16), layout)
     assert low.hidden.dtype == jnp.bfloat16
-    assert low.memory.state.dtype == jnp.float32
+    assert low.update.ssm.dtype == jnp.float32
     np.testing.assert_allclose(low.hidden.astype(jnp.float32), mixed(layer, x, layout).hidden, rtol=0.1, atol=0.02)
 
 
 def test_steps_and_rates_start_as_published():
     layer = eqx.filter_jit(Mamba2)(256, key=jax.random.key(2))
-    steps, rates = jax.nn.softplus(layer.step_bias), jnp.exp(layer.log_rate)
+    steps, rates = jax.nn.softplus(layer.dt_bias), jnp.exp(layer.A_log)
     assert jnp.all((steps > 9e-4) & (steps < 0.11))
     assert jnp.all((rates >= 1.0) & (rates <= 16.0))
     with pytest.raises(ValueError, match="multiple of 64"):

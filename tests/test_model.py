@@ -11,11 +11,11 @@ import pytest
 from experiments.config.presets import PRESETS
 from experiments.config.registry import build_estimator
 from tests.conftest import small_model, small_score_function, text_bytes
-from unet import SelectDeviate, SelectDistribute, UNet, UNetConfig, next_byte_log_lik
+from unet import Chunker, Deviation, Distribute, Select, UNet, UNetConfig, next_logprobs
 from unet.attention import Visibility, attend
+from unet.hierarchy import Flat, Hierarchy
 from unet.likelihood import plain_layout
-from unet.losses import Prediction, early_log_lik
-from unet.stage import Flat, Hierarchy
+from unet.losses import Prediction, early_log_prob
 
 
 @eqx.filter_jit
@@ -90,7 +90,7 @@ def test_attention_needs_memory_in_proportion_to_length(window):
 
 def test_log_likelihoods_are_those_of_the_next_byte():
     logits, bytes = jax.random.normal(jax.random.key(0), (2, 6, 256)), text_bytes(2, 6)
-    got = next_byte_log_lik(logits, bytes)
+    got = next_logprobs(logits, bytes)
     expected = jax.nn.log_softmax(logits)[jnp.arange(2)[:, None], jnp.arange(5)[None, :], bytes[:, 1:]]
     np.testing.assert_allclose(got[:, :-1], expected, rtol=1e-5)
     assert not jnp.any(got[:, -1])
@@ -102,9 +102,9 @@ def test_an_early_head_on_some_rows_has_their_mean_at_the_others():
     logits = jax.random.normal(jax.random.key(0), (2, 6, 256))
     everywhere = Prediction(logits, logits, ())
     somewhere = Prediction(logits, logits[:, rows], (), rows)
-    full = next_byte_log_lik(logits, bytes)
-    np.testing.assert_array_equal(early_log_lik(everywhere, layout), full)
-    got = early_log_lik(somewhere, layout)
+    full = next_logprobs(logits, bytes)
+    np.testing.assert_array_equal(early_log_prob(everywhere, layout), full)
+    got = early_log_prob(somewhere, layout)
     assert got is not None
     # Row 5 is the last, which predicts nothing.
     mean = jnp.mean(full[:, jnp.asarray([4, 1])])
@@ -117,26 +117,27 @@ def test_the_share_of_the_early_head_changes_neither_what_it_learns_on_average_n
     config = UNetConfig(16, 2, 1, 1, 1, window=4)
     key = jax.random.key(0)
     models = [
-        UNet(dataclasses.replace(config, early_share=share), small_score_function(), key=key) for share in (1.0, 0.5)
+        UNet(dataclasses.replace(config, early_exit_fraction=share), small_score_function(), key=key)
+        for share in (1.0, 0.5)
     ]
 
     @eqx.filter_jit
     def early_gradient(model, key):
         def early(head):
             output = eqx.tree_at(lambda model: model.early_head, model, head).loss(text_bytes(2, 16), key=key)
-            return output.early_log_lik, output.log_lik
+            return output.early_log_prob, output.log_prob
 
         return eqx.filter_grad(early, has_aux=True)(model.early_head)
 
-    whole, log_lik = early_gradient(models[0], jax.random.key(1))
+    whole, log_prob = early_gradient(models[0], jax.random.key(1))
     parts = [early_gradient(models[1], jax.random.key(seed)) for seed in range(1, 161)]
-    np.testing.assert_array_equal(log_lik, parts[0][1])
+    np.testing.assert_array_equal(log_prob, parts[0][1])
     mean = jnp.mean(jnp.stack([gradient.weight for gradient, _ in parts]), axis=0)
     distance = jnp.linalg.norm(mean - whole.weight) / jnp.linalg.norm(whole.weight)
     one = jnp.linalg.norm(parts[0][0].weight - whole.weight) / jnp.linalg.norm(whole.weight)
     assert distance < 0.15 < one
-    with pytest.raises(ValueError, match="early_share"):
-        dataclasses.replace(config, early_share=0.0)
+    with pytest.raises(ValueError, match="early_exit_fraction"):
+        dataclasses.replace(config, early_exit_fraction=0.0)
 
 
 SIZES = {"18M": 18, "32M": 32, "73M": 73, "90M": 90, "130M": 130, "147M": 147}
@@ -203,8 +204,8 @@ def test_rematerialised_blocks_give_the_same_gradients():
 
 def test_the_deviation_chunker_adds_only_what_the_token_level_changed():
     estimators = [small_score_function() for _ in range(2)]
-    estimators[1] = eqx.tree_at(lambda e: e.chunker, estimators[1], SelectDeviate())
-    assert isinstance(estimators[0].chunker, SelectDistribute)
+    estimators[1] = eqx.tree_at(lambda e: e.chunker, estimators[1], Chunker(Select(), Deviation()))
+    assert estimators[0].chunker == Chunker(Select(), Distribute())
     plain, deviating = (small_model(estimator, main_layers=0) for estimator in estimators)
     bytes, everywhere = text_bytes(1, 8), (jnp.ones((1, 8), bool),)
     assert not np.allclose(forward(plain, bytes, everywhere).logits, forward(deviating, bytes, everywhere).logits)
@@ -226,7 +227,7 @@ def test_token_rows_take_the_byte_position_or_their_own_number():
         hidden = model.embed(layout)
         rows = model.stage.estimator.chunker.down(
             hidden, forward(model, bytes, (actions,)).levels[0].boundaries, capacity=3
-        )
+        ).tokens
         seen.append(model.stage.token_layout(rows, layout).positions[0].tolist())
     assert seen == [[0, 3, 6], [0, 1, 2]]
 

@@ -33,11 +33,11 @@ def test_the_longest_and_largest_do_not_overflow():
 
 def test_ngrams_begin_anew_with_every_document_and_look_back_only():
     ngrams = HashedNgrams(4, (3, 5), 50, functions=2, key=jax.random.key(0))
-    bytes, numbers = text_bytes(1, 9), jnp.asarray([[0, 1, 2, 3, 4, 5, 0, 1, 2]])
-    got = eqx.filter_jit(ngrams)(bytes, numbers)
+    bytes, document_positions = text_bytes(1, 9), jnp.asarray([[0, 1, 2, 3, 4, 5, 0, 1, 2]])
+    got = eqx.filter_jit(ngrams)(bytes, document_positions)
     tables = dict(zip([(f, n) for f in range(2) for n in (3, 5)], ngrams.tables, strict=True))
     for row in range(9):
-        first = row - int(numbers[0, row])
+        first = row - int(document_positions[0, row])
         expected = jnp.zeros(4)
         for (function, size), table in tables.items():
             ids = [int(bytes[0, at]) + 4 if at >= first else 0 for at in range(row - size + 1, row + 1)]
@@ -71,7 +71,7 @@ def test_ngrams_that_make_no_sense_are_refused(sizes, buckets, functions, offset
 
 
 def test_shapes_with_such_ngrams_are_refused():
-    with pytest.raises(ValueError, match="ngrams have two bytes"):
+    with pytest.raises(ValueError, match="ngrams must have two bytes"):
         UNetConfig(16, 2, 1, 1, 1, ngrams=(70,))
-    with pytest.raises(ValueError, match="ngram_functions lies between"):
+    with pytest.raises(ValueError, match="ngram_functions must lie between"):
         UNetConfig(16, 2, 1, 1, 1, ngrams=(3,), ngram_functions=0)

@@ -152,14 +152,14 @@ def test_what_can_be_configured_is_unbiased(two, centring):
 
 def test_samples_are_compared_within_their_sequence_only():
     rng = np.random.default_rng(1)
-    signal = jax.tree.map(lambda leaf: leaf[93], world(1, samples=2).signals)
+    inputs = jax.tree.map(lambda leaf: leaf[93], world(1, samples=2).signals)
     actions = jnp.asarray(rng.random((6, 5)) < 0.4).at[:, 0].set(True)
     behaviour = jnp.asarray(-rng.exponential(size=(6, 5)), jnp.float32)
-    rows = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 3), signal)
+    rows = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 3), inputs)
     rows = dataclasses.replace(
         rows,
         boundaries=dataclasses.replace(rows.boundaries, actions=actions, behaviour_log_prob=behaviour),
-        log_lik=jnp.where(rows.mask, jnp.asarray(rng.normal(size=(6, 5)), jnp.float32), 0.0),
+        log_prob=jnp.where(rows.mask, jnp.asarray(rng.normal(size=(6, 5)), jnp.float32), 0.0),
     )
 
     def advantages(names, seen):
@@ -177,8 +177,8 @@ def test_a_critic_learns_the_return_that_the_policy_itself_would_expect(two, ste
     """Its expected gradient under the behaviour's draws is that under the policy's own."""
 
     def gradients(names, signals):
-        def loss(moved, signal):
-            return ScoreFunctionObjective((*chain(names[:-1]), moved), BEHAVIOUR).credit(signal).loss
+        def loss(moved, inputs):
+            return ScoreFunctionObjective((*chain(names[:-1]), moved), BEHAVIOUR).credit(inputs).loss
 
         return eqx.filter_vmap(eqx.filter_grad(loss), in_axes=(None, 0))(STEPS[step], signals)
 
@@ -193,24 +193,24 @@ def test_a_critic_learns_the_return_that_the_policy_itself_would_expect(two, ste
 
 def test_a_behaviour_that_is_the_policy_changes_nothing(two):
     """Weights of 1, whatever the chain: today's advantages and losses."""
-    signal = jax.tree.map(lambda leaf: leaf[37], two.signals)
-    own = eq.action_log_prob(signal.boundaries.logits, signal.boundaries.actions)
-    signal = dataclasses.replace(signal, boundaries=dataclasses.replace(signal.boundaries, behaviour_log_prob=own))
+    inputs = jax.tree.map(lambda leaf: leaf[37], two.signals)
+    own = eq.action_log_prob(inputs.boundaries.logits, inputs.boundaries.actions)
+    inputs = dataclasses.replace(inputs, boundaries=dataclasses.replace(inputs.boundaries, behaviour_log_prob=own))
     for names in [("discount", "critic", "batch"), ("gae(.5)", "leave-one-out"), ("early", "leave-one-out", "critic")]:
         plain = ScoreFunctionObjective(chain(names), BEHAVIOUR)
         weighted = ScoreFunctionObjective(chain(("weight", *names)), BEHAVIOUR)
-        np.testing.assert_allclose(weighted.advantages(signal), plain.advantages(signal), rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(weighted(signal).loss, plain(signal).loss, rtol=1e-5)
+        np.testing.assert_allclose(weighted.advantages(inputs), plain.advantages(inputs), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(weighted(inputs).loss, plain(inputs).loss, rtol=1e-5)
 
 
 def test_clipped_weights_are_the_same_wherever_they_are_used(two):
     """In rewards and in baselines; and whatever the bound, it biases."""
-    signal = jax.tree.map(lambda leaf: leaf[93], two.signals)
+    inputs = jax.tree.map(lambda leaf: leaf[93], two.signals)
 
     def advantages(*steps):
-        return np.asarray(ScoreFunctionObjective(steps, BEHAVIOUR).advantages(signal))
+        return np.asarray(ScoreFunctionObjective(steps, BEHAVIOUR).advantages(inputs))
 
-    boundaries = signal.boundaries
+    boundaries = inputs.boundaries
     weights = np.minimum(
         eq.importance_weights(
             boundaries.logits,
@@ -225,9 +225,9 @@ def test_clipped_weights_are_the_same_wherever_they_are_used(two):
     assert np.any(weights[:, 1:] < 1.5)
     clip, critic = ImportanceWeight(1.5), STEPS["critic"]
     returns = advantages(clip, Discount(DISCOUNT))
-    rewards = jnp.asarray(weights) * signal.log_lik
-    np.testing.assert_allclose(returns, eq.discounted_returns(rewards, DISCOUNT, signal.continues), rtol=1e-5)
-    valued = returns - weights * np.asarray(critic.values(signal))
+    rewards = jnp.asarray(weights) * inputs.log_prob
+    np.testing.assert_allclose(returns, eq.discounted_returns(rewards, DISCOUNT, inputs.continues), rtol=1e-5)
+    valued = returns - weights * np.asarray(critic.values(inputs))
     np.testing.assert_allclose(advantages(clip, Discount(DISCOUNT), critic), valued, rtol=1e-4, atol=1e-5)
     centred = (returns - weights * (returns / weights)[::-1])[:, :-1]
     found = advantages(clip, Discount(DISCOUNT), BatchCentre(leave_one_out=True))[:, :-1]
@@ -240,12 +240,12 @@ def test_clipped_weights_are_the_same_wherever_they_are_used(two):
 
 def test_where_the_critic_is_right_about_all_that_follows_nothing_is_left_of_any_weight(two):
     """Rewards that no action changes, and a critic that knows them: generalised advantages are 0, clipped or not."""
-    signal = jax.tree.map(lambda leaf: leaf[93], two.signals)
+    inputs = jax.tree.map(lambda leaf: leaf[93], two.signals)
     # v_i = w·x_i with rewards made to fit: r_i = v_i - γ v_{i+1}.
     gae = STEPS["gae(1)"]
-    values = gae.critic.values(signal)
-    after = jnp.where(signal.continues, jnp.roll(values, -1, axis=1), 0.0)
-    fitting = dataclasses.replace(signal, log_lik=jnp.where(signal.mask, values - DISCOUNT * after, 0.0))
+    values = gae.critic.values(inputs)
+    after = jnp.where(inputs.continues, jnp.roll(values, -1, axis=1), 0.0)
+    fitting = dataclasses.replace(inputs, log_prob=jnp.where(inputs.mask, values - DISCOUNT * after, 0.0))
     for clip in (None, 1.0):
         found = ScoreFunctionObjective((ImportanceWeight(clip), gae), BEHAVIOUR).advantages(fitting)
         np.testing.assert_allclose(found, 0.0, atol=1e-4)
@@ -284,7 +284,7 @@ def test_weights_that_have_vanished_leave_the_critic_finite():
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        (("weight", "early", "weight"), "ImportanceWeight stands there twice"),
+        (("weight", "early", "weight"), "ImportanceWeight is listed twice"),
         (("weight", "batch", "leave-one-out"), "BatchCentre after BatchCentre"),
         (("leave-one-out", "critic", "batch"), "BatchCentre after BatchCentre"),
     ],
@@ -295,7 +295,7 @@ def test_what_would_count_twice_is_refused(two, names, sentence):
 
 
 def test_centring_samples_after_the_batch_is_refused():
-    signal = jax.tree.map(lambda leaf: leaf[0], world(1, samples=2).signals)
+    inputs = jax.tree.map(lambda leaf: leaf[0], world(1, samples=2).signals)
     for names in itertools.permutations(["samples", "batch"]):
         with pytest.raises(ValueError, match=r"Centre after .*leave one of the two out"):
-            ScoreFunctionObjective(chain(names), BEHAVIOUR).advantages(signal)
+            ScoreFunctionObjective(chain(names), BEHAVIOUR).advantages(inputs)

@@ -13,21 +13,21 @@ from experiments.config.errors import ConfigError
 from experiments.config.sections import PoolConfig
 from tests.compositions import LENGTH, config_of, lively, registered
 from tests.conftest import losses, predict, small_score_function, text_bytes
-from tests.test_stepping import KEYS, check_row_by_row
+from tests.test_decoding import KEYS, check_in_pieces
 from unet import (
-    Average,
-    CrossAttention,
+    AttentionPool,
+    AveragePool,
+    Chunker,
     HNetConfig,
-    Largest,
-    Pooled,
-    SelectAttend,
-    SelectDistribute,
+    LeaveToDecoder,
+    MaxPool,
+    Select,
     UNet,
     UNetConfig,
     WithBoundary,
 )
 from unet.blocks import Attending, Stack, attending, transformer
-from unet.cross import tokens_seen
+from unet.cross import visible_tokens
 from unet.likelihood import plain_layout
 from unet.ops import token_of
 
@@ -54,9 +54,9 @@ def by_hand(pool, rows):
     """What a pool makes of the rows of one group."""
     if isinstance(pool, WithBoundary):
         return by_hand(pool.pool, rows) + rows[-1]
-    if isinstance(pool, Largest):
+    if isinstance(pool, MaxPool):
         return rows.max(axis=0)
-    if isinstance(pool, Average):
+    if isinstance(pool, AveragePool):
         return rows.mean(axis=0)
     queries = pool.unfold(rows.max(axis=0)).reshape(-1, DIM)
     return jnp.concatenate([crossed(pool.cross, query, rows) for query in queries])
@@ -76,15 +76,15 @@ def crossed(cross, x, rows):
 
 
 # Norms that do something.
-SINGLE, WIDE = (lively(CrossAttention(DIM, 2, vectors=n, key=jax.random.key(5))) for n in (1, 3))
-POOLS = [Largest(), Average(), WIDE, WithBoundary(Largest()), WithBoundary(SINGLE)]
+SINGLE, WIDE = (lively(AttentionPool(DIM, 2, vectors=n, key=jax.random.key(5))) for n in (1, 3))
+POOLS = [MaxPool(), AveragePool(), WIDE, WithBoundary(MaxPool()), WithBoundary(SINGLE)]
 NAMES = ["max", "mean", "attention", "max+last", "attention+last"]
 
 
 @pytest.mark.parametrize("pool", POOLS, ids=NAMES)
 @pytest.mark.parametrize("capacity", [3, 6])
 def test_tokens_are_made_of_the_rows_that_their_boundary_closes(hidden, pool, capacity):
-    rows = jax.jit(lambda h: Pooled(pool, SelectDistribute()).down(h, boundaries(), capacity=capacity))(hidden)
+    rows = jax.jit(lambda h: pool(h, boundaries(), capacity=capacity).tokens)(hidden)
     for sequence, groups in enumerate(GROUPS):
         assert int(rows.lengths[sequence]) == min(len(groups), capacity)
         for token, group in enumerate(groups[:capacity]):
@@ -96,11 +96,11 @@ def test_tokens_are_made_of_the_rows_that_their_boundary_closes(hidden, pool, ca
 @pytest.mark.parametrize("pool", POOLS[:3], ids=["max", "mean", "attention"])
 def test_gradients_reach_the_rows_of_the_group_alone(hidden, pool):
     def token(h):
-        return jnp.sum(Pooled(pool, SelectDistribute()).down(h, boundaries(), capacity=6).values[0, 1] ** 2)
+        return jnp.sum(pool(h, boundaries(), capacity=6).tokens.values[0, 1] ** 2)
 
     gradient = jax.jit(jax.grad(token))(hidden)
     assert np.all(np.isfinite(gradient))
-    assert np.all(np.any(gradient[0, 1:4] != 0, axis=-1) | (isinstance(pool, Largest)))
+    assert np.all(np.any(gradient[0, 1:4] != 0, axis=-1) | (isinstance(pool, MaxPool)))
     moved = np.ones((3, 10), bool)
     moved[0, 1:4] = False
     np.testing.assert_array_equal(gradient[moved], 0.0)
@@ -114,10 +114,7 @@ def test_gradients_are_those_of_each_group_by_itself(hidden, pool, capacity, siz
     weights = jax.random.normal(jax.random.key(3), (3, 6, 3 * DIM if pool is WIDE else DIM))
 
     def found(pool, hidden):
-        return jnp.sum(
-            weights[:, :capacity]
-            * Pooled(pool, SelectDistribute()).down(hidden, boundaries(), capacity=capacity).values
-        )
+        return jnp.sum(weights[:, :capacity] * pool(hidden, boundaries(), capacity=capacity).tokens.values)
 
     def expected(pool, hidden):
         return sum(
@@ -139,7 +136,7 @@ def test_bytes_attend_to_the_vectors_of_their_token(hidden, which):
     stack = lively(attending(plain, which, dim=DIM, heads=2, vectors=3, key=jax.random.key(4)))
     outputs = jax.random.normal(jax.random.key(2), (3, 6, DIM))
     layout = plain_layout(text_bytes(3, 10), jnp.cumsum(STARTS, axis=1))
-    back = eqx.filter_jit(lambda: stack(hidden, layout, None, tokens_seen(outputs, ACTIONS, 3, None)))()
+    back = eqx.filter_jit(lambda: stack(hidden, layout, None, visible_tokens(outputs, ACTIONS, None)).hidden)()
     assert stack.unfold is not None
     vectors, expected = stack.unfold(outputs).reshape(3, 6, 3, DIM), hidden
     for block in stack.blocks:
@@ -149,7 +146,7 @@ def test_bytes_attend_to_the_vectors_of_their_token(hidden, which):
                 for both in zip(expected, vectors[jnp.arange(3)[:, None], token_of(ACTIONS)], strict=True)
             ]
             expected, block = jnp.asarray(rows), block.block
-        expected = Stack([block], window=4)(expected, layout)
+        expected = Stack([block], window=4)(expected, layout).hidden
     np.testing.assert_allclose(back, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -187,19 +184,11 @@ def chosen(choice):
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_models_with_such_tokens_train_and_step_as_they_read(choice):
+def test_models_with_such_tokens_train_and_decode_in_pieces(choice):
     config = chosen(choice)
     model = registered("sfe", config)
     assert np.isfinite(losses(model, text_bytes(3, LENGTH), key=jax.random.key(0), capacities=(12,)).loss)
-    check_row_by_row(model)
-
-
-def test_folded_tokens_are_seen_by_their_own_bytes():
-    model, bytes = registered("sfe", chosen(CHOICES[-1])), text_bytes(4, LENGTH)
-    apart, folded = (
-        losses(model, bytes, key=jax.random.key(0), capacities=((20,),), groups=groups).loss for groups in (0, 2)
-    )
-    assert float(apart) == pytest.approx(float(folded), rel=1e-5)
+    check_in_pieces(model)
 
 
 def test_decoders_of_any_shape_and_level_attend():
@@ -215,11 +204,15 @@ def test_decoders_of_any_shape_and_level_attend():
     )
     policies = [small_score_function((), dim=32) for _ in range(2)]
     model = lively(
-        UNet(shape, [eqx.tree_at(lambda e: e.chunker, one, SelectAttend()) for one in policies], key=KEYS[0])
+        UNet(
+            shape,
+            [eqx.tree_at(lambda e: e.chunker, one, Chunker(Select(), LeaveToDecoder())) for one in policies],
+            key=KEYS[0],
+        )
     )
     parts = jax.tree.leaves(model, is_leaf=lambda part: isinstance(part, Attending))
     assert sum(isinstance(part, Attending) for part in parts) == 3
-    check_row_by_row(model)
+    check_in_pieces(model)
 
 
 @pytest.mark.parametrize("layout", ['["T1"]', '["T1", ["T1"], "t0"]'])

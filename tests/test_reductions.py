@@ -14,14 +14,14 @@ from estimators import (
     Boundaries,
     Critic,
     Discount,
-    Draw,
     EarlyExit,
     GeneralisedAdvantage,
     ImportanceWeight,
+    ObjectiveInputs,
     OffPolicy,
     SampleCentre,
+    SamplingOptions,
     ScoreFunctionObjective,
-    Signal,
 )
 from estimators import equations as eq
 from tests.conftest import text_bytes
@@ -53,7 +53,7 @@ def toy_signal(batch=3, length=8, samples=1):
     actions = jax.random.bernoulli(keys[1], 0.4, (batch, length)) | layout.starts
     boundaries = Boundaries(actions, logits, jax.nn.sigmoid(logits), ~layout.starts, layout.starts)
     mask = jnp.ones((batch, length), bool).at[:, -1].set(False)
-    return Signal(
+    return ObjectiveInputs(
         boundaries,
         jax.random.normal(keys[2], (batch, length, DIM)),
         jnp.where(mask, jax.random.normal(keys[3], (batch, length)), 0.0),
@@ -72,7 +72,7 @@ def test_a_critic_biases_nothing_whatever_it_expects(model, bytes, outcomes):
 
 def test_a_critic_that_fits_the_returns_lowers_the_variance(model, bytes, outcomes):
     """The best linear critic of this model, by least squares over its own distribution of boundaries."""
-    returns = jax.vmap(lambda s: eq.discounted_returns(s.log_lik, DISCOUNT, s.continues))(outcomes)
+    returns = jax.vmap(lambda s: eq.discounted_returns(s.log_prob, DISCOUNT, s.continues))(outcomes)
     hidden = outcomes.hidden.reshape(-1, DIM)
     features = jnp.concatenate([hidden, jnp.ones((len(hidden), 1))], axis=1)
     solution = jnp.linalg.lstsq(features, returns.reshape(-1))[0]
@@ -83,26 +83,26 @@ def test_a_critic_that_fits_the_returns_lowers_the_variance(model, bytes, outcom
 
 
 def test_the_critic_descends_its_regression_and_touches_nothing_else():
-    signal = toy_signal()
+    inputs = toy_signal()
 
     def loss(critic, hidden):
-        seen = eqx.tree_at(lambda s: s.hidden, signal, hidden)
+        seen = eqx.tree_at(lambda s: s.hidden, inputs, hidden)
         return objective(Discount(DISCOUNT), critic)(seen).loss
 
-    by_critic, by_hidden = eqx.filter_grad(lambda both: loss(*both))((lively_critic(), signal.hidden))
+    by_critic, by_hidden = eqx.filter_grad(lambda both: loss(*both))((lively_critic(), inputs.hidden))
     assert not jnp.any(by_hidden)
-    returns = eq.discounted_returns(signal.log_lik, DISCOUNT, signal.continues)
-    error = jnp.where(signal.mask, lively_critic().values(signal) - returns, 0.0)
-    expected = jnp.einsum("bn,bnd->d", 2 * error, signal.hidden) / float(jnp.sum(signal.mask))
+    returns = eq.discounted_returns(inputs.log_prob, DISCOUNT, inputs.continues)
+    error = jnp.where(inputs.mask, lively_critic().values(inputs) - returns, 0.0)
+    expected = jnp.einsum("bn,bnd->d", 2 * error, inputs.hidden) / float(jnp.sum(inputs.mask))
     np.testing.assert_allclose(by_critic.weight, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_generalised_advantages_are_sums_of_temporal_differences():
-    signal = toy_signal()
+    inputs = toy_signal()
     gae = eqx.tree_at(lambda g: g.critic, GeneralisedAdvantage(DIM, 0.9, 0.6), lively_critic())
-    found = objective(gae).advantages(signal)
-    values = np.asarray(lively_critic().values(signal))
-    rewards = np.asarray(signal.log_lik)
+    found = objective(gae).advantages(inputs)
+    values = np.asarray(lively_critic().values(inputs))
+    rewards = np.asarray(inputs.log_prob)
     for b in range(3):
         for i in range(7):
             expected = 0.0
@@ -113,11 +113,11 @@ def test_generalised_advantages_are_sums_of_temporal_differences():
 
 
 def test_a_decay_of_one_is_a_discount_and_a_critic():
-    signal = toy_signal()
+    inputs = toy_signal()
     gae = eqx.tree_at(lambda g: g.critic, GeneralisedAdvantage(DIM, 0.9, 1.0), lively_critic())
     one, two = objective(gae), objective(Discount(0.9), lively_critic())
-    np.testing.assert_allclose(one.advantages(signal), two.advantages(signal), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(one(signal).loss, two(signal).loss, rtol=1e-5)
+    np.testing.assert_allclose(one.advantages(inputs), two.advantages(inputs), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(one(inputs).loss, two(inputs).loss, rtol=1e-5)
 
 
 def test_generalised_advantages_trade_bias_for_variance(model, bytes, outcomes):
@@ -128,9 +128,9 @@ def test_generalised_advantages_trade_bias_for_variance(model, bytes, outcomes):
 
 
 def test_samples_are_compared_with_the_other_draws_for_their_sequence():
-    signal = toy_signal(batch=6, samples=3)
-    found = objective(Discount(DISCOUNT), SampleCentre()).advantages(signal)
-    returns = np.asarray(eq.discounted_returns(signal.log_lik, DISCOUNT, signal.continues))
+    inputs = toy_signal(batch=6, samples=3)
+    found = objective(Discount(DISCOUNT), SampleCentre()).advantages(inputs)
+    returns = np.asarray(eq.discounted_returns(inputs.log_prob, DISCOUNT, inputs.continues))
     for row in range(6):
         group = 3 * (row // 3)
         others = [other for other in range(group, group + 3) if other != row]
@@ -146,7 +146,7 @@ def test_comparing_samples_biases_nothing(model, bytes, outcomes):
     pairs = [(i, j) for i in range(half) for j in range(half)]
     left, right = (jnp.array([pair[side] for pair in pairs]) for side in (0, 1))
     doubled = jax.tree.map(lambda leaf: jnp.concatenate([leaf[left], leaf[right]], axis=1), first)
-    doubled = jax.vmap(lambda signal: dataclasses.replace(signal, samples=2))(doubled)
+    doubled = jax.vmap(lambda inputs: dataclasses.replace(inputs, samples=2))(doubled)
     repeated = jnp.concatenate([bytes[:1], bytes[:1]])
     plain, noisy = expected_policy_gradient(model, repeated, doubled, objective(Discount(DISCOUNT)))
     centred, quiet = expected_policy_gradient(model, repeated, doubled, objective(Discount(DISCOUNT), SampleCentre()))
@@ -159,28 +159,28 @@ def test_one_sample_is_refused():
         objective(SampleCentre()).advantages(toy_signal())
 
 
-def off_policy(signal, behaviour):
-    log_prob = eq.action_log_prob(behaviour, signal.boundaries.actions)
-    return eqx.tree_at(lambda s: s.boundaries.behaviour_log_prob, signal, log_prob, is_leaf=lambda leaf: leaf is None)
+def off_policy(inputs, behaviour):
+    log_prob = eq.action_log_prob(behaviour, inputs.boundaries.actions)
+    return eqx.tree_at(lambda s: s.boundaries.behaviour_log_prob, inputs, log_prob, is_leaf=lambda leaf: leaf is None)
 
 
 def test_importance_weights_make_other_policies_draws_unbiased(model, bytes, outcomes):
     behaviour = jnp.broadcast_to(jnp.array([0.0, 0.4, -0.5, 0.2]), (BATCH, LENGTH))
     layout = plain_layout(bytes)
-    hidden = model.stage.encoder(model.embed(layout), layout)
+    hidden = model.stage.encoder(model.embed(layout), layout).hidden
     router = policy_of(model)
     seen = jax.vmap(lambda s: off_policy(s, behaviour))(outcomes)
 
     def expected(reduction):
-        def one(signal):
+        def one(inputs):
             def loss(weight):
-                draw = Draw(boundary_scan, actions=signal.boundaries.actions, training=True)
-                scored = eqx.tree_at(lambda r: r.weight, router, weight)(hidden, layout, draw)
-                scored = dataclasses.replace(scored, behaviour_log_prob=signal.boundaries.behaviour_log_prob)
-                changed = eqx.tree_at(lambda s: s.boundaries, signal, scored)
+                options = SamplingOptions(boundary_scan, actions=inputs.boundaries.actions, training=True)
+                scored = eqx.tree_at(lambda r: r.weight, router, weight)(hidden, layout, options)
+                scored = dataclasses.replace(scored, behaviour_log_prob=inputs.boundaries.behaviour_log_prob)
+                changed = eqx.tree_at(lambda s: s.boundaries, inputs, scored)
                 return objective(EarlyExit(), *reduction)(changed).metrics["policy_loss"]
 
-            drawn = jnp.where(signal.boundaries.decided, signal.boundaries.behaviour_log_prob, 0.0)
+            drawn = jnp.where(inputs.boundaries.decided, inputs.boundaries.behaviour_log_prob, 0.0)
             return jnp.exp(jnp.sum(drawn)) * jax.grad(loss)(router.weight)
 
         return jnp.sum(jax.jit(jax.vmap(one))(seen), axis=0)
@@ -205,8 +205,8 @@ def test_an_off_policy_router_draws_from_the_behaviour_only_in_training():
     layout = plain_layout(text_bytes(4, 200))
     hidden = jnp.zeros((4, 200, 3))
     router = OffPolicy(Bernoulli(0.1), Bernoulli(0.6))
-    trained = router(hidden, layout, Draw(boundary_scan, jax.random.key(0), training=True))
-    evaluated = router(hidden, layout, Draw(boundary_scan, jax.random.key(0)))
+    trained = router(hidden, layout, SamplingOptions(boundary_scan, jax.random.key(0), training=True))
+    evaluated = router(hidden, layout, SamplingOptions(boundary_scan, jax.random.key(0)))
     assert 0.55 < float(jnp.mean(trained.actions)) < 0.65
     assert float(jnp.mean(evaluated.actions)) < 0.15
     np.testing.assert_allclose(trained.probs, 0.1, rtol=1e-6)

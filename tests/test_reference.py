@@ -14,13 +14,13 @@ from estimators import equations as eq
 from estimators.base import Layout
 from tests.compositions import LENGTH
 from tests.conftest import losses, predict, small_model, small_score_function
-from tests.test_stepping import check_row_by_row
-from unet import Hierarchy, Projection, SelectSmooth, UNet, from_reference, to_reference
+from tests.test_decoding import check_in_pieces
+from unet import Chunker, Hierarchy, Projection, Select, Smooth, UNet, from_reference, to_reference
 from unet.blocks import Stack
-from unet.likelihood import next_byte_log_lik, plain_layout
-from unet.published import LayoutError, shape_of
-from unet.reference import new_hnet, reference_config
-from unet.stage import Drawing
+from unet.files.hnet_layout import new_hnet, reference_config
+from unet.files.published import LayoutError, shape_of
+from unet.hierarchy import StageSampling
+from unet.likelihood import next_logprobs, plain_layout
 
 VALUES = {"rtol": 1e-5, "atol": 1e-6}
 GRADIENTS = {"rtol": 1e-4, "atol": 1e-7}
@@ -53,17 +53,17 @@ def test_logits_and_boundaries_of_every_stage_are_the_released_ones(released):
 
 
 def test_released_models_step_as_they_read_in_ragged_batches(released):
-    check_row_by_row(released[3], (1, 9, LENGTH - 1), keys=None)
+    check_in_pieces(released[3], (1, 9, LENGTH - 1), keys=None)
 
 
 def test_losses_are_the_released_ones(released):
     z, _, _, model = released
     output = losses(model, jnp.asarray(z["input_ids"]), key=None)
-    assert -float(output.log_lik) == pytest.approx(float(z["loss"]), rel=1e-6)
-    assert float(output.metrics[0]["ratio_loss"]) == pytest.approx(float(z["ratio_loss_N3.0"]), rel=1e-5)
+    assert -float(output.log_prob) == pytest.approx(float(z["loss"]), rel=1e-6)
+    assert float(output.metrics["ratio_loss"]) == pytest.approx(float(z["ratio_loss_N3.0"]), rel=1e-5)
     total = float(z["loss"])
-    for stage, metrics in enumerate(output.metrics):
-        ours = float(metrics["ratio_loss"])
+    for stage in range(len(model.stage.estimators)):
+        ours = float(output.metrics[f"level{stage}_ratio_loss" if stage else "ratio_loss"])
         assert ours == pytest.approx(ratio_of_tokens(z, stage), rel=1e-5)
         total += 0.03 * ours
     assert float(output.loss) == pytest.approx(total, rel=1e-6)
@@ -97,26 +97,26 @@ def released_loss(model, ids, rows):
     """The loss as the released program takes it on a padded batch. At inner stages it fills the rows behind a sequence's last
     token with rows that close none, and counts them in the ratio loss; sequences side by side without padding, as in training,
     have no such rows, and neither has our loss."""
-    layout, drawing = plain_layout(ids), Drawing()
+    layout, sampling = plain_layout(ids), StageSampling()
     outer = model.stage
-    encoded = outer.encoder(model.embed(layout), layout)
-    drawn = outer.route(encoded, layout, drawing)
+    encoded = outer.encoder(model.embed(layout), layout).hidden
+    drawn = outer.boundaries(encoded, layout, sampling)
     order = jnp.argsort(~drawn.actions, axis=1, stable=True)[:, :rows]
     count = jnp.sum(drawn.actions, axis=1)[:, None]
-    tokens = outer.estimator.chunker.down(encoded, drawn, capacity=rows)
+    tokens = outer.estimator.chunker.down(encoded, drawn, capacity=rows).tokens
     number = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), order.shape)
     filled = Layout(layout.bytes[:, :rows], number, jnp.zeros_like(number), jnp.ones(number.shape, bool))
     inner = outer.inner
-    hidden = inner.encoder(jnp.take_along_axis(encoded, order[..., None], axis=1), filled)
-    routed = inner.route(hidden, filled, drawing)
+    hidden = inner.encoder(jnp.take_along_axis(encoded, order[..., None], axis=1), filled).hidden
+    routed = inner.boundaries(hidden, filled, sampling)
     there = jnp.arange(rows) < count
     kept = dataclasses.replace(routed, actions=routed.actions & there)
-    chunks = inner.estimator.chunker.down(hidden, kept, capacity=rows)
-    main = inner.inner(chunks.values, inner.token_layout(chunks, filled), drawing.inner()).hidden
-    back = inner.decoder(inner.estimator.chunker.up(main, chunks, hidden, kept), filled)
-    joined = outer.estimator.chunker.up(back, tokens, encoded, drawn)
-    logits = model.logits(outer.decoder(joined, layout))
-    loss = -jnp.mean(next_byte_log_lik(logits, ids)[:, :-1])
+    chunks = inner.estimator.chunker.down(hidden, kept, capacity=rows).tokens
+    main = inner.inner(chunks.values, inner.token_layout(chunks, filled), sampling.inner()).hidden
+    back = inner.decoder(inner.estimator.chunker.up(main, chunks, hidden, kept).hidden, filled).hidden
+    joined = outer.estimator.chunker.up(back, tokens, encoded, drawn).hidden
+    logits = model.logits(outer.decoder(joined, layout).hidden)
+    loss = -jnp.mean(next_logprobs(logits, ids)[:, :-1])
     first = eq.ratio_loss(drawn.actions, drawn.probs, 3.0)
     return loss + 0.03 * (first + eq.ratio_loss(kept.actions, routed.probs, 3.0))
 
@@ -162,16 +162,16 @@ def test_half_precision_keeps_recurrences_routers_and_residuals_wide(golden):
     ("change", "message"),
     [
         (lambda c, p: p.pop("lm_head.weight"), "1 missing .such as lm_head.weight."),
-        (lambda c, p: p.update(extra=np.zeros(3, np.float32)), "1 that it has no place for .such as extra."),
+        (lambda c, p: p.update(extra=np.zeros(3, np.float32)), "1 unknown .such as extra."),
         (lambda c, p: p.update({"lm_head.weight": np.zeros((3, 64), np.float32)}), r"has shape \[3, 64\]"),
         (lambda c, p: p.update({"lm_head.weight": np.zeros((256, 64), np.int32)}), "is int32"),
         (lambda c, p: c.update(tie_embeddings=True), "tie_embeddings is true, but lm_head"),
-        (lambda c, p: c.update(tie_embeddings="no"), "tie_embeddings is true or false; got 'no'"),
-        (lambda c, p: c["ssm_cfg"].update(d_head=32), "ssm_cfg has d_head, which the released program does not know"),
+        (lambda c, p: c.update(tie_embeddings="no"), "tie_embeddings must be true or false; got 'no'"),
+        (lambda c, p: c["ssm_cfg"].update(d_head=32), "ssm_cfg has d_head, which the released code does not know"),
         (lambda c, p: c["attn_cfg"].update(cap=[5, 5]), "attn_cfg has cap, which the released"),
-        (lambda c, p: c.update(vocab_size=300), "vocab_size is 300"),
+        (lambda c, p: c.update(vocab_size=300), "vocab_size must be 256, .*got 300"),
         (lambda c, p: c.pop("ssm_cfg"), "ssm_cfg.* is missing"),
-        (lambda c, p: c.update(arch_layout=["m2", "T2", "m2"]), "a stage of a layout is a list"),
+        (lambda c, p: c.update(arch_layout=["m2", "T2", "m2"]), "a stage of a layout must be a list"),
         (lambda c, p: c.update(arch_layout=["m2", ["X2"], "m2"]), "letters of mMtT"),
         (lambda c, p: c.update(arch_layout=["m99999999", ["T2"], "m2"]), "at most 4096 layers"),
         (lambda c, p: c["ssm_cfg"].update(d_state=[[16], [16]]), "d_state must be a whole number"),
@@ -195,7 +195,7 @@ def test_configurations_mean_what_the_released_program_makes_of_them(golden):
         assert shape_of({**config, "d_intermediate": given}).mlp_dims == wide
     least = {**config, "ssm_cfg": {}, "attn_cfg": {"num_heads": 4, "rotary_emb_dim": 8, "window_size": -1}}
     shape = shape_of({name: value for name, value in least.items() if name not in ("tie_embeddings", "vocab_size")})
-    assert (shape.state, shape.taps, shape.expand, shape.tie_embeddings) == (128, 4, 2, False)
+    assert (shape.state, shape.conv_width, shape.expand, shape.tie_embeddings) == (128, 4, 2, False)
     assert (shape.heads, shape.rotary_dims, shape.windows) == ((4, 4, 4), (8, 8, 8), (0, 0, 0))
     # Stages without attention may say anything of it, and networks have no layer at all.
     attn = {"num_heads": [0, 4, 4], "rotary_emb_dim": [7, 8, 8], "window_size": [-1, 2, 2]}
@@ -224,7 +224,7 @@ def test_mlps_of_widths_that_the_released_program_has_not_are_filled_with_zeros(
 
 
 def test_models_of_other_parts_have_no_released_layout(golden):
-    with pytest.raises(LayoutError, match="no norm but those that end networks"):
+    with pytest.raises(LayoutError, match="no norm before the head"):
         to_reference(small_model(small_score_function()))
     _, config, _ = read(golden, "hnet_1stage")
     shape = shape_of(config)
@@ -248,7 +248,7 @@ def test_what_the_released_program_would_compute_otherwise_has_no_released_layou
     _, config, _ = read(golden, "hnet_1stage")
     dim = config["d_model"][0]
     settings = {name: value for name, value in change.items() if name in ("smoothing", "weighting")}
-    estimator = DynamicChunking(dim, chunker=SelectSmooth(Projection(dim), **settings), target_rate=0.2)
+    estimator = DynamicChunking(dim, chunker=Chunker(Select(), Smooth(Projection(dim), **settings)), target_rate=0.2)
     if "draws" in change:
         estimator = eqx.tree_at(lambda e: e.router, estimator, CosineRouter(dim))
     shape = dataclasses.replace(shape_of(config), token_positions=change.get("positions", "chunk"))

@@ -329,7 +329,7 @@ def test_a_rule_runs_to_the_end(corpus, tmp_path, estimator):
 
 def test_accumulation_two_devices_and_no_token_level_run_too(corpus, tmp_path):
     extra = ("--optimizer.accumulate", "2", "--devices", "2", "--buckets", "2", "--unet.compute", "bfloat16")
-    extra = (*extra, "--chunker", "deviate", "--unet.early-share", "0.5")
+    extra = (*extra, "--chunker", "deviate", "--unet.early-exit-fraction", "0.5")
     assert start("--dataset", corpus, "--out", tmp_path / "a", *SMALL, *extra) == 0
     flat = ("--estimator", "isotropic", "--isotropic.no-token-level")
     assert start("--dataset", corpus, "--out", tmp_path / "b", *SMALL, *flat) == 0

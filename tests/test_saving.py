@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 from safetensors import safe_open
 
 import unet
-from estimators import AbstractRowRouter, Boundaries, Draw, Layout, RuleRouter
-from estimators.fixed import spacelike, whitespace
+from estimators import AbstractPositionwiseRouter, Boundaries, Layout, RuleRouter, SamplingOptions
+from estimators.routers.rules import spacelike, whitespace
 from experiments.export import main as export
 from experiments.training.run_dir import read_config
 from tests.compositions import registered
@@ -26,7 +26,7 @@ from tests.test_run import usual_promotion as usual_promotion
 WEIGHTS = "model.safetensors"
 
 
-class Never(AbstractRowRouter):
+class Never(AbstractPositionwiseRouter):
     """A user's own router."""
 
     bias: Float[Array, ""]
@@ -35,9 +35,11 @@ class Never(AbstractRowRouter):
     def rate(self) -> float | None:
         return None
 
-    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+    def boundaries(
+        self, hidden: Float[Array, "batch length dim"], layout: Layout, options: SamplingOptions
+    ) -> Boundaries:
         probs = jnp.zeros(layout.mask.shape)
-        return Boundaries(draw.bernoulli(probs, layout), probs, probs, layout.free, layout.starts)
+        return Boundaries(options.bernoulli(probs, layout), probs, probs, layout.free, layout.starts)
 
 
 def my_rule(layout: Layout):
@@ -101,7 +103,7 @@ def test_ones_own_classes_and_rules_are_named_when_loading(model, tmp_path):
     "name",
     [
         "os.system",
-        "estimators.fixed.jnp",
+        "estimators.routers.rules.jnp",
         "unet.saving.write_atomically",
         "estimators.base.Nothing",
         "builtins.eval",
@@ -151,11 +153,11 @@ def no_model(structure, arrays, metadata):
     ("change", "message"),
     [
         (remove_array, r"model\.norm\.weight is missing"),
-        (add_array, r"takes its array model\.extra"),
-        (twice, "named twice|takes its array"),
+        (add_array, r"its array model\.extra belongs to nothing"),
+        (twice, "named twice|belongs to nothing"),
         (older, "another version: its UNet differs in compute, precision"),
-        (nonsense, "makes no sense"),
-        (another_format, "has format 7"),
+        (nonsense, "description of the model is invalid"),
+        (another_format, "has format version 7"),
         (no_model, "not a model"),
     ],
 )
@@ -169,7 +171,7 @@ def test_what_does_not_fit_is_said(model, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.unlink(), "no finished run"),
+        (lambda path: path.unlink(), "neither a finished run"),
         (lambda path: path.write_bytes(path.read_bytes()[:-3]), "damaged"),
         (lambda path: path.write_bytes(b"junk"), "damaged"),
         (lambda path: path.write_bytes(safetensors.numpy.save({"x": np.zeros(2)})), "not written by this library"),
@@ -236,7 +238,7 @@ def test_a_hub_that_refuses_is_quoted(finished, models, monkeypatch, capsys):
         unet.load("hub:someone/words")
     with pytest.raises(unet.LoadError, match="has no"):
         unet.load("hub:someone/else")
-    with pytest.raises(unet.LoadError, match="names no repository"):
+    with pytest.raises(unet.LoadError, match="is not the name of a repository"):
         unet.load("hub:a/b/c")
     monkeypatch.setenv("HF_TOKEN", "wrong")
     assert export([str(finished), "--to", "hub:someone/words"]) == 2

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import BatchCentre, Discount, Draw, EarlyExit, ScoreFunctionObjective, Signal
+from estimators import BatchCentre, Discount, EarlyExit, ObjectiveInputs, SamplingOptions, ScoreFunctionObjective
 from estimators import equations as eq
 from tests.conftest import predict, small_model, small_score_function, text_bytes
-from unet.likelihood import continues, next_byte_log_lik, plain_layout
+from unet.likelihood import continues, next_logprobs, plain_layout
 from unet.ops import boundary_scan
 
 LENGTH = 4
@@ -55,18 +55,18 @@ def signal_of(model, bytes, actions):
     """What the objective sees when the boundaries are `actions`."""
     layout = plain_layout(bytes)
     prediction = predict(model, bytes, actions=(actions,), training=True)
-    log_lik = next_byte_log_lik(prediction.logits, bytes)
+    log_prob = next_logprobs(prediction.logits, bytes)
     assert prediction.early_logits is not None
-    early = next_byte_log_lik(prediction.early_logits, bytes)
+    early = next_logprobs(prediction.early_logits, bytes)
     mask = continues(layout)
     level = prediction.levels[0]
-    return Signal(level.boundaries, level.hidden, log_lik, early, mask, mask)
+    return ObjectiveInputs(level.boundaries, level.hidden, log_prob, early, mask, mask)
 
 
-def log_prob_of(signal):
+def log_prob_of(inputs):
     """log π of the whole joint string."""
-    log_prob = eq.action_log_prob(signal.boundaries.logits, signal.boundaries.actions)
-    return jnp.sum(jnp.where(signal.boundaries.decided, log_prob, 0.0))
+    log_prob = eq.action_log_prob(inputs.boundaries.logits, inputs.boundaries.actions)
+    return jnp.sum(jnp.where(inputs.boundaries.decided, log_prob, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -81,18 +81,18 @@ def expected_policy_gradient(model, bytes, outcomes, objective):
     Gradients reach the weights through the logits alone, so the encoder runs once and the rest of the model not at all.
     """
     layout = plain_layout(bytes)
-    hidden = model.stage.encoder(model.embed(layout), layout)
+    hidden = model.stage.encoder(model.embed(layout), layout).hidden
     router = policy_of(model)
 
-    def one(signal):
+    def one(inputs):
         def loss(weight):
             changed = eqx.tree_at(lambda r: r.weight, router, weight)
-            actions = signal.boundaries.actions
-            boundaries = changed(hidden, layout, Draw(boundary_scan, actions=actions, training=True))
-            seen = eqx.tree_at(lambda s: s.boundaries, signal, boundaries)
+            actions = inputs.boundaries.actions
+            boundaries = changed(hidden, layout, SamplingOptions(boundary_scan, actions=actions, training=True))
+            seen = eqx.tree_at(lambda s: s.boundaries, inputs, boundaries)
             return objective(seen).metrics["policy_loss"]
 
-        return jnp.exp(log_prob_of(signal)), jax.grad(loss)(router.weight)
+        return jnp.exp(log_prob_of(inputs)), jax.grad(loss)(router.weight)
 
     prob, gradients = jax.jit(jax.vmap(one))(outcomes)
     np.testing.assert_allclose(jnp.sum(prob), 1.0, rtol=1e-5)
@@ -101,7 +101,7 @@ def expected_policy_gradient(model, bytes, outcomes, objective):
 
 
 def exact_credit(model, bytes):
-    """`d E[log_lik_k] / d` (the policy's weights as used at row i), for all i and k, by differentiating the enumeration.
+    """`d E[log_prob_k] / d` (the policy's weights as used at row i), for all i and k, by differentiating the enumeration.
 
     No score function is involved: each row gets its own copy of the weights, and the expectation itself is differentiated.
     """
@@ -110,20 +110,20 @@ def exact_credit(model, bytes):
 
     def expectation(copies, b):
         row, row_layout = bytes[b : b + 1], jax.tree.map(lambda leaf: leaf[b : b + 1], layout)
-        hidden = model.stage.encoder(model.embed(row_layout), row_layout)
+        hidden = model.stage.encoder(model.embed(row_layout), row_layout).hidden
 
         def outcome(actions):
-            log_lik = next_byte_log_lik(model(row, actions=(actions[None],), training=True).logits, row)[0]
+            rewards = next_logprobs(model(row, actions=(actions[None],), training=True).logits, row)[0]
             raw = jnp.stack([copies[i] @ hidden[0, i] for i in range(LENGTH)]) / router.scale
             raw = raw.at[:, 0].add(eq.logit(router.target_rate))
             logits = eq.soft_cap(eq.windowed_logits(raw[None], actions[None], row_layout.starts), router.cap)
             log_prob = jnp.sum(eq.action_log_prob(logits, actions[None])[0, 1:])
-            return jnp.exp(log_prob) * jax.lax.stop_gradient(log_lik)
+            return jnp.exp(log_prob) * jax.lax.stop_gradient(rewards)
 
         return jnp.sum(jax.vmap(outcome)(each), axis=0)
 
     copies = jnp.broadcast_to(router.weight, (LENGTH, *router.weight.shape))
-    # rows k of the likelihood, rows i of the policy: `batch length length taps dim`
+    # rows k of the likelihood, rows i of the policy: `batch length length lags dim`
     return jnp.stack([jax.jacobian(expectation)(copies, b) for b in range(BATCH)])
 
 
@@ -173,7 +173,7 @@ def test_discounting_biases_the_gradient(model, bytes, outcomes):
 
 
 def test_likelihood_and_policy_gradient_add_up_to_the_gradient_of_the_expected_likelihood():
-    """∇ E[Σ log_lik] = E[∇ Σ log_lik + Σ log_lik ∇ log π] for all parameters at once (appendix A.1), N = 6."""
+    """∇ E[Σ log_prob] = E[∇ Σ log_prob + Σ log_prob ∇ log π] for all parameters at once (appendix A.1), N = 6."""
     length = 6
     estimator = small_score_function((), dim=8, window=2, policy_weight=1.0, rate_weight=0.0)
     model = small_model(estimator, dim=8, window=3)
@@ -192,7 +192,7 @@ def test_likelihood_and_policy_gradient_add_up_to_the_gradient_of_the_expected_l
 
         def outcome(actions):
             prediction = model(bytes, actions=(actions[None],), training=True)
-            return probability(model, actions) * jnp.sum(next_byte_log_lik(prediction.logits, bytes))
+            return probability(model, actions) * jnp.sum(next_logprobs(prediction.logits, bytes))
 
         return -jnp.sum(jax.vmap(outcome)(each)) / (length - 1)
 
@@ -222,10 +222,10 @@ def test_each_reduction_lowers_the_variance(model, bytes, outcomes):
 
 
 def test_the_order_of_reductions_is_checked(model, bytes):
-    signal = signal_of(model, bytes, jnp.ones((BATCH, LENGTH), bool))
+    inputs = signal_of(model, bytes, jnp.ones((BATCH, LENGTH), bool))
     for reductions in [(Discount(), EarlyExit()), (BatchCentre(), EarlyExit()), (BatchCentre(), Discount())]:
         with pytest.raises(ValueError, match="must stand before"):
-            ScoreFunctionObjective(reductions, 0.3)(signal)
+            ScoreFunctionObjective(reductions, 0.3)(inputs)
 
 
 def test_the_early_head_learns_only_its_own_weighted_loss(model, bytes):
@@ -233,13 +233,13 @@ def test_the_early_head_learns_only_its_own_weighted_loss(model, bytes):
 
     def losses(head, weight):
         changed = eqx.tree_at(lambda m: m.early_head.weight, model, head)
-        signal = signal_of(changed, bytes, jnp.ones((BATCH, LENGTH), bool))
-        return ScoreFunctionObjective((EarlyExit(weight), Discount(0.9)), 0.3)(signal).loss
+        inputs = signal_of(changed, bytes, jnp.ones((BATCH, LENGTH), bool))
+        return ScoreFunctionObjective((EarlyExit(weight), Discount(0.9)), 0.3)(inputs).loss
 
     head = model.early_head.weight
     hidden = signal_of(model, bytes, jnp.ones((BATCH, LENGTH), bool))
-    assert hidden.early_log_lik is not None
-    plain = -float(eq.masked_mean(hidden.early_log_lik, hidden.mask))
+    assert hidden.early_log_prob is not None
+    plain = -float(eq.masked_mean(hidden.early_log_prob, hidden.mask))
     assert float(losses(head, 0.5) - losses(head, 0.0)) == pytest.approx(0.5 * plain, rel=1e-4)
     assert not jnp.any(jax.grad(losses)(head, 0.0))
     assert jnp.any(jax.grad(losses)(head, 0.5))
@@ -260,7 +260,7 @@ def test_the_policy_remembers_exactly_its_window():
     hidden = jax.random.normal(jax.random.key(0), (1, 8, 16))
 
     def logits(actions):
-        return router(hidden, layout, Draw(boundary_scan, actions=actions)).logits[0]
+        return router(hidden, layout, SamplingOptions(boundary_scan, actions=actions)).logits[0]
 
     base = jnp.zeros((1, 8), bool)
     changed = logits(base.at[0, 3].set(True)) != logits(base)

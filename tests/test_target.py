@@ -11,7 +11,7 @@ from estimators import RatioObjective, ScoreFunctionObjective, Uniform
 from experiments.training.target import TargetSchedule, TargetState
 from tests.conftest import losses, predict, small_model, small_score_function, text_bytes
 from tests.test_reductions import toy_signal
-from unet import SelectDistribute
+from unet import Chunker, Distribute, Select
 
 
 def asked_over(schedule, steps, rate):
@@ -42,7 +42,7 @@ def test_without_control_the_target_stays():
 
 
 def test_uniform_boundaries_follow_the_target_at_once():
-    model, bytes = small_model(Uniform(chunker=SelectDistribute(), target_rate=0.2)), text_bytes(2, 40)
+    model, bytes = small_model(Uniform(chunker=Chunker(Select(), Distribute()), target_rate=0.2)), text_bytes(2, 40)
     for rate in (0.2, 0.5):
         output = losses(model, bytes, key=jax.random.key(0), target_rate=jnp.asarray(rate))
         assert float(output.rate) == pytest.approx(rate, abs=1e-6)
@@ -50,11 +50,11 @@ def test_uniform_boundaries_follow_the_target_at_once():
 
 @pytest.mark.parametrize("objective", [ScoreFunctionObjective((), 0.2), RatioObjective(0.2)], ids=["sfe", "ratio"])
 def test_objectives_aim_at_the_rate_of_the_signal(objective):
-    signal = toy_signal()
-    moved = dataclasses.replace(signal, target_rate=jnp.asarray(0.4))
+    inputs = toy_signal()
+    moved = dataclasses.replace(inputs, target_rate=jnp.asarray(0.4))
     same = dataclasses.replace(objective, target_rate=0.4)
-    np.testing.assert_allclose(objective(moved).loss, same(signal).loss, rtol=1e-5)
-    assert float(objective(moved).loss) != float(objective(signal).loss)
+    np.testing.assert_allclose(objective(moved).loss, same(inputs).loss, rtol=1e-5)
+    assert float(objective(moved).loss) != float(objective(inputs).loss)
 
 
 def test_several_samples_share_one_encoder_pass_and_differ_in_their_boundaries():

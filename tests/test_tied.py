@@ -16,11 +16,11 @@ from experiments.config.files import from_json, to_json
 from experiments.config.presets import PRESETS
 from experiments.training.optimizer import stages_of
 from tests.conftest import predict, small_score_function, text_bytes
-from tests.test_stepping import check_row_by_row
+from tests.test_decoding import check_in_pieces
 from unet import HNetConfig, LoadError, UNet, from_reference, load, load_hnet, save, save_hnet, to_reference
+from unet.files.hnet_layout import LayoutError, new_hnet, reference_config
 from unet.flops import layer_flops, matrix_flops
 from unet.layers import Linear
-from unet.reference import LayoutError, new_hnet, reference_config
 
 TIED = HNetConfig(
     layout='["m1", ["T1"], "t1"]',
@@ -85,7 +85,7 @@ def test_it_starts_as_the_embedding_does():
 
 
 def test_it_steps_as_it_reads(published):
-    check_row_by_row(published, (1, 6, 11), keys=None)
+    check_in_pieces(published, (1, 6, 11), keys=None)
 
 
 def test_its_own_file_has_one_array(tmp_path, published):

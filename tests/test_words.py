@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data.rows import make_row
-from estimators.fixed import is_whitespace
+from estimators.routers.rules import is_whitespace
 from experiments import words
 from experiments.config.files import to_json
 from experiments.evaluation.boundaries import bits_by_place, examine, place, placements
@@ -107,7 +107,7 @@ def kept_of(row, **actions):
     free = row["mask"][None].copy()
     free[0, 0] = False
     return {
-        **{name: np.zeros(shape) for name in ("log_lik", "early_log_lik", "entropy", "probs")},
+        **{name: np.zeros(shape) for name in ("log_prob", "early_log_prob", "entropy", "probs")},
         "overflow": np.zeros(1),
         "tokens": np.zeros((1, 1)),
         "bytes": row["bytes"][None].astype(np.int32),
@@ -139,10 +139,10 @@ def test_boundaries_of_a_tiny_text_exactly():
 def test_bits_are_those_of_the_byte_that_is_predicted():
     row = row_of("a我b".encode(), length=6)
     marks = mark([row], by_list)
-    log_lik = np.log(2) * -np.array([[1.0, 2.0, 3.0, 4.0, 7.0, 7.0]])
+    log_prob = np.log(2) * -np.array([[1.0, 2.0, 3.0, 4.0, 7.0, 7.0]])
     scored = np.array([[True] * 4 + [False] * 2])
-    assert bits_by_place(log_lik, scored, marks) == pytest.approx({"single": 4, "first": 1, "middle": 2, "last": 3})
-    assert math.isnan(bits_by_place(log_lik, ~scored, marks)["middle"])
+    assert bits_by_place(log_prob, scored, marks) == pytest.approx({"single": 4, "first": 1, "middle": 2, "last": 3})
+    assert math.isnan(bits_by_place(log_prob, ~scored, marks)["middle"])
 
 
 def test_other_places_take_as_many_boundaries_as_the_row_had():
@@ -251,7 +251,7 @@ def test_the_command_leaves_tables_of_seeds_together(runs, tmp_path, capsys, mon
         (("sfe-0", "sfe-0"), "named once"),
         (("sfe-0", "shorter"), "different held-out text"),
         (("bytes",), "no level of tokens"),
-        (("nothing",), "no finished run"),
+        (("nothing",), "neither a finished run"),
         (("sfe-0", "--bytes", "0"), "--bytes must be at least 1"),
     ],
 )
@@ -274,3 +274,5 @@ def test_runs_that_differ_in_more_than_the_seed_are_told_apart(tmp_path):
     assert groups(seeds) == {"`sfe`": list(seeds)}
     names = groups({**seeds, tmp_path / "b": other})
     assert names == {"`sfe` (a-0)": list(seeds), "`sfe` (b)": [tmp_path / "b"]}
+    both = {tmp_path / "first" / "a-0": config, tmp_path / "last" / "a-0": other}
+    assert groups(both) == {f"`sfe` ({one.parent.name}/a-0)": [one] for one in both}

@@ -1,57 +1,74 @@
 """The byte-level autoregressive U-Net and the operations it is made of."""
 
-from unet import ops, utf8
-from unet.chunkers import MeanPool, Projection, SelectAttend, SelectDeviate, SelectDistribute, SelectSmooth
+from unet import ops
+from unet.chunkers import (
+    AbstractDownsampler,
+    AbstractUpsampler,
+    AttentionPool,
+    AveragePool,
+    Chunker,
+    Deviation,
+    Distribute,
+    LeaveToDecoder,
+    MaxPool,
+    MeanPool,
+    Projection,
+    Select,
+    Smooth,
+    WithBoundary,
+)
 from unet.config import UNetConfig
-from unet.generate import Generated, Writer, Written, generate
+from unet.decoding import utf8
+from unet.decoding.generate import Generated, Generation, TextStream, generate
+from unet.decoding.sampling import Sampling
+from unet.decoding.score import Scored, score
+from unet.files.hnet_layout import from_reference, to_reference
+from unet.files.pretrained import load_hnet, save_hnet
+from unet.files.saving import Loaded, LoadError, load, save
+from unet.hierarchy import AbstractStage, Flat, Hierarchy, Level
 from unet.hnet import HNetConfig
-from unet.likelihood import next_byte_log_lik
+from unet.likelihood import next_logprobs
 from unet.losses import LossOutput, Prediction
 from unet.model import UNet
-from unet.pooling import AbstractPool, Average, CrossAttention, Largest, Pooled, WithBoundary
-from unet.pretrained import load_hnet, save_hnet
-from unet.reading import Scored, score
-from unet.reference import from_reference, to_reference
-from unet.sampling import Sampling
-from unet.saving import Loaded, LoadError, load, save
-from unet.stage import AbstractStage, Flat, Hierarchy, Level
 from unet.widened import Widened
 
 __all__ = [
-    "AbstractPool",
+    "AbstractDownsampler",
     "AbstractStage",
-    "Average",
-    "CrossAttention",
+    "AbstractUpsampler",
+    "AttentionPool",
+    "AveragePool",
+    "Chunker",
+    "Deviation",
+    "Distribute",
     "Flat",
     "Generated",
+    "Generation",
     "HNetConfig",
     "Hierarchy",
-    "Largest",
+    "LeaveToDecoder",
     "Level",
     "LoadError",
     "Loaded",
     "LossOutput",
+    "MaxPool",
     "MeanPool",
-    "Pooled",
     "Prediction",
     "Projection",
     "Sampling",
     "Scored",
-    "SelectAttend",
-    "SelectDeviate",
-    "SelectDistribute",
-    "SelectSmooth",
+    "Select",
+    "Smooth",
+    "TextStream",
     "UNet",
     "UNetConfig",
     "Widened",
     "WithBoundary",
-    "Writer",
-    "Written",
     "from_reference",
     "generate",
     "load",
     "load_hnet",
-    "next_byte_log_lik",
+    "next_logprobs",
     "ops",
     "save",
     "save_hnet",

@@ -1,4 +1,4 @@
-"""Residual blocks, and stacks of them: transformer blocks after Gemma 2, pre-norm blocks after H-Net."""
+"""Residual blocks and stacks of them: transformer blocks as in Gemma 2, pre-norm blocks as in H-Net."""
 
 from __future__ import annotations
 
@@ -12,37 +12,32 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from estimators.base import Layout
-from unet.attention import AbstractMixer, Attention, Surroundings, Visibility
-from unet.cache import Cached, ChosenRows, NewRow, RowCache
-from unet.cross import CrossLayer, Tokens
-from unet.folding import Squares
+from unet.attention import AbstractMixer, Attention, BlockContext, LayerOutput, Visibility
+from unet.cross import CrossLayer, VisibleTokens
+from unet.decoding.kv_cache import is_empty
 from unet.layers import ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU
 
 Attends = Literal["none", "first", "every"]
-"""Which blocks of a decoder attend to the tokens of the level inside."""
+"""Which blocks of a decoder attend to the tokens of the inner level."""
 
 
 class AbstractBlock(eqx.Module):
-    """One layer of a stack, causal and within documents; row by row as `AbstractMixer`."""
+    """One layer of a stack: causal, within documents, with a decode state as in `AbstractMixer`."""
 
     @property
     @abstractmethod
     def rotary_dim(self) -> int | None:
-        """How many dimensions of a head positions turn; None where positions play no part."""
+        """Dimensions of a head with rotary embeddings; None if positions are not used."""
 
     @abstractmethod
-    def __call__(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
-        """All rows at once."""
+    def init_state(self, batch: int, window: int | None) -> PyTree[Array]:
+        """The decode state before the first position."""
 
     @abstractmethod
-    def prefill(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Cached[PyTree[Array]]:
-        """The same, and what `step` needs."""
-
-    @abstractmethod
-    def step(
-        self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: PyTree[Array]
-    ) -> Cached[PyTree[Array]]:
-        """The next row of each sequence, and how the memory changes."""
+    def __call__(
+        self, x: Float[Array, "batch length dim"], context: BlockContext, state: PyTree[Array] = None
+    ) -> LayerOutput:
+        """The new hidden states, and the update of `state`."""
 
 
 class Block(AbstractBlock):
@@ -66,32 +61,22 @@ class Block(AbstractBlock):
     def rotary_dim(self) -> int | None:
         return self.attention.rotary_dim
 
-    @eqx.filter_jit
-    def __call__(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
-        return self._after(x, self.attention(self.before_attention(x), around))
+    def init_state(self, batch: int, window: int | None) -> PyTree[Array]:
+        return self.attention.init_state(batch, window)
 
     @eqx.filter_jit
-    def prefill(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Cached[RowCache]:
-        attended = self.attention.prefill(self.before_attention(x), around)
-        return Cached(self._after(x, attended.hidden), attended.memory)
-
-    @eqx.filter_jit
-    def step(
-        self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: RowCache | ChosenRows
-    ) -> Cached[NewRow]:
-        attended = self.attention.step(self.before_attention(x), around, memory)
-        return Cached(self._after(x, attended.hidden), attended.memory)
-
-    def _after(self, x: Float[Array, "batch length dim"], mixed: Float[Array, "batch length dim"]) -> Array:
-        """What follows attention."""
-        x = x + self.after_attention(mixed)
-        return x + self.after_mlp(self.mlp(self.before_mlp(x)))
+    def __call__(
+        self, x: Float[Array, "batch length dim"], context: BlockContext, state: PyTree[Array] = None
+    ) -> LayerOutput:
+        mixed = self.attention(self.before_attention(x), context, state)
+        x = x + self.after_attention(mixed.hidden)
+        return LayerOutput(x + self.after_mlp(self.mlp(self.before_mlp(x))), mixed.update)
 
 
 class PreNorm(AbstractBlock):
-    r"""$x \mathrel{+}= \mathrm{mixer}(N(x))$ and, where there is an MLP, $x \mathrel{+}= \mathrm{mlp}(N(x))$ (H-Net).
+    r"""$x \mathrel{+}= \mathrm{mixer}(N(x))$ and, if there is an MLP, $x \mathrel{+}= \mathrm{mlp}(N(x))$ (H-Net).
 
-    Sums keep the dtype of x; mixer and MLP work in the compute dtype.
+    The residual stream keeps the dtype of x; mixer and MLP work in the compute dtype.
     """
 
     before_mixer: ScaleNorm
@@ -100,7 +85,7 @@ class PreNorm(AbstractBlock):
     mlp: SwiGLU | None
 
     def __init__(self, dim: int, mixer: AbstractMixer, mlp: SwiGLU | None):
-        """Around a mixer and an MLP of width `dim`, or a mixer alone."""
+        """Without an `mlp` the block is the mixer alone."""
         self.before_mixer, self.mixer = ScaleNorm(dim), mixer
         self.before_mlp, self.mlp = (None, None) if mlp is None else (ScaleNorm(dim), mlp)
 
@@ -108,37 +93,25 @@ class PreNorm(AbstractBlock):
     def rotary_dim(self) -> int | None:
         return self.mixer.rotary_dim
 
-    @eqx.filter_jit
-    def __call__(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
-        return self._after(x, self.mixer(self.before_mixer(x).astype(around.compute), around), around)
+    def init_state(self, batch: int, window: int | None) -> PyTree[Array]:
+        return self.mixer.init_state(batch, window)
 
     @eqx.filter_jit
-    def prefill(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Cached[PyTree[Array]]:
-        mixed = self.mixer.prefill(self.before_mixer(x).astype(around.compute), around)
-        return Cached(self._after(x, mixed.hidden, around), mixed.memory)
-
-    @eqx.filter_jit
-    def step(
-        self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: PyTree[Array]
-    ) -> Cached[PyTree[Array]]:
-        mixed = self.mixer.step(self.before_mixer(x).astype(around.compute), around, memory)
-        return Cached(self._after(x, mixed.hidden, around), mixed.memory)
-
-    def _after(
-        self, x: Float[Array, "batch length dim"], mixed: Float[Array, "batch length dim"], around: Surroundings
-    ) -> Array:
-        """What follows the mixer."""
-        x = x + mixed.astype(x.dtype)
-        if self.mlp is None or self.before_mlp is None:
-            return x
-        return x + self.mlp(self.before_mlp(x).astype(around.compute)).astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "batch length dim"], context: BlockContext, state: PyTree[Array] = None
+    ) -> LayerOutput:
+        mixed = self.mixer(self.before_mixer(x).astype(context.compute), context, state)
+        x = x + mixed.hidden.astype(x.dtype)
+        if self.mlp is not None and self.before_mlp is not None:
+            x = x + self.mlp(self.before_mlp(x).astype(context.compute)).astype(x.dtype)
+        return LayerOutput(x, mixed.update)
 
 
 class Attending(AbstractBlock):
-    r"""Every row attends to the vectors that its token is unfolded into, and then goes through another block (BLT's decoder).
+    r"""Every position attends to the vectors of its token, then passes through another block (BLT's decoder).
 
-    $x_i \leftarrow \mathrm{block}(\mathrm{CrossLayer}(x_i, \{u_{m,1} \dots u_{m,k}\}))$, with u the vectors that `Stack.unfold`
-    makes of token $m = \mathrm{token\_of}(i)$. Keys and values are made once a token.
+    $x_i \leftarrow \mathrm{block}(\mathrm{CrossLayer}(x_i, \{u_{m,1} \dots u_{m,k}\}))$, with u the vectors into which
+    `Stack.unfold` maps the output of token $m = \mathrm{token\_of}(i)$. Keys and values are computed once for each token.
     """
 
     cross: CrossLayer
@@ -148,36 +121,27 @@ class Attending(AbstractBlock):
     def rotary_dim(self) -> int | None:
         return self.block.rotary_dim
 
-    @eqx.filter_jit
-    def __call__(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
-        return self.block(self._informed(x, around), around)
+    def init_state(self, batch: int, window: int | None) -> PyTree[Array]:
+        return self.block.init_state(batch, window)
 
     @eqx.filter_jit
-    def prefill(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Cached[PyTree[Array]]:
-        return self.block.prefill(self._informed(x, around), around)
-
-    @eqx.filter_jit
-    def step(
-        self, x: Float[Array, "batch 1 dim"], around: Surroundings, memory: PyTree[Array]
-    ) -> Cached[PyTree[Array]]:
-        return self.block.step(self._informed(x, around), around, memory)
-
-    def _informed(self, x: Float[Array, "batch length dim"], around: Surroundings) -> Float[Array, "batch length dim"]:
-        assert around.tokens is not None
-        vectors = around.tokens.outputs
+    def __call__(
+        self, x: Float[Array, "batch length dim"], context: BlockContext, state: PyTree[Array] = None
+    ) -> LayerOutput:
+        assert context.tokens is not None
+        vectors = context.tokens.outputs
         apart = vectors.reshape(*vectors.shape[:2], -1, x.shape[-1])
         made = self.cross.keys_values(apart).reshape(*vectors.shape[:2], -1)
-        spread = around.tokens.spread(made).reshape(*x.shape[:2], -1, 2 * x.shape[-1])
-        return self.cross.over_vectors(x, spread, around.compute)
+        spread = context.tokens.spread(made).reshape(*x.shape[:2], -1, 2 * x.shape[-1])
+        return self.block(self.cross.over_vectors(x, spread, context.compute), context, state)
 
 
 class Stack(eqx.Module):
     """Blocks one after another, all with the same attention window.
 
-    With a `norm` at the end the stream of residuals between the blocks is float32, whatever the dtype of the input, which the
-    output has again (H-Net). `remat` keeps only the input of each block for the backward pass and computes the rest of it
-    again. `unfold`, where there is one, makes of each token's output the vectors that `Attending` blocks look at, one after
-    another (BLT).
+    With a final `norm` the residual stream is float32 for inputs of any dtype, and the output has the input's dtype (H-Net).
+    `remat` stores only the input of each block for the backward pass and recomputes the rest. `unfold`, if there is one, maps
+    each token's output to the vectors that `Attending` blocks see, concatenated (BLT).
     """
 
     blocks: tuple[AbstractBlock, ...]
@@ -197,99 +161,68 @@ class Stack(eqx.Module):
         unfold: Linear | None = None,
         rotary_base: float = ROTARY_BASE,
     ):
-        """`window`: how many rows attention sees, itself included; None for all before it. `rotary_base`: see `Rotary`. Raises
-        `ValueError` for a window below 1, for blocks whose positions turn different numbers of dimensions, and where some
-        attend to tokens and nothing unfolds them."""
+        """`window`: how many positions attention sees, its own included; None for all before it. `rotary_base`: see `Rotary`.
+        Raises `ValueError` for a window below 1, for blocks with different `rotary_dim`, and for `Attending` blocks without
+        `unfold`."""
         if window is not None and window < 1:
-            raise ValueError(f"an attention window holds at least the row itself; got {window}")
-        turned = {block.rotary_dim for block in blocks} - {None}
-        if len(turned) > 1:
-            raise ValueError(f"the blocks of a stack turn heads alike; got {sorted(map(str, turned))} dimensions")
+            raise ValueError(f"window must be at least 1, the position itself; got {window}")
+        rotary_dims = {block.rotary_dim for block in blocks} - {None}
+        if len(rotary_dims) > 1:
+            raise ValueError(f"the blocks of a stack must share one rotary_dim; got {sorted(map(str, rotary_dims))}")
         if unfold is None and any(isinstance(block, Attending) for block in blocks):
             raise ValueError("blocks that attend to tokens need the vectors that `unfold` makes of them")
         self.blocks = tuple(blocks)
         self.window, self.remat, self.norm, self.unfold = window, remat, norm, unfold
         self.rotary_base = rotary_base
 
+    def init_state(self, batch: int) -> tuple[PyTree[Array], ...]:
+        """The decode states of the blocks before the first position."""
+        return tuple(block.init_state(batch, self.window) for block in self.blocks)
+
     def __call__(
         self,
         x: Float[Array, "batch length dim"],
         layout: Layout,
-        squares: Squares | None = None,
-        tokens: Tokens | None = None,
-    ) -> Float[Array, "batch length dim"]:
-        """`squares`: how rows of several sequences come apart, where they are folded. `tokens`: those of the level inside, where
-        it `unfold`s them."""
-        around = self._around(x, layout, squares, tokens)
-        stream = self._widened(x)
-        for block in self.blocks:
-            call = eqx.filter_checkpoint(block) if self.remat else block
-            stream = call(stream, around)
-        return self._ended(stream, x)
-
-    def prefill(
-        self, x: Float[Array, "batch length dim"], layout: Layout, tokens: Tokens | None = None
-    ) -> Cached[tuple[PyTree[Array], ...]]:
-        """All rows at once, and what `step` needs to go on after those where `layout.mask` is True, which come first."""
-        around, stream, memories = self._around(x, layout, None, tokens), self._widened(x), []
-        for block in self.blocks:
-            done = block.prefill(stream, around)
+        state: tuple[PyTree[Array], ...] | None = None,
+        tokens: VisibleTokens | None = None,
+    ) -> LayerOutput:
+        """The hidden states, and the updates of the blocks' states. `tokens`: those of the inner level, for a stack that
+        attends to them."""
+        context = self._context(x, layout, state, tokens)
+        stream, updates = x if self.norm is None else x.astype(jnp.float32), []
+        for block, kept in zip(self.blocks, (None,) * len(self.blocks) if state is None else state, strict=True):
+            done = (eqx.filter_checkpoint(block) if self.remat else block)(stream, context, kept)
             stream = done.hidden
-            memories.append(done.memory)
-        return Cached(self._ended(stream, x), tuple(memories))
+            updates.append(done.update)
+        hidden = stream if self.norm is None else self.norm(stream).astype(x.dtype)
+        return LayerOutput(hidden, None if state is None else tuple(updates))
 
-    def step(
-        self,
-        x: Float[Array, "batch 1 dim"],
-        layout: Layout,
-        memories: tuple[PyTree[Array], ...],
-        tokens: Tokens | None = None,
-    ) -> Cached[tuple[PyTree[Array], ...]]:
-        """The next row of each sequence, and how the memories change."""
-        around, stream, changes = self._around(x, layout, None, tokens, stepping=True), self._widened(x), []
-        for block, memory in zip(self.blocks, memories, strict=True):
-            done = block.step(stream, around, memory)
-            stream = done.hidden
-            changes.append(done.memory)
-        return Cached(self._ended(stream, x), tuple(changes))
-
-    def _widened(self, x: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
-        return x if self.norm is None else x.astype(jnp.float32)
-
-    def _ended(self, stream: Float[Array, "batch length dim"], x: Float[Array, "batch length dim"]) -> Array:
-        return stream if self.norm is None else self.norm(stream).astype(x.dtype)
-
-    def _around(
+    def _context(
         self,
         x: Float[Array, "batch length dim"],
         layout: Layout,
-        squares: Squares | None,
-        tokens: Tokens | None,
-        *,
-        stepping: bool = False,
-    ) -> Surroundings:
-        rotary = visibility = None
-        turned = next((block.rotary_dim for block in self.blocks if block.rotary_dim is not None), None)
-        if turned is not None:
-            attended = layout if squares is None else squares.layout(layout)
-            rotary = Rotary(attended.positions, turned, self.rotary_base)
-            # A row that comes alone sees what its memory shows it.
-            visibility = None if stepping else Visibility(attended, self.window)
-        unfolded = None
+        state: tuple[PyTree[Array], ...] | None,
+        tokens: VisibleTokens | None,
+    ) -> BlockContext:
+        rotary = visibility = unfolded = None
+        rotary_dim = next((block.rotary_dim for block in self.blocks if block.rotary_dim is not None), None)
+        if rotary_dim is not None:
+            rotary = Rotary(layout.positions, rotary_dim, self.rotary_base)
+            # In decoding, positions also see the KV caches, which have their own mask.
+            visibility = Visibility(layout, self.window) if state is None or is_empty(state) else None
         if self.unfold is not None:
             assert tokens is not None
             unfolded = tokens.replaced(self.unfold(tokens.outputs))
-        squares = squares if turned is not None else None
-        return Surroundings(layout, rotary, visibility, squares, unfolded, self.window, str(x.dtype))
+        return BlockContext(layout, rotary, visibility, unfolded, str(x.dtype))
 
 
 def attending(stack: Stack, which: Attends, *, dim: int, heads: int, vectors: int, key: PRNGKeyArray) -> Stack:
-    """The same stack, of rows and tokens of width `dim`, with its `first` block or `every` one attending to tokens, each of which
-    is unfolded into so many `vectors`. Raises `ValueError` for a stack without blocks."""
+    """The same stack, for positions and tokens of width `dim`, with its `first` block or `every` block attending to tokens,
+    each unfolded into `vectors` vectors. Raises `ValueError` for a stack without blocks."""
     if which == "none":
         return stack
     if not stack.blocks:
-        raise ValueError(f"there is no block that could attend to tokens, as {which!r} asks for")
+        raise ValueError(f"the stack has no block that could attend to tokens ({which!r})")
     key_unfold, key_blocks = jax.random.split(key)
     unfold = Linear(dim, vectors * dim, key=key_unfold)
     changed = stack.blocks[:1] if which == "first" else stack.blocks
@@ -315,6 +248,6 @@ def transformer(
     remat: bool = False,
     key: PRNGKeyArray,
 ) -> Stack:
-    """A stack of Gemma-2 blocks, with no norm at the end."""
+    """A stack of Gemma-2 blocks without a final norm."""
     keys = jax.random.split(key, layers) if layers else ()
     return Stack([Block(dim, heads, mlp_dim, key=k) for k in keys], window=window, remat=remat)

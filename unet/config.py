@@ -1,4 +1,4 @@
-"""The shape of an autoregressive U-Net."""
+"""Configuration of an autoregressive U-Net."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Literal
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import VOCAB, AbstractEstimator
 from estimators.keys import named_key
 from unet.blocks import Attends, Stack, attending, transformer
+from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.layers import Linear, RMSNorm
 from unet.ngrams import LONGEST, PRIMES, HashedNgrams
 from unet.ops import Implementation
-from unet.stage import AbstractStage, Flat, Hierarchy
 
 
 class Parts(eqx.Module):
-    """What a model is made of: an embedding, with or without one of the last few bytes; a stage; and a head (None where the
-    embedding is the head too) behind a norm (None where the stage ends with one)."""
+    """The parts of a model: byte embedding, optional n-gram embeddings, stage, and head (None: tied to the embedding) with its
+    norm (None: the stage ends with one)."""
 
     embedding: Float[Array, "vocab dim"]
     stage: AbstractStage
@@ -33,34 +34,35 @@ class Parts(eqx.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class AbstractShape(ABC):
-    """What every shape of model has: how it computes."""
+    """Settings that all shapes of model share."""
 
     compute: Literal["float32", "bfloat16"] = "float32"
     """Dtype of hidden states and matrix products; parameters, losses and the insides of norms and softmax stay float32."""
-    early_share: float = 1.0
-    """Share of the rows, drawn anew every step, at which the early head predicts in training; at the others its mean over these
-    stands for it."""
+    early_exit_fraction: float = 1.0
+    """Fraction of the positions, drawn anew every step, at which the early-exit head predicts in training; the others get its
+    mean over these."""
     remat: bool = False
     """Recompute each block in the backward pass, to save memory."""
     implementation: Implementation | None = None
-    """How ragged operations run: as kernels on CUDA and in XLA elsewhere (None), always in `xla`, always as `pallas` kernels, or
-    `interpret` those on the host, slowly."""
+    """Implementation of the ragged operations: kernels on CUDA and XLA elsewhere (None), always `xla`, always `pallas` kernels,
+    `interpret`, which emulates the kernels on the host, slowly, or `native`: XLA with JAX's own derivatives, so that the loss
+    can be differentiated more than once and in forward mode."""
 
     ngrams: tuple[int, ...] = ()
-    """Numbers of bytes whose hashed embeddings are added to each byte's own (BLT: 3 4 5 6 7 8); by default none."""
+    """Lengths of the byte n-grams whose hashed embeddings are added to each byte's own (BLT: 3 4 5 6 7 8); by default none."""
     ngram_buckets: int = 500_000
-    """Rows of the table of each of these."""
+    """Rows of each n-gram table."""
     ngram_functions: int = 1
-    """Hash functions by which each of these is looked up, in a table of its own (BLT: 1)."""
+    """Hash functions for each length of n-grams, each with a table of its own (BLT: 1)."""
     attend: Attends = "none"
-    """Which blocks after the tokens have come back let every byte attend to its token first: none, the first, or every one (as
-    BLT). With as many heads as attention to bytes; at every level of tokens."""
+    """Which decoder blocks cross-attend from every byte to its token: none, the first, or every one (as BLT). With as many
+    heads as self-attention; at every token level."""
     attend_vectors: int = 2
-    """Vectors into which a token is unfolded for that."""
+    """Number of vectors into which each token is unfolded for this."""
 
     def new_ngrams(self, key: PRNGKeyArray) -> HashedNgrams | None:
-        """The embeddings of n-grams that were asked for, of the standard deviation that those of single bytes have; `key` is
-        that of the whole model."""
+        """The configured n-gram embeddings, with the standard deviation of the byte embeddings; `key` is that of the whole
+        model."""
         if not self.ngrams:
             return None
         return HashedNgrams(
@@ -74,15 +76,15 @@ class AbstractShape(ABC):
     def __post_init__(self):
         if not 1 <= self.ngram_buckets <= 2**31 or any(not 2 <= size <= LONGEST for size in self.ngrams):
             raise ValueError(
-                f"ngrams have two bytes or more, at most {LONGEST}, and tables one row or more, at most 2^31; got "
+                f"ngrams must have two bytes or more, at most {LONGEST}, and tables one row or more, at most 2^31; got "
                 f"{self.ngrams}, {self.ngram_buckets}"
             )
         if not 1 <= self.ngram_functions <= len(PRIMES):
-            raise ValueError(f"ngram_functions lies between 1 and {len(PRIMES)}; got {self.ngram_functions}")
+            raise ValueError(f"ngram_functions must lie between 1 and {len(PRIMES)}; got {self.ngram_functions}")
         if self.attend_vectors < 1:
             raise ValueError(f"attend_vectors must be at least 1; got {self.attend_vectors}")
-        if not 0 < self.early_share <= 1:
-            raise ValueError(f"early_share is a share of rows above 0, at most 1; got {self.early_share}")
+        if not 0 < self.early_exit_fraction <= 1:
+            raise ValueError(f"early_exit_fraction must be above 0, at most 1; got {self.early_exit_fraction}")
 
     @property
     @abstractmethod
@@ -91,20 +93,21 @@ class AbstractShape(ABC):
 
     @property
     def levels(self) -> int:
-        """Levels of tokens; each has an estimator, which sees states as wide as those of the stage around it."""
+        """Number of token levels; each has an estimator, whose router sees hidden states as wide as those of the stage around
+        it."""
         return len(self.widths) - 1
 
     @abstractmethod
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
-        """A new model of this shape around one estimator for each level of tokens, the outermost first. Raises `ValueError`
-        where their number does not fit."""
+        """A new model of this shape with one estimator for each token level, the outermost first. Raises `ValueError` for
+        another number of estimators."""
 
 
 @dataclass(frozen=True)
 class UNetConfig(AbstractShape):
-    """Shape of an autoregressive U-Net with one level of tokens, of transformer blocks (SFE section 2.2).
+    """Shape of an autoregressive U-Net with one token level, made of transformer blocks (SFE section 2.2).
 
-    Raises `ValueError` where the numbers cannot make a model.
+    Raises `ValueError` for values that cannot make a model.
     """
 
     dim: int
@@ -116,11 +119,11 @@ class UNetConfig(AbstractShape):
     main_layers: int
     """Token-level blocks."""
     decoder_layers: int
-    """Byte-level blocks after the tokens are brought back."""
+    """Byte-level blocks after upsampling."""
     window: int = 64
     """Bytes that byte-level attention sees, the current one included."""
     token_positions: Literal["byte", "chunk"] = "byte"
-    """Rotary positions of a token: the byte position of its boundary, or its own number."""
+    """Rotary positions of tokens: the byte position of the boundary, or the index of the token."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,7 +135,7 @@ class UNetConfig(AbstractShape):
                 raise ValueError(f"{name} cannot be negative; got {getattr(self, name)}")
         if self.attend != "none" and not self.decoder_layers:
             raise ValueError(
-                f"there is no decoder block that could attend to tokens: decoder_layers is 0, attend {self.attend}"
+                f"attend {self.attend} needs a decoder block that attends to tokens, but decoder_layers is 0"
             )
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(
@@ -144,14 +147,15 @@ class UNetConfig(AbstractShape):
         return (self.dim, self.dim)
 
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
-        """Without an estimator the token level is left out, and what attends to it: encoder and decoder blocks alone, a purely
-        byte-level model.
+        """Without an estimator there is no token level and no cross-attention: a purely byte-level model of encoder and decoder
+        blocks.
 
         Linear layers are drawn from normals of standard deviation `inputs**-0.5`, the embedding of 1; norms start at one, and
-        heads have no biases. The authors' score-function code draws its linear layers, the heads and their biases included,
-        uniformly within `inputs**-0.5`, a deviation of 1/√3 of this one (docs/hnet.md)."""
+        heads have no biases. The authors' score-function code draws its linear layers, including the heads and their biases,
+        uniformly within `inputs**-0.5`, which has a standard deviation 1/√3 times as large (docs/hnet.md).
+        """
         if len(estimators) > 1:
-            raise ValueError(f"this shape has one level of tokens; got {len(estimators)} estimators")
+            raise ValueError(f"this shape has one token level; got {len(estimators)} estimators")
         dim, heads = self.dim, self.heads
 
         def byte_level(layers: int, key: PRNGKeyArray) -> Stack:
@@ -179,6 +183,6 @@ class UNetConfig(AbstractShape):
                 chunk_positions=self.token_positions == "chunk",
                 implementation=self.implementation,
             )
-        embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, dim))
+        embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, dim), jnp.float32)
         head = Linear(dim, VOCAB, key=named_key(key, "head"))
         return Parts(embedding, stage, RMSNorm(dim), head, self.new_ngrams(key))

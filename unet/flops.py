@@ -1,4 +1,4 @@
-"""What training costs, by two rules of thumb: floating-point operations per byte of text."""
+"""Training cost in floating-point operations per byte of text, by two rules of thumb."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxtyping import PyTree
 from estimators.base import AbstractEstimator, Frozen
 from unet.attention import AbstractMixer, Attention
 from unet.blocks import AbstractBlock, Attending, Block, PreNorm, Stack
+from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.layers import Linear
 from unet.mamba import Mamba2
 from unet.model import UNet
-from unet.stage import AbstractStage, Flat, Hierarchy
 from unet.widened import Widened
 
 
@@ -23,9 +23,9 @@ from unet.widened import Widened
 class Flops:
     """Floating-point operations of a training step per byte, forward and backward, by part of the model.
 
-    `embed`: the byte embedding, a lookup or a product depending on the rule; `encode`, `decode`: byte-level blocks;
-    `boundary`: router, chunker and objective, with a frozen model's forward pass where there is one; `mid`: token-level
-    blocks; `heads`: output head and early head.
+    `embed`: the byte embedding, a lookup or a product depending on the rule; `encode`, `decode`: byte-level blocks; `boundary`:
+    router, chunker and objective, including the forward pass of a frozen model if there is one; `mid`: token-level blocks;
+    `heads`: output head and early-exit head.
     """
 
     embed: float
@@ -42,16 +42,16 @@ class Flops:
 
 
 def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (), samples: int = 1) -> Flops:
-    """6 per parameter and byte, or token at the token level; embeddings are lookups (score-function paper, appendix D).
+    """6 per parameter and byte (or token, at the token level); embeddings are lookups (score-function paper, appendix D).
 
-    `rate` is in tokens per byte, each of `inner_rates` in tokens per token of the level around. Every parameter of matrices
-    and vectors counts but the embedding's, unless it is the head too; a frozen parameter counts 2, for the forward pass alone.
-    With several `samples` of boundaries a byte passes all that follows the encoder so many times. What a token level does
-    counts as `mid`, whatever levels there are inside. Raises `ValueError` where rates of levels are missing.
+    `rate` is in tokens per byte, each of `inner_rates` in tokens per token of the level around. All parameters count except the
+    embedding, which counts only if it is tied; a frozen parameter counts 2, for the forward pass alone. With several `samples`
+    of boundaries, everything after the encoder runs that many times. `mid` includes everything inside the token level, further
+    levels too. Raises `ValueError` if rates of levels are missing.
     """
 
     def stage_cost(stage: AbstractStage, rates: Sequence[float]) -> float:
-        """Of all that runs inside a token level, per row of it."""
+        """Operations of a stage inside a token level, for each of its positions."""
         if isinstance(stage, Widened):
             return 6.0 * stage.padding.size + stage_cost(stage.stage, rates)
         if isinstance(stage, Flat):
@@ -60,7 +60,7 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
             trained, frozen = _sizes(stage.estimator)
             outside = 6.0 * (_size(stage.encoder) + _stack_size(stage.decoder, rates[0])) + 6.0 * trained + 2.0 * frozen
             return outside + rates[0] * stage_cost(stage.inner, rates[1:])
-        raise ValueError(f"operations of a {type(stage).__name__} are not counted")
+        raise ValueError(f"the operations of a {type(stage).__name__} cannot be counted")
 
     outer, after = _outermost(model, inner_rates), float(samples)
     trained, frozen = (0, 0) if outer.estimator is None else _sizes(outer.estimator)
@@ -72,16 +72,19 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
         decode=6.0 * after * _stack_size(outer.decoder, rate),
         heads=6.0
         * after
-        * (_size((model.norm, model.output_head)) + model.early_share * _size((model.early_norm, model.early_head))),
+        * (
+            _size((model.norm, model.output_head))
+            + model.early_exit_fraction * _size((model.early_norm, model.early_head))
+        ),
     )
 
 
 def layer_flops(model: UNet, *, length: int, rate: float, inner_rates: Sequence[float] = (), samples: int = 1) -> Flops:
-    """Every product of every layer, the backward pass twice the forward (H-Net, appendix B).
+    """Every product of every layer, the backward pass counted as twice the forward (H-Net, appendix B).
 
-    Attention sees `length` rows at byte level, no more than its window, and of tokens the vectors of one; `length · rate` at
-    token level, the causal half not taken off, as in the paper. Embeddings count as products with one-hot rows. The rest as
-    `matrix_flops`.
+    Self-attention sees `length` positions at byte level, at most its window, and `length · rate` at token level; the masked
+    half is not deducted, as in the paper. Cross-attention sees the vectors of one token. Embeddings count as products with
+    one-hot vectors. Everything else is as in `matrix_flops`.
     """
 
     def stage_cost(stage: AbstractStage, rows: float, rates: Sequence[float]) -> float:
@@ -94,12 +97,12 @@ def layer_flops(model: UNet, *, length: int, rate: float, inner_rates: Sequence[
             outside = 3 * (_stack_forward(stage.encoder, rows) + _stack_forward(stage.decoder, rows, rates[0]))
             inside = rates[0] * stage_cost(stage.inner, rows * rates[0], rates[1:])
             return outside + 3 * 2.0 * trained + 2.0 * frozen + inside
-        raise ValueError(f"operations of a {type(stage).__name__} are not counted")
+        raise ValueError(f"the operations of a {type(stage).__name__} cannot be counted")
 
     outer, after = _outermost(model, inner_rates), float(samples)
     vocab, dim = model.embedding.shape
     trained, frozen = (0, 0) if outer.estimator is None else _sizes(outer.estimator)
-    heads = 1 + (0.0 if model.early_head is None else model.early_share)
+    heads = 1 + (0.0 if model.early_head is None else model.early_exit_fraction)
     return Flops(
         embed=3 * 2.0 * vocab * dim,
         encode=3 * _stack_forward(outer.encoder, float(length)),
@@ -111,7 +114,7 @@ def layer_flops(model: UNet, *, length: int, rate: float, inner_rates: Sequence[
 
 
 def _stack_size(stack: Stack | None, rate: float) -> float:
-    """Parameters of a stack, those that make keys and values of tokens by the `rate` of these."""
+    """Parameters of a stack; those applied to tokens (their unfolding, keys and values) are weighted by `rate`."""
     if stack is None:
         return 0.0
     attending = [block.cross for block in stack.blocks if isinstance(block, Attending)]
@@ -120,8 +123,8 @@ def _stack_size(stack: Stack | None, rate: float) -> float:
 
 
 def _stack_forward(stack: Stack | None, rows: float, rate: float = 0.0) -> float:
-    """Operations of a forward pass per row of a stack that runs on `rows` rows, where `rate` of them close a token that it looks
-    at."""
+    """Operations of a forward pass for each position of a stack over `rows` positions, of which a fraction `rate` close a token
+    that the stack attends to."""
     if stack is None:
         return 0.0
     seen = rows if stack.window is None else min(rows, float(stack.window))
@@ -146,7 +149,7 @@ def _block_forward(block: AbstractBlock, seen: float) -> float:
         return _block_forward(block.block, seen)
     if isinstance(block, PreNorm):
         return _mixer_forward(block.mixer, seen) + (0.0 if block.mlp is None else _mlp_forward(block.mlp.out))
-    raise ValueError(f"operations of a {type(block).__name__} are not counted")
+    raise ValueError(f"the operations of a {type(block).__name__} cannot be counted")
 
 
 def _mixer_forward(mixer: AbstractMixer, seen: float) -> float:
@@ -155,12 +158,12 @@ def _mixer_forward(mixer: AbstractMixer, seen: float) -> float:
         return 2.0 * 3 * dim * inner + 2 * 2 * seen * inner + 3 * mixer.heads * seen + 2 * inner * dim
     if isinstance(mixer, Mamba2):
         inner, dim = mixer.project_out.weight.shape
-        channels, taps = mixer.conv_weight.shape
+        channels, conv_width = mixer.conv_weight.shape
         state = (channels - inner) // 2
-        # The paper counts the last projection and the convolution as if they were as narrow as the stage.
+        # The paper counts the output projection and the convolution with the width of the stage; these are the actual widths.
         projections = 2.0 * mixer.project_in.weight.size + 2 * inner * dim
-        return projections + 2 * 3 * inner * state + 2 * channels * taps + 5 * dim
-    raise ValueError(f"operations of a {type(mixer).__name__} are not counted")
+        return projections + 2 * 3 * inner * state + 2 * channels * conv_width + 5 * dim
+    raise ValueError(f"the operations of a {type(mixer).__name__} cannot be counted")
 
 
 def _mlp_forward(out: Linear) -> float:
@@ -170,7 +173,7 @@ def _mlp_forward(out: Linear) -> float:
 
 @dataclass(frozen=True)
 class _Outermost:
-    """The byte level: its stacks, and what is inside (None each where there is no token level)."""
+    """The byte level: its stacks, and what is inside (None without a token level)."""
 
     encoder: Stack
     estimator: AbstractEstimator | None = None
@@ -182,12 +185,12 @@ def _outermost(model: UNet, inner_rates: Sequence[float]) -> _Outermost:
     stage = model.stage
     inside = len(stage.estimators) - 1
     if len(inner_rates) < inside:
-        raise ValueError(f"{inside} inner levels need as many rates; got {list(inner_rates)}")
+        raise ValueError(f"{inside} inner levels need as many inner_rates; got {list(inner_rates)}")
     if isinstance(stage, Flat):
         return _Outermost(stage.stack)
     if isinstance(stage, Hierarchy):
         return _Outermost(stage.encoder, stage.estimator, stage.inner, stage.decoder)
-    raise ValueError(f"operations of a {type(stage).__name__} are not counted")
+    raise ValueError(f"the operations of a {type(stage).__name__} cannot be counted")
 
 
 def _size(tree: PyTree) -> int:
@@ -195,7 +198,7 @@ def _size(tree: PyTree) -> int:
 
 
 def _sizes(tree: PyTree) -> tuple[int, int]:
-    """Parameters that train and parameters that are frozen."""
+    """Number of trained and of frozen parameters."""
     parts = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Frozen))
     frozen = sum(_size(part) for part in parts if isinstance(part, Frozen))
     return _size(tree) - frozen, frozen

@@ -1,4 +1,4 @@
-"""Hierarchies inside hierarchies, of Mamba-2 and transformer layers, in the shapes that H-Net was published in.
+"""Shapes of H-Nets: nested hierarchies of Mamba-2 and transformer layers.
 
 "H-Net" is Hwang, Wang and Gu, "Dynamic chunking for end-to-end hierarchical sequence modeling".
 """
@@ -20,13 +20,13 @@ from estimators.keys import named_key
 from unet.attention import Attention
 from unet.blocks import PreNorm, Stack, attending
 from unet.config import AbstractShape, Parts
+from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.layers import Linear, ScaleNorm, SwiGLU
 from unet.mamba import HEAD, Mamba2
-from unet.stage import AbstractStage, Flat, Hierarchy
 from unet.widened import Widened
 
 STD = 0.02
-"""Standard deviation of fresh weights, as released."""
+"""Standard deviation of initial weights, as released."""
 
 
 MOST_LAYERS = 4096
@@ -34,8 +34,8 @@ MOST_LAYERS = 4096
 
 @dataclass(frozen=True)
 class Networks:
-    """What a layout says of one stage: the layers of its `encoder` and `decoder`, which surround the stage `inside`; or of the
-    innermost stage, whose `main` network is all it has. A layer is one of the letters mMtT."""
+    """The layers of one stage: of the `encoder` and the `decoder` around the stage `inside`, or only of the `main` network at
+    the innermost stage. A layer is one of the letters mMtT."""
 
     encoder: str = ""
     inside: Networks | None = None
@@ -44,21 +44,21 @@ class Networks:
 
     @property
     def depth(self) -> int:
-        """Levels of tokens inside."""
+        """Number of token levels inside."""
         return 0 if self.inside is None else 1 + self.inside.depth
 
 
 def read_layout(text: str) -> Networks:
-    """What a published layout says, such as `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`.
+    """Parse a published layout, such as `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`.
 
-    m: a Mamba-2 layer, t: attention; M and T: with an MLP; an empty network is a norm alone. Three parts are encoder, main
-    network, decoder; the main network is a list again, and one part is the main network alone. Raises `ValueError` for
-    anything else.
+    m: a Mamba-2 layer, t: attention; M and T: with an MLP; a network without layers is only a norm. A list of three parts is
+    encoder, main network and decoder, the main network being a list again; a list of one part is the main network alone. Raises
+    `ValueError` for anything else.
     """
     try:
         parsed = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"a layout is written as a JSON list; got {text!r} ({error})") from None
+        raise ValueError(f"a layout must be a JSON list; got {text!r} ({error})") from None
     return _networks(parsed)
 
 
@@ -67,52 +67,51 @@ def _networks(parsed: object) -> Networks:
         return Networks(main=_letters(parsed[0]))
     if isinstance(parsed, list) and len(parsed) == 3:
         return Networks(_letters(parsed[0]), _networks(parsed[1]), _letters(parsed[2]))
-    raise ValueError(f"a stage of a layout is a list of one or three parts; got {json.dumps(parsed)}")
+    raise ValueError(f"a stage of a layout must be a list of one or three parts; got {json.dumps(parsed)}")
 
 
 def _letters(part: object) -> str:
     if not isinstance(part, str) or not re.fullmatch(r"([mMtT]\d{1,9})*", part):
         raise ValueError(
-            f'a network of a layout is letters of mMtT, each with a number, such as "T1m4"; got {json.dumps(part)}'
+            f'a network of a layout must be letters of mMtT, each with a number, such as "T1m4"; got {json.dumps(part)}'
         )
     runs = [(letter, int(number)) for letter, number in re.findall(r"([mMtT])(\d+)", part)]
     if sum(number for _, number in runs) > MOST_LAYERS:
-        raise ValueError(f"a network of a layout has at most {MOST_LAYERS} layers; got {json.dumps(part)}")
+        raise ValueError(f"a network of a layout must have at most {MOST_LAYERS} layers; got {json.dumps(part)}")
     return "".join(letter * number for letter, number in runs)
 
 
 @dataclass(frozen=True)
 class HNetConfig(AbstractShape):
-    """Shape of a hierarchy of any depth, as H-Net was published (section 2.1). Tuples have one number for each stage, the
-    outermost first.
+    """Shape of an H-Net of any depth (H-Net section 2.1). Tuples have one number for each stage, the outermost first.
 
-    Raises `ValueError` where the numbers cannot make a model.
+    Raises `ValueError` for values that cannot make a model.
     """
 
     layout: str
     """Layers of all networks, as published: `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`."""
     dims: tuple[int, ...]
-    """Widths of hidden states; they never shrink."""
+    """Widths of hidden states; they never shrink inward."""
     mlp_dims: tuple[int, ...]
-    """Widths inside the MLPs; 0 at stages that have none."""
+    """Inner widths of the MLPs; 0 at stages without any."""
     heads: tuple[int, ...]
     """Attention heads."""
     rotary_dims: tuple[int, ...]
-    """Dimensions of a head that positions turn."""
+    """Dimensions of a head with rotary embeddings."""
     windows: tuple[int, ...]
-    """Rows that attention sees, its own included; 0 for all before it."""
+    """Positions that attention sees, its own included; 0 for all before it."""
     state: int = 128
-    """Columns of the state of a Mamba-2 head."""
-    taps: int = 4
-    """Rows that the convolution of a Mamba-2 layer sees."""
+    """Columns of the state matrix of a Mamba-2 head (d_state)."""
+    conv_width: int = 4
+    """Positions that the convolution of a Mamba-2 layer sees, its own included."""
     expand: int = 2
-    """How many times as wide as its stage a Mamba-2 layer is inside."""
+    """Inner width of a Mamba-2 layer, as a multiple of its stage's width."""
     network_norms: bool = True
-    """A norm at the end of every network, not of the last alone."""
+    """End every network with a norm, not only the last one."""
     token_positions: Literal["byte", "chunk"] = "chunk"
-    """Rotary positions of a token: its own number, or the position of its boundary at the level it was made of."""
+    """Rotary positions of tokens: the index of the token, or the position of its boundary in the level around."""
     tie_embeddings: bool = False
-    """Predict with the embedding of bytes: one array for both."""
+    """Tie the output head to the byte embedding."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -122,23 +121,23 @@ class HNetConfig(AbstractShape):
             if len(getattr(self, name)) != stages:
                 raise ValueError(f"{name} needs {stages} numbers, one for each stage; got {getattr(self, name)}")
         if any(inner < outer for outer, inner in zip(self.dims, self.dims[1:], strict=False)):
-            raise ValueError(f"widths grow inward or stay as they are; got dims {self.dims}")
-        if min(self.state, self.taps, self.expand) < 1:
-            raise ValueError("state, taps and expand must be at least 1")
+            raise ValueError(f"widths must grow inward or stay equal; got dims {self.dims}")
+        if min(self.state, self.conv_width, self.expand) < 1:
+            raise ValueError("state, conv_width and expand must be at least 1")
         for stage, letters in enumerate(_stages(networks)):
             self._check_stage(stage, letters)
         if self.attend != "none":
             self._check_attend(networks)
 
     def _check_stage(self, stage: int, letters: str) -> None:
-        dim, heads, turned = self.dims[stage], self.heads[stage], self.rotary_dims[stage]
+        dim, heads, rotary_dim = self.dims[stage], self.heads[stage], self.rotary_dims[stage]
         attends = bool(set(letters) & set("tT"))
         if dim < 1 or self.windows[stage] < 0 or (attends and heads < 1):
-            raise ValueError(f"stage {stage}: widths and heads are at least 1, windows not negative")
-        if attends and (dim % heads or turned % 2 or not 0 <= turned <= dim // heads):
+            raise ValueError(f"stage {stage}: widths and heads must be at least 1, and windows not negative")
+        if attends and (dim % heads or rotary_dim % 2 or not 0 <= rotary_dim <= dim // heads):
             raise ValueError(
-                f"stage {stage}: {heads} heads must divide a width of {dim}, and an even number of dimensions of a head be "
-                f"turned; got {turned}"
+                f"stage {stage}: {heads} heads must divide a width of {dim}, and rotary_dims be an even number of dimensions of "
+                f"a head; got {rotary_dim}"
             )
         if set(letters) & set("mM") and self.expand * dim % HEAD:
             raise ValueError(
@@ -150,9 +149,9 @@ class HNetConfig(AbstractShape):
             )
 
     def _check_attend(self, networks: Networks) -> None:
-        """Every stage but the innermost has a decoder, whose heads divide its width."""
+        """Every stage but the innermost needs a decoder with layers, and heads that divide its width."""
         if networks.inside is None:
-            raise ValueError(f"attend {self.attend}: {self.layout} has no tokens to attend to")
+            raise ValueError(f"attend {self.attend} needs a token level, but {self.layout} has none")
         for stage in range(networks.depth):
             inside = _at(networks, stage)
             if not inside.decoder or self.heads[stage] < 1 or self.dims[stage] % self.heads[stage]:
@@ -166,16 +165,16 @@ class HNetConfig(AbstractShape):
         return self.dims
 
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
-        """Weights are drawn as those of the released code: normal with standard deviation .02, divided in the projections that
-        end a layer by the root of the number of layers on the stream of residuals, those of the stages around included. The
-        embedding, the head with it where they are one, has a standard deviation of 1."""
+        """Weights are initialised as in the released code: normal with standard deviation .02. For the projections that end a
+        layer this is divided by the square root of the number of residual additions in this stage and the stages around it. The
+        embedding, tied or not, has a standard deviation of 1."""
         networks = read_layout(self.layout)
         if len(estimators) != networks.depth:
-            raise ValueError(f"{self.layout} has {networks.depth} levels of tokens; got {len(estimators)} estimators")
+            raise ValueError(f"{self.layout} has {networks.depth} token levels; got {len(estimators)} estimators")
         head = None
         if not self.tie_embeddings:
-            head = Linear.of(STD * jax.random.normal(named_key(key, "head"), (self.dims[0], VOCAB)))
-        embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, self.dims[0]))
+            head = Linear.of(STD * jax.random.normal(named_key(key, "head"), (self.dims[0], VOCAB), jnp.float32))
+        embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, self.dims[0]), jnp.float32)
         stage = self._stage(networks, 0, 0, tuple(estimators), named_key(key, "stage"))
         return Parts(embedding, stage, None, head, self.new_ngrams(key))
 
@@ -211,19 +210,19 @@ class HNetConfig(AbstractShape):
         return Widened(jnp.zeros((wider,)), made) if wider else made
 
     def _stack(self, letters: str, stage: int, residuals: int, key: PRNGKeyArray, *, last: bool = False) -> Stack:
-        """`last`: the one that the head follows."""
+        """`last`: whether the output head follows."""
         keys = jax.random.split(key, len(letters))
         blocks = [self._block(letter, stage, residuals, one) for letter, one in zip(letters, keys, strict=True)]
         norm = ScaleNorm(self.dims[stage]) if self.network_norms or last else None
         return Stack(blocks, window=self.windows[stage] or None, remat=self.remat, norm=norm)
 
     def _block(self, letter: str, stage: int, residuals: int, key: PRNGKeyArray) -> PreNorm:
-        dim, heads, turned = self.dims[stage], self.heads[stage], self.rotary_dims[stage]
+        dim, heads, rotary_dim = self.dims[stage], self.heads[stage], self.rotary_dims[stage]
         key_mixer, key_mlp, key_draw = jax.random.split(key, 3)
         if letter in "mM":
-            mixer = Mamba2(dim, state=self.state, taps=self.taps, expand=self.expand, key=key_mixer)
+            mixer = Mamba2(dim, state=self.state, conv_width=self.conv_width, expand=self.expand, key=key_mixer)
         else:
-            mixer = Attention(dim, heads, cap=None, turned=turned, key=key_mixer)
+            mixer = Attention(dim, heads, cap=None, rotary_dim=rotary_dim, key=key_mixer)
         mlp = SwiGLU(dim, self.mlp_dims[stage], key=key_mlp) if letter in "MT" else None
         return _drawn(PreNorm(dim, mixer, mlp), residuals, key_draw)
 
@@ -235,17 +234,17 @@ def _stages(networks: Networks) -> list[str]:
 
 
 def _at(networks: Networks, stage: int) -> Networks:
-    """What a layout says of the stage of that number."""
+    """The networks of stage number `stage`."""
     return networks if stage == 0 or networks.inside is None else _at(networks.inside, stage - 1)
 
 
 def _residuals(letters: str) -> int:
-    """How often layers add to the stream of residuals: once, and once more with an MLP."""
+    """How often the layers add to the residual stream: once each, twice with an MLP."""
     return sum(2 if letter in "MT" else 1 for letter in letters)
 
 
 def _drawn(block: PreNorm, residuals: int, key: PRNGKeyArray) -> PreNorm:
-    """The block with its matrices drawn anew."""
+    """The block with its matrices drawn again, as in the released code."""
     ending = {"out", "project_out"}
     leaves, tree = jax.tree_util.tree_flatten_with_path(block, is_leaf=lambda node: isinstance(node, Linear))
     drawn = []
@@ -255,7 +254,7 @@ def _drawn(block: PreNorm, residuals: int, key: PRNGKeyArray) -> PreNorm:
             assert isinstance(last, jax.tree_util.GetAttrKey)
             std = STD / residuals**0.5 if last.name in ending else STD
             fresh: Float[Array, "inputs outputs"] = jax.random.normal(
-                jax.random.fold_in(key, number), leaf.weight.shape[::-1]
+                jax.random.fold_in(key, number), leaf.weight.shape[::-1], jnp.float32
             ).T
             leaf = Linear.of(std * fresh)
         drawn.append(leaf)

@@ -8,19 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 ROTARY_BASE = 10_000.0
-"""Base of rotary embeddings where none is named."""
+"""Default base of rotary embeddings."""
 
 
 class Linear(eqx.Module):
     r"""$y = xW$, no bias; the weight is cast to the input's dtype, products are accumulated in float32 or better."""
 
-    # A CPU multiplies a few rows, as a batch that is being written has them, with this at up to twice the pace that it
-    # reaches with the transpose.
+    # Stored as (inputs, outputs): with the few rows of a decoding step, a CPU multiplies by it up to twice as fast as by the
+    # transpose.
     weight: Float[Array, "inputs outputs"]
 
     def __init__(self, inputs: int, outputs: int, *, key: PRNGKeyArray):
         """Weights are drawn from a normal of standard deviation `inputs**-0.5`."""
-        self.weight = jax.random.normal(key, (outputs, inputs)).T * inputs**-0.5
+        self.weight = jax.random.normal(key, (outputs, inputs), jnp.float32).T * inputs**-0.5
 
     @classmethod
     def of(cls, weight: Float[Array, "inputs outputs"]) -> Linear:
@@ -33,7 +33,7 @@ class Linear(eqx.Module):
         return x @ self.weight.astype(x.dtype)
 
     def wide(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        """The same product, returned in the float32 it was accumulated in: for logits that a loss is taken of."""
+        """The same product in float32, the dtype of its accumulation: for logits that enter a loss."""
         return jnp.matmul(x, self.weight.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
@@ -50,7 +50,7 @@ class RMSNorm(eqx.Module):
     epsilon: float = eqx.field(static=True)
 
     def __init__(self, dim: int, epsilon: float = 1e-6):
-        self.weight = jnp.zeros((dim,))
+        self.weight = jnp.zeros((dim,), jnp.float32)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
@@ -59,13 +59,13 @@ class RMSNorm(eqx.Module):
 
 class ScaleNorm(eqx.Module):
     r"""$y = g\,x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$ with g = 1 at first, computed in float32 and returned in the input's
-    dtype: `RMSNorm` as H-Net writes it."""
+    dtype: `RMSNorm` as H-Net parametrises it."""
 
     weight: Float[Array, " dim"]
     epsilon: float = eqx.field(static=True)
 
     def __init__(self, dim: int, epsilon: float = 1e-5):
-        self.weight = jnp.ones((dim,))
+        self.weight = jnp.ones((dim,), jnp.float32)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
@@ -81,13 +81,13 @@ class Rotary(eqx.Module):
     def __init__(self, positions: Int[Array, "batch length"], dim: int, base: float = ROTARY_BASE):
         r"""Angles $p\,\mathrm{base}^{-2k/\mathrm{dim}}$ for k < dim/2. Raises `ValueError` for an odd `dim`."""
         if dim % 2:
-            raise ValueError(f"rotary embeddings turn pairs of dimensions; a head of {dim} has an odd number of them")
+            raise ValueError(f"rotary embeddings rotate pairs of dimensions; {dim} is odd")
         frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
         angles = positions[..., None].astype(jnp.float32) * frequencies
         self.cos, self.sin = jnp.cos(angles), jnp.sin(angles)
 
     def __call__(self, x: Float[Array, "batch length heads head_dim"]) -> Float[Array, "batch length heads head_dim"]:
-        """The first `dim` dimensions of each head turned, the others as they are."""
+        """Rotates the first `dim` dimensions of each head and leaves the others unchanged."""
         cos, sin = self.cos[:, :, None, :].astype(x.dtype), self.sin[:, :, None, :].astype(x.dtype)
         half = cos.shape[-1]
         left, right, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

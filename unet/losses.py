@@ -1,4 +1,4 @@
-"""What a prediction is trained with: the likelihood, and the objectives of all levels of tokens."""
+"""The training loss: next-byte log-probabilities, and the objectives of all token levels."""
 
 from __future__ import annotations
 
@@ -9,80 +9,143 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from estimators.base import AbstractObjective, Layout, Signal
-from unet.likelihood import continues, log_lik_of, next_byte_log_lik
+from estimators.base import AbstractObjective, Layout, ObjectiveInputs, ObjectiveOutput
+from unet.hierarchy import Level
+from unet.likelihood import continues, log_prob_of, next_logprobs
 from unet.ops import token_of
 from unet.ops.rows import add_at
-from unet.stage import Level
 
 
 class Prediction(eqx.Module):
-    """Logits of the next byte at each row, the early head's where it was asked for, and the levels of the hierarchy.
+    """Logits of the next byte at each position, those of the early-exit head if there is one, and the levels of the hierarchy.
 
-    `early_rows`, where given, are those that the early head predicted at, the same in every sequence.
+    `early_positions`, if given: the positions of the early-exit logits, the same in every sequence.
     """
 
     logits: Float[Array, "batch length vocab"]
-    early_logits: Float[Array, "batch rows vocab"] | None
+    early_logits: Float[Array, "batch positions vocab"] | None
     levels: tuple[Level, ...]
-    early_rows: Int[Array, " rows"] | None = None
+    early_positions: Int[Array, " positions"] | None = None
 
 
 class LossOutput(eqx.Module):
-    """`loss` to descend: the mean negative log-likelihood in nats per byte plus the objectives' losses; and what to watch.
+    """The `loss` to minimise, which is the mean negative log-probability in nats per byte plus the objectives' losses, and
+    numbers to log.
 
-    `log_lik` is the mean log-likelihood per predicted byte, `early_log_lik` that of the early head (NaN without one),
-    `rate` the share of valid bytes with a boundary, `overflow` the share of valid bytes whose boundary was dropped, `padding`
-    the share of the token level's rows that held no token; `metrics` holds what each level's objective reports, and for inner
-    levels their own `rate` and `overflow`, as shares of the rows of the level around.
+    `log_prob` is the mean log-probability per predicted byte, `early_log_prob` that of the early-exit head (None without one),
+    `rate` the fraction of valid bytes with a boundary, `overflow` the fraction of valid bytes whose boundary was dropped,
+    `padding` the fraction of the outermost token level's capacity that held no token. `metrics` holds what the objectives
+    report, by name. For inner levels its names begin with `level1_…`, and it also holds their `rate` and `overflow`, as
+    fractions of the positions of the level around.
     """
 
     loss: Float[Array, ""]
-    log_lik: Float[Array, ""]
-    early_log_lik: Float[Array, ""]
+    log_prob: Float[Array, ""]
+    early_log_prob: Float[Array, ""] | None
     rate: Float[Array, ""]
     overflow: Float[Array, ""]
     padding: Float[Array, ""]
-    metrics: tuple[dict[str, Float[Array, ""]], ...]
+    metrics: dict[str, Float[Array, ""]]
 
 
-def early_log_lik(prediction: Prediction, layout: Layout) -> Float[Array, "batch length"] | None:
-    r"""$\log p^{early}(x_{i+1} \mid x_{\le i})$ in nats and float32; None where there is no early head.
+def early_log_prob(prediction: Prediction, layout: Layout) -> Float[Array, "batch length"] | None:
+    r"""$\log p^{early}(x_{i+1} \mid x_{\le i})$ in nats, float32; None without an early-exit head.
 
-    Where it predicted at some rows only, the mean over those stands for it at the others. What it stands for is subtracted
-    from rewards and depends on no action either way, so that gradients of the policy stay unbiased; the mean over all rows
-    is that over the rows predicted at, so that those of the early head do as well (but for padding and packing, which make
-    it a ratio of two random numbers).
+    If the head predicted only at some positions, the others get the mean over these. The result is subtracted from rewards and
+    depends on no action either way, so policy gradients stay unbiased. Its mean over all positions equals the mean over the
+    predicted ones, so the gradient of the early-exit head stays unbiased too (except that padding and packing make it a ratio
+    of two random numbers).
     """
-    if prediction.early_logits is None or prediction.early_rows is None:
-        return None if prediction.early_logits is None else next_byte_log_lik(prediction.early_logits, layout.bytes)
-    rows = prediction.early_rows
-    there = log_lik_of(prediction.early_logits, jnp.roll(layout.bytes, -1, axis=1)[:, rows])
+    if prediction.early_logits is None or prediction.early_positions is None:
+        return None if prediction.early_logits is None else next_logprobs(prediction.early_logits, layout.bytes)
+    rows = prediction.early_positions
+    there = log_prob_of(prediction.early_logits, jnp.roll(layout.bytes, -1, axis=1)[:, rows])
     scored = continues(layout)[:, rows]
     mean = jnp.sum(jnp.where(scored, there, 0.0)) / jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
     return jnp.broadcast_to(mean, layout.bytes.shape).at[:, rows].set(there)
 
 
 class Reward(eqx.Module):
-    """What each row of a level is rewarded with: `log_lik` and `early_log_lik` of the predictions made while it was the last
-    row, and the number of these that are `scored`."""
+    """The reward of each position of a level: the sums of `log_prob` and `early_log_prob` over the predictions made while it
+    was the latest position of its level, and the number of these that are `scored`."""
 
-    log_lik: Float[Array, "batch length"]
-    early_log_lik: Float[Array, "batch length"] | None
+    log_prob: Float[Array, "batch length"]
+    early_log_prob: Float[Array, "batch length"] | None
     scored: Int[Array, "batch length"]
 
     def inside(self, level: Level, tokens: int) -> Reward:
-        """The rewards of the token rows that `level` makes of these rows: each the sum over the rows from the one that closed
-        it to the one before the next closes."""
+        """The rewards of the tokens that `level` makes of these positions: each the sum from the position that closed it to the
+        one before the next token closes."""
         index = token_of(level.boundaries.actions)
-        # Rows before the first token are in none.
+        # Positions before the first token belong to none.
         index = jnp.where(index < 0, tokens, index)
         return jax.tree.map(lambda values: add_at(index, values, tokens), self)
 
     def scaled(self, factor: Float[Array, ""]) -> Reward:
-        """With likelihoods times a factor."""
-        early = None if self.early_log_lik is None else factor * self.early_log_lik
-        return Reward(factor * self.log_lik, early, self.scored)
+        """With log-probabilities multiplied by a factor."""
+        early = None if self.early_log_prob is None else factor * self.early_log_prob
+        return Reward(factor * self.log_prob, early, self.scored)
+
+
+def byte_rewards(prediction: Prediction, layout: Layout) -> Reward:
+    """The log-probabilities of the next bytes, 0 where there is none to score."""
+    scored = continues(layout)
+    log_prob, early = next_logprobs(prediction.logits, layout.bytes), early_log_prob(prediction, layout)
+    return Reward(
+        jnp.where(scored, log_prob, 0.0),
+        None if early is None else jnp.where(scored, early, 0.0),
+        scored.astype(jnp.int32),
+    )
+
+
+def objective_inputs(
+    reward: Reward,
+    levels: Sequence[Level],
+    objectives: Sequence[AbstractObjective],
+    *,
+    target_rate: Float[Array, ""] | None,
+    samples: int,
+) -> list[ObjectiveInputs]:
+    """The inputs of each level's objective, the outermost first; `reward` is that of the bytes.
+
+    The outermost level is rewarded byte by byte. At an inner level each position is a chunk. Its reward is the sum of the
+    log-probabilities of all predictions made while it was the latest chunk of its level: from the byte that closed it to the
+    byte before the next one closes. These sums are scaled by the number of deciding positions at this level over the number of
+    deciding bytes. Policy losses take the mean over decisions, so a nat then has the same weight at every level: each policy
+    gradient is that of the same sum of log-probabilities, divided by the same number of bytes.
+
+    Log-probabilities carry no gradient, so no objective can train the language model through them. Those of the early-exit head
+    carry one to the first level that needs them. They depend on no action of any level, so their sums are valid baselines.
+    """
+    inputs: list[ObjectiveInputs] = []
+    trains_early = reward.early_log_prob
+    reward = Reward(jax.lax.stop_gradient(reward.log_prob), trains_early, reward.scored)
+    target_rates = [target_rate, *[None] * len(levels)]
+    for number, (level, objective) in enumerate(zip(levels, objectives, strict=True)):
+        here = reward.scaled(_deciding(level) / _deciding(levels[0]))
+        inputs.append(
+            ObjectiveInputs(
+                level.boundaries,
+                level.hidden,
+                here.log_prob,
+                here.early_log_prob,
+                reward.scored > 0,
+                continues(level.layout),
+                target_rates[number],
+                samples,
+            )
+        )
+        if objective.needs_early_exit:
+            reward = jax.lax.stop_gradient(reward)
+        if number + 1 < len(levels):
+            reward = reward.inside(level, levels[number + 1].hidden.shape[1])
+    return inputs
+
+
+def _deciding(level: Level) -> Float[Array, ""]:
+    """The number of positions at which a policy decides or, if a rule decides, that are free to close a token."""
+    decided = jnp.sum(level.boundaries.decided)
+    return jnp.maximum(jnp.where(decided > 0, decided, jnp.sum(level.layout.free)), 1).astype(jnp.float32)
 
 
 def losses(
@@ -94,78 +157,42 @@ def losses(
     samples: int = 1,
     capacity: int | None = None,
 ) -> LossOutput:
-    r"""The language-model loss plus the losses of the objectives of all levels (SFE eq. 22; H-Net eq. 10, one loss a stage).
+    r"""The language-model loss plus the objectives' losses of all levels (SFE eq. 22; H-Net eq. 10, one loss for each stage).
 
-    The outermost level is rewarded byte by byte. A row of an inner level is a chunk, and its reward the log-likelihood of all
-    predictions made while it was the last chunk of its level: those at the bytes from the one that closed it to the one
-    before the next closes. These sums are scaled by the rows that decide at its level over the bytes that decide (or, where the
-    outermost level is a rule, could), so that the mean over decisions, which policy losses take, weighs a nat as it does at the
-    outermost level: at every level the policy gradient is that of the same sum of log-likelihoods, divided by the same number
-    of bytes. An early prediction depends on no
-    action of any level, so that the same sums of it are a baseline at all of them; the early head learns from the first level
-    that has one.
-
-    `capacity`: the rows for each sequence that the outermost token level had (None: as many as there are bytes).
+    $-\mathrm{mean}_i \log p(x_{i+1} \mid x_{\le i}) + \sum_s L_s$ in nats per byte. `capacity`: tokens per sequence that the
+    outermost token level could hold (None: as many as there are bytes).
     """
-    scored = continues(layout)
-    count = jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
-    log_lik = next_byte_log_lik(prediction.logits, layout.bytes)
-    early = early_log_lik(prediction, layout)
+    reward = byte_rewards(prediction, layout)
+    count = jnp.maximum(jnp.sum(reward.scored), 1).astype(jnp.float32)
+    log_prob = jnp.sum(reward.log_prob) / count
+    inputs = objective_inputs(reward, prediction.levels, objectives, target_rate=target_rate, samples=samples)
+    outputs = [objective(one) for objective, one in zip(objectives, inputs, strict=True)]
+    early = None if reward.early_log_prob is None else jnp.sum(reward.early_log_prob) / count
+    loss = sum((output.loss for output in outputs), -log_prob)
+    return _summary(loss, log_prob, early, outputs, prediction.levels, layout, capacity)
 
-    def mean(values: Float[Array, "batch length"]) -> Float[Array, ""]:
-        return jnp.sum(jnp.where(scored, values, 0.0)) / count
 
-    loss = -mean(log_lik)
-    metrics: list[dict[str, Float[Array, ""]]] = []
-    reward, mask, follows = Reward(log_lik, early, scored.astype(jnp.int32)), scored, scored
-    rows = valid = jnp.maximum(jnp.sum(layout.mask), 1).astype(jnp.float32)
-    deciding = jnp.ones(())
-    for number, (objective, level) in enumerate(zip(objectives, prediction.levels, strict=True)):
-        tokens = jnp.sum(level.lengths).astype(jnp.float32)
-        dropped = jnp.sum(level.overflow).astype(jnp.float32)
-        decided = jnp.maximum(jnp.sum(level.boundaries.decided), 1).astype(jnp.float32)
-        here = reward
-        if number == 0:
-            # A rule decides nothing; the bytes that are free to close a token stand for those that decide.
-            free = jnp.maximum(jnp.sum(layout.free), 1).astype(jnp.float32)
-            deciding = jnp.where(jnp.any(level.boundaries.decided), decided, free)
-        else:
-            here, mask, follows = reward.scaled(decided / deciding), reward.scored > 0, continues(level.layout)
-        signal = Signal(
-            level.boundaries,
-            level.hidden,
-            here.log_lik,
-            here.early_log_lik,
-            mask,
-            follows,
-            target_rate if number == 0 else None,
-            samples,
-        )
-        output = objective(signal)
-        loss = loss + output.loss
-        metrics.append(
-            output.metrics if number == 0 else {**output.metrics, "rate": tokens / rows, "overflow": dropped / rows}
-        )
-        if objective.needs_early_exit:
-            reward = jax.lax.stop_gradient(reward)
-        if number + 1 < len(prediction.levels):
-            if number == 0:
-                reward = jax.tree.map(lambda values: jnp.where(scored, values, jnp.zeros((), values.dtype)), reward)
-            reward = reward.inside(level, prediction.levels[number + 1].hidden.shape[1])
-        rows = tokens
-    if not prediction.levels:
-        tokens, overflow, room = valid, jnp.zeros(()), valid
-    else:
-        outer = prediction.levels[0]
-        tokens = jnp.sum(outer.lengths).astype(jnp.float32)
-        overflow = jnp.sum(outer.overflow).astype(jnp.float32)
-        room = jnp.asarray(layout.bytes.shape[0] * (capacity or layout.bytes.shape[1]), jnp.float32)
-    return LossOutput(
-        loss=loss,
-        log_lik=mean(log_lik),
-        early_log_lik=jnp.full((), jnp.nan) if early is None else mean(early),
-        rate=tokens / valid,
-        overflow=overflow / valid,
-        padding=1.0 - tokens / room,
-        metrics=tuple(metrics),
-    )
+def _summary(
+    loss: Float[Array, ""],
+    log_prob: Float[Array, ""],
+    early_log_prob: Float[Array, ""] | None,
+    outputs: Sequence[ObjectiveOutput],
+    levels: Sequence[Level],
+    layout: Layout,
+    capacity: int | None,
+) -> LossOutput:
+    """The loss, and the numbers to log beside it."""
+    positions = jnp.maximum(jnp.sum(layout.mask), 1).astype(jnp.float32)
+    room = layout.bytes.shape[0] * (capacity or layout.bytes.shape[1])
+    if not levels:
+        return LossOutput(loss, log_prob, early_log_prob, jnp.ones(()), jnp.zeros(()), jnp.zeros(()), {})
+    metrics: dict[str, Float[Array, ""]] = {}
+    for number, (level, output) in enumerate(zip(levels, outputs, strict=True)):
+        tokens, dropped = (jnp.sum(part).astype(jnp.float32) for part in (level.lengths, level.overflow))
+        shares = {"rate": tokens / positions, "overflow": dropped / positions}
+        prefix = f"level{number}_" if number else ""
+        metrics |= {prefix + name: value for name, value in {**output.metrics, **shares}.items()}
+        positions = tokens
+    padding = 1.0 - jnp.sum(levels[0].lengths).astype(jnp.float32) / room
+    rate, overflow = metrics.pop("rate"), metrics.pop("overflow")
+    return LossOutput(loss, log_prob, early_log_prob, rate, overflow, padding, metrics)

@@ -1,4 +1,4 @@
-"""The byte-level language model: embedding, a stage, two heads."""
+"""The byte-level language model: byte embedding, a stage, output head and early-exit head."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, PRNGKeyArray, PyTree
 
-from estimators.base import AbstractEstimator, AbstractMemory, Keys, Layout, uniforms_from, written
-from unet.buckets import chosen, smallest_with_room
+from estimators.base import VOCAB, AbstractEstimator, Keys, Layout, uniforms_from
+from estimators.decode_state import AbstractDecodeState, last_positions, update_state
+from unet.capacity import smallest_with_room, switch_with_gradient
 from unet.config import AbstractShape
+from unet.hierarchy import AbstractStage, Encoded, StageOutput, StageSampling, repeated
 from unet.layers import Linear, RMSNorm
 from unet.likelihood import plain_layout
 from unet.losses import LossOutput, Prediction, losses
 from unet.ngrams import HashedNgrams
-from unet.stage import AbstractStage, Begun, Drawing, StageOutput, repeated
+from unet.numerics import own_promotion
 
 
-class TextChange(eqx.Module):
-    """How what a model keeps changes: its stage's memory, and the byte that was read."""
+class TextUpdate(eqx.Module):
+    """The update of a model's decode state: that of its stage, and the new `bytes`."""
 
     stage: PyTree[Array]
-    bytes: Int[Array, "batch 1"]
+    bytes: Int[Array, "batch length"]
 
 
-class TextState(AbstractMemory):
-    """What a model keeps of the first bytes of some texts: its `stage`'s memory, how many there were (`count`), the `keys` that
-    draw boundaries (None: the likelier action), and the `recent` bytes that embeddings of n-grams look back at."""
+class TextState(AbstractDecodeState):
+    """Decode state of a model: the `stage`'s decode state, the number of bytes so far (`count`), the `keys` that draw
+    boundaries (None: greedy), and the `recent` bytes that n-gram embeddings look back at."""
 
     stage: PyTree[Array]
     count: Int[Array, " batch"]
@@ -38,56 +41,70 @@ class TextState(AbstractMemory):
     recent: Int[Array, "batch reach"] | None = None
 
     def noise(self, length: int) -> Float[Array, "batch length"] | None:
-        """The uniform numbers with which the outermost level draws at the next `length` bytes; None where it does not draw."""
+        """The uniform numbers that draw the outermost level's boundaries at the next `length` bytes; None if greedy."""
         return None if self.keys is None else uniforms_from(self.keys, self.count, length)
 
-    def written(self, change: TextChange, advance: Bool[Array, " batch"]) -> TextState:
-        recent = self.recent
-        if recent is not None:
-            recent = written(recent, jnp.concatenate([recent[:, 1:], change.bytes], axis=1), advance)
-        count = self.count + advance.astype(jnp.int32)
-        return TextState(written(self.stage, change.stage, advance), count, self.keys, recent)
+    def updated(self, update: TextUpdate, lengths: Int[Array, " batch"]) -> TextState:
+        stage, count = update_state(self.stage, update.stage, lengths), self.count + lengths
+        recent = None if self.recent is None else last_positions(self.recent, update.bytes, lengths)
+        return TextState(stage, count, self.keys, recent)
 
 
-class Prefilled(eqx.Module):
-    """What was predicted at each of the first bytes, and what `UNet.step` needs to go on."""
+class Decoded(eqx.Module):
+    """The prediction at each new byte, and the `update` of the decode state:
+    `estimators.decode_state.update_state(state, update, lengths)` is the state after these bytes."""
 
     prediction: Prediction
-    state: TextState
+    update: TextUpdate
 
     @property
     def logits(self) -> Float[Array, "batch length vocab"]:
         return self.prediction.logits
 
 
-class NextByte(eqx.Module):
-    """Logits of the byte after the next one, whether each level closed a token (the outermost first), and how the state
-    changes: `estimators.base.written(state, change, advance)` is the state after it."""
+def check_bytes(bytes: Integer[Array, "batch length"]) -> Integer[Array, "batch length"]:
+    """`bytes` unchanged. Raises `ValueError` unless it is an integer array with the axes batch and length, and for values
+    outside 0 … 255; the latter only outside of compiled functions, where values can be inspected."""
+    if not hasattr(bytes, "dtype") or bytes.ndim != 2 or not jnp.issubdtype(bytes.dtype, jnp.integer):
+        shape, dtype = getattr(bytes, "shape", type(bytes).__name__), getattr(bytes, "dtype", "")
+        raise ValueError(f"bytes must be integers, batch x length (one text: text[None]); got {dtype} {shape}")
+    if not isinstance(bytes, jax.core.Tracer) and bytes.size and bytes.dtype != jnp.uint8:
+        # NumPy, since jax.numpy would return a tracer while an outer function is being traced.
+        low, high = int(np.min(np.asarray(bytes))), int(np.max(np.asarray(bytes)))
+        if low < 0 or high >= VOCAB:
+            raise ValueError(f"bytes must lie between 0 and {VOCAB - 1}; got {low if low < 0 else high}")
+    return bytes
 
-    logits: Float[Array, "batch vocab"]
-    closed: tuple[Bool[Array, " batch"], ...]
-    change: TextChange
+
+def _at_most_float32(leaf: PyTree) -> PyTree:
+    """Parameters stay float32 under `jax_enable_x64`."""
+    wide = isinstance(leaf, jax.Array) and leaf.dtype == jnp.float64
+    return leaf.astype(jnp.float32) if wide else leaf
 
 
-def _sizes(capacities: Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The sizes that the outermost level may choose from (none: no bound), and the bound of every level.
+def _bounds(capacities: Sequence[int] | int) -> tuple[int, ...]:
+    return (capacities,) if isinstance(capacities, int) else tuple(capacities)
 
-    Raises `ValueError` where they do not ascend, and for several at an inner level.
+
+def _choices(capacities: Sequence[int | Sequence[int]] | int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The capacities that the outermost level may choose from (empty: no bound), and the bound of every level.
+
+    Raises `ValueError` if they do not ascend, or if an inner level has several.
     """
-    levels = [(size,) if isinstance(size, int) else tuple(size) for size in capacities]
-    if any(len(sizes) > 1 for sizes in levels[1:]):
+    levels = [_bounds(one) for one in ([capacities] if isinstance(capacities, int) else capacities)]
+    if any(len(some) > 1 for some in levels[1:]):
         raise ValueError("only the outermost level can choose between several capacities")
-    if any(not sizes or list(sizes) != sorted(set(sizes)) for sizes in levels):
+    if any(not some or list(some) != sorted(set(some)) for some in levels):
         raise ValueError(f"capacities to choose from must ascend; got {levels}")
-    return (levels[0] if levels else ()), tuple(sizes[-1] for sizes in levels)
+    return (levels[0] if levels else ()), tuple(some[-1] for some in levels)
 
 
 class UNet(eqx.Module):
     """A byte-level autoregressive U-Net whose token boundaries an estimator draws (SFE section 2.2).
 
-    `model(bytes, key=key)` predicts; `model.loss(bytes, key=key)` is what to descend; `model.prefill` and `model.step` read a
-    text byte by byte, for which `unet.generate` has the loop. Without a `head` of its own the model predicts with its
-    `embedding`: one array, whose gradient is the sum of those of its two uses.
+    `model(bytes, key=key)` predicts; `model.loss(bytes, key=key)` is the training loss; `model.decode` predicts at the next
+    bytes from a decode state (`unet.generate` is the decoding loop). Without a `head` the embedding is tied: one array, whose
+    gradient is the sum over both uses.
     """
 
     embedding: Float[Array, "vocab dim"]
@@ -97,9 +114,10 @@ class UNet(eqx.Module):
     early_norm: RMSNorm | None
     early_head: Linear | None
     compute: Literal["float32", "bfloat16"] = eqx.field(static=True)
-    early_share: float = eqx.field(static=True)
+    early_exit_fraction: float = eqx.field(static=True)
     ngrams: HashedNgrams | None = None
 
+    @own_promotion
     def __init__(
         self,
         config: AbstractShape,
@@ -107,111 +125,108 @@ class UNet(eqx.Module):
         *,
         key: PRNGKeyArray,
     ):
-        """`estimator`: one for each level of tokens, the outermost first; None for none at all, a purely byte-level model.
+        """`estimator`: one for each token level, the outermost first; None for a purely byte-level model.
 
-        The early head starts as a copy of the output head (SFE section 2.4) and exists only where an objective asks for it.
-        Raises `ValueError` where the shape has another number of levels.
+        The early-exit head starts as a copy of the output head (SFE section 2.4) and exists only if an objective needs it.
+        Raises `ValueError` if the shape has another number of token levels, or another width than a router was built for.
         """
         estimators = [estimator] if isinstance(estimator, AbstractEstimator) else list(estimator or ())
-        parts = config.parts(estimators, key=key)
+        parts = jax.tree.map(_at_most_float32, config.parts(estimators, key=key))
+        for number, (one, dim) in enumerate(zip(estimators, config.widths, strict=False)):
+            if one.router.dim not in (None, dim):
+                raise ValueError(
+                    f"the router of level {number} reads hidden states of width {one.router.dim}, but this shape has {dim} there"
+                )
         self.embedding, self.stage, self.norm, self.head = parts.embedding, parts.stage, parts.norm, parts.head
         early = any(one.objective.needs_early_exit for one in estimators)
         self.early_norm = RMSNorm(self.embedding.shape[1]) if early else None
         self.early_head = jax.tree.map(lambda leaf: leaf, self.output_head) if early else None
         self.compute = config.compute
-        self.early_share = config.early_share
+        self.early_exit_fraction = config.early_exit_fraction
         self.ngrams = parts.ngrams
 
+    @own_promotion
     def __call__(
         self,
         bytes: Integer[Array, "batch length"],
         *,
         key: Keys | None = None,
-        actions: Sequence[Bool[Array, "batch _"]] = (),
+        actions: Sequence[Bool[Array, "batch _"]] | Bool[Array, "batch length"] = (),
         segments: Int[Array, "batch length"] | None = None,
         mask: Bool[Array, "batch length"] | None = None,
         target_rate: Float[Array, ""] | None = None,
-        capacities: Sequence[int] = (),
+        capacities: Sequence[int] | int = (),
         samples: int = 1,
         training: bool = False,
     ) -> Prediction:
-        """Predict the next byte at every row.
+        """Predict the next byte at every position.
 
-        `key` draws the boundaries (None: the likelier action of each byte; one for each sequence: see `Draw`), `actions`
-        prescribes them level by level.
-        `segments` numbers the documents of a row, `mask` is False on padding. `capacities` bound the tokens of each level;
-        without them no boundary is ever dropped. `target_rate` takes the place of the rate the estimator was built for.
-        `samples` draws boundaries so often for each sequence and returns that many neighbouring rows for it.
+        `key` draws the boundaries (None: greedy; one key for all sequences, or one each: see `SamplingOptions`); `actions`
+        prescribes them level by level. `segments` numbers the documents packed into a sequence; `mask` is False on padding.
+        `capacities` bounds the tokens of each level; without it no boundary is dropped. `target_rate` replaces the rate that
+        the estimator was built for. `samples` draws that many sets of boundaries for each sequence and returns as many adjacent
+        rows of the batch. A single array of actions, or a single capacity, is for the outermost level. Raises `ValueError` for
+        invalid bytes.
         """
-        layout = plain_layout(bytes, segments, mask)
-        drawing = Drawing(key, tuple(actions), target_rate, tuple(capacities), samples, training=training)
-        return self.predict(self.stage(self.embed(layout), layout, drawing))
+        layout = plain_layout(check_bytes(bytes), segments, mask)
+        actions = (actions,) if isinstance(actions, jax.Array | np.ndarray) else tuple(actions)
+        sampling = StageSampling(key, actions, target_rate, _bounds(capacities), samples, training)
+        return self.predict(self.stage(self.embed(layout), layout, sampling))
 
-    def prefill(
+    @own_promotion
+    def init_state(self, batch: int, keys: Key[Array, " batch"] | None = None) -> TextState:
+        """The decode state of `batch` texts before their first byte; `keys` draw their boundaries (None: greedy)."""
+        recent = None if self.ngrams is None else jnp.zeros((batch, self.ngrams.reach), jnp.int32)
+        stage = self.stage.init_state(batch, self.embedding.shape[1])
+        return TextState(stage, jnp.zeros((batch,), jnp.int32), keys, recent)
+
+    @own_promotion
+    def decode(
         self,
         bytes: Integer[Array, "batch length"],
+        state: TextState,
         *,
         mask: Bool[Array, "batch length"] | None = None,
-        keys: Key[Array, " batch"] | None = None,
-        capacities: Sequence[int] = (),
-    ) -> Prefilled:
-        """Predict at the first bytes of some texts, each as long as `mask` says (padding behind), as a call with these `keys` as
-        its key would.
+        capacities: Sequence[int] | int = (),
+        noise: Float[Array, "batch length"] | None = None,
+    ) -> Decoded:
+        """Predict at the next bytes of each text; `mask` is True for the bytes that are there, which come first.
 
-        The token caches have a slot for each token row: `unet.cache.with_room` makes more. Where a level overflows
-        `capacities`, the state is of no use.
+        From `init_state` this is prefill; one byte is a decoding step. A text gets the same predictions and boundaries however
+        it is split into calls, and the same as from `__call__` with its key. KV caches of the token level get one slot for each
+        token position of the first call; `unet.decoding.kv_cache.with_room` adds more. If a text's cache is full, its logits
+        are NaN. If a level overflows `capacities`, the state must not be used. `noise`: what `TextState.noise` returns for
+        these bytes, which is cheaper computed for many bytes at once.
         """
-        layout = plain_layout(bytes, None, mask)
-        drawing = Drawing(keys, capacities=tuple(capacities))
-        done = self.stage.prefill(self.embed(layout), layout, drawing)
-        count = jnp.sum(layout.mask, axis=1, dtype=jnp.int32)
-        recent = None
-        if self.ngrams is not None:
-            place = count[:, None] - self.ngrams.reach + jnp.arange(self.ngrams.reach, dtype=jnp.int32)
-            recent = jnp.take_along_axis(layout.bytes, jnp.maximum(place, 0), axis=1, mode="clip")
-        return Prefilled(self.predict(done.output), TextState(done.memory, count, keys, recent))
+        place = state.count[:, None] + jnp.arange(bytes.shape[1], dtype=jnp.int32)
+        mask = jnp.ones(bytes.shape, bool) if mask is None else mask
+        layout = Layout(bytes.astype(jnp.int32), place, jnp.zeros_like(place), mask, state.count)
+        sampling = StageSampling(state.keys, capacities=_bounds(capacities), noise=noise)
+        output = self.stage(self.embed(layout, state.recent), layout, sampling, state.stage)
+        return Decoded(self.predict(output), TextUpdate(output.update, layout.bytes))
 
-    def step(
-        self,
-        bytes: Int[Array, " batch"],
-        state: TextState,
-        advance: Bool[Array, " batch"],
-        *,
-        noise: Float[Array, " batch"] | None = None,
-    ) -> NextByte:
-        """Read one more byte of the texts that advance.
-
-        `noise`, where given, is what `TextState.noise` says for this byte: made for many bytes at once it costs less.
-        Raises nothing: where a token cache has no slot left, the logits of its text are not numbers.
-        """
-        count = state.count[:, None]
-        layout = Layout(bytes[:, None], count, jnp.zeros_like(count), advance[:, None], state.count)
-        drawing = Drawing(state.keys, noise=None if noise is None else noise[:, None])
-        done = self.stage.step(self.embed(layout, state.recent), layout, drawing, state.stage)
-        return NextByte(self.logits(done.hidden)[:, 0], done.closed, TextChange(done.change, layout.bytes))
-
-    def predict(self, output: StageOutput, *, early_rows: Int[Array, " rows"] | None = None) -> Prediction:
-        """The two heads on top of what the stage returned, the early one at `early_rows` only where they are given."""
+    def predict(self, output: StageOutput, *, early_positions: Int[Array, " positions"] | None = None) -> Prediction:
+        """Apply the heads to the stage's output, the early-exit head only at `early_positions` if they are given."""
         early_logits = None
         with jax.named_scope("heads"):
             if self.early_head is not None and self.early_norm is not None:
                 hidden = output.levels[0].hidden
-                hidden = hidden if early_rows is None else hidden[:, early_rows]
+                hidden = hidden if early_positions is None else hidden[:, early_positions]
                 early_logits = self.early_head.wide(self.early_norm(hidden))
-            return Prediction(self.logits(output.hidden), early_logits, output.levels, early_rows)
+            return Prediction(self.logits(output.hidden), early_logits, output.levels, early_positions)
 
     @property
     def output_head(self) -> Linear:
-        """The head that predicts the next byte: the model's own, or its embedding turned round."""
+        """The head that predicts the next byte: the model's own, or its transposed embedding."""
         return Linear.of(self.embedding.T) if self.head is None else self.head
 
     def logits(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length vocab"]:
-        """The output head on top of what the stage returned."""
+        """Final norm and output head, applied to the stage's hidden states."""
         return self.output_head.wide(hidden if self.norm is None else self.norm(hidden))
 
-    def some_rows(self, length: int, key: PRNGKeyArray | None) -> Int[Array, " rows"] | None:
-        """The rows of `length` at which the early head predicts in a training step; None for all, which it is without a key."""
-        count = round(self.early_share * length)
+    def early_positions(self, length: int, key: PRNGKeyArray | None) -> Int[Array, " positions"] | None:
+        """Random positions at which the early-exit head predicts in a training step. None means all, as without a key."""
+        count = round(self.early_exit_fraction * length)
         if self.early_head is None or key is None or count >= length:
             return None
         return jax.random.permutation(jax.random.fold_in(key, 2), length)[: max(count, 1)]
@@ -219,13 +234,15 @@ class UNet(eqx.Module):
     def embed(
         self, layout: Layout, before: Int[Array, "batch reach"] | None = None
     ) -> Float[Array, "batch length dim"]:
-        """One vector a byte, in the compute dtype; `before`: the bytes before these that embeddings of n-grams look at."""
+        """Byte embeddings, plus n-gram embeddings if there are any, in the compute dtype. `before`: the preceding bytes, which
+        n-grams look back at."""
         with jax.named_scope("embed"):
             embedded = self.embedding[layout.bytes]
             if self.ngrams is not None:
-                embedded = embedded + self.ngrams(layout.bytes, layout.numbers, before)
+                embedded = embedded + self.ngrams(layout.bytes, layout.document_positions, before)
             return embedded.astype(self.compute)
 
+    @own_promotion
     def loss(
         self,
         bytes: Integer[Array, "batch length"],
@@ -234,61 +251,46 @@ class UNet(eqx.Module):
         segments: Int[Array, "batch length"] | None = None,
         mask: Bool[Array, "batch length"] | None = None,
         target_rate: Float[Array, ""] | None = None,
-        capacities: Sequence[int | Sequence[int]] = (),
+        capacities: Sequence[int | Sequence[int]] | int = (),
         samples: int = 1,
-        groups: int = 0,
         training: bool = True,
     ) -> LossOutput:
-        """The language-model loss plus the losses of the objectives of all levels (SFE eq. 22).
+        """The language-model loss plus the objectives' losses of all levels (SFE eq. 22).
 
-        Where the outermost of `capacities` is not one bound but several in ascending order, the token level runs in as many
-        rows as the smallest of them that has room for every sequence of the batch; only the largest drops boundaries. The
-        program holds all of them, so one compilation serves every rate. With several, the loss can be differentiated once.
-
-        `groups`, where it is not 0, cuts the batch into so many groups of neighbouring sequences and lays the token rows of each
-        group one after another: then their sum decides which size has room. A group has that many rows for each of its
-        sequences, which share them freely, but for none has more tokens than the largest size. Attention alone still works in
-        as many rows for each sequence as that. Raises `ValueError` where `groups` does not divide the batch, and for groups of
-        a model with levels inside levels.
+        If the outermost of `capacities` is a sequence of several in ascending order, the token level runs at the smallest one
+        that fits every sequence of the batch; only the largest drops boundaries. All of them are in one compiled program, so it
+        serves every rate. The loss can then be differentiated only once.
         """
-        if groups and len(self.stage.estimators) > 1:
-            raise ValueError("token rows can be laid one after another where there is one level of tokens")
-        sizes, bounds = _sizes(capacities)
-        layout = plain_layout(bytes, segments, mask)
-        drawing = Drawing(key, (), target_rate, bounds, samples, groups, training)
-        begun = self.stage.begin(self.embed(layout), layout, drawing)
+        choices, bounds = _choices(capacities)
+        layout = plain_layout(check_bytes(bytes), segments, mask)
+        sampling = StageSampling(key, (), target_rate, bounds, samples, training)
+        encoded = self.stage.encode(self.embed(layout), layout, sampling)
 
-        def finish(capacity: int | None):
-            def way(operands: tuple[UNet, Begun, Drawing, Layout]) -> tuple[Float[Array, ""], LossOutput]:
-                model, begun, drawing, layout = operands
-                early_rows = model.some_rows(layout.bytes.shape[1], drawing.key) if drawing.training else None
-                output = model.stage.finish(begun, drawing, capacity=capacity)
-                prediction = model.predict(output, early_rows=early_rows)
+        def loss_at(capacity: int | None):
+            def branch(operands: tuple[UNet, Encoded, StageSampling, Layout]) -> tuple[Float[Array, ""], LossOutput]:
+                model, encoded, sampling, layout = operands
+                early = model.early_positions(layout.bytes.shape[1], sampling.key) if sampling.training else None
+                output = model.stage.decode(encoded, sampling, capacity=capacity)
+                prediction = model.predict(output, early_positions=early)
                 with jax.named_scope("loss"):
                     found = model.losses(
                         prediction,
                         repeated(layout, samples),
-                        target_rate=drawing.target_rate,
+                        target_rate=sampling.target_rate,
                         samples=samples,
                         capacity=capacity,
                     )
                 return found.loss, found
 
-            return way
+            return branch
 
-        which = smallest_with_room(begun.fullest(groups), sizes)
-        # What only the beginning needs would get a gradient of zeros from every way to end.
-        ending = eqx.tree_at(
-            lambda model: (model.embedding, model.ngrams, model.stage),
-            self,
-            (self.embedding if self.head is None else None, None, self.stage.ending()),
-            is_leaf=lambda part: part is None,
-        )
-        ways = [finish(size) for size in sizes or (None,)]
-        loss, output = chosen(which, ways, (ending, begun, drawing, layout))
-        # The loss inside `output` stands beside what is differentiated and carries no gradient.
+        which = smallest_with_room(encoded.most_tokens, choices)
+        branches = [loss_at(capacity) for capacity in choices or (None,)]
+        loss, output = switch_with_gradient(which, branches, (self, encoded, sampling, layout))
+        # `output.loss` comes from the auxiliary output and carries no gradient.
         return dataclasses.replace(output, loss=loss)
 
+    @own_promotion
     def losses(
         self,
         prediction: Prediction,
@@ -298,7 +300,7 @@ class UNet(eqx.Module):
         samples: int = 1,
         capacity: int | None = None,
     ) -> LossOutput:
-        """The losses of a prediction that has been made; `layout` has a row for each of its rows, and the token level had
-        `capacity` rows for each sequence (None: as many as there are bytes)."""
+        """The losses of a given prediction. `layout` has one row for each row of its batch; `capacity`: tokens per sequence
+        that the outermost token level could hold (None: as many as there are bytes)."""
         objectives = [estimator.objective for estimator in self.stage.estimators]
         return losses(prediction, objectives, layout, target_rate=target_rate, samples=samples, capacity=capacity)

@@ -1,7 +1,7 @@
-"""Embeddings of the last few bytes, looked up by BLT's hash (Pagnoni et al., "Byte latent transformer").
+"""Hashed n-gram embeddings of the last few bytes, as in BLT (Pagnoni et al., "Byte latent transformer").
 
-The hash is that of the released program, number for number, of the same ids. A document begins with another id here (that of BOS,
-byte 254) than there, so that the first few n-grams of a document, those that hold it, are looked up in other rows.
+For the same ids the hash equals that of the released code. The ids differ in one place: a document begins with that of BOS
+(byte 254) here and with another one there, so the first n-grams of a document, which contain it, use other rows of the tables.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ PRIMES = (
     5_463_458_053,
     3_367_900_313,
 )
-"""Where the polynomials of BLT's hash functions are evaluated."""
+"""Bases of BLT's polynomial hash functions."""
 
 OFFSET = 4
-"""Ids of BLT's program that are no bytes: byte b has the id b + 4."""
+"""Number of special ids in BLT's code: byte b has the id b + 4."""
 
 LONGEST = 64
 MOST_OFFSET = 512
-"""Up to these, sums of products of ids and parts of powers fit into 32 bits."""
+"""Limits within which sums of ids times 16-bit parts of powers fit into 32 bits."""
 
 
 def rolling_hash(ids: Int[Array, "*rows bytes"], buckets: int, prime: int = PRIMES[0]) -> Int[Array, "*rows"]:
     r"""$\big(\sum_{j=0}^{n-1} t_j\, a^j\big) \bmod \mathrm{buckets}$ of n ids, the oldest first, a = `prime` (BLT).
 
-    The sum is a signed number of 64 bits that wraps around, as in the program, and the remainder is not negative. Ids lie in
-    0 … 767, n is at most 64, buckets at most $2^{31}$. Computed with 32 bits: sums in four parts of 16 bits, from which the
-    remainder is taken digit by digit.
+    As in the released code, the sum is a signed 64-bit integer that wraps around, and the remainder is not negative. Ids lie in
+    0 … 767, n is at most 64, buckets at most $2^{31}$. Only 32-bit arithmetic is used: the sum has four parts of 16 bits, and
+    the remainder is computed digit by digit.
     """
     parts = [jnp.zeros(ids.shape[:-1], jnp.uint32) for _ in range(4)]
     for place in range(ids.shape[-1]):
@@ -56,7 +56,7 @@ def rolling_hash(ids: Int[Array, "*rows bytes"], buckets: int, prime: int = PRIM
     rest = jnp.zeros_like(parts[0])
     for part, shift in itertools.product(reversed(parts), range(16 - digit, -1, -digit)):
         rest = ((rest << digit) + (part >> shift & (1 << digit) - 1)) % size
-    # A number with the highest bit set stands for one that is smaller by 2^64.
+    # With the highest bit set, the signed number is smaller by 2^64.
     negative = (rest + jnp.uint32(-(2**64) % buckets)) % size
     return jnp.where(parts[3] >= 0x8000, negative, rest).astype(jnp.int32)
 
@@ -64,8 +64,8 @@ def rolling_hash(ids: Int[Array, "*rows bytes"], buckets: int, prime: int = PRIM
 class HashedNgrams(eqx.Module):
     r"""$\sum_f \sum_n E_{f,n}[\mathrm{hash}_f(t_{i-n+1} \dots t_i)]$, to be added to the embedding of byte i (BLT).
 
-    There is a table for each hash function f and each n, one function after another; different n-grams may share a row. The
-    id of byte b is b + `offset`; before a document's first byte stand ids of 0.
+    There is one table for each hash function f and each n, in the order of f, then n; different n-grams may share a row. Byte b
+    has the id b + `offset`; positions before a document's first byte have the id 0.
     """
 
     tables: tuple[Float[Array, "buckets dim"], ...]
@@ -84,43 +84,43 @@ class HashedNgrams(eqx.Module):
         std: float = 1.0,
         key: PRNGKeyArray,
     ):
-        """`sizes` n, `buckets` rows a table, `functions` with BLT's primes. `std` should be that of the embeddings of single
-        bytes: in BLT both are drawn with $d^{-1/2}$, in `UNet` both with 1. Raises `ValueError` for n-grams of less than 2 or
-        more than 64 bytes, for tables without rows or more than $2^{31}$, for no function and for more than there are primes,
+        """`sizes`: the values of n; `buckets`: rows of each table; `functions`: number of hash functions, with BLT's primes.
+        `std` should equal that of the byte embeddings: both are $d^{-1/2}$ in BLT and 1 in `UNet`. Raises `ValueError` for n
+        below 2 or above 64, for tables with no rows or more than $2^{31}$, for no hash function or more than there are primes,
         and for an offset outside 0 … 512."""
         if not sizes or min(sizes) < 2 or max(sizes) > LONGEST or not 1 <= buckets <= 2**31:
             raise ValueError(
-                f"n-grams have two bytes or more, at most {LONGEST}, tables one row or more, at most 2^31; got "
+                f"n-grams must have two bytes or more, at most {LONGEST}, tables one row or more, at most 2^31; got "
                 f"{tuple(sizes)} and {buckets}"
             )
         if not 1 <= functions <= len(PRIMES) or not 0 <= offset <= MOST_OFFSET:
             raise ValueError(
-                f"there are 1 to {len(PRIMES)} hash functions, and offsets from 0 to {MOST_OFFSET}; got {functions} and "
+                f"there must be 1 to {len(PRIMES)} hash functions, and an offset from 0 to {MOST_OFFSET}; got {functions} and "
                 f"{offset}"
             )
         keys = jax.random.split(key, functions * len(sizes))
-        self.tables = tuple(std * jax.random.normal(one, (buckets, dim)) for one in keys)
+        self.tables = tuple(std * jax.random.normal(one, (buckets, dim), jnp.float32) for one in keys)
         self.sizes, self.primes, self.offset = tuple(sizes), PRIMES[:functions], offset
 
     @property
     def reach(self) -> int:
-        """Bytes before its own that a row looks at."""
+        """How many bytes before its own a position looks back at."""
         return max(self.sizes) - 1
 
     def __call__(
         self,
         bytes: Int[Array, "batch length"],
-        numbers: Int[Array, "batch length"],
+        document_positions: Int[Array, "batch length"],
         before: Int[Array, "batch reach"] | None = None,
     ) -> Float[Array, "batch length dim"]:
-        """`numbers`: the place of each row in its document, from 0. `before`: the bytes before the first row, where there are
-        any."""
+        """`document_positions`: the index of each position in its document, from 0. `before`: the bytes before the first
+        position, if there are any."""
         if before is None:
             before = jnp.zeros((bytes.shape[0], self.reach), bytes.dtype)
         ids, length = jnp.concatenate([before, bytes], axis=1).astype(jnp.int32) + self.offset, bytes.shape[1]
-        # The ids that lie 0, 1, … rows back.
+        # The ids that lie 0, 1, … positions back.
         back = [ids[:, self.reach - far : self.reach - far + length] for far in range(self.reach + 1)]
-        back = [jnp.where(numbers >= far, rows, 0) for far, rows in enumerate(back)]
+        back = [jnp.where(document_positions >= far, rows, 0) for far, rows in enumerate(back)]
         total = jnp.zeros((*bytes.shape, self.tables[0].shape[1]), self.tables[0].dtype)
         for (prime, size), table in zip(itertools.product(self.primes, self.sizes), self.tables, strict=True):
             window = jnp.stack(back[size - 1 :: -1], axis=-1)

@@ -1,23 +1,19 @@
-"""A stage whose hidden states are wider than those around it."""
+"""A stage that is wider than the stage around it."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from estimators.base import AbstractEstimator, Layout
-from unet.stage import AbstractStage, Begun, Drawing, Prefilled, StageOutput, Stepped
-
-Output = TypeVar("Output", StageOutput, Stepped)
-"""What holds the `hidden` states that a stage returns."""
+from unet.hierarchy import AbstractStage, Encoded, StageOutput, StageSampling
 
 
 class Widened(AbstractStage):
-    """A wider stage inside: a learned vector is appended to every row on the way in, and the surplus cut on the way out (H-Net
-    section 2.1)."""
+    """A wider stage inside: a learned vector is appended to every position on the way in, and the extra dimensions are cut off
+    on the way out (H-Net section 2.1)."""
 
     padding: Float[Array, " extra"]
     stage: AbstractStage
@@ -26,30 +22,22 @@ class Widened(AbstractStage):
     def estimators(self) -> tuple[AbstractEstimator, ...]:
         return self.stage.estimators
 
-    def begin(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Begun:
-        return self.stage.begin(self.widened(hidden), layout, drawing)
+    def init_state(self, batch: int, dim: int) -> PyTree[Array]:
+        return self.stage.init_state(batch, dim + self.padding.shape[0])
 
-    def finish(self, begun: Begun, drawing: Drawing, *, capacity: int | None = None) -> StageOutput:
-        return self.narrowed(self.stage.finish(begun, drawing, capacity=capacity))
-
-    def ending(self) -> Widened:
-        return Widened(self.padding, self.stage.ending())
-
-    def prefill(self, hidden: Float[Array, "batch length dim"], layout: Layout, drawing: Drawing) -> Prefilled:
-        done = self.stage.prefill(self.widened(hidden), layout, drawing)
-        return Prefilled(self.narrowed(done.output), done.memory)
-
-    def step(
-        self, hidden: Float[Array, "batch 1 dim"], layout: Layout, drawing: Drawing, memory: PyTree[Array]
-    ) -> Stepped:
-        return self.narrowed(self.stage.step(self.widened(hidden), layout, drawing, memory))
-
-    def widened(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length wide"]:
-        """With the padding behind every row."""
+    def encode(
+        self,
+        hidden: Float[Array, "batch length dim"],
+        layout: Layout,
+        sampling: StageSampling,
+        state: PyTree[Array] = None,
+    ) -> Encoded:
         padding = jnp.broadcast_to(self.padding.astype(hidden.dtype), (*hidden.shape[:2], *self.padding.shape))
-        return jnp.concatenate([hidden, padding], axis=-1)
+        return self.stage.encode(jnp.concatenate([hidden, padding], axis=-1), layout, sampling, state)
 
-    def narrowed(self, output: Output) -> Output:
-        """With rows as wide as they came in."""
-        hidden = output.hidden
-        return dataclasses.replace(output, hidden=hidden[..., : hidden.shape[-1] - self.padding.shape[0]])
+    def decode(
+        self, encoded: Encoded, sampling: StageSampling, state: PyTree[Array] = None, *, capacity: int | None = None
+    ) -> StageOutput:
+        output = self.stage.decode(encoded, sampling, state, capacity=capacity)
+        narrow = output.hidden[..., : output.hidden.shape[-1] - self.padding.shape[0]]
+        return dataclasses.replace(output, hidden=narrow)

@@ -17,10 +17,10 @@ from data import Split
 from estimators import Layout, RuleRouter
 from experiments.config.registry import build_model
 from experiments.config.settings import RunConfig
-from unet import UNet, Writer
-from unet.cache import HierarchyMemory, RowCache, rounded_up
-from unet.reading import padded, rate_of
-from unet.stage import Hierarchy
+from unet import TextStream, UNet
+from unet.decoding.kv_cache import KVCache, rounded_up
+from unet.decoding.score import padded, rate_of
+from unet.hierarchy import Hierarchy, HierarchyState
 
 BATCH = 16
 PROMPT = 512
@@ -83,12 +83,12 @@ def _pass(
     return model(bytes, key=keys, capacities=(capacity,)).logits[:, -1]
 
 
-def write(model: UNet, prompts: Sequence[bytes], seed: int) -> Writer:
-    """All of it, for its pace."""
-    writer = Writer(model, prompts, max_bytes=GENERATED, key=jax.random.key(seed), endless=True)
-    while not writer.done:
-        writer.go_on()
-    return writer
+def decode(model: UNet, prompts: Sequence[bytes], seed: int) -> TextStream:
+    """All of it, for its throughput."""
+    stream = TextStream(model, prompts, max_bytes=GENERATED, key=jax.random.key(seed), endless=True)
+    for _ in stream:
+        pass
+    return stream
 
 
 def measure_generation(config: RunConfig, split: Split, *, rounds: int) -> GenerationReport:
@@ -109,8 +109,8 @@ def measure_generation(config: RunConfig, split: Split, *, rounds: int) -> Gener
     found: list[GenerationReport] = []
     for number in range(rounds + 1):
         whole = statistics.median(passing() for _ in range(5))
-        one, many = write(model, prompts[:1], number).pace, write(model, prompts, number).pace
-        quiet, all_quiet = write(closed, prompts[:1], number).pace, write(closed, prompts, number).pace
+        one, many = decode(model, prompts[:1], number).throughput, decode(model, prompts, number).throughput
+        quiet, all_quiet = decode(closed, prompts[:1], number).throughput, decode(closed, prompts, number).throughput
         speed, together = one.bytes_per_second, many.bytes_per_second
         found.append(
             GenerationReport(
@@ -133,9 +133,9 @@ def measure_caches(config: RunConfig, split: Split, contexts: Sequence[int]) -> 
     """What is kept of prompts of these lengths."""
     model, found = fresh(config), []
     for context in contexts:
-        writer = Writer(model, texts_of(split, 1, context), max_bytes=1, key=jax.random.key(0))
+        writer = TextStream(model, texts_of(split, 1, context), max_bytes=1, key=jax.random.key(0))
         memory = writer.state.stage
-        assert isinstance(memory, HierarchyMemory)
+        assert isinstance(memory, HierarchyState)
         inner = kept_bytes(memory.inner)
         outer = kept_bytes((memory.encoder, memory.decoder))
         found.append(CacheReport(context, outer, inner, int(np.asarray(memory.tokens)[0])))
@@ -144,6 +144,6 @@ def measure_caches(config: RunConfig, split: Split, contexts: Sequence[int]) -> 
 
 def kept_bytes(memory: object) -> int:
     """Bytes of the rows that caches hold, without slots that are still free."""
-    caches = jax.tree.leaves(memory, is_leaf=lambda part: isinstance(part, RowCache))
-    rows = [(cache, min(int(cache.count[0]), cache.slots)) for cache in caches if isinstance(cache, RowCache)]
+    caches = jax.tree.leaves(memory, is_leaf=lambda part: isinstance(part, KVCache))
+    rows = [(cache, min(int(cache.lengths[0]), cache.slots)) for cache in caches if isinstance(cache, KVCache)]
     return sum((cache.keys.nbytes + cache.values.nbytes) * count // cache.slots for cache, count in rows)

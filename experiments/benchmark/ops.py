@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from estimators import AbstractRouter, Boundaries, CosineRouter, Draw, Likelier, equations
+from estimators import AbstractRouter, Boundaries, CosineRouter, Greedy, SamplingOptions, equations
 from experiments.benchmark.timing import Timing, Work, in_turns
 from unet.attention import Visibility, attend
-from unet.chunkers import SelectSmooth
+from unet.chunkers import Chunker, Select, Smooth
 from unet.likelihood import plain_layout
 from unet.ops import boundary_scan, downsample, mean_pool, smooth, token_of, upsample
 
@@ -123,7 +123,7 @@ def _peers(sizes: Sizes) -> dict[str, Pair]:
     except ModuleNotFoundError:
         return {}
     hidden = changing_signs(sizes, jax.random.key(1))
-    router = Likelier(CosineRouter(sizes.dim, target_rate=sizes.rate))
+    router = Greedy(CosineRouter(sizes.dim, target_rate=sizes.rate))
     found = {}
     for what, projected in {"dynamic chunking": router, "the same without the two projections": None}.items():
         own = _jitted(jax.grad(functools.partial(_chunking_loss, sizes=sizes)), (projected, hidden))
@@ -142,10 +142,10 @@ def _chunking_loss(
         probs = equations.routing_probability(hidden, hidden, layout.starts)
         boundaries = Boundaries(probs > 0.5, probs, probs, layout.free, layout.starts)
     else:
-        boundaries = router(hidden, layout, Draw(boundary_scan))
-    chunker = SelectSmooth()
-    rows = chunker.down(hidden, boundaries, capacity=sizes.capacity)
-    back = chunker.up(rows.values, rows, hidden, boundaries)
+        boundaries = router(hidden, layout, SamplingOptions(boundary_scan))
+    chunker = Chunker(Select(), Smooth())
+    rows = chunker.down(hidden, boundaries, capacity=sizes.capacity).tokens
+    back = chunker.up(rows.values, rows, hidden, boundaries).hidden
     ratio = equations.ratio_loss(boundaries.actions, boundaries.probs, 1 / sizes.rate)
     return jnp.mean(back * hidden) + 0.03 * ratio
 
@@ -210,7 +210,7 @@ def _masked_square(x: Float[Array, "batch length heads head_dim"], window: int) 
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits, axis=-1), x)
 
 
-def _call_by_call(projections: Float[Array, "batch length taps"], uniforms: Float[Array, "batch length"]) -> Work:
+def _call_by_call(projections: Float[Array, "batch length lags"], uniforms: Float[Array, "batch length"]) -> Work:
     """A policy that is asked row by row from Python."""
 
     @jax.jit

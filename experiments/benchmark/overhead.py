@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from estimators import AbstractRouter, Boundaries, Draw
+from estimators import AbstractRouter, Boundaries, SamplingOptions
 from experiments.benchmark.shapes import shapes_of
 from experiments.config.settings import EstimatorName, RunConfig
 from experiments.training.trainer import is_trained
@@ -91,7 +91,7 @@ def _router_flops(config: RunConfig, wrapped: Callable[..., Callable[..., PyTree
 
     def run(both: tuple[AbstractRouter, jax.Array], bytes: jax.Array, key: jax.Array) -> PyTree:
         def draw(params: AbstractRouter, hidden: jax.Array) -> Boundaries:
-            return eqx.combine(params, static)(hidden, plain_layout(bytes), Draw(boundary_scan, key))
+            return eqx.combine(params, static)(hidden, plain_layout(bytes), SamplingOptions(boundary_scan, key))
 
         return wrapped(draw)(both)
 

@@ -56,7 +56,7 @@ def _work(form: Callable[[Array, Array, Array, Array, Array], SSDOutput], length
     starts = jnp.zeros((1, length), bool)
 
     def weighed(values: Array, decay: Array, writes: Array, reads: Array) -> Array:
-        return jnp.sum(jnp.sin(form(values, decay, writes, reads, starts).values))
+        return jnp.sum(jnp.sin(form(values, decay, writes, reads, starts).y))
 
     gradient = jax.jit(jax.grad(weighed, argnums=(0, 1, 2, 3)))
     return lambda: gradient(values, decay, writes, reads)

@@ -98,8 +98,8 @@ class TorchUNet(nn.Module):
         joined = hidden + tokens.gather(1, token_of[..., None].expand_as(hidden))
         for block in self.decoder:
             joined = block(joined, *angles, mask)
-        late = self._log_lik(self.head(self.norm(joined)), text)
-        early = self._log_lik(self.early_head(self.early_norm(hidden)), text)
+        late = self._log_prob(self.head(self.norm(joined)), text)
+        early = self._log_prob(self.early_head(self.early_norm(hidden)), text)
         rewards = (late - early).detach()
         powers = torch.where(distance <= 0, sfe.discount ** (-distance).clamp(min=0).float(), 0.0)
         returns = rewards @ powers.T[: length - 1, : length - 1]
@@ -131,7 +131,7 @@ class TorchUNet(nn.Module):
         angles = positions[..., None].float() * 10_000.0 ** (-torch.arange(0, head, 2).float() / head)
         return angles.cos()[:, None], angles.sin()[:, None]
 
-    def _log_lik(self, logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def _log_prob(self, logits: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return -F.cross_entropy(logits[:, :-1].transpose(1, 2), text[:, 1:], reduction="none")
 
 

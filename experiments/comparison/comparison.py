@@ -35,7 +35,7 @@ from experiments.reporting.shading import Character, shade
 from experiments.training.data import load_split
 from experiments.training.dropped import TOLERATED
 from experiments.training.run_dir import json_text, write_atomically
-from unet.saving import load
+from unet.files.saving import load
 
 REFERENCE: EstimatorName = "uniform"
 MISSED = 0.1

@@ -15,8 +15,8 @@ from experiments.config.files import from_values, to_json
 from experiments.config.settings import EstimatorName, RunConfig
 from experiments.reporting.summary import Summary
 from experiments.training.run_dir import SUMMARY, differing, read_config, read_metrics
+from unet.files.saving import load
 from unet.flops import matrix_flops
-from unet.saving import load
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from experiments.config.sections import (
 )
 from experiments.config.settings import EstimatorName, ModelName, RunConfig
 from unet.config import UNetConfig
+from unet.files.pretrained import PUBLISHED
+from unet.files.published import shape_of
 from unet.hnet import HNetConfig
-from unet.pretrained import PUBLISHED
-from unet.published import shape_of
 
 PAPER_EVALUATION = EvaluationConfig(bytes=16_000_000)
 """Enough held-out text to tell methods apart whose bits per byte differ by a few thousandths."""

@@ -47,8 +47,23 @@ from estimators import (
 from estimators.keys import named_key
 from experiments.config.sections import EntropyConfig
 from experiments.config.settings import EstimatorName, LevelConfig, RunConfig
-from unet import MeanPool, Projection, SelectAttend, SelectDeviate, SelectDistribute, SelectSmooth, UNet
-from unet.pooling import AbstractPool, Average, CrossAttention, Largest, Pooled, WithBoundary
+from unet import UNet
+from unet.chunkers import (
+    AbstractDownsampler,
+    AbstractUpsampler,
+    AttentionPool,
+    AveragePool,
+    Chunker,
+    Deviation,
+    Distribute,
+    LeaveToDecoder,
+    MaxPool,
+    MeanPool,
+    Projection,
+    Select,
+    Smooth,
+    WithBoundary,
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,8 @@ def _score_function(given: Ingredients) -> AbstractEstimator:
     config, sfe = given.config, given.config.sfe
     rate_weight = sfe.rate_weight
     if rate_weight is None:
-        rate_weight = 0.3 if isinstance(given.chunker, SelectSmooth) else 1e-2
+        smooth = isinstance(given.chunker, Chunker) and isinstance(given.chunker.upsampler, Smooth)
+        rate_weight = 0.3 if smooth else 1e-2
     return ScoreFunction(
         given.dim,
         chunker=given.chunker,
@@ -246,33 +262,35 @@ REGISTRY: dict[EstimatorName, Builder] = {
 
 def build_chunker(config: RunConfig, estimator: EstimatorName, dim: int, key: PRNGKeyArray) -> AbstractChunker:
     """The chunker that a configuration asks for, or else its estimator's own, for states of width `dim`."""
-    implementation, smooth = config.unet.implementation, config.smooth
     name = CHUNKERS.get(estimator, "distribute") if config.chunker is None else config.chunker
+    down = _downsampler(config, dim, name, key)
+    return Chunker(down, _upsampler(config, estimator, dim, name, named_key(key, "chunker")))
+
+
+def _downsampler(config: RunConfig, dim: int, name: str, key: PRNGKeyArray) -> AbstractDownsampler:
+    pool, implementation = config.pool, config.unet.implementation
     if name == "mean":
-        return MeanPool(dim, key=key, implementation=implementation)
+        return MeanPool(dim, key=named_key(key, "chunker"), implementation=implementation)
+    if pool.kind == "last":
+        return Select(implementation)
+    made: AbstractDownsampler = MaxPool(implementation) if pool.kind == "max" else AveragePool(implementation)
+    if pool.kind == "attention":
+        made = AttentionPool(dim, pool.heads, implementation=implementation, key=named_key(key, "pool"))
+    return WithBoundary(made, implementation) if pool.boundary else made
+
+
+def _upsampler(
+    config: RunConfig, estimator: EstimatorName, dim: int, name: str, key: PRNGKeyArray
+) -> AbstractUpsampler:
+    smooth, implementation = config.smooth, config.unet.implementation
     if name == "smooth":
         published = "straight-through" if estimator == "hnet" else "none"
         weighting = published if smooth.weighting is None else smooth.weighting
-        return SelectSmooth(
-            Projection(dim, key=key) if smooth.residual == "projected" else None,
-            smooth.smoothing,
-            weighting,
-            implementation,
-        )
+        projection = Projection(dim, key=key) if smooth.residual == "projected" else None
+        return Smooth(projection, smooth.smoothing, weighting, implementation)
     if name == "attend":
-        return SelectAttend(implementation)
-    return SelectDeviate(implementation) if name == "deviate" else SelectDistribute(implementation)
-
-
-def build_pool(config: RunConfig, dim: int, key: PRNGKeyArray) -> AbstractPool | None:
-    """How tokens are pooled from their positions; None where the last position is selected."""
-    kind = config.pool.kind
-    if kind == "last":
-        return None
-    pool = (
-        Largest() if kind == "max" else Average() if kind == "mean" else CrossAttention(dim, config.pool.heads, key=key)
-    )
-    return WithBoundary(pool, config.unet.implementation) if config.pool.boundary else pool
+        return LeaveToDecoder()
+    return Deviation(implementation) if name == "deviate" else Distribute(implementation)
 
 
 def build_model(config: RunConfig, key: PRNGKeyArray, prepared: Prepared | None = None) -> UNet:
@@ -293,9 +311,7 @@ def build_estimators(
     built = []
     for number, level in enumerate(config.levels):
         dim, key_level = config.unet.widths[number], named_key(key, f"level {number}")
-        chunker = build_chunker(config, level.estimator, dim, named_key(key_level, "chunker"))
-        pool = build_pool(config, dim, named_key(key_level, "pool"))
-        chunker = chunker if pool is None else Pooled(pool, chunker, config.unet.implementation)
+        chunker = build_chunker(config, level.estimator, dim, key_level)
         own = named_key(key_level, "estimator")
         built.append(REGISTRY[level.estimator](Ingredients(config, level, dim, chunker, own, prepared or Prepared())))
     return tuple(one for one in built if one is not None)

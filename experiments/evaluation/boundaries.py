@@ -68,7 +68,7 @@ class Examined:
 
 def examine(kept: dict[str, np.ndarray], marks: Marks) -> Examined:
     """The boundaries that `evaluate_rows` drew against the marks of the same rows. Where one is forced, it does not count."""
-    bits = [bits_by_place(kept[name], kept["scored"], marks) for name in ("log_lik", "early_log_lik")]
+    bits = [bits_by_place(kept[name], kept["scored"], marks) for name in ("log_prob", "early_log_prob")]
     marks = marks.where(kept["free"])
     counted = {**kept, "free": marks.counted}
     ends, words = agreement(counted, marks.ends), agreement(counted, marks.words)
@@ -86,12 +86,13 @@ def examine(kept: dict[str, np.ndarray], marks: Marks) -> Examined:
     )
 
 
-def bits_by_place(log_lik: np.ndarray, scored: Bool[np.ndarray, "rows length"], marks: Marks) -> dict[Place, float]:
-    """Mean bits of the predicted bytes that stand at each place in their characters; `log_lik` of row i is that of byte i + 1."""
+def bits_by_place(log_prob: np.ndarray, scored: Bool[np.ndarray, "rows length"], marks: Marks) -> dict[Place, float]:
+    """Mean bits of the predicted bytes that stand at each place in their characters; `log_prob` of row i is that of byte i +
+    1."""
     found = {}
     for number, name in enumerate(PLACES):
         chosen = scored[:, :-1] & (marks.places[:, 1:] == number)
-        nats = -float(log_lik[:, :-1][chosen].sum(dtype=np.float64))
+        nats = -float(log_prob[:, :-1][chosen].sum(dtype=np.float64))
         found[name] = float(bits_per_byte(nats, int(chosen.sum()))) if chosen.any() else math.nan
     return found
 
@@ -157,7 +158,7 @@ def placements(
         )
         free = actions & kept["free"]
         there = int((free & places).sum()) / int(free.sum()) if places is not None and free.any() else math.nan
-        bits = bits_by_place(result["log_lik"], result["scored"], marks)
+        bits = bits_by_place(result["log_prob"], result["scored"], marks)
         found[name] = Placement(summarise(result).bpb, bits, float(actions.sum() / kept["valid"].sum()), there)
     return found
 

@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import HeldOutRow, Row
-from estimators import AbstractTaught, Layout, equations
-from estimators.fixed import is_spacelike, is_whitespace
-from unet.likelihood import continues, next_byte_log_lik, plain_layout
-from unet.losses import early_log_lik
+from estimators import AbstractOffPolicyRouter, Layout, equations
+from estimators.routers.rules import is_spacelike, is_whitespace
+from unet.hierarchy import Hierarchy, StageSampling
+from unet.likelihood import continues, next_logprobs, plain_layout
+from unet.losses import early_log_prob
 from unet.model import UNet
-from unet.stage import Drawing, Hierarchy
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
@@ -28,11 +28,13 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 class Evaluated(eqx.Module):
     """What evaluation keeps of each byte of a batch. Without a token level there are no boundaries and probabilities are 0."""
 
-    log_lik: Float[Array, "batch length"]
-    early_log_lik: Float[Array, "batch length"]
+    log_prob: Float[Array, "batch length"]
+    early_log_prob: Float[Array, "batch length"] | None
     scored: Bool[Array, "batch length"]
     probs: Float[Array, "batch length"]
     entropy: Float[Array, "batch length"]
+    """That of the policy where it `decided`."""
+    decided: Bool[Array, "batch length"]
     sampled: Bool[Array, "batch length"]
     greedy: Bool[Array, "batch length"]
     valid: Bool[Array, "batch length"]
@@ -71,8 +73,8 @@ class Validation:
     Everything but two figures is judged on the boundaries that generation draws. Most estimators are trained on the same:
     policies sampled in both (`sfe…`, `gumbel`, `uniform`), `hnet` with greedy actions in both, and rules
     (`entropy`, `bpe`, `stride`, `characters` and the others), which leave no choice. Where another router draws in training
-    (`AbstractTaught`: the guide of `bpe-distilled`, the behaviour policy of `sfe-offpolicy`) the model is judged on three
-    kinds of boundaries at its first level: `bpb` is under the router's own, sampled; `bpb_greedy` under its own, greedy;
+    (`AbstractOffPolicyRouter`: the guide of `bpe-distilled`, the behaviour policy of `sfe-offpolicy`) the model is judged on
+    three kinds of boundaries at its first level: `bpb` is under the router's own, sampled; `bpb_greedy` under its own, greedy;
     `bpb_as_trained` under those of the other router, as in training. Both are NaN elsewhere."""
 
     bpb: float
@@ -105,29 +107,29 @@ def evaluate_batch(
     prediction = model(
         layout.bytes, key=key, actions=actions, segments=layout.segments, mask=mask, capacities=capacities
     )
-    log_lik = next_byte_log_lik(prediction.logits, layout.bytes)
-    early = early_log_lik(prediction, layout)
-    early = jnp.full_like(log_lik, jnp.nan) if early is None else early
+    log_prob = next_logprobs(prediction.logits, layout.bytes)
+    early = early_log_prob(prediction, layout)
     scored, nothing = continues(layout), jnp.zeros_like(mask)
     if not prediction.levels or not isinstance(model.stage, Hierarchy):
-        zeros, none = jnp.zeros_like(log_lik), jnp.zeros(mask.shape[0], jnp.int32)
-        unknown = jnp.full_like(zeros, jnp.nan)
+        zeros, none = jnp.zeros_like(log_prob), jnp.zeros(mask.shape[0], jnp.int32)
         tokens = jnp.zeros((mask.shape[0], 0), jnp.int32)
         return Evaluated(
-            log_lik, early, scored, zeros, unknown, nothing, nothing, mask, nothing, none, nothing, nothing, tokens
+            *(log_prob, early, scored, zeros, zeros, nothing, nothing, nothing, mask, nothing, none, nothing, nothing),
+            tokens,
         )
     level = prediction.levels[0]
-    greedy = model.stage.route(level.hidden, layout, Drawing()).actions
+    greedy = model.stage.boundaries(level.hidden, layout, StageSampling()).actions
     taught = nothing
     if is_taught(model):
-        taught = model.stage.route(level.hidden, layout, Drawing(key, training=True)).actions
+        taught = model.stage.boundaries(level.hidden, layout, StageSampling(key, training=True)).actions
     kept = level.boundaries
     return Evaluated(
-        log_lik,
+        log_prob,
         early,
         scored,
         kept.probs,
-        jnp.where(kept.decided, equations.bernoulli_entropy(kept.logits), jnp.nan),
+        equations.bernoulli_entropy(kept.logits),
+        kept.decided,
         kept.actions,
         greedy,
         mask,
@@ -151,7 +153,7 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
 
 def is_taught(model: UNet) -> bool:
     """Whether another router draws the boundaries that its first level trains on."""
-    return any(isinstance(estimator.router, AbstractTaught) for estimator in model.stage.estimators[:1])
+    return any(isinstance(estimator.router, AbstractOffPolicyRouter) for estimator in model.stage.estimators[:1])
 
 
 def evaluate(model: UNet, rows: Sequence[HeldOutRow], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
@@ -190,8 +192,8 @@ def evaluated_batches(
     actions: Bool[np.ndarray, "rows length"] | None = None,
 ) -> Iterator[tuple[Sequence[AnyRow], dict[str, np.ndarray]]]:
     """What `summarise` reads, for some `rows` after others: the fields of `Evaluated`, the `bytes`, and, where another router
-    draws the boundaries of training, `log_lik_greedy` and `log_lik_as_trained`. With the `actions` given instead of sampled ones,
-    and then once only."""
+    draws the boundaries of training, `log_prob_greedy` and `log_prob_as_trained`. With the `actions` given instead of sampled
+    ones, and then once only."""
     batch = min(batch, len(rows))
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
@@ -204,7 +206,7 @@ def evaluated_batches(
         if is_taught(model) and actions is None:
             for name in ("greedy", "as_trained"):
                 forced = dropping_none(model, layout, key_batch, capacity, (jnp.asarray(arrays[name]),))
-                arrays[f"log_lik_{name}"] = forced["log_lik"]
+                arrays[f"log_prob_{name}"] = forced["log_prob"]
         yield part, {name: array[: len(part)] for name, array in arrays.items()}
 
 
@@ -217,18 +219,21 @@ def dropping_none(
 ) -> dict[str, np.ndarray]:
     """The fields of `Evaluated` for one batch, with the `actions` given or those that are drawn, none dropped.
 
-    It first runs at `capacity` tokens per sequence. A sequence that has more runs again, alone and with the same boundaries, at a
-    capacity of all its bytes. So the usual case costs what training costs.
+    It first runs at `capacity` tokens per sequence. A sequence that has more runs again, alone and with the same outermost
+    boundaries, at a capacity of all its bytes. So the usual case costs what training costs.
     """
     result = evaluate_batch(model, layout, key, capacity, actions)
-    arrays = {name: np.array(array) for name, array in vars(result).items()}
+    arrays = {name: np.array(array) for name, array in vars(result).items() if array is not None}
     for number in np.flatnonzero(arrays["overflow"]):
         one = slice(number, number + 1)
         alone = jax.tree.map(lambda leaf, one=one: leaf[one], layout)
         again = evaluate_batch(model, alone, key, None, (result.drawn[one],))
         # What training would have drawn is drawn already, and alone would be drawn otherwise.
-        for name in vars(again).keys() - {"as_trained"}:
+        for name in arrays.keys() - {"as_trained"}:
             arrays[name][one] = np.asarray(getattr(again, name))
+    # What is undefined becomes NaN here, not in compiled code, where `jax_debug_nans` would stop at it.
+    arrays["entropy"] = np.where(arrays.pop("decided"), arrays["entropy"], np.float32(np.nan))
+    arrays.setdefault("early_log_prob", np.full_like(arrays["log_prob"], np.nan))
     return arrays
 
 
@@ -261,12 +266,12 @@ class Tally:
             "entropy": float(kept["entropy"][decided].sum(dtype=np.float64)),
         }
         # Of the model, its early head and, where another router draws in training, under other boundaries.
-        log_liks = {name: array for name, array in kept.items() if "log_lik" in name}
+        log_liks = {name: array for name, array in kept.items() if "log_prob" in name}
         sums |= {name: float(array[scored].sum(dtype=np.float64)) for name, array in log_liks.items()}
         self._sums = {name: self._sums.get(name, 0) + value for name, value in sums.items()}
         self._tokens = self._tokens + kept["tokens"].sum(axis=0, dtype=np.int64)
         if "documents" in kept:
-            self._add_documents(kept["documents"][scored], -kept["log_lik"][scored])
+            self._add_documents(kept["documents"][scored], -kept["log_prob"][scored])
         self._probs.append(kept["probs"][free])
         for number, members in enumerate(self._classes):
             target = members[kept["bytes"]]
@@ -293,8 +298,8 @@ class Tally:
             for counts, positive in zip(self._hits, self._positive, strict=True)
         )
         return Validation(
-            bpb=bits("log_lik"),
-            early_bpb=bits("early_log_lik"),
+            bpb=bits("log_prob"),
+            early_bpb=bits("early_log_prob"),
             rate=sums["drawn"] / sums["valid"],
             policy_entropy=sums["entropy"] / sums["decided"] if sums["decided"] else math.nan,
             overflow=sums["overflow"] / sums["valid"],
@@ -302,8 +307,8 @@ class Tally:
             whitespace=whitespace,
             spacelike=spacelike,
             inner_rates=inner_rates(np.asarray(self._tokens)),
-            bpb_greedy=bits("log_lik_greedy"),
-            bpb_as_trained=bits("log_lik_as_trained"),
+            bpb_greedy=bits("log_prob_greedy"),
+            bpb_as_trained=bits("log_prob_as_trained"),
             bpb_error=float(equations.bits_per_byte_error(*jnp.asarray(self._documents, jnp.float32))),
             documents=int((self._documents[1] > 0).sum()),
         )

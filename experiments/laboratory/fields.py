@@ -143,9 +143,9 @@ class Landscape(eqx.Module):
         return self.price * probs * (1.0 - probs) / logits.shape[1]
 
 
-def landscape(log_lik: PerString, strings: Strings, rate: float = 0.3) -> Landscape:
+def landscape(log_prob: PerString, strings: Strings, rate: float = 0.3) -> Landscape:
     """The price is the one at which the best strings of all texts together draw boundaries at about `rate`."""
-    losses = -jnp.mean(log_lik, axis=2)
+    losses = -jnp.mean(log_prob, axis=2)
     low, high = 0.0, 10.0
     drawn = jnp.mean(strings[:, 1:], axis=1)
     for _ in range(40):
@@ -179,8 +179,8 @@ class Drawn(AbstractJudge):
     def __call__(self, logits: PerDecision, ground: Landscape) -> tuple[Float[Array, ""], Float[Array, ""]]:
         losses = ground.losses
         if self.subject is not None:
-            log_lik = tabulate(without_weights(self.subject), logits).log_lik
-            losses = -jnp.mean(log_lik, axis=2) + ground.price * jnp.mean(ground.strings[:, 1:], axis=1)
+            log_prob = tabulate(without_weights(self.subject), logits).log_prob
+            losses = -jnp.mean(log_prob, axis=2) + ground.price * jnp.mean(ground.strings[:, 1:], axis=1)
         loss = jnp.mean(jnp.sum(string_probs(logits, ground.strings) * losses, axis=1))
         return loss, jnp.mean(jax.nn.sigmoid(logits))
 

@@ -39,7 +39,7 @@ from experiments.laboratory.greedy import greedy_start
 from experiments.laboratory.moments import credit
 from experiments.laboratory.results import Flow
 from experiments.laboratory.subjects import RATE, PerDecision, PerString, Subject, tabulate, with_logits
-from unet import next_byte_log_lik
+from unet import next_logprobs
 
 SMOOTH_LENGTH = 7
 """Bytes of each text in the flows of dynamic chunking, which run the model on every string at every step."""
@@ -71,7 +71,7 @@ def flows(subjects: Subjects, *, time: float, key: PRNGKeyArray) -> tuple[list[F
     start = start_of(subjects.distribute)
     plain, pooled = tabulate(subjects.distribute, start), tabulate(subjects.mean, start)
     strings = subjects.distribute.strings
-    early, early_pooled = (tables.log_lik - tables.early_log_lik[:, None] for tables in (plain, pooled))
+    early, early_pooled = (tables.log_prob - tables.early_log_prob[:, None] for tables in (plain, pooled))
     reference = "exact gradient"
     courses = [Course(reference, "distribute", "drawn", Exact(plain, strings), Drawn(), reference)]
     for discount in (1.0, 0.99, 0.9, 0.5):
@@ -86,8 +86,8 @@ def flows(subjects: Subjects, *, time: float, key: PRNGKeyArray) -> tuple[list[F
     }
     courses += [Course(name, "mean", "drawn", field, Drawn(), reference) for name, field in fields.items()]
     grounds = {
-        "distribute": landscape(plain.log_lik, strings),
-        "mean": landscape(pooled.log_lik, strings),
+        "distribute": landscape(plain.log_prob, strings),
+        "mean": landscape(pooled.log_prob, strings),
     }
     found = [
         _read_off(course, grounds[course.model], *follow(course.field, grounds[course.model], start, time))
@@ -104,7 +104,7 @@ def _smooth_flows(subject: Subject, time: float, key: PRNGKeyArray) -> tuple[lis
     """Dynamic chunking: drawn boundaries from `start_of`, greedy ones from a start where they come at the same rate."""
     unweighted = without_weights(subject)
     # Certain boundaries smooth nothing: what a string is worth once a policy has settled on it.
-    ground = landscape(certain_log_lik(unweighted), subject.strings)
+    ground = landscape(certain_log_prob(unweighted), subject.strings)
     reference, around = "exact gradient", "gradient averaged over s = 1"
     drawn, greedy = Drawn(subject), Greedy(unweighted)
     courses = [
@@ -124,14 +124,14 @@ def _smooth_flows(subject: Subject, time: float, key: PRNGKeyArray) -> tuple[lis
 
 
 @eqx.filter_jit
-def certain_log_lik(subject: Subject) -> PerString:
+def certain_log_prob(subject: Subject) -> PerString:
     """Log-likelihoods of a chunker that reads probabilities, every string read as certain of itself."""
     strings = subject.strings
 
     def one(text: Array) -> Array:
         bytes = jnp.broadcast_to(text, strings.shape)
         model = with_logits(subject.model, jnp.where(strings, 20.0, -20.0))
-        return next_byte_log_lik(model(bytes, actions=(strings,), training=True).logits, bytes)[:, :-1]
+        return next_logprobs(model(bytes, actions=(strings,), training=True).logits, bytes)[:, :-1]
 
     return jax.lax.map(one, subject.texts)
 
@@ -243,12 +243,12 @@ def noisy_flows(
     """Stochastic gradient descent on drawn boundaries at some learning rates, means over so many `paths`; as `flows`."""
     start = start_of(subject)
     plain, strings = tabulate(subject, start), subject.strings
-    ground = landscape(plain.log_lik, strings)
-    early = plain.log_lik - plain.early_log_lik[:, None]
+    ground = landscape(plain.log_prob, strings)
+    early = plain.log_prob - plain.early_log_prob[:, None]
     far, zero = credit(early, 0.99), jnp.zeros_like(start)
     paper = "early exit, γ = .99, batch centring"
     fields = {
-        "nothing": SampledScore(credit(plain.log_lik, 1.0), zero, False),
+        "nothing": SampledScore(credit(plain.log_prob, 1.0), zero, False),
         "early exit": SampledScore(credit(early, 1.0), zero, False),
         paper: SampledScore(far, zero, True),
         "early exit, γ = .9, batch centring": SampledScore(credit(early, 0.9), zero, True),

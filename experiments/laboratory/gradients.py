@@ -31,7 +31,7 @@ from experiments.laboratory.moments import (
 )
 from experiments.laboratory.results import Finding
 from experiments.laboratory.subjects import PerDecision, PerString, Strings, Subject, Tables, tabulate, with_chunker
-from unet import SelectSmooth
+from unet import Chunker, Select, Smooth
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def findings(subjects: Subjects, logits: PerDecision, greedy_logits: PerDecision
 
 def score_functions(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
     """The score function with every set of variance reductions worth a look, and its cost; DisARM; other behaviours."""
-    raw = tables.log_lik
-    early = raw - tables.early_log_lik[:, None]
+    raw = tables.log_prob
+    early = raw - tables.early_log_prob[:, None]
 
     def moments(rewards: Array, discount: float, centring: str = "none", baseline: Array | None = None) -> Moments:
         return score_moments(logits, strings, credit(rewards, discount), centring=centring, baseline=baseline)
@@ -156,7 +156,7 @@ def _chunking(subject: Subject, logits: PerDecision, strings: Strings) -> list[F
     weighted = tabulate(subject, logits)
     unweighted = tabulate(without_weights(subject), logits)
     exact = exact_gradient(logits, unweighted, strings)
-    early = credit(unweighted.log_lik - unweighted.early_log_lik[:, None], 1.0)
+    early = credit(unweighted.log_prob - unweighted.early_log_prob[:, None], 1.0)
     whole = score_of(logits, strings) * early + pathwise(logits, unweighted)
     tried = [
         (PAPER, _paper(logits, unweighted, strings)),
@@ -187,7 +187,7 @@ def _greedy(subject: Subject, logits: PerDecision, key: PRNGKeyArray) -> list[Fi
 
 def without_weights(subject: Subject) -> Subject:
     """The same model without straight-through weights, whose gradient is no derivative of anything."""
-    return with_chunker(subject, SelectSmooth(weighting="none"))
+    return with_chunker(subject, Chunker(Select(), Smooth(weighting="none")))
 
 
 @eqx.filter_jit
@@ -213,7 +213,7 @@ def advantages(
 ) -> Moments:
     """Generalised advantages with this critic. Row d of `critic` is the value of the state at row d + 1, whose reward is
     that of the prediction made there; the last state has none."""
-    rewards = (tables.log_lik - tables.early_log_lik[:, None])[:, :, 1:]
+    rewards = (tables.log_prob - tables.early_log_prob[:, None])[:, :, 1:]
     values = critic[:, None, :-1]
     after = jnp.pad(values[:, :, 1:], ((0, 0), (0, 0), (0, 1)))
     errors = jnp.pad(rewards + discount * after - values, ((0, 0), (0, 0), (1, 0)))
@@ -221,12 +221,12 @@ def advantages(
 
 
 def _early(logits: PerDecision, tables: Tables, strings: Strings) -> Moments:
-    early = tables.log_lik - tables.early_log_lik[:, None]
+    early = tables.log_prob - tables.early_log_prob[:, None]
     return score_moments(logits, strings, credit(early, 1.0))
 
 
 def _paper(logits: PerDecision, tables: Tables, strings: Strings) -> Moments:
-    early = tables.log_lik - tables.early_log_lik[:, None]
+    early = tables.log_prob - tables.early_log_prob[:, None]
     return score_moments(logits, strings, credit(early, 0.99), centring="batch")
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from experiments.laboratory.subjects import RATE, PerDecision, Subject, with_logits
-from unet import next_byte_log_lik
+from unet import next_logprobs
 
 SPREAD = 0.5
 """Standard deviation of the logits at which estimators are examined."""
@@ -38,7 +38,7 @@ def loss_of(subject: Subject, text: Int[Array, " length"]) -> Loss:
         model = with_logits(subject.model, jnp.pad(logits, ((0, 0), (1, 0))))
         drawn = jnp.pad(actions, ((0, 0), (1, 0)), constant_values=True)
         prediction = model(bytes, actions=(drawn,), training=True)
-        return -jnp.mean(next_byte_log_lik(prediction.logits, bytes)[:, :-1], axis=1)
+        return -jnp.mean(next_logprobs(prediction.logits, bytes)[:, :-1], axis=1)
 
     return loss
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from estimators import AbstractReduction, Boundaries, Critic, ScoreFunctionObjective, Signal
+from estimators import AbstractReduction, Boundaries, Critic, ObjectiveInputs, ScoreFunctionObjective
 from estimators.equations import action_log_prob, discounted_returns
 from experiments.laboratory.subjects import RATE, PerDecision, PerString, Strings, Tables
 
@@ -47,7 +47,7 @@ def score_of(logits: PerDecision, strings: Strings) -> PerString:
 
 def expected_loss(logits: PerDecision, tables: Tables, strings: Strings) -> Float[Array, " texts"]:
     """J: the expected mean negative log-likelihood of each text."""
-    return -jnp.sum(string_probs(logits, strings) * jnp.mean(tables.log_lik, axis=2), axis=1)
+    return -jnp.sum(string_probs(logits, strings) * jnp.mean(tables.log_prob, axis=2), axis=1)
 
 
 @eqx.filter_jit
@@ -59,7 +59,7 @@ def exact_gradient(logits: PerDecision, tables: Tables, strings: Strings) -> Per
     through_draws = jax.grad(lambda row: jnp.sum(expected_loss(row, tables, strings)))(logits)
     probs = jax.nn.sigmoid(logits)
     by_probs = jnp.einsum("ts,tsd->td", string_probs(logits, strings), tables.by_probs)
-    return through_draws - by_probs * probs * (1.0 - probs) / tables.log_lik.shape[2]
+    return through_draws - by_probs * probs * (1.0 - probs) / tables.log_prob.shape[2]
 
 
 @eqx.filter_jit
@@ -158,9 +158,9 @@ def off_policy_returns(
             strings, rows(row), jax.nn.sigmoid(rows(row)), ~starts, starts, behaviour_log_prob=log_prob
         )
         hidden = rows(state)[..., None]
-        log_lik = jnp.pad(text.log_lik, ((0, 0), (0, 1)))
-        early = jnp.broadcast_to(jnp.pad(text.early_log_lik, (0, 1)), strings.shape)
-        return objective.advantages(Signal(boundaries, hidden, log_lik, early, scored, scored))[:, 1:]
+        log_prob = jnp.pad(text.log_prob, ((0, 0), (0, 1)))
+        early = jnp.broadcast_to(jnp.pad(text.early_log_prob, (0, 1)), strings.shape)
+        return objective.advantages(ObjectiveInputs(boundaries, hidden, log_prob, early, scored, scored))[:, 1:]
 
     return jax.lax.map(one, (logits, behaviour, tables, values))
 
@@ -194,7 +194,7 @@ def disarm_moments(logits: PerDecision, strings: Strings, tables: Tables) -> Mom
         sample = 0.5 * (values[0] - values[1])[:, None] * sign * jax.nn.sigmoid(jnp.abs(row))
         return prob @ sample, jnp.einsum("o,od,oe->de", prob, sample, sample)
 
-    mean, second = jax.lax.map(one, (logits, jnp.sum(tables.log_lik, axis=2)))
+    mean, second = jax.lax.map(one, (logits, jnp.sum(tables.log_prob, axis=2)))
     return _as_loss(mean, second, 1.0, decisions)
 
 

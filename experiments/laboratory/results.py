@@ -87,7 +87,7 @@ class Noise:
 
     name: str
     variance: float
-    signal: float
+    inputs: float
     flops: float
 
 
@@ -161,10 +161,10 @@ def summarise_noise(models: Sequence[Sequence[Noise]]) -> list[NoiseSummary]:
         NoiseSummary(
             of[0].name,
             geometric_interval([one.variance / paper.variance for one, paper in zip(of, papers, strict=True)]),
-            mean_interval([one.signal / one.variance for one in of]),
+            mean_interval([one.inputs / one.variance for one in of]),
             ratio_interval(
-                [one.signal / one.variance / one.flops for one in of],
-                [paper.signal / paper.variance / paper.flops for paper in papers],
+                [one.inputs / one.variance / one.flops for one in of],
+                [paper.inputs / paper.variance / paper.flops for paper in papers],
             ),
         )
         for of in zip(*models, strict=True)

@@ -16,12 +16,12 @@ from estimators import (
     BatchCentre,
     Critic,
     Discount,
-    Draw,
     EarlyExit,
     GeneralisedAdvantage,
+    ObjectiveInputs,
     SampleCentre,
+    SamplingOptions,
     ScoreFunctionObjective,
-    Signal,
     WindowedPolicy,
 )
 from estimators.equations import discounted_returns
@@ -32,7 +32,7 @@ from experiments.laboratory.results import Noise
 from experiments.training.data import load_split
 from experiments.training.step import compiled
 from experiments.training.trainer import Trainer
-from unet import UNet, next_byte_log_lik
+from unet import UNet, next_logprobs
 from unet.flops import matrix_flops
 from unet.likelihood import continues, plain_layout
 from unet.ops import boundary_scan
@@ -84,7 +84,7 @@ def noise(
 def _compared(
     config: RunConfig,
     model: UNet,
-    signals: Signal,
+    signals: ObjectiveInputs,
     bytes: Int[Array, "batch length"],
     sets: dict[str, tuple[tuple[AbstractReduction, ...], int]],
 ) -> list[Noise]:
@@ -97,9 +97,9 @@ def _compared(
         gradients = _gradients(objective, router, signals, bytes, samples)
         variance = float(jnp.sum(jnp.var(gradients, axis=0, ddof=1)))
         # The mean of few draws is itself noisy: what noise adds to its square is taken off.
-        signal = float(jnp.sum(jnp.mean(gradients, axis=0) ** 2)) - variance / len(gradients)
+        inputs = float(jnp.sum(jnp.mean(gradients, axis=0) ** 2)) - variance / len(gradients)
         flops = matrix_flops(model, rate=config.rate, samples=samples).total / once
-        found.append(Noise(name, variance, signal, flops))
+        found.append(Noise(name, variance, inputs, flops))
     return found
 
 
@@ -138,16 +138,16 @@ class _Training:
 
 
 @eqx.filter_jit
-def _signals(model: UNet, bytes: Int[Array, "batch length"], keys: Key[Array, " draws"]) -> Signal:
+def _signals(model: UNet, bytes: Int[Array, "batch length"], keys: Key[Array, " draws"]) -> ObjectiveInputs:
     """What the objective sees in each draw, stacked."""
     scored = continues(plain_layout(bytes))
 
-    def one(key: PRNGKeyArray) -> Signal:
+    def one(key: PRNGKeyArray) -> ObjectiveInputs:
         prediction = model(bytes, key=key, training=True)
         level = prediction.levels[0]
         assert prediction.early_logits is not None
-        log_lik, early = (next_byte_log_lik(logits, bytes) for logits in (prediction.logits, prediction.early_logits))
-        return Signal(level.boundaries, level.hidden, log_lik, early, scored, scored)
+        log_prob, early = (next_logprobs(logits, bytes) for logits in (prediction.logits, prediction.early_logits))
+        return ObjectiveInputs(level.boundaries, level.hidden, log_prob, early, scored, scored)
 
     return jax.lax.map(one, keys)
 
@@ -156,7 +156,7 @@ def _signals(model: UNet, bytes: Int[Array, "batch length"], keys: Key[Array, " 
 def _gradients(
     objective: ScoreFunctionObjective,
     router: WindowedPolicy,
-    signals: Signal,
+    signals: ObjectiveInputs,
     bytes: Int[Array, "batch length"],
     samples: int,
 ) -> Float[Array, "steps weights"]:
@@ -170,11 +170,11 @@ def _gradients(
 
     grouped = jax.tree.map(together, signals)
 
-    def gradient(signal: Signal) -> Float[Array, " weights"]:
-        def loss(weight: Float[Array, "taps dim"]) -> Float[Array, ""]:
+    def gradient(inputs: ObjectiveInputs) -> Float[Array, " weights"]:
+        def loss(weight: Float[Array, "lags dim"]) -> Float[Array, ""]:
             changed = eqx.tree_at(lambda r: r.weight, router, weight)
-            draw = Draw(boundary_scan, actions=signal.boundaries.actions, training=True)
-            seen = dataclasses.replace(signal, boundaries=changed(signal.hidden, layout, draw), samples=samples)
+            options = SamplingOptions(boundary_scan, actions=inputs.boundaries.actions, training=True)
+            seen = dataclasses.replace(inputs, boundaries=changed(inputs.hidden, layout, options), samples=samples)
             return objective(seen).metrics["policy_loss"]
 
         return jax.grad(loss)(router.weight).reshape(-1)
@@ -182,11 +182,11 @@ def _gradients(
     return jax.lax.map(gradient, grouped)
 
 
-def _fitted(dim: int, signals: Signal) -> Critic:
+def _fitted(dim: int, signals: ObjectiveInputs) -> Critic:
     """The least-squares critic of the returns in all draws, with a little ridge."""
-    early = signals.early_log_lik
+    early = signals.early_log_prob
     assert early is not None
-    rewards = jnp.where(signals.mask, signals.log_lik - early, 0.0)
+    rewards = jnp.where(signals.mask, signals.log_prob - early, 0.0)
     returns = jax.vmap(lambda r, c: discounted_returns(r, 0.99, c))(rewards, signals.continues)
     features = jnp.concatenate(
         [signals.hidden.reshape(-1, dim), jnp.ones((returns.size, 1))], axis=1

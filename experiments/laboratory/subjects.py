@@ -16,16 +16,16 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from data import Split, open_batches
 from estimators import (
     AbstractChunker,
-    AbstractRowRouter,
+    AbstractPositionwiseRouter,
     Boundaries,
-    Draw,
     EarlyExit,
     Estimator,
     Layout,
+    SamplingOptions,
     ScoreFunctionObjective,
 )
 from experiments.config.errors import ConfigError
-from unet import UNet, UNetConfig, next_byte_log_lik
+from unet import UNet, UNetConfig, next_logprobs
 
 SHAPE = UNetConfig(dim=32, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=8)
 RATE = 0.2
@@ -40,7 +40,7 @@ PerString = Float[Array, "texts strings decisions"]
 """A number for each decision of each string of each text."""
 
 
-class TabularRouter(AbstractRowRouter):
+class TabularRouter(AbstractPositionwiseRouter):
     """A boundary logit of its own for every row of every text, so that any policy without memory can be written down.
 
     `relaxed` are the actions as numbers, for gradients with respect to them; None leaves them out.
@@ -53,9 +53,11 @@ class TabularRouter(AbstractRowRouter):
     def rate(self) -> float | None:
         return RATE
 
-    def __call__(self, hidden: Float[Array, "batch length dim"], layout: Layout, draw: Draw) -> Boundaries:
+    def boundaries(
+        self, hidden: Float[Array, "batch length dim"], layout: Layout, options: SamplingOptions
+    ) -> Boundaries:
         probs = jax.nn.sigmoid(self.logits)
-        actions = draw.bernoulli(probs, layout)
+        actions = options.bernoulli(probs, layout)
         # A forced boundary is certain, as in H-Net's routing.
         probs = jnp.where(layout.starts, 1.0, probs)
         return Boundaries(actions, self.logits, probs, layout.free, layout.starts, self.relaxed)
@@ -82,8 +84,8 @@ class Tables(eqx.Module):
     has none) and with respect to the probabilities that a chunker reads.
     """
 
-    log_lik: Float[Array, "*texts strings decisions"]
-    early_log_lik: Float[Array, "*texts decisions"]
+    log_prob: Float[Array, "*texts strings decisions"]
+    early_log_prob: Float[Array, "*texts decisions"]
     hidden: Float[Array, "*texts decisions dim"]
     by_actions: Float[Array, "*texts strings decisions"]
     by_probs: Float[Array, "*texts strings decisions"]
@@ -176,16 +178,16 @@ def tabulate(subject: Subject, logits: PerDecision) -> Tables:
         def total(relaxed: Float[Array, "strings length"], shift: Float[Array, "strings length"]):
             model = with_logits(subject.model, logits + shift, relaxed)
             prediction = model(bytes, actions=(strings,), training=True)
-            log_lik = next_byte_log_lik(prediction.logits, bytes)
-            return jnp.sum(log_lik), (log_lik, prediction)
+            log_prob = next_logprobs(prediction.logits, bytes)
+            return jnp.sum(log_prob), (log_prob, prediction)
 
         numbers = strings.astype(jnp.float32)
         gradient = jax.grad(total, argnums=(0, 1), has_aux=True)
-        (by_actions, by_logits), (log_lik, prediction) = gradient(numbers, jnp.zeros_like(numbers))
+        (by_actions, by_logits), (log_prob, prediction) = gradient(numbers, jnp.zeros_like(numbers))
         probs = jax.nn.sigmoid(row)
         assert prediction.early_logits is not None
-        early = next_byte_log_lik(prediction.early_logits[:1], bytes[:1])[0, :-1]
+        early = next_logprobs(prediction.early_logits[:1], bytes[:1])[0, :-1]
         hidden = prediction.levels[0].hidden[0, 1:]
-        return Tables(log_lik[:, :-1], early, hidden, by_actions[:, 1:], by_logits[:, 1:] / (probs * (1.0 - probs)))
+        return Tables(log_prob[:, :-1], early, hidden, by_actions[:, 1:], by_logits[:, 1:] / (probs * (1.0 - probs)))
 
     return jax.lax.map(lambda pair: one(*pair), (subject.texts, logits))

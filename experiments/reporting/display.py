@@ -18,7 +18,7 @@ from experiments.config.errors import ConfigError
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
 from experiments.reporting.shading import Character, colour_of
-from unet.saving import LoadError
+from unet.files.saving import LoadError
 
 Settings = TypeVar("Settings")
 

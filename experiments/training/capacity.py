@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data import Split
-from estimators import AbstractRouter, Draw
+from estimators import AbstractRouter, SamplingOptions
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import stack_rows
 from experiments.training.target import TargetSchedule
@@ -32,7 +32,7 @@ def training_capacities(config: RunConfig, router: AbstractRouter | None, split:
     rows = split.held_out_rows(min(config.evaluation.bytes, MEASURED_BYTES))
     layout = stack_rows(rows, len(rows))
     nothing = jnp.zeros((*layout.bytes.shape, 1))
-    drawn = jnp.sum(router(nothing, layout, Draw(boundary_scan)).actions, axis=1)
+    drawn = jnp.sum(router(nothing, layout, SamplingOptions(boundary_scan)).actions, axis=1)
     return _spread(config, float(jnp.mean(drawn)), 1.25 * float(jnp.max(drawn)))
 
 

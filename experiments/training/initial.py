@@ -10,9 +10,9 @@ import numpy as np
 from jax import Array
 
 from experiments.config.errors import ConfigError
+from unet.files.pretrained import load_hnet
+from unet.files.saving import WEIGHTS, describes_itself, load
 from unet.model import UNet
-from unet.pretrained import load_hnet
-from unet.saving import WEIGHTS, describes_itself, load
 
 
 def initial_weights(where: str, fresh: UNet) -> UNet:

@@ -14,16 +14,16 @@ import numpy as np
 
 from data import BOS, Batch, Batches, Split, open_batches
 from estimators import Layout
-from estimators.bpe import PrefixTree, find_size, train_vocabulary
-from estimators.entropy import find_threshold, next_byte_entropy
+from estimators.routers.entropy import find_threshold, next_byte_entropy
+from estimators.routers.prefixes import PrefixTree, find_size, train_vocabulary
 from experiments.config.errors import ConfigError, require
 from experiments.config.files import to_json
 from experiments.config.registry import ByteModel, Prepared, Vocabulary, patch_rule
 from experiments.config.settings import RunConfig
 from experiments.training.run_dir import read_config
 from unet import UNet
+from unet.files.saving import CONFIG, WEIGHTS, load, save, write_atomically
 from unet.likelihood import plain_layout
-from unet.saving import CONFIG, WEIGHTS, load, save, write_atomically
 
 VOCABULARY = "vocabulary.json"
 BYTE_MODEL = "byte_model"
@@ -104,8 +104,8 @@ def threshold_of(config: RunConfig, model: UNet, split: Split) -> float:
     entropies = eqx.filter_jit(next_byte_entropy)
     layouts = [_layout_of(batch) for batch in _batches(config, split, RATE_BYTES)]
     measured = np.concatenate([np.asarray(entropies(model, layout)) for layout in layouts])
-    numbers = np.concatenate([np.asarray(layout.numbers) for layout in layouts])
-    return find_threshold(measured, numbers, config.rate, patch_rule(config.entropy))
+    document_positions = np.concatenate([np.asarray(layout.document_positions) for layout in layouts])
+    return find_threshold(measured, document_positions, config.rate, patch_rule(config.entropy))
 
 
 def notes(config: RunConfig, prepared: Prepared) -> list[str]:

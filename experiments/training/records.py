@@ -18,18 +18,15 @@ def step_record(step: int, num_bytes: int, metrics: StepMetrics) -> Record:
         "step": step,
         "bytes": num_bytes,
         "loss": float(output.loss),
-        "bpb": -float(output.log_lik) / math.log(2),
-        "early_bpb": number(-float(output.early_log_lik) / math.log(2)),
+        "bpb": -float(output.log_prob) / math.log(2),
+        "early_bpb": None if output.early_log_prob is None else -float(output.early_log_prob) / math.log(2),
         "rate": float(output.rate),
         "aimed_rate": float(metrics.aimed_rate),
         "overflow": float(output.overflow),
         "padding": float(output.padding),
         "gradient_norm": float(metrics.gradient_norm),
     }
-    for level, values in enumerate(output.metrics):
-        prefix = "" if level == 0 else f"level{level}_"
-        record.update({prefix + name: float(value) for name, value in values.items()})
-    return record
+    return record | {name: float(value) for name, value in output.metrics.items()}
 
 
 def validation_record(step: int, num_bytes: int, validation: Validation) -> Record:

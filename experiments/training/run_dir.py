@@ -19,7 +19,7 @@ except ImportError:  # Windows has no such locks; runs there are not kept from s
 from experiments.config.errors import ConfigError, require
 from experiments.config.files import from_json, to_json
 from experiments.config.settings import RunConfig
-from unet.saving import CONFIG, WEIGHTS, write_atomically
+from unet.files.saving import CONFIG, WEIGHTS, write_atomically
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"

@@ -1,4 +1,4 @@
-"""Ragged operations under static shapes: one op a file, its XLA form the definition."""
+"""Ragged operations with static shapes, one per file; the XLA implementation defines each."""
 
 from unet.ops.boundary_scan import boundary_scan
 from unet.ops.downsample import downsample

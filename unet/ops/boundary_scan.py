@@ -1,4 +1,4 @@
-"""Drawing boundaries one after another from a policy that remembers its last few."""
+"""Sequential sampling of boundaries from a policy that depends on its last few actions."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from estimators.base import BoundaryScan
+from estimators.equations import soft_cap
+from estimators.sharding import varying_zeros
 from unet.ops.mosaic import AHEAD, LANES, Implementation, declare, dispatch, refusal
 
 MOST_TAPS = 17
-"""A memory of so many bits less one is what the kernel is compiled for."""
+"""Lags that the kernel supports at most: its memory has one action less."""
 
 
 def boundary_scan(
-    projections: Float[Array, "batch length taps"],
+    projections: Float[Array, "batch length lags"],
     uniforms: Float[Array, "batch length"],
     starts: Bool[Array, "batch length"] | None = None,
     cap: float | None = None,
@@ -23,36 +25,37 @@ def boundary_scan(
 ) -> BoundaryScan:
     r"""$l_i = q_{i,0} + \sum_{j=1}^{w} a_{i-j} q_{i,j}$, $a_i = 1[u_i < \sigma(l_i)]$, in order of i (SFE eq. 16-19).
 
-    `projections` are q, with w = taps - 1. Where `starts` is True a document begins: the action is 1 and nothing before
-    it is remembered (None: only row 0). `cap` bounds the logits by `cap·tanh(l/cap)`. Uniforms of exactly one half give
-    the likelier action of each row. No gradient: actions are discrete; recompute the logits of given actions with
-    `estimators.equations.windowed_logits`. Raises `ValueError` where a kernel asked for by name cannot run.
+    `projections` are q, with w = lags - 1. Where `starts` is True a document begins: the action is 1 and earlier actions count
+    as 0 (None: only position 0). `cap` bounds the logits by `cap·tanh(l/cap)`. Uniforms of exactly one half give greedy
+    actions. No gradient, since actions are discrete; recompute the logits of given actions with
+    `estimators.equations.windowed_logits`. Raises `ValueError` if a kernel requested by name cannot run.
 
-    The kernel adds the taps in another order than XLA, and its exponential may differ in the last bit: an action can
-    differ where u and σ(l) agree to about seven digits.
+    The kernel adds the lags in another order than XLA, and its exponential may differ in the last bit. So an action can differ
+    where u and σ(l) agree to about seven digits.
     """
     if starts is None:
         starts = jnp.zeros(uniforms.shape, bool).at[:, 0].set(True)
     projections, uniforms = jax.lax.stop_gradient((projections, uniforms))
 
     def decide(logits: Array, uniform: Array, start: Array) -> tuple[Array, Array]:
-        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        logits = soft_cap(logits, cap)
         return (uniform < jax.nn.sigmoid(logits)) | start, logits
 
     if projections.shape[-1] == 1:
-        # Nothing is remembered, so that there is nothing to scan.
+        # Without a memory there is nothing to scan.
         return BoundaryScan(*decide(projections[..., 0], uniforms, starts))
 
     def xla(projections: Array, uniforms: Array, starts: Array) -> tuple[Array, Array]:
         def step(memory, row):
-            taps, uniform, start = row
+            lags, uniform, start = row
             memory = memory & ~start[:, None]
-            action, logits = decide(taps[:, 0] + jnp.sum(jnp.where(memory, taps[:, 1:], 0.0), axis=1), uniform, start)
+            action, logits = decide(lags[:, 0] + jnp.sum(jnp.where(memory, lags[:, 1:], 0.0), axis=1), uniform, start)
             return jnp.concatenate([action[:, None], memory[:, :-1]], axis=1), (action, logits)
 
-        batch, _, taps = projections.shape
-        by_row = (jnp.swapaxes(projections, 0, 1), uniforms.T, starts.T)
-        _, (actions, logits) = jax.lax.scan(step, jnp.zeros((batch, taps - 1), bool), by_row)
+        batch, _, lags = projections.shape
+        along = (jnp.swapaxes(projections, 0, 1), uniforms.T, starts.T)
+        nothing = varying_zeros(projections, (batch, lags - 1), bool)
+        _, (actions, logits) = jax.lax.scan(step, nothing, along)
         return actions.T, logits.T
 
     def kernel(interpret: bool):
@@ -68,7 +71,7 @@ def _refusal(projections: Array) -> str | None:
     if unable := refusal(LANES, projections.dtype):
         return unable
     if projections.shape[-1] > MOST_TAPS:
-        return f"a memory of {projections.shape[-1] - 1} actions is longer than {MOST_TAPS - 1}"
+        return f"the window of {projections.shape[-1] - 1} actions is longer than {MOST_TAPS - 1}"
     if projections.dtype != jnp.float32:
         return f"projections are {projections.dtype.name}, not float32"
     return None
@@ -77,17 +80,17 @@ def _refusal(projections: Array) -> str | None:
 def _scan_kernel(
     projections: Array, uniforms: Array, starts: Array, *, cap: float | None, interpret: bool
 ) -> tuple[Array, Array]:
-    """Every thread draws the boundaries of one sequence, its memory the bits of one integer."""
+    """Each thread samples the boundaries of one sequence; its memory is the bits of one integer."""
     from jax.experimental import pallas as pl
 
-    batch, length, taps = projections.shape
+    batch, length, lags = projections.shape
     rows, blocks = -length % AHEAD, -batch % LANES
-    # Sequences side by side, so that neighbouring threads read neighbouring addresses.
+    # The batch comes last, so that neighbouring threads read neighbouring addresses.
     q = jnp.pad(jnp.transpose(projections, (1, 2, 0)), ((0, rows), (0, 0), (0, blocks)))
     u = jnp.pad(uniforms.T, ((0, rows), (0, blocks)))
     s = jnp.pad(starts.T.astype(jnp.int32), ((0, rows), (0, blocks)))
     shape = (length + rows, batch + blocks)
-    remembered = (1 << (taps - 1)) - 1
+    remembered = (1 << (lags - 1)) - 1
 
     def body(q_ref, u_ref, s_ref, action_ref, logit_ref):
         lanes = pl.ds(jax.lax.axis_index("x") * LANES, LANES)
@@ -95,15 +98,17 @@ def _scan_kernel(
         def some(block, memory):
             first = block * AHEAD
             loaded = [
-                ([q_ref[first + i, j, lanes] for j in range(taps)], u_ref[first + i, lanes], s_ref[first + i, lanes])
+                ([q_ref[first + i, j, lanes] for j in range(lags)], u_ref[first + i, lanes], s_ref[first + i, lanes])
                 for i in range(AHEAD)
             ]
             for i, (q_row, uniform, start) in enumerate(loaded):
                 memory = jnp.where(start != 0, jnp.zeros((LANES,), jnp.int32), memory)
                 logits = q_row[0]
-                for j in range(1, taps):
-                    logits = logits + jnp.where((memory & (1 << (j - 1))) != 0, q_row[j], jnp.zeros((LANES,)))
-                logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+                for j in range(1, lags):
+                    logits = logits + jnp.where(
+                        (memory & (1 << (j - 1))) != 0, q_row[j], jnp.zeros((LANES,), jnp.float32)
+                    )
+                logits = soft_cap(logits, cap)
                 drawn = uniform < 1.0 / (1.0 + jnp.exp(-logits))
                 action = jnp.where(drawn | (start != 0), jnp.ones((LANES,), jnp.int32), jnp.zeros((LANES,), jnp.int32))
                 action_ref[first + i, lanes] = action

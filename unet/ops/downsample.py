@@ -1,4 +1,4 @@
-"""Byte rows to token rows: select the rows at which a token closes."""
+"""Positions to tokens: select the positions at which a token closes."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from estimators.base import TokenRows
+from estimators.base import Tokens
 from unet.ops.mosaic import Implementation
 from unet.ops.rows import add_at, pick_rows
 
 
 class Places(eqx.Module):
-    """Where tokens close: the byte row of each token (`index`, -1 past the last) and the token that closes at each byte row
-    (`back`, -1 for none); tokens in each sequence, and boundaries for which no row was left."""
+    """Where tokens close: the position of each token (`index`, -1 past the last), the token that closes at each position
+    (`back`, -1 for none), the tokens of each sequence (`lengths`), and the boundaries dropped (`overflow`)."""
 
     index: Int[Array, "batch tokens"]
     back: Int[Array, "batch length"]
     lengths: Int[Array, " batch"]
     overflow: Int[Array, " batch"]
 
-    def rows(self, values: Float[Array, "batch tokens dim"]) -> TokenRows:
-        """Token rows of these `values`."""
-        return TokenRows(values, jnp.maximum(self.index, 0), self.lengths, self.overflow)
+    def rows(self, values: Float[Array, "batch tokens dim"]) -> Tokens:
+        """Tokens with these `values`."""
+        return Tokens(values, jnp.maximum(self.index, 0), self.lengths, self.overflow)
 
 
 def places_of(actions: Bool[Array, "batch length"], capacity: int) -> Places:
-    """The first `capacity` boundaries of each sequence. Raises `ValueError` for a capacity below 1."""
+    """The positions of the first `capacity` boundaries of each sequence. Raises `ValueError` for a capacity below 1."""
     if capacity < 1:
-        raise ValueError(f"a capacity is at least 1 token row; got {capacity}")
+        raise ValueError(f"a capacity must be at least 1 token; got {capacity}")
     length = actions.shape[1]
     total = jnp.sum(actions, axis=1, dtype=jnp.int32)
     number = jnp.cumsum(actions, axis=1, dtype=jnp.int32) - 1
@@ -45,12 +45,11 @@ def downsample(
     capacity: int,
     *,
     implementation: Implementation | None = None,
-) -> TokenRows:
-    r"""$X'_m = X_{i_m}$ with $i_m$ the m-th row where `actions` is True (SFE eq. 7).
+) -> Tokens:
+    """$X'_m = X_{i_m}$ with $i_m$ the m-th position where `actions` is True (SFE eq. 7).
 
-    At most `capacity` rows a sequence, the first ones; boundaries past them are counted in `overflow`. Rows past a
-    sequence's own count are zero. Raises `ValueError` for a capacity below 1, and where a kernel asked for by name cannot
-    run.
+    Truncated to `capacity` tokens for each sequence; the boundaries dropped are counted in `overflow`. Unused tokens are zero.
+    Raises `ValueError` for a capacity below 1, and if a kernel requested by name cannot run.
     """
     places = places_of(actions, capacity)
     return places.rows(pick_rows(hidden, places.index, places.back, implementation))

@@ -1,4 +1,4 @@
-"""What the kernels share: how they are declared, which shapes they take, and how a platform is chosen."""
+"""Common code of the kernels: declaration, supported shapes, and dispatch by platform."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-Implementation = Literal["xla", "pallas", "interpret"]
-"""`xla`: the definition; `pallas`: the Mosaic GPU kernel, which needs CUDA; `interpret`: the same kernel, slowly, on the host.
+from estimators.sharding import varying_like
 
-Where an argument takes None as well, that is the kernel on CUDA if it takes the shapes at hand, and XLA elsewhere.
+Implementation = Literal["xla", "native", "pallas", "interpret"]
+"""`xla`: the reference implementation, with a hand-written gradient; `native`: the same with JAX's own derivatives, of any
+order and in forward mode too; `pallas`: the Mosaic GPU kernel, which needs CUDA; `interpret`: that kernel emulated on the host,
+slowly.
+
+If an argument is None, the kernel runs on CUDA if it supports the shapes, and XLA otherwise.
 """
 
 LANES = 128
-"""Threads of a warpgroup: rows are worked on in pieces of so many columns."""
+"""Threads of a warpgroup, and the number of columns that kernels process at a time."""
 
 OLDEST = 9.0
-"""Compute capability (Hopper) that the kernels were compiled for at least."""
+"""Minimum compute capability of the kernels (Hopper)."""
 
 AHEAD = 8
-"""Rows that a kernel in sequence reads at once: their loads wait for nothing, only what is made of them does."""
+"""Positions that a sequential kernel loads at once, so that loads do not wait for the recurrence."""
 
 Result = TypeVar("Result")
 
@@ -34,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def _unable() -> str | None:
-    """What keeps this process from kernels of any shape."""
+    """Why no kernel can run in this process, whatever the shapes; None if they can."""
     try:
         importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     except ImportError as error:
@@ -45,12 +49,12 @@ def _unable() -> str | None:
 
 
 def refusal(dim: int, dtype: jnp.dtype) -> str | None:
-    """Why rows of `dim` values of `dtype` are not for the kernels, or this process is not; None where they are."""
+    """Why kernels cannot process rows of `dim` values of `dtype`, or not run in this process; None if they can."""
     if dim % LANES:
         return f"rows of {dim} values are not a multiple of {LANES}"
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"rows are {jnp.dtype(dtype).name}, neither float32 nor bfloat16"
-    # Last, since it imports the kernels' language: half a second for whoever has no use for it.
+    # Last, since it imports the kernel language, which takes half a second.
     return _unable()
 
 
@@ -62,12 +66,12 @@ def dispatch(
     xla: Callable[..., Result],
     kernel: Callable[..., Callable[..., Result]],
 ) -> Result:
-    """Run `xla` or `kernel(interpret)` on `args`, as `implementation` says; the choice by platform falls at lowering.
+    """Run `xla` or `kernel(interpret)` on `args`, as `implementation` says; the choice by platform is made at lowering.
 
-    Raises `ValueError` where the kernel was asked for by name and refuses; `pallas` on another platform than CUDA fails when
-    it is lowered. XLA cannot cut a kernel into parts for several devices: a batch that is spread over them needs `xla`.
+    Raises `ValueError` if a kernel requested by name cannot run; `pallas` on a platform other than CUDA fails at lowering. XLA
+    cannot partition a kernel: a batch sharded over several devices needs `xla`.
     """
-    if implementation == "xla":
+    if implementation in ("xla", "native"):
         return xla(*args)
     if refused is not None:
         if implementation is not None:
@@ -76,15 +80,19 @@ def dispatch(
         return xla(*args)
     if implementation == "interpret":
         return kernel(interpret=True)(*args)
+
+    def on_cuda(*args: Array) -> Result:
+        return jax.tree.map(lambda output: varying_like(output, args[0]), kernel(interpret=False)(*args))
+
     if implementation == "pallas":
-        return jax.lax.platform_dependent(*args, cuda=kernel(interpret=False))
-    return jax.lax.platform_dependent(*args, cuda=kernel(interpret=False), default=xla)
+        return jax.lax.platform_dependent(*args, cuda=on_cuda)
+    return jax.lax.platform_dependent(*args, cuda=on_cuda, default=xla)
 
 
 def declare(
     body: Callable[..., None], out: Sequence[jax.ShapeDtypeStruct], grid: tuple[int, ...], *, interpret: bool
 ) -> Callable[..., Sequence[Array]]:
-    """A Mosaic GPU kernel of one warpgroup a program: `body(*input_refs, *output_refs)` for every point of `grid`.
+    """A Mosaic GPU kernel with one warpgroup per program: `body(*input_refs, *output_refs)` for every point of `grid`.
 
     The axes of the grid are called `x`, `y`, … in `jax.lax.axis_index`.
     """
@@ -94,7 +102,7 @@ def declare(
     if interpret:
         interpreter = getattr(plgpu, "InterpretParams", None)
         if interpreter is None:
-            # Public under this name from the next version of jax on.
+            # Not public before the next version of jax.
             from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as interpreter
     return plgpu.kernel(
         body,

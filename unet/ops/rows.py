@@ -1,7 +1,7 @@
-"""Moving rows: gathering them by index, and summing those of neighbouring spans.
+"""Gathering rows by index, and summing spans of neighbouring rows.
 
-Each is the other's backward pass, so that gradients are sums in float32: in a fixed order in the kernels and on a CPU, while
-XLA on a GPU adds them as they come.
+Each is the other's backward pass, so gradients are float32 sums: in a fixed order in the kernels and on a CPU, in any order in
+XLA on a GPU.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def gather_rows(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch length dim"]:
-    """Row `index[b, i]` of each sequence; zeros where the index is negative. No gradient is defined: see `spread_rows`.
+    """Row `index[b, i]` of sequence b; zeros for a negative index. No gradient is defined: see `spread_rows`.
 
-    Indices beyond the rows read the last one. Raises `ValueError` where a kernel asked for by name cannot run.
+    Indices past the last row read the last row. Raises `ValueError` if a kernel requested by name cannot run.
     """
     refused = refusal(values.shape[2], values.dtype)
     return dispatch("gather_rows", refused, implementation, values, index, xla=_gather_xla, kernel=_gather_kernel)
@@ -36,9 +36,9 @@ def sum_spans(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch spans dim"]:
-    r"""$S_m = \sum_{l = b_m}^{b_{m+1} - 1} X_l$ in float32, rounded once at the end; `bounds` never fall.
+    r"""$S_m = \sum_{l = b_m}^{b_{m+1} - 1} X_l$ in float32, rounded once at the end; `bounds` must not decrease.
 
-    Raises `ValueError` where a kernel asked for by name cannot run.
+    Raises `ValueError` if a kernel requested by name cannot run.
     """
     refused = refusal(values.shape[2], values.dtype)
     return dispatch("sum_spans", refused, implementation, values, bounds, xla=_sum_xla, kernel=_sum_kernel)
@@ -48,38 +48,45 @@ Move = Callable[
     [Float[Array, "batch _ dim"], Int[Array, "batch _"], Int[Array, "batch _"], Implementation | None],
     Float[Array, "batch _ dim"],
 ]
-"""`(values, where, back, implementation)`: values are moved as `where` says, their gradients as `back` says."""
+"""`(values, where, back, implementation)`: `where` indexes the forward pass, `back` the backward pass."""
 
 
 def _moving(forward: Callable[..., Array], backward: Callable[..., Array]) -> Move:
-    """`forward` by its first index, with the gradient that is `backward` by the second."""
+    """`forward` with its first index; its gradient is `backward` with the second."""
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-    def move(values: Array, where: Array, back: Array, implementation: Implementation | None) -> Array:
+    def by_hand(values: Array, where: Array, back: Array, implementation: Implementation | None) -> Array:
         return forward(values, where, implementation=implementation)
 
     def value(values: Array, where: Array, back: Array, implementation: Implementation | None) -> tuple[Array, Array]:
-        return move(values, where, back, implementation), back
+        return by_hand(values, where, back, implementation), back
 
     def gradient(implementation: Implementation | None, back: Array, given: Array) -> tuple[Array, None, None]:
         return backward(given, back, implementation=implementation), None, None
 
-    move.defvjp(value, gradient)
+    by_hand.defvjp(value, gradient)
+
+    def move(values: Array, where: Array, back: Array, implementation: Implementation | None) -> Array:
+        if implementation == "native":
+            return forward(values, where, implementation=implementation)
+        return by_hand(values, where, back, implementation)
+
     return move
 
 
 spread_rows = _moving(gather_rows, sum_spans)
-"""`gather_rows` by an index that never falls; `back` is its `bounds_of`."""
+"""`gather_rows` with an index that never decreases; `back` is its `bounds_of`."""
 
 pick_rows = _moving(gather_rows, gather_rows)
-"""`gather_rows` by an index that takes no row twice; `back` says where each row went, -1 for nowhere."""
+"""`gather_rows` with an index that takes no row twice; `back` is the inverse, -1 for rows not taken."""
 
 pool_rows = _moving(sum_spans, gather_rows)
-"""`sum_spans`; `back` says which span each row is in, -1 for none."""
+"""`sum_spans`; `back` is the span of each row, -1 for none."""
 
 
 def bounds_of(index: Int[Array, "batch length"], rows: int) -> Int[Array, "batch edges"]:
-    """Where each of `rows` values of an index that never falls begins, and one more for the end; negative ones lie before."""
+    """For an index that never decreases: where each of the values 0 … `rows` - 1 begins in it, and where the last one ends.
+    Negative values come before the first bound."""
     counts = add_at(index + 1, jnp.ones(index.shape, jnp.int32), rows + 1)
     return jnp.cumsum(counts, axis=1)
 
@@ -87,12 +94,12 @@ def bounds_of(index: Int[Array, "batch length"], rows: int) -> Int[Array, "batch
 def add_at(
     index: Int[Array, "batch length"], values: Shaped[Array, "batch length *rest"], rows: int
 ) -> Shaped[Array, "batch rows *rest"]:
-    """`rows` sums for each sequence, of the values that `index` sends there; those it sends beyond are dropped."""
+    """`rows` sums for each sequence: the sum of the `values` with each `index`; indices past the end are dropped."""
 
     def add(index: Array, values: Array) -> Array:
         return jnp.zeros((rows, *values.shape[1:]), values.dtype).at[index].add(values, mode="drop")
 
-    # Mapped over the batch, XLA can see that devices which share it need nothing from each other.
+    # `vmap` over the batch lets XLA see that devices with different sequences need no communication.
     return jax.vmap(add)(index, values)
 
 
@@ -104,7 +111,7 @@ def _gather_xla(values: Array, index: Array) -> Array:
 def _sum_xla(values: Array, bounds: Array) -> Array:
     length, spans = values.shape[1], bounds.shape[1] - 1
     edges = add_at(bounds, jnp.ones(bounds.shape, jnp.int32), length + 1)
-    # Before the first bound: -1, past the last one: out of range, both dropped below.
+    # Rows before the first bound have -1, rows past the last one are out of range; both are dropped.
     span = jnp.cumsum(edges[:, :length], axis=1) - 1
     span = jnp.where(span < 0, spans, span)
     return add_at(span, values.astype(jnp.float32), spans).astype(values.dtype)
@@ -146,7 +153,7 @@ def _sum_kernel(interpret: bool):
         spans = bounds.shape[1] - 1
 
         def body(values_ref, bounds_ref, out_ref):
-            # The last axis of a grid is the one that CUDA does not limit to 65535.
+            # CUDA limits every axis of a grid but the last one to 65535.
             b, m = jax.lax.axis_index("x"), jax.lax.axis_index("z")
             lanes = pl.ds(jax.lax.axis_index("y") * LANES, LANES)
 

@@ -1,4 +1,4 @@
-"""The exponential moving average that H-Net takes over its chunks."""
+"""H-Net's exponential moving average over chunks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from estimators.sharding import varying_zeros
 from unet.ops.mosaic import AHEAD, LANES, Implementation, declare, dispatch, refusal
 
 
@@ -16,50 +17,53 @@ def smooth(
     probs: Float[Array, "batch tokens"],
     starts: Bool[Array, "batch tokens"] | None = None,
     *,
+    initial: Float[Array, "batch 1 dim"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch tokens dim"]:
-    r"""$\bar z_m = P_m z_m + (1 - P_m)\,\bar z_{m-1}$ with $\bar z_{-1} = 0$ (H-Net eq. 5).
+    r"""$\bar z_m = P_m z_m + (1 - P_m)\,\bar z_{m-1}$ with $\bar z_{-1}$ = `initial` (None: 0; H-Net eq. 5).
 
-    `probs` are P, clamped to $[10^{-4}, 1 - 10^{-4}]$ as in the released code. Where `starts` is True the average begins
-    anew, so that nothing crosses from one document into the next. The recurrence runs in float32. Raises `ValueError`
-    where a kernel asked for by name cannot run.
+    `probs` are P, clamped to $[10^{-4}, 1 - 10^{-4}]$ as in the released code. Where `starts` is True the average restarts, so
+    that nothing crosses from one document into the next. The recurrence is float32. Raises `ValueError` if a kernel requested
+    by name cannot run.
     """
     probs = clamped(probs)
     keep = 1.0 - probs if starts is None else jnp.where(starts, 0.0, 1.0 - probs)
-    return recurrence(values, probs, keep, implementation).astype(values.dtype)
-
-
-def smooth_step(
-    value: Float[Array, "batch 1 dim"], prob: Float[Array, "batch 1"], last: Float[Array, "batch 1 dim"]
-) -> Float[Array, "batch 1 dim"]:
-    r"""$\bar z_m$ from $\bar z_{m-1}$ = `last`, in float32."""
-    scale = clamped(prob)[..., None]
-    return scale * value.astype(jnp.float32) + (1.0 - scale) * last
+    averages = recurrence(values, probs, keep, implementation)
+    if initial is not None:
+        # The recurrence is linear: add the initial value, decayed.
+        averages = averages + jnp.cumprod(keep, axis=1)[..., None] * initial
+    return averages.astype(values.dtype)
 
 
 def clamped(probs: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Probabilities within $[10^{-4}, 1 - 10^{-4}]$, in float32."""
+    """Probabilities clamped to $[10^{-4}, 1 - 10^{-4}]$, in float32."""
     return jnp.clip(probs.astype(jnp.float32), 1e-4, 1.0 - 1e-4)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def recurrence(
     values: Float[Array, "batch tokens dim"],
     scale: Float[Array, "batch tokens"],
     keep: Float[Array, "batch tokens"],
     implementation: Implementation | None = None,
 ) -> Float[Array, "batch tokens dim"]:
-    r"""$h_m = k_m h_{m-1} + s_m x_m$ from zero, in float32, for `scale` s and `keep` k of a whole row."""
+    """$h_m = k_m h_{m-1} + s_m x_m$ from zero, in float32; `scale` s and `keep` k are one number for each token."""
+    if implementation == "native":
+        return _recur(values, scale, keep, False, implementation)
+    return _by_hand(values, scale, keep, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_hand(values: Array, scale: Array, keep: Array, implementation: Implementation | None) -> Array:
     return _recur(values, scale, keep, False, implementation)
 
 
 def _forward(values, scale, keep, implementation):
-    states = recurrence(values, scale, keep, implementation)
+    states = _by_hand(values, scale, keep, implementation)
     return states, (values, scale, keep, states)
 
 
 def _backward(implementation, saved, gradient):
-    """With $g_m = \\partial L/\\partial h_m + k_{m+1} g_{m+1}$, the same recurrence from the other end."""
+    r"""The same recurrence in reverse: $g_m = \partial L/\partial h_m + k_{m+1} g_{m+1}$."""
     values, scale, keep, states = saved
     after = jnp.pad(keep[:, 1:], ((0, 0), (0, 1)))
     total = _recur(gradient, jnp.ones_like(scale), after, True, implementation)
@@ -68,7 +72,7 @@ def _backward(implementation, saved, gradient):
     return (scale[..., None] * total).astype(values.dtype), d_scale, jnp.sum(total * before, axis=2)
 
 
-recurrence.defvjp(_forward, _backward)
+_by_hand.defvjp(_forward, _backward)
 
 
 def _recur(
@@ -84,7 +88,7 @@ def _recur(
 
 def _xla(values: Array, scale: Array, keep: Array, *, reverse: bool) -> Array:
     inputs = scale[..., None] * values.astype(jnp.float32)
-    # A few cores have nothing to gain from doing more work in fewer steps.
+    # An associative scan does more work in fewer steps, which does not pay on a CPU.
     return jax.lax.platform_dependent(
         keep[..., None],
         inputs,
@@ -100,7 +104,9 @@ def _one_by_one(keep: Array, inputs: Array, *, reverse: bool) -> Array:
         return state, state
 
     rows = jnp.swapaxes(keep, 0, 1), jnp.swapaxes(inputs, 0, 1)
-    return jnp.swapaxes(jax.lax.scan(step, jnp.zeros_like(inputs[:, 0]), rows, reverse=reverse)[1], 0, 1)
+    return jnp.swapaxes(
+        jax.lax.scan(step, varying_zeros(inputs, inputs[:, 0].shape, inputs.dtype), rows, reverse=reverse)[1], 0, 1
+    )
 
 
 def _by_halves(keep: Array, inputs: Array, *, reverse: bool) -> Array:
@@ -113,7 +119,7 @@ def _by_halves(keep: Array, inputs: Array, *, reverse: bool) -> Array:
 
 
 def _kernel(values: Array, scale: Array, keep: Array, *, reverse: bool, interpret: bool) -> Array:
-    """Every thread follows one column of one sequence from end to end."""
+    """Each thread computes one column of one sequence from end to end."""
     from jax.experimental import pallas as pl
 
     batch, tokens, dim = values.shape

@@ -1,4 +1,4 @@
-"""The state-space recurrence of Mamba-2, in linear time: products of matrices within chunks, a scan from chunk to chunk."""
+"""The state-space recurrence of Mamba-2 in linear time: matrix products within chunks, a scan from chunk to chunk."""
 
 from __future__ import annotations
 
@@ -7,111 +7,133 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from estimators.sharding import varying_zeros
+
 CHUNK = 128
-"""Rows of a chunk: its products grow with its length, the states that are carried from chunk to chunk shrink with it."""
+"""Positions per chunk. With longer chunks the products within them grow, and fewer states are carried from chunk to chunk."""
 
 
 class SSDOutput(eqx.Module):
-    """What each row reads from the state, and the state after the last row; both float32."""
+    """The outputs y, and the state h after the last position; both float32."""
 
-    values: Float[Array, "batch length heads head_dim"]
-    state: Float[Array, "batch heads head_dim state"]
+    y: Float[Array, "batch length heads head_dim"]
+    h: Float[Array, "batch heads head_dim state"]
 
 
 def ssd(
-    values: Float[Array, "batch length heads head_dim"],
+    x: Float[Array, "batch length heads head_dim"],
     log_decay: Float[Array, "batch length heads"],
-    writes: Float[Array, "batch length state"],
-    reads: Float[Array, "batch length state"],
+    B: Float[Array, "batch length state"],
+    C: Float[Array, "batch length state"],
     starts: Bool[Array, "batch length"],
+    initial: Float[Array, "batch heads head_dim state"] | None = None,
     *,
     chunk: int = CHUNK,
 ) -> SSDOutput:
-    r"""$h_t = e^{l_t} h_{t-1} + v_t b_t^\top$, $y_t = h_t c_t$ for each head, from $h_{-1} = 0$ (Mamba-2, section 6).
+    r"""$h_t = e^{l_t} h_{t-1} + x_t B_t^\top$, $y_t = h_t C_t$ for each head, from $h_{-1}$ (Mamba-2, section 6).
 
-    `values` v, `log_decay` l (not positive), `writes` b, `reads` c; b and c are common to all heads. Where `starts` is True the
-    state is zero before the row. Everything is computed in float32. In closed form, within a chunk,
-    $y_t = \sum_{s \le t} e^{L_t - L_s} (c_t \cdot b_s) v_s$ with $L_t = \sum_{u \le t} l_u$; what came before the chunk is one
-    state. Time and memory are linear in the length. Raises `ValueError` for a chunk of no rows.
+    `initial` is $h_{-1}$ (None: zero). `log_decay` l is not positive; B and C are shared by all heads. Where `starts` is True
+    the state is reset to zero before the position. Everything is float32. In closed form, within a chunk,
+    $y_t = \sum_{s \le t} e^{L_t - L_s} (C_t \cdot B_s) x_s$ with $L_t = \sum_{u \le t} l_u$; earlier chunks contribute through
+    one state. Time and memory are linear in the length. Raises `ValueError` for a chunk of no positions.
     """
     if chunk < 1:
-        raise ValueError(f"a chunk has at least one row; got {chunk}")
-    length = values.shape[1]
+        raise ValueError(f"a chunk must have at least one position; got {chunk}")
+    length, initial = x.shape[1], _or_zero(initial, x, B)
+    if length == 1:
+        before = jnp.where(starts[..., None, None], 0.0, initial)
+        return ssd_step(x[:, 0], log_decay[:, 0], B[:, 0], C[:, 0], before)
     chunk = min(chunk, length)
 
-    def cut(rows: Array) -> Array:
-        """`batch length …` to `batch chunks chunk …`; the rows that fill the last chunk leave the state as it is."""
-        rows = jnp.pad(rows, [(0, 0), (0, -length % chunk), *[(0, 0)] * (rows.ndim - 2)])
-        return rows.reshape(rows.shape[0], -1, chunk, *rows.shape[2:])
+    def cut(values: Array) -> Array:
+        """`batch length …` to `batch chunks chunk …`; the padding of the last chunk leaves the state unchanged."""
+        values = jnp.pad(values, [(0, 0), (0, -length % chunk), *[(0, 0)] * (values.ndim - 2)])
+        return values.reshape(values.shape[0], -1, chunk, *values.shape[2:])
 
-    writes, reads, wide = (cut(rows.astype(jnp.float32)) for rows in (writes, reads, values))
-    wide = jnp.swapaxes(wide, 2, 3)
-    total = jnp.cumsum(jnp.swapaxes(cut(log_decay.astype(jnp.float32)), 2, 3), axis=-1)
-    # The number of documents that began in the chunk so far: rows see those with the same, and row 0 what was carried in.
+    B, C, x = (cut(values.astype(jnp.float32)) for values in (B, C, x))
+    x = jnp.swapaxes(x, 2, 3)
+    L = jnp.cumsum(jnp.swapaxes(cut(log_decay.astype(jnp.float32)), 2, 3), axis=-1)
+    # Documents started in the chunk so far: positions see those with the same number, and number 0 also the state before.
     document = jnp.cumsum(cut(starts), axis=2, dtype=jnp.int32)
 
-    inside = _inside(wide, total, writes, reads, document)
+    # 1. Outputs within each chunk, (b, z, h, q, p): the diagonal blocks.
+    diagonal = _diagonal(x, L, B, C, document)
+
+    # 2. The state that each chunk adds, (b, z, h, p, n), and the log-decay of the state before it, (b, z, h).
     last = document[..., -1:]
-    kept = jnp.where((document == last)[:, :, None], total[..., -1:] - total, -jnp.inf)
-    added = jnp.einsum("bzhqp,bzqn->bzhpn", wide * jnp.exp(kept)[..., None], writes)
-    carried = jnp.where(last == 0, total[..., -1], -jnp.inf)
+    decay_to_end = jnp.where((document == last)[:, :, None], L[..., -1:] - L, -jnp.inf)
+    states = jnp.einsum("bzhqp,bzqn->bzhpn", x * jnp.exp(decay_to_end)[..., None], B)
+    log_remains = jnp.where(last == 0, L[..., -1], -jnp.inf)
 
-    def step(state: Array, one: tuple[Array, Array]) -> tuple[Array, Array]:
-        carried, added = one
-        return jnp.exp(carried)[..., None, None] * state + added, state
+    # 3. The recurrence from chunk to chunk: the state before each, (z, b, h, p, n).
+    def step(h: Array, one: tuple[Array, Array]) -> tuple[Array, Array]:
+        log_remains, added = one
+        return jnp.exp(log_remains)[..., None, None] * h + added, h
 
-    along = jnp.moveaxis(carried, 1, 0), jnp.moveaxis(added, 1, 0)
-    state, before = jax.lax.scan(step, jnp.zeros_like(added[:, 0]), along)
-    faded = jnp.exp(jnp.where((document == 0)[:, :, None], total, -jnp.inf))
-    brought = jnp.einsum("zbhpn,bzqn->bzhqp", before, reads) * faded[..., None]
-    out = jnp.swapaxes(inside + brought, 2, 3)
-    return SSDOutput(out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length], state)
+    along = jnp.moveaxis(log_remains, 1, 0), jnp.moveaxis(states, 1, 0)
+    h, before = jax.lax.scan(step, initial, along)
+
+    # 4. The contribution of the state before each chunk: the off-diagonal blocks.
+    decay_from_start = jnp.exp(jnp.where((document == 0)[:, :, None], L, -jnp.inf))
+    off_diagonal = jnp.einsum("zbhpn,bzqn->bzhqp", before, C) * decay_from_start[..., None]
+    y = jnp.swapaxes(diagonal + off_diagonal, 2, 3)
+    return SSDOutput(y.reshape(y.shape[0], -1, *y.shape[3:])[:, :length], h)
 
 
-def _inside(
-    values: Float[Array, "batch chunks heads chunk head_dim"],
-    total: Float[Array, "batch chunks heads chunk"],
-    writes: Float[Array, "batch chunks chunk state"],
-    reads: Float[Array, "batch chunks chunk state"],
+def _diagonal(
+    x: Float[Array, "batch chunks heads chunk head_dim"],
+    L: Float[Array, "batch chunks heads chunk"],
+    B: Float[Array, "batch chunks chunk state"],
+    C: Float[Array, "batch chunks chunk state"],
     document: Int[Array, "batch chunks chunk"],
 ) -> Float[Array, "batch chunks heads chunk head_dim"]:
-    """What rows read of rows of their own chunk."""
-    rows = jnp.arange(values.shape[3])
-    seen = (rows[:, None] >= rows) & (document[..., :, None] == document[..., None, :])
-    # Masked before the exponential, which would overflow for rows to come.
-    decay = jnp.exp(jnp.where(seen[:, :, None], total[..., :, None] - total[..., None, :], -jnp.inf))
-    weights = decay * jnp.einsum("bzqn,bzsn->bzqs", reads, writes)[:, :, None]
-    return weights @ values
+    """The contribution of positions of the same chunk."""
+    place = jnp.arange(x.shape[3])
+    seen = (place[:, None] >= place) & (document[..., :, None] == document[..., None, :])
+    # Masked before the exponential, which would overflow for later positions.
+    decay = jnp.exp(jnp.where(seen[:, :, None], L[..., :, None] - L[..., None, :], -jnp.inf))
+    weights = decay * jnp.einsum("bzqn,bzsn->bzqs", C, B)[:, :, None]
+    return weights @ x
 
 
 def ssd_step(
-    value: Float[Array, "batch heads head_dim"],
+    x: Float[Array, "batch heads head_dim"],
     log_decay: Float[Array, "batch heads"],
-    write: Float[Array, "batch state"],
-    read: Float[Array, "batch state"],
-    state: Float[Array, "batch heads head_dim state"],
+    B: Float[Array, "batch state"],
+    C: Float[Array, "batch state"],
+    h: Float[Array, "batch heads head_dim state"],
 ) -> SSDOutput:
-    """One row of `ssd`, from the state before it."""
-    wide = value.astype(jnp.float32)[..., None] * write.astype(jnp.float32)[:, None, None, :]
-    state = jnp.exp(log_decay.astype(jnp.float32))[..., None, None] * state + wide
-    return SSDOutput(jnp.einsum("bhpn,bn->bhp", state, read.astype(jnp.float32))[:, None], state)
+    """One position of `ssd`, from the state h before it."""
+    added = x.astype(jnp.float32)[..., None] * B.astype(jnp.float32)[:, None, None, :]
+    h = jnp.exp(log_decay.astype(jnp.float32))[..., None, None] * h + added
+    return SSDOutput(jnp.einsum("bhpn,bn->bhp", h, C.astype(jnp.float32))[:, None], h)
 
 
 def ssd_sequential(
-    values: Float[Array, "batch length heads head_dim"],
+    x: Float[Array, "batch length heads head_dim"],
     log_decay: Float[Array, "batch length heads"],
-    writes: Float[Array, "batch length state"],
-    reads: Float[Array, "batch length state"],
+    B: Float[Array, "batch length state"],
+    C: Float[Array, "batch length state"],
     starts: Bool[Array, "batch length"],
+    initial: Float[Array, "batch heads head_dim state"] | None = None,
 ) -> SSDOutput:
-    """`ssd` one row after another: the recurrence as it is written, to measure and check it against."""
+    """`ssd` one position at a time: the reference for tests and benchmarks."""
 
-    def step(state: Array, row: tuple[Array, ...]) -> tuple[Array, Array]:
-        value, decay, write, read, start = row
-        done = ssd_step(value, decay, write, read, jnp.where(start[:, None, None, None], 0.0, state))
-        return done.state, done.values[:, 0]
+    def step(h: Array, position: tuple[Array, ...]) -> tuple[Array, Array]:
+        x, log_decay, B, C, start = position
+        done = ssd_step(x, log_decay, B, C, jnp.where(start[:, None, None, None], 0.0, h))
+        return done.h, done.y[:, 0]
 
-    batch, _, heads, head_dim = values.shape
-    rows = tuple(jnp.swapaxes(part, 0, 1) for part in (values, log_decay, writes, reads, starts))
-    state, read = jax.lax.scan(step, jnp.zeros((batch, heads, head_dim, writes.shape[-1])), rows)
-    return SSDOutput(jnp.swapaxes(read, 0, 1), state)
+    along = tuple(jnp.swapaxes(part, 0, 1) for part in (x, log_decay, B, C, starts))
+    h, y = jax.lax.scan(step, _or_zero(initial, x, B), along)
+    return SSDOutput(jnp.swapaxes(y, 0, 1), h)
+
+
+def _or_zero(
+    initial: Float[Array, "batch heads head_dim state"] | None,
+    x: Float[Array, "batch length heads head_dim"],
+    B: Float[Array, "batch length state"],
+) -> Float[Array, "batch heads head_dim state"]:
+    if initial is not None:
+        return initial.astype(jnp.float32)
+    return varying_zeros(x, (x.shape[0], *x.shape[2:], B.shape[-1]), jnp.float32)

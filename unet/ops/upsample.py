@@ -1,4 +1,4 @@
-"""Token rows to byte rows: each byte gets the last token that closed at or before it."""
+"""Tokens to positions: each position gets the last token that closed at or before it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unet.ops.rows import bounds_of, spread_rows
 
 
 def token_of(actions: Bool[Array, "batch length"]) -> Int[Array, "batch length"]:
-    r"""$\mathrm{token\_of}(i) = \sum_{k \le i} a_k - 1$: the row of the last closed token, -1 before the first."""
+    r"""$\mathrm{token\_of}(i) = \sum_{k \le i} a_k - 1$: the index of the last closed token, -1 before the first."""
     return jnp.cumsum(actions, axis=1, dtype=jnp.int32) - 1
 
 
@@ -22,8 +22,8 @@ def upsample(
 ) -> Float[Array, "batch length dim"]:
     r"""$Y_i = Y'_{\mathrm{token\_of}(i)}$ (SFE eq. 8, without the residual); zero before the first boundary.
 
-    Where there are more boundaries than token rows, the bytes past the last row keep that row. A token's gradient is the sum
-    over its bytes, in float32. Raises `ValueError` where a kernel asked for by name cannot run.
+    If there are more boundaries than tokens, later positions keep the last token. A token's gradient is the sum over its
+    positions, in float32. Raises `ValueError` if a kernel requested by name cannot run.
     """
     token = jnp.minimum(token_of(actions), values.shape[1] - 1)
     return spread_rows(values, token, bounds_of(token, values.shape[1]), implementation)

@@ -1,0 +1,41 @@
+"""Derivatives of higher order, where nothing is chosen at run time."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from estimators import trainable
+from tests.compositions import config_of, registered
+from tests.conftest import text_bytes
+
+
+@pytest.mark.parametrize("name", ["sfe", "gumbel", "hnet"])
+def test_a_loss_has_forward_and_second_derivatives(name):
+    config = config_of(name)
+    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, implementation="native"))
+    model, bytes = registered(name, config), text_bytes(2, 16)
+    params, static = eqx.partition(model, trainable(model))
+    keys = iter(jax.random.split(jax.random.key(4), len(jax.tree.leaves(params))))
+    direction = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), params)
+
+    def loss(params):
+        return eqx.combine(params, static).loss(bytes, key=jax.random.key(0), capacities=12).loss
+
+    @jax.jit
+    def along(params):
+        gradient = jax.grad(loss)
+        slope, curvature = jax.jvp(lambda p: jax.jvp(loss, (p,), (direction,))[1], (params,), (direction,))
+        by_gradient, product = jax.jvp(gradient, (params,), (direction,))
+        return slope, curvature, dot(by_gradient, direction), dot(product, direction)
+
+    def dot(one, other):
+        return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+    slope, curvature, by_gradient, by_product = along(params)
+    np.testing.assert_allclose(slope, by_gradient, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(curvature, by_product, rtol=1e-3, atol=1e-4)
+    assert abs(float(curvature)) > 1e-3

@@ -1,0 +1,354 @@
+"""Downsamplers: a token is made of its last position, or of all positions that its boundary closes.
+
+A group is what one boundary closes: the positions after the previous boundary, up to and including its own. So a token never
+depends on a position after the one at which it is first used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from estimators.base import Boundaries, Downsampled, Tokens
+from estimators.decode_state import AbstractDecodeState, update_state
+from unet.chunkers.chunker import AbstractDownsampler
+from unet.cross import CrossLayer
+from unet.decoding.kv_cache import AnyCache, KVCache, KVCacheView, KVUpdate
+from unet.layers import Linear
+from unet.ops import Implementation, downsample, mean_pool
+from unet.ops.groups import groups_of
+
+
+class Select(AbstractDownsampler):
+    r"""The position at the boundary (SFE eq. 7; H-Net): $X'_m = X_{i_m}$."""
+
+    implementation: Implementation | None = eqx.field(static=True, default=None)
+
+    def init_state(self, batch: int, dim: int) -> None:
+        return None
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        *,
+        capacity: int,
+        mask: Bool[Array, "batch length"] | None = None,
+        state: None = None,
+    ) -> Downsampled:
+        return Downsampled(downsample(hidden, boundaries.actions, capacity, implementation=self.implementation), None)
+
+
+class OpenGroup(eqx.Module):
+    """The group that no boundary has closed yet: which of the new positions are in it (`inside`), and whether a boundary closed
+    the group that was open before them (`closed`)."""
+
+    inside: Bool[Array, "batch length"]
+    closed: Bool[Array, " batch"]
+
+    @property
+    def count(self) -> Int[Array, " batch"]:
+        """How many of the new positions are in it."""
+        return jnp.sum(self.inside, axis=1, dtype=jnp.int32)
+
+
+def open_group(closes: Bool[Array, "batch length"], mask: Bool[Array, "batch length"]) -> OpenGroup:
+    """The group that is open after these positions of one document; `closes` marks the positions that close a group."""
+    place = jnp.arange(mask.shape[1], dtype=jnp.int32)
+    last = jnp.max(jnp.where(closes, place, -1), axis=1)
+    return OpenGroup((place > last[:, None]) & mask, last >= 0)
+
+
+class GroupSum(eqx.Module):
+    """The sum of an open group's positions, in float32, and their number."""
+
+    total: Float[Array, "batch 1 dim"]
+    count: Int[Array, " batch"]
+
+    @classmethod
+    def empty(cls, batch: int, dim: int) -> GroupSum:
+        """The sum of no positions."""
+        return cls(jnp.zeros((batch, 1, dim), jnp.float32), jnp.zeros((batch,), jnp.int32))
+
+    def closed_by(self, means: Float[Array, "batch tokens dim"], tokens: Tokens) -> Float[Array, "batch tokens dim"]:
+        """The `means` of the groups of new positions, after adding the positions summed here to the first group."""
+        new, kept = tokens.positions[:, :1, None] + 1, self.count[:, None, None]
+        first = means[:, :1].astype(jnp.float32) * new.astype(jnp.float32) + self.total
+        first = first / (new + kept).astype(jnp.float32)
+        return jnp.concatenate([jnp.where(kept > 0, first.astype(means.dtype), means[:, :1]), means[:, 1:]], axis=1)
+
+    def after(self, hidden: Float[Array, "batch length dim"], group: OpenGroup) -> GroupSum:
+        """The sum of the group that is open after these positions."""
+        new = jnp.sum(jnp.where(group.inside[..., None], hidden.astype(jnp.float32), 0.0), axis=1, keepdims=True)
+        total = jnp.where(group.closed[:, None, None], 0.0, self.total) + new
+        return GroupSum(total, jnp.where(group.closed, 0, self.count) + group.count)
+
+
+class MeanPool(AbstractDownsampler):
+    """The mean of each group; a learned null group comes before the first (DPT; authors' code).
+
+    The null group is the token of the boundary forced at every document's start, whose position falls to the next group: bytes
+    see it before any boundary is drawn. Gradients reach the boundaries through the means, via `Boundaries.relaxed`.
+    """
+
+    null: Float[Array, " dim"]
+    implementation: Implementation | None = eqx.field(static=True)
+
+    def __init__(self, dim: int, *, key: PRNGKeyArray, implementation: Implementation | None = None):
+        """The null group, of width `dim`, is drawn from a standard normal: from zero, its gradient would be amplified a
+        thousandfold by each norm where it stands alone, block after block."""
+        self.null = jax.random.normal(key, (dim,), jnp.float32)
+        self.implementation = implementation
+
+    @property
+    def initial(self) -> Float[Array, " token_dim"]:
+        return self.null
+
+    def init_state(self, batch: int, dim: int) -> GroupSum:
+        return GroupSum.empty(batch, dim)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        *,
+        capacity: int,
+        mask: Bool[Array, "batch length"] | None = None,
+        state: GroupSum | None = None,
+    ) -> Downsampled:
+        actions, starts, relaxed = boundaries.actions, boundaries.starts, boundaries.relaxed
+        tokens = mean_pool(
+            hidden, actions, capacity, starts=starts, relaxed=relaxed, implementation=self.implementation
+        )
+        values, update = tokens.values, None
+        if state is not None and mask is not None:
+            values = state.closed_by(values, tokens)
+            update = state.after(hidden, open_group(actions & ~starts, mask))
+        first = jnp.take_along_axis(starts, tokens.positions, axis=1, mode="clip") & tokens.mask
+        values = jnp.where(first[..., None], self.null.astype(hidden.dtype), values)
+        return Downsampled(tokens.replaced(values), update)
+
+
+class AveragePool(AbstractDownsampler):
+    """The mean of each group; the position at a document's start is a group of its own (H-Net fig. 13)."""
+
+    implementation: Implementation | None = eqx.field(static=True, default=None)
+
+    def init_state(self, batch: int, dim: int) -> GroupSum:
+        return GroupSum.empty(batch, dim)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        *,
+        capacity: int,
+        mask: Bool[Array, "batch length"] | None = None,
+        state: GroupSum | None = None,
+    ) -> Downsampled:
+        tokens = mean_pool(
+            hidden,
+            boundaries.actions,
+            capacity,
+            starts=boundaries.starts,
+            own_start=True,
+            implementation=self.implementation,
+        )
+        if state is None or mask is None:
+            return Downsampled(tokens, None)
+        update = state.after(hidden, open_group(boundaries.actions, mask))
+        return Downsampled(tokens.replaced(state.closed_by(tokens.values, tokens)), update)
+
+
+class MaxPool(AbstractDownsampler):
+    """The elementwise maximum of each group (H-Net fig. 13; BLT's first patch query)."""
+
+    implementation: Implementation | None = eqx.field(static=True, default=None)
+
+    def init_state(self, batch: int, dim: int) -> Float[Array, "batch 1 dim"]:
+        """The maximum of the open group."""
+        return jnp.full((batch, 1, dim), -jnp.inf, jnp.float32)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        *,
+        capacity: int,
+        mask: Bool[Array, "batch length"] | None = None,
+        state: Float[Array, "batch 1 dim"] | None = None,
+    ) -> Downsampled:
+        most, update = groups_of(boundaries, capacity, self.implementation).largest(hidden), None
+        if state is not None and mask is not None:
+            group, state = open_group(boundaries.actions, mask), state.astype(hidden.dtype)
+            inside = jnp.where(group.inside[..., None], hidden, jnp.asarray(-jnp.inf, hidden.dtype))
+            update = jnp.max(inside, axis=1, keepdims=True)
+            update = jnp.maximum(update, jnp.where(group.closed[:, None, None], -jnp.inf, state))
+            most = jnp.concatenate([jnp.maximum(most[:, :1], state), most[:, 1:]], axis=1)
+        tokens = downsample(hidden, boundaries.actions, capacity, implementation=self.implementation)
+        return Downsampled(tokens.replaced(jnp.where(jnp.isneginf(most), jnp.zeros((), hidden.dtype), most)), update)
+
+
+class GroupUpdate(eqx.Module):
+    """Keys and values of the new positions in the open group (they come first), their number, whether the group that was open
+    before is `closed`, and the new maximum."""
+
+    new: KVUpdate
+    count: Int[Array, " batch"]
+    closed: Bool[Array, " batch"]
+    largest: Float[Array, "batch 1 dim"]
+
+
+class GroupState(AbstractDecodeState):
+    """KV cache of an open group's positions, and their maximum."""
+
+    cache: KVCache
+    largest: Float[Array, "batch 1 dim"]
+
+    def updated(self, update: GroupUpdate, lengths: Int[Array, " batch"]) -> GroupState:
+        some = lengths > 0
+        kept = jnp.where(some & update.closed, 0, self.cache.lengths)
+        cache = dataclasses.replace(self.cache, lengths=kept).updated(update.new, jnp.where(some, update.count, 0))
+        return GroupState(cache, update_state(self.largest, update.largest, lengths))
+
+
+class AttentionPool(AbstractDownsampler):
+    r"""Queries made from a group's maximum attend to the positions of that group alone (BLT's local encoder).
+
+    $p_{m,s} = \mathrm{CrossLayer}(q_{m,s}, \{X_l\}_{l \in g_m})$ with $q_{m,1} \dots q_{m,k} = P \max_{l \in g_m} X_l$; the k
+    vectors of a token are concatenated. Softmax in float32.
+    """
+
+    unfold: Linear
+    cross: CrossLayer
+    implementation: Implementation | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        vectors: int = 1,
+        implementation: Implementation | None = None,
+        key: PRNGKeyArray,
+    ):
+        """Tokens are `vectors` (k) times as wide as `dim`. Raises `ValueError` if `heads` does not divide `dim`, or `vectors`
+        is below 1."""
+        if vectors < 1:
+            raise ValueError(f"a token must have at least one vector; got {vectors}")
+        key_unfold, key_cross = jax.random.split(key)
+        self.unfold, self.cross = Linear(dim, vectors * dim, key=key_unfold), CrossLayer(dim, heads, key=key_cross)
+        self.implementation = implementation
+
+    def token_dim(self, dim: int) -> int:
+        return self.unfold.weight.shape[1]
+
+    def init_state(self, batch: int, dim: int) -> GroupState:
+        heads = self.cross.heads
+        return GroupState(KVCache.empty(batch, heads, dim // heads, None), MaxPool().init_state(batch, dim))
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        *,
+        capacity: int,
+        mask: Bool[Array, "batch length"] | None = None,
+        state: GroupState | None = None,
+    ) -> Downsampled:
+        largest = MaxPool(self.implementation)(
+            hidden, boundaries, capacity=capacity, mask=mask, state=None if state is None else state.largest
+        )
+        # (b, tokens, vectors, d)
+        first = self.unfold(largest.tokens.values).reshape(*largest.tokens.values.shape[:2], -1, hidden.shape[2])
+        keys, values = jnp.split(self.cross.keys_values(hidden), 2, axis=-1)
+        new = KVUpdate(self.cross.by_heads(keys), self.cross.by_heads(values))
+        mixed = self._mixed(self.cross.asked(first), new, boundaries, None if state is None else state.cache)
+        joined = self.cross.joined(first, mixed.astype(hidden.dtype)).reshape(*first.shape[:2], -1)
+        tokens = largest.tokens.replaced(jnp.where(largest.tokens.mask[..., None], joined, jnp.zeros((), joined.dtype)))
+        if state is None or mask is None:
+            return Downsampled(tokens, None)
+        group = open_group(boundaries.actions, mask)
+        # The open group's positions are the last valid ones.
+        place = (jnp.sum(mask, axis=1) - group.count)[:, None] + jnp.arange(mask.shape[1], dtype=jnp.int32)
+        shifted = jax.tree.map(lambda part: jnp.take_along_axis(part, place[..., None, None], axis=1, mode="clip"), new)
+        return Downsampled(tokens, GroupUpdate(shifted, group.count, group.closed, largest.update))
+
+    def _mixed(
+        self,
+        query: Float[Array, "batch tokens vectors heads head_dim"],
+        new: KVUpdate,
+        boundaries: Boundaries,
+        cache: AnyCache | None,
+    ) -> Float[Array, "batch tokens vectors heads head_dim"]:
+        """The attention result of each query over its group, in float32: a softmax over groups of any size. The first group
+        also has the positions in the `cache`."""
+        groups, scale = groups_of(boundaries, query.shape[1], self.implementation), query.shape[-1] ** -0.5
+        wide = query.astype(jnp.float32) * scale
+        asked = groups.spread(wide.reshape(*wide.shape[:2], -1)).reshape(*new.keys.shape[:2], *query.shape[2:])
+        # (b, length, vectors, heads)
+        logits = jnp.sum(asked * new.keys[:, :, None].astype(jnp.float32), axis=-1)
+        most = groups.largest(logits)
+        before = None if cache is None or not cache.slots else _of_cache(wide[:, 0], cache)
+        if before is not None:
+            most = jnp.concatenate(
+                [jnp.maximum(most[:, :1], jnp.max(before.logits, axis=1)[:, None]), most[:, 1:]], axis=1
+            )
+        most = jax.lax.stop_gradient(jnp.where(jnp.isneginf(most), 0.0, most))
+        spread = groups.spread(most.reshape(*most.shape[:2], -1)).reshape(logits.shape)
+        # Logits outside of groups are unbounded, and an overflow there would make the gradient NaN.
+        inside = groups.inside[..., None, None]
+        weights = jnp.where(inside, jnp.exp(jnp.where(inside, logits - spread, 0.0)), 0.0)
+        total = groups.total(weights[..., None] * new.values[:, :, None].astype(jnp.float32))
+        norm = groups.total(weights)
+        if before is not None:
+            weights = jnp.exp(before.logits - most[:, :1])
+            total = total.at[:, 0].add(jnp.einsum("bsvh,bhsd->bvhd", weights, before.values))
+            norm = norm.at[:, 0].add(jnp.sum(weights, axis=1))
+        return total / jnp.where(norm > 0, norm, 1.0)[..., None]
+
+
+class _CachedGroup(eqx.Module):
+    """Logits (-inf in empty slots) and values of an open group's positions in a KV cache."""
+
+    logits: Float[Array, "batch slots vectors heads"]
+    values: Float[Array, "batch heads slots head_dim"]
+
+
+def _of_cache(query: Float[Array, "batch vectors heads head_dim"], cache: AnyCache) -> _CachedGroup:
+    """Logits are NaN if the cache had no slot for a position of the group."""
+    cache = cache.copied() if isinstance(cache, KVCacheView) else cache
+    logits = jnp.einsum("bvhd,bhsd->bsvh", query, cache.keys.astype(jnp.float32))
+    seen = (jnp.arange(cache.slots) < cache.lengths[:, None])[..., None, None]
+    lost = (cache.lengths > cache.slots)[:, None, None, None]
+    return _CachedGroup(jnp.where(lost, jnp.nan, jnp.where(seen, logits, -jnp.inf)), cache.values.astype(jnp.float32))
+
+
+class WithBoundary(AbstractDownsampler):
+    """Another pool's token plus the last position of its group, the one at the boundary (H-Net fig. 13, +Res)."""
+
+    pool: AbstractDownsampler
+    implementation: Implementation | None = eqx.field(static=True, default=None)
+
+    def token_dim(self, dim: int) -> int:
+        return self.pool.token_dim(dim)
+
+    def init_state(self, batch: int, dim: int) -> PyTree[Array]:
+        return self.pool.init_state(batch, dim)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        *,
+        capacity: int,
+        mask: Bool[Array, "batch length"] | None = None,
+        state: PyTree[Array] = None,
+    ) -> Downsampled:
+        made = self.pool(hidden, boundaries, capacity=capacity, mask=mask, state=state)
+        last = downsample(hidden, boundaries.actions, capacity, implementation=self.implementation)
+        return Downsampled(last.replaced(made.tokens.values + last.values), made.update)

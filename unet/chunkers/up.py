@@ -1,0 +1,200 @@
+"""Upsamplers: how the token level's outputs come back to the positions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from estimators.base import Boundaries, Tokens, Upsampled
+from unet.chunkers.chunker import AbstractUpsampler
+from unet.ops import Implementation, smooth, token_of, upsample
+
+
+def spread(
+    outputs: Float[Array, "batch tokens dim"],
+    actions: Bool[Array, "batch length"],
+    before: Float[Array, "#batch 1 dim"] | None,
+    implementation: Implementation | None,
+) -> Float[Array, "batch length dim"]:
+    r"""$Y'_{\mathrm{token\_of}(i)}$, with `before` at the positions before the first token (None: zero)."""
+    back = upsample(outputs, actions, implementation=implementation)
+    if before is None:
+        return back
+    return jnp.where(token_of(actions)[..., None] >= 0, back, before.astype(back.dtype))
+
+
+def last_output(
+    outputs: Float[Array, "batch tokens dim"], tokens: Tokens, before: Float[Array, "batch 1 dim"]
+) -> Float[Array, "batch 1 dim"]:
+    """The output of the last token of each sequence, or `before` if there is none among these."""
+    last = (tokens.lengths - 1)[:, None, None]
+    found = jnp.take_along_axis(outputs, jnp.maximum(last, 0), axis=1, mode="clip")
+    return jnp.where(last >= 0, found, before.astype(outputs.dtype))
+
+
+class Distribute(AbstractUpsampler):
+    r"""Adds each token's output to the positions from its boundary to the next (SFE eq. 8).
+
+    $Y_i = X_i + Y'_{\mathrm{token\_of}(i)}$. No gradient reaches the boundaries.
+    """
+
+    implementation: Implementation | None = eqx.field(static=True, default=None)
+
+    def init_state(self, batch: int, dim: int) -> Float[Array, "batch 1 dim"]:
+        """The last token's output."""
+        return jnp.zeros((batch, 1, dim), jnp.float32)
+
+    def __call__(
+        self,
+        outputs: Float[Array, "batch tokens token_dim"],
+        tokens: Tokens,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        *,
+        initial: Float[Array, " token_dim"] | None = None,
+        state: Float[Array, "batch 1 dim"] | None = None,
+    ) -> Upsampled:
+        before = state if state is not None or initial is None else initial[None, None]
+        back = hidden + spread(outputs, boundaries.actions, before, self.implementation)
+        return Upsampled(back, None if state is None else last_output(outputs, tokens, state))
+
+
+class Deviation(AbstractUpsampler):
+    r"""Adds only the change that the token level made (an earlier version of the authors' code):
+    $Y_i = X_i + (Y' - X')_{\mathrm{token\_of}(i)}$."""
+
+    implementation: Implementation | None = eqx.field(static=True, default=None)
+
+    def init_state(self, batch: int, dim: int) -> Float[Array, "batch 1 dim"]:
+        """The change at the last token."""
+        return Distribute().init_state(batch, dim)
+
+    def __call__(
+        self,
+        outputs: Float[Array, "batch tokens token_dim"],
+        tokens: Tokens,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        *,
+        initial: Float[Array, " token_dim"] | None = None,
+        state: Float[Array, "batch 1 dim"] | None = None,
+    ) -> Upsampled:
+        # Before the first token there is no change.
+        changed = outputs - tokens.values
+        return Distribute(self.implementation)(changed, tokens, hidden, boundaries, state=state)
+
+
+class Projection(eqx.Module):
+    """H-Net's residual projection: a linear layer with a bias, in float32, its weight zero at first (H-Net eq. 3)."""
+
+    weight: Float[Array, "dim dim"]
+    bias: Float[Array, " dim"]
+
+    def __init__(self, dim: int, *, key: PRNGKeyArray | None = None):
+        """With a key the bias starts as in the released code, which keeps PyTorch's initial value: uniform within `dim**-0.5`.
+        Without one it starts at zero."""
+        self.weight, bound = jnp.zeros((dim, dim)), dim**-0.5
+        self.bias = (
+            jnp.zeros(dim) if key is None else jax.random.uniform(key, (dim,), jnp.float32, minval=-bound, maxval=bound)
+        )
+
+    def __call__(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
+        """$Wx + b$ in float32."""
+        return hidden.astype(jnp.float32) @ self.weight.T + self.bias
+
+
+class Smooth(AbstractUpsampler):
+    r"""Smooths the tokens, weights them by confidence and distributes them (H-Net eq. 5-9).
+
+    $Y_i = r(X_i) + w_i\,\bar z_{\mathrm{token\_of}(i)}$. $\bar z$ is the moving average `unet.ops.smooth` of the token outputs,
+    with the probabilities of their boundaries (`smoothing` False: the outputs themselves). `weighting` selects $w_i$:
+    `straight-through`, 1 with the gradient of the confidence $c_i$; `confidence`, $c_i$ itself; `none`, 1. The residual r is
+    the identity, or the `projection` if there is one; then the sum is computed in float32 and returned in the dtype of X.
+    """
+
+    projection: Projection | None = None
+    smoothing: bool = eqx.field(static=True, default=True)
+    weighting: Literal["straight-through", "confidence", "none"] = eqx.field(static=True, default="straight-through")
+    implementation: Implementation | None = eqx.field(static=True, default=None)
+
+    def init_state(self, batch: int, dim: int) -> Float[Array, "batch 1 dim"]:
+        """The last average, in float32."""
+        return jnp.zeros((batch, 1, dim), jnp.float32)
+
+    def __call__(
+        self,
+        outputs: Float[Array, "batch tokens token_dim"],
+        tokens: Tokens,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        *,
+        initial: Float[Array, " token_dim"] | None = None,
+        state: Float[Array, "batch 1 dim"] | None = None,
+    ) -> Upsampled:
+        before = state if state is not None or initial is None else initial[None, None]
+        averages = self.averages(outputs if state is None else outputs.astype(jnp.float32), tokens, boundaries, state)
+        back = spread(averages.astype(outputs.dtype), boundaries.actions, before, self.implementation)
+        update = None if state is None else last_output(averages, tokens, state)
+        return Upsampled(self.joined(back, hidden, boundaries), update)
+
+    def averages(
+        self,
+        outputs: Float[Array, "batch tokens dim"],
+        tokens: Tokens,
+        boundaries: Boundaries,
+        before: Float[Array, "batch 1 dim"] | None = None,
+    ) -> Float[Array, "batch tokens dim"]:
+        r"""$\bar z$, continuing from the average `before` these tokens."""
+        if not self.smoothing:
+            return outputs
+        probs = jnp.take_along_axis(boundaries.probs, tokens.positions, axis=1, mode="clip")
+        starts = jnp.take_along_axis(boundaries.starts, tokens.positions, axis=1, mode="clip")
+        # A forced boundary is certain, whatever the policy thought of it (H-Net's router says so itself).
+        probs = jnp.where(starts, 1.0, probs)
+        return smooth(outputs, probs, starts, initial=before, implementation=self.implementation)
+
+    def joined(
+        self,
+        back: Float[Array, "batch length dim"],
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+    ) -> Float[Array, "batch length dim"]:
+        """Y, from the average at each position."""
+        if self.projection is not None:
+            back = back.astype(jnp.float32)
+        if self.weighting != "none":
+            sure = boundaries.confidence
+            if self.weighting == "straight-through":
+                sure = 1.0 + (sure - jax.lax.stop_gradient(sure))
+            back = back * sure.astype(back.dtype)[..., None]
+        return (back + (hidden if self.projection is None else self.projection(hidden))).astype(hidden.dtype)
+
+
+class LeaveToDecoder(AbstractUpsampler):
+    """Returns the positions unchanged, since the decoder's blocks attend to the tokens themselves (BLT). $Y_i = X_i$.
+
+    For stages whose decoder has `Attending` blocks; without them the token level has no effect.
+    """
+
+    @property
+    def widens(self) -> bool:
+        return True
+
+    def init_state(self, batch: int, dim: int) -> None:
+        return None
+
+    def __call__(
+        self,
+        outputs: Float[Array, "batch tokens token_dim"],
+        tokens: Tokens,
+        hidden: Float[Array, "batch length dim"],
+        boundaries: Boundaries,
+        *,
+        initial: Float[Array, " token_dim"] | None = None,
+        state: None = None,
+    ) -> Upsampled:
+        return Upsampled(hidden, None)

@@ -1,0 +1,385 @@
+"""Generation: prefill a batch of prompts, then decode byte by byte."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from estimators.base import BOS, EOS, VOCAB, Keys, uniforms_from
+from estimators.decode_state import update_state
+from unet.decoding import utf8
+from unet.decoding.kv_cache import with_room
+from unet.decoding.sampling import Sampling, draw
+from unet.decoding.score import drawing_keys, keys_of, prefill, rate_of, texts_as_bytes
+from unet.hierarchy import boundary_depth
+from unet.model import TextState, UNet
+from unet.numerics import own_promotion
+
+CHUNK = 64
+"""Bytes decoded per compiled call."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next bytes of one text.
+
+    `logprobs`: log-probability of each byte in nats, under the model itself, before any sampling option. `boundary_depth`: how
+    many levels, counted from the outermost, closed a token at each byte (0: none). `finish` says why the text ends here, if it
+    does: the model drew the byte EOS, a `stop` string appeared (neither is part of the text), or the length limit was reached.
+    """
+
+    bytes: bytes
+    logprobs: np.ndarray
+    boundary_depth: np.ndarray
+    finish: Literal["eos", "stop", "length"] | None
+
+    @property
+    def boundaries(self) -> np.ndarray:
+        """Whether the outermost level closed a token at each byte."""
+        return self.boundary_depth > 0
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Cost of generation: `prefill_seconds` for the prompts; byte-level `steps`, of which `token_steps` also ran the token
+    level; `bytes` of all texts. `seconds` and `timed_bytes` leave out the first chunk, whose time may include compilation."""
+
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0
+    timed_bytes: int = 0
+    bytes: int = 0
+    steps: int = 0
+    token_steps: int = 0
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes of all texts per second; NaN if there was only one chunk."""
+        return self.timed_bytes / self.seconds if self.timed_bytes else math.nan
+
+    def after(self, chunk: Chunk, seconds: float) -> Throughput:
+        """The same including one more chunk."""
+        bytes, timed = int(chunk.valid.sum()), self.steps > 0
+        return Throughput(
+            self.prefill_seconds,
+            self.seconds + seconds * timed,
+            self.timed_bytes + bytes * timed,
+            self.bytes + bytes,
+            self.steps + int(chunk.steps),
+            self.token_steps + int(chunk.token_steps),
+        )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One text: its `prompt`, the boundary depth at each byte of the prompt, and the generated continuation as one piece."""
+
+    prompt: bytes
+    prompt_boundary_depth: np.ndarray
+    piece: Piece
+
+    @property
+    def prompt_boundaries(self) -> np.ndarray:
+        """Whether the outermost level closed a token at each byte of the prompt."""
+        return self.prompt_boundary_depth > 0
+
+    @property
+    def text(self) -> str:
+        """The generated text, with U+FFFD for invalid UTF-8."""
+        return self.piece.bytes.decode("utf-8", errors="replace")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The texts in the order of their prompts."""
+
+    texts: tuple[Generation, ...]
+    throughput: Throughput
+
+
+class DecodeState(eqx.Module):
+    """State of the decoding loop: the model's `state`, the `logits` of the next byte, the `keys` that draw bytes, how many
+    bytes each text may still get (`left`), the UTF-8 state (`character`), and whether a text is `done`."""
+
+    state: TextState
+    logits: Float[Array, "batch vocab"]
+    keys: Key[Array, " batch"]
+    left: Int[Array, " batch"]
+    character: Int[Array, " batch"]
+    done: Bool[Array, " batch"]
+
+
+class Chunk(eqx.Module):
+    """Bytes decoded in one call (EOS included), their log-probabilities in nats, the boundary depth at each, which of them are
+    `valid`, and how many steps ran each level."""
+
+    bytes: Int[Array, "batch length"]
+    logprobs: Float[Array, "batch length"]
+    depth: Int[Array, "batch length"]
+    valid: Bool[Array, "batch length"]
+    steps: Int[Array, ""]
+    token_steps: Int[Array, ""]
+
+
+class DecodedChunk(eqx.Module):
+    """A chunk and the state after it."""
+
+    chunk: Chunk
+    state: DecodeState
+
+
+class DecodeSettings(eqx.Module):
+    """What stays the same from chunk to chunk: see `TextStream`."""
+
+    model: UNet
+    sampling: Sampling
+    valid: bool
+    endless: bool
+    length: int
+
+
+def allowed_bytes(state: DecodeState, settings: DecodeSettings) -> Bool[Array, "batch vocab"]:
+    """The bytes that may be drawn. BOS never; EOS not if texts are `endless`. For `valid` UTF-8 only bytes that can come next,
+    and EOS only after a complete character."""
+    values = jnp.arange(VOCAB)
+    if not settings.valid:
+        return jnp.broadcast_to((values != BOS) & ~((values == EOS) & settings.endless), state.logits.shape)
+    allowed = utf8.can_follow(state.character, state.left)
+    return allowed if settings.endless else allowed | (values == EOS) & (state.character == utf8.COMPLETE)[:, None]
+
+
+def decode_byte(
+    settings: DecodeSettings, state: DecodeState, choice: Float[Array, " batch"], noise: Float[Array, " batch"] | None
+) -> DecodedChunk:
+    """Decode one byte of every text that is not done, as a chunk of length 1. The uniform numbers `choice` draw the bytes,
+    `noise` their boundaries."""
+    valid = ~state.done
+    byte = draw(jnp.where(allowed_bytes(state, settings), state.logits, -jnp.inf), settings.sampling, choice)
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(state.logits, axis=-1), byte[:, None], axis=1)
+    goes_on = valid & (byte != EOS)
+    decoded = settings.model.decode(
+        byte[:, None], state.state, mask=goes_on[:, None], noise=None if noise is None else noise[:, None]
+    )
+    depth, left = boundary_depth(decoded.prediction.levels, goes_on[:, None]), state.left - goes_on.astype(jnp.int32)
+    after = DecodeState(
+        update_state(state.state, decoded.update, goes_on.astype(jnp.int32)),
+        jnp.where(goes_on[:, None], decoded.logits[:, 0], state.logits),
+        state.keys,
+        left,
+        utf8.next_state(state.character, byte),
+        state.done | (byte == EOS) | (left <= 0),
+    )
+    ran = jnp.any(depth > 0).astype(jnp.int32)
+    return DecodedChunk(Chunk(byte[:, None], logprobs, depth, valid[:, None], jnp.ones((), jnp.int32), ran), after)
+
+
+@eqx.filter_jit(donate="all-except-first")
+@own_promotion
+def decode_chunk(settings: DecodeSettings, state: DecodeState) -> DecodedChunk:
+    """Decode up to `length` bytes of every text, fewer if all are done earlier."""
+    batch, length = state.done.shape[0], settings.length
+    blank = Chunk(
+        jnp.zeros((batch, length), jnp.int32),
+        jnp.zeros((batch, length), jnp.float32),
+        jnp.zeros((batch, length), jnp.int32),
+        jnp.zeros((batch, length), bool),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), jnp.int32),
+    )
+
+    # Texts that are not done have all decoded the same number of bytes in this chunk, so one index serves all of them.
+    choices, noise = uniforms_from(state.keys, state.state.count, length), state.state.noise(length)
+
+    def goes_on(carry: DecodedChunk) -> Bool[Array, ""]:
+        return (carry.chunk.steps < length) & ~jnp.all(carry.state.done)
+
+    def more(carry: DecodedChunk) -> DecodedChunk:
+        so_far = carry.chunk
+        here = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, so_far.steps, 1, False), (choices, noise))
+        one = decode_byte(settings, carry.state, *here)
+
+        def put(new: Array, part: Array) -> Array:
+            return (
+                part + new
+                if part.ndim == 0
+                else jax.lax.dynamic_update_slice(part, new, (jnp.zeros_like(so_far.steps), so_far.steps))
+            )
+
+        return DecodedChunk(jax.tree.map(put, one.chunk, so_far), one.state)
+
+    return jax.lax.while_loop(goes_on, more, DecodedChunk(blank, state))
+
+
+class TextStream:
+    """Texts generated piece by piece: an iterator over one decode state.
+
+    Each iteration yields the next piece of each text, None for texts that have ended, until all have. Every text has its own
+    key for its bytes and boundaries, so it does not depend on the other texts of the batch.
+    """
+
+    prompts: tuple[bytes, ...]
+    prompt_boundary_depth: tuple[np.ndarray, ...]
+    throughput: Throughput
+
+    def __init__(
+        self,
+        model: UNet,
+        prompts: Sequence[bytes],
+        *,
+        max_bytes: int,
+        key: Keys,
+        sampling: Sampling | None = None,
+        stop: Sequence[bytes] = (),
+        valid: bool = False,
+        greedy_boundaries: bool = False,
+        endless: bool = False,
+        chunk: int = CHUNK,
+    ):
+        """Prefill the prompts.
+
+        `max_bytes`: limit for each text, not counting its prompt. `key`: one for all texts, or one each. `stop`: strings that
+        end a text and are not part of it. `valid`: draw only bytes that keep the text valid UTF-8 and let it end with a
+        complete character (the prompt itself is not checked). `greedy_boundaries`: greedy instead of sampled boundaries.
+        `endless`: never draw the byte EOS, which otherwise ends a text. `chunk`: bytes decoded per piece.
+
+        Raises `ValueError` for no prompts, limits below 1, an empty stop string, a prompt that contains the byte BOS or EOS, a
+        prompt whose last character cannot be completed (`valid`), and a number of keys other than one or one per prompt.
+        """
+        if max_bytes < 1 or chunk < 1:
+            raise ValueError(f"max_bytes and chunk must be at least 1 byte; got {max_bytes} and {chunk}")
+        if not prompts:
+            raise ValueError("there is no prompt; to generate from nothing, pass one empty prompt")
+        if not all(stop):
+            raise ValueError("a stop string must have at least one byte")
+        characters = np.array([utf8.state_after(prompt) for prompt in prompts], np.int32)
+        if valid and max(utf8.LACKING[characters]) > max_bytes:
+            raise ValueError(f"{max_bytes} more bytes cannot complete the last character of a prompt")
+        started = time.perf_counter()
+        keys = keys_of(key, len(prompts))
+        ready = prefill(model, prompts, None if greedy_boundaries else drawing_keys(keys))
+        sizes, depth = [1 + len(prompt) for prompt in prompts], np.asarray(ready.depth)
+        self.prompts = tuple(prompts)
+        self.prompt_boundary_depth = tuple(row[1:size].copy() for row, size in zip(depth, sizes, strict=True))
+        self._settings = DecodeSettings(
+            model, (Sampling() if sampling is None else sampling).checked(), valid, endless, chunk
+        )
+        self._texts = tuple(_Text(tuple(stop)) for _ in prompts)
+        # A full cache grows, but each new size compiles a new program. So reserve slots for the token rate of the prompts,
+        # smoothed by the expected rate because short prompts say little, plus a margin.
+        rate = float(np.max(((depth > 0).sum(axis=1) + 64 * rate_of(model)) / (np.array(sizes) + 64)))
+        self._expected = math.ceil(1.2 * rate * max_bytes) + chunk
+        self._state = DecodeState(
+            with_room(ready.state, self._expected),
+            ready.logits,
+            jax.vmap(jax.random.fold_in, (0, None))(keys, 1),
+            jnp.full((len(prompts),), max_bytes, jnp.int32),
+            jnp.asarray(characters),
+            jnp.zeros((len(prompts),), bool),
+        )
+        jax.block_until_ready(self._state.logits)
+        self.throughput = Throughput(time.perf_counter() - started)
+
+    def __iter__(self) -> Iterator[tuple[Piece | None, ...]]:
+        """Bytes that may begin a stop string are held back until that is decided."""
+        while not all(text.finished for text in self._texts):
+            started, texts = time.perf_counter(), self._texts
+            decoded = decode_chunk(self._settings, eqx.tree_at(lambda one: one.state, self._state, self._roomy()))
+            chunk, state = jax.tree.map(np.array, decoded.chunk), decoded.state
+            ended = np.array(state.done)
+            pieces = tuple(
+                None if text.finished else text.piece(chunk, row, ended=bool(ended[row]))
+                for row, text in enumerate(texts)
+            )
+            finished = np.array([text.finished for text in texts])
+            self._state = eqx.tree_at(lambda one: one.done, state, jnp.asarray(finished))
+            self.throughput = self.throughput.after(chunk, time.perf_counter() - started)
+            yield pieces
+
+    @property
+    def state(self) -> TextState:
+        """The model's decode state after the texts so far. Continuing to iterate overwrites its buffers."""
+        return self._state.state
+
+    def _roomy(self) -> TextState:
+        roomy = with_room(self._state.state, self._settings.length)
+        return roomy if roomy is self._state.state else with_room(self._state.state, self._expected)
+
+
+class _Text:
+    """Collects the chunks of one text: holds back bytes that may begin a stop string, and detects the end."""
+
+    def __init__(self, stop: tuple[bytes, ...]):
+        self.finished = False
+        self._stop = stop
+        self._bytes, self._logprobs, self._depth = b"", np.zeros(0, np.float32), np.zeros(0, np.int32)
+
+    def piece(self, chunk: Chunk, row: int, *, ended: bool) -> Piece:
+        valid = chunk.valid[row] & (chunk.bytes[row] != EOS)
+        finish = "eos" if np.any(chunk.valid[row] & (chunk.bytes[row] == EOS)) else "length" if ended else None
+        self._bytes += chunk.bytes[row][valid].astype(np.uint8).tobytes()
+        self._logprobs = np.concatenate([self._logprobs, chunk.logprobs[row][valid]])
+        self._depth = np.concatenate([self._depth, chunk.depth[row][valid]])
+        found = [place for stop in self._stop if (place := self._bytes.find(stop)) >= 0]
+        if found:
+            finish = "stop"
+        self.finished = finish is not None
+        size = min(found) if found else len(self._bytes) if self.finished else len(self._bytes) - self._held_back()
+        piece = Piece(self._bytes[:size], self._logprobs[:size], self._depth[:size], finish)
+        self._bytes, self._logprobs, self._depth = self._bytes[size:], self._logprobs[size:], self._depth[size:]
+        return piece
+
+    def _held_back(self) -> int:
+        """Length of the longest suffix that is a proper prefix of a stop string."""
+        return max((n for stop in self._stop for n in range(1, len(stop)) if self._bytes.endswith(stop[:n])), default=0)
+
+
+def generate(
+    model: UNet,
+    prompts: Sequence[str | bytes] | str | bytes,
+    *,
+    max_bytes: int,
+    key: Keys,
+    sampling: Sampling | None = None,
+    stop: Sequence[str | bytes] | str | bytes = (),
+    valid: bool = False,
+    greedy_boundaries: bool = False,
+    endless: bool = False,
+    chunk: int = CHUNK,
+) -> Generated:
+    """Generate the whole continuation of each prompt (or of a single one); arguments as in `TextStream`."""
+    stream = TextStream(
+        model,
+        texts_as_bytes(prompts),
+        max_bytes=max_bytes,
+        key=key,
+        sampling=sampling,
+        stop=texts_as_bytes(stop),
+        valid=valid,
+        greedy_boundaries=greedy_boundaries,
+        endless=endless,
+        chunk=chunk,
+    )
+    pieces: list[list[Piece]] = [[] for _ in stream.prompts]
+    for now in stream:
+        for mine, piece in zip(pieces, now, strict=True):
+            mine += [] if piece is None else [piece]
+    whole = map(joined, pieces)
+    return Generated(tuple(map(Generation, stream.prompts, stream.prompt_boundary_depth, whole)), stream.throughput)
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Concatenate consecutive pieces."""
+    return Piece(
+        b"".join(piece.bytes for piece in pieces),
+        np.concatenate([piece.logprobs for piece in pieces]),
+        np.concatenate([piece.boundary_depth for piece in pieces]),
+        pieces[-1].finish,
+    )

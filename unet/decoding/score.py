@@ -1,0 +1,231 @@
+"""Prefill and scoring: decode states of a batch of texts, and their log-probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from estimators.base import BOS, EOS, Keys, has_many
+from estimators.decode_state import update_state
+from unet.decoding.kv_cache import rounded_up
+from unet.hierarchy import boundary_depth
+from unet.likelihood import next_logprobs
+from unet.model import TextState, UNet
+from unet.numerics import own_promotion
+
+
+@runtime_checkable
+class HasOverflow(Protocol):
+    """A result computed within a capacity, with the number of dropped boundaries."""
+
+    @property
+    def overflow(self) -> Int[Array, " batch"] | None: ...
+
+
+Result = TypeVar("Result", bound=HasOverflow)
+
+
+def with_enough_capacity(length: int, rate: float, compute: Callable[[int], Result]) -> Result:
+    """`compute(capacity)` for texts of `length` bytes, of which a fraction of about `rate` close a token. If boundaries are
+    dropped, it is computed again with twice the capacity."""
+    capacity = min(length, rounded_up(math.ceil(1.3 * rate * length)))
+    while True:
+        result = compute(capacity)
+        if capacity == length or result.overflow is None or not np.any(result.overflow):
+            return result
+        capacity = min(length, 2 * capacity)
+
+
+class Prefilled(eqx.Module):
+    """Result of a prefill: the `logits` of the byte after each text, the boundary `depth` at each position, the number of
+    boundaries dropped (`overflow`, None without a token level), and the decode `state`."""
+
+    logits: Float[Array, "batch vocab"]
+    depth: Int[Array, "batch length"]
+    overflow: Int[Array, " batch"] | None
+    state: TextState
+
+
+@eqx.filter_jit
+@own_promotion
+def _prefill(
+    model: UNet,
+    bytes: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    keys: Key[Array, " batch"] | None,
+    capacity: int,
+) -> Prefilled:
+    state, lengths = model.init_state(bytes.shape[0], keys), jnp.sum(mask, axis=1, dtype=jnp.int32)
+    decoded = model.decode(bytes, state, mask=mask, capacities=(capacity,))
+    levels, last = decoded.prediction.levels, lengths[:, None, None] - 1
+    logits = jnp.take_along_axis(decoded.logits, last, axis=1, mode="clip")[:, 0]
+    overflow = levels[0].overflow if levels else None
+    return Prefilled(logits, boundary_depth(levels, mask), overflow, update_state(state, decoded.update, lengths))
+
+
+def prefill(model: UNet, texts: Sequence[bytes], keys: Key[Array, " batch"] | None) -> Prefilled:
+    """Prefill texts, each after a BOS, with boundaries drawn by `keys` (None: greedy). No boundary is dropped.
+
+    Raises `ValueError` if a text contains the byte BOS or EOS.
+    """
+    bytes, mask = jnp.asarray(padded(texts)), jnp.asarray(_mask(texts))
+    return with_enough_capacity(
+        bytes.shape[1], rate_of(model), lambda capacity: _prefill(model, bytes, mask, keys, capacity)
+    )
+
+
+def _mask(texts: Sequence[bytes]) -> Bool[np.ndarray, "batch length"]:
+    lengths = np.array([1 + len(text) for text in texts])
+    return np.arange(rounded_up(int(lengths.max()))) < lengths[:, None]
+
+
+def padded(texts: Sequence[bytes]) -> Int[np.ndarray, "batch length"]:
+    """Texts as bytes, each after a BOS, padded with zeros to one of a few lengths.
+
+    Raises `ValueError` if one contains the byte BOS or EOS.
+    """
+    for number, text in enumerate(texts):
+        if BOS in text or EOS in text:
+            raise ValueError(
+                f"text {number} holds the byte {BOS} or {EOS}, which mark the ends of texts and occur in no UTF-8"
+            )
+    bytes = np.zeros((len(texts), rounded_up(1 + max(map(len, texts)))), np.int32)
+    for row, text in zip(bytes, texts, strict=True):
+        row[: 1 + len(text)] = np.frombuffer(b"%c%b" % (BOS, text), np.uint8)
+    return bytes
+
+
+def rate_of(model: UNet) -> float:
+    """The expected fraction of bytes at which the outermost level closes a token."""
+    rate = model.stage.estimators[0].router.rate if model.stage.estimators else 1.0
+    return 0.25 if rate is None else rate
+
+
+def keys_of(key: Keys, count: int) -> Key[Array, " batch"]:
+    """One key for each text: those given, or `key` with the number of the text folded in.
+
+    Raises `ValueError` for another number of keys.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if not has_many(key):
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+    if key.shape[0] != count:
+        raise ValueError(f"there are {key.shape[0]} keys for {count} texts")
+    return key
+
+
+def drawing_keys(keys: Key[Array, " batch"]) -> Key[Array, " batch"]:
+    """The keys that draw boundaries, derived from the keys of the texts."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Score of a text after its context: its `log_prob` in nats, its length in `bytes`, and the `logprobs` of the bytes.
+
+    `greedy`: whether every byte was the most likely one. `boundary_depth`: how many levels, counted from the outermost, closed
+    a token at each byte.
+    """
+
+    log_prob: float
+    bytes: int
+    logprobs: np.ndarray
+    greedy: bool
+    boundary_depth: np.ndarray
+
+    @property
+    def boundaries(self) -> np.ndarray:
+        """Whether the outermost level closed a token at each byte."""
+        return self.boundary_depth > 0
+
+
+def score(
+    model: UNet,
+    texts: Sequence[str | bytes] | str | bytes,
+    *,
+    contexts: Sequence[str | bytes] | str | bytes | None = None,
+    key: Keys | None,
+    batch: int = 16,
+) -> tuple[Scored, ...]:
+    r"""$\sum_i \log p(x_i \mid \mathrm{context}, x_{<i})$ of each text (or of a single one), in the order given.
+
+    The boundaries of a text and its context are drawn with the text's own key (`key`: one for all, or one each; None: greedy),
+    so its score does not depend on the other texts. The score is the log-probability given these boundaries, which are the ones
+    that `generate` draws with the same key. No boundary is dropped. Texts of similar lengths are batched, `batch` at a time.
+
+    Raises `ValueError` if the number of contexts or keys differs from that of texts, for a batch below 1, and if a text
+    contains the byte BOS or EOS.
+    """
+    texts = texts_as_bytes(texts)
+    before = [b""] * len(texts) if contexts is None else texts_as_bytes(contexts)
+    if len(before) != len(texts):
+        raise ValueError(f"there are {len(before)} contexts for {len(texts)} texts")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1 text; got {batch}")
+    keys = None if key is None else drawing_keys(keys_of(key, len(texts)))
+    whole = [context + text for context, text in zip(before, texts, strict=True)]
+    order = sorted(range(len(texts)), key=lambda number: len(whole[number]), reverse=True)
+    scored: dict[int, Scored] = {}
+    for start in range(0, len(order), batch):
+        numbers = order[start : start + batch]
+        # The last batch is filled with empty texts, so that one program serves all batches of a length.
+        some = [whole[number] for number in numbers] + [b""] * (batch - len(numbers))
+        own = None if keys is None else keys[jnp.asarray(numbers + numbers[:1] * (batch - len(numbers)))]
+        bytes, mask = jnp.asarray(padded(some)), jnp.asarray(_mask(some))
+        likelihoods = with_enough_capacity(
+            bytes.shape[1],
+            rate_of(model),
+            lambda capacity, bytes=bytes, mask=mask, own=own: _likelihoods(model, bytes, mask, own, capacity),
+        )
+        results = jax.tree.map(np.asarray, likelihoods)
+        for row, number in enumerate(numbers):
+            part = slice(len(before[number]), len(whole[number]))
+            log_prob = results.log_prob[row, part]
+            scored[number] = Scored(
+                float(log_prob.sum(dtype=np.float64)),
+                log_prob.size,
+                log_prob,
+                bool(np.all(results.likeliest[row, part])),
+                results.depth[row, 1:][part],
+            )
+    return tuple(scored[number] for number in range(len(texts)))
+
+
+class Likelihoods(eqx.Module):
+    """Of the byte after each position: its log-probability in nats, and whether it is the most likely one. The boundary `depth`
+    at each position, and the number of boundaries that the outermost level dropped."""
+
+    log_prob: Float[Array, "batch length"]
+    likeliest: Bool[Array, "batch length"]
+    depth: Int[Array, "batch length"]
+    overflow: Int[Array, " batch"] | None
+
+
+@eqx.filter_jit
+@own_promotion
+def _likelihoods(
+    model: UNet,
+    bytes: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    keys: Key[Array, " batch"] | None,
+    capacity: int,
+) -> Likelihoods:
+    prediction = model(bytes, key=keys, mask=mask, capacities=(capacity,))
+    likeliest, levels = jnp.argmax(prediction.logits, axis=-1) == jnp.roll(bytes, -1, axis=1), prediction.levels
+    overflow = levels[0].overflow if levels else None
+    return Likelihoods(next_logprobs(prediction.logits, bytes), likeliest, boundary_depth(levels, mask), overflow)
+
+
+def texts_as_bytes(texts: Sequence[str | bytes] | str | bytes) -> list[bytes]:
+    """Strings encoded as UTF-8, bytes unchanged; a single text becomes a list of one."""
+    texts = [texts] if isinstance(texts, str | bytes) else texts
+    return [text.encode() if isinstance(text, str) else bytes(text) for text in texts]

@@ -1,0 +1,48 @@
+"""Decoding steps that run the token level only for the sequences that close a token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
+
+from unet.capacity import smallest_with_room
+from unet.decoding.kv_cache import LARGE, filled_quarters, most_slots, of_sequences
+
+Output = TypeVar("Output", bound=PyTree[Array])
+
+
+def for_closed(stage: Callable[..., Output], closed: Bool[Array, " batch"], operands: tuple[PyTree, ...]) -> Output:
+    """`stage(*operands)` for the sequences that are `closed`; the output for the others has no meaning.
+
+    All arrays are batch-major, and the last operand is the decode state. The closed sequences are gathered into the smallest
+    batch that holds them: none, a quarter, half or all of the batch. So the cost follows the number of tokens, although
+    sequences close them at different times. The quarter-batch branch, which most steps take, slices KV caches to their filled
+    length, in quarters of their slots.
+    """
+    batch = closed.shape[0]
+    sizes = sorted({-(-batch // 4), -(-batch // 2), batch})
+    first = jnp.argsort(~closed, stable=True)
+
+    def run(size: int, quarters: int = 4) -> Output:
+        if size == batch:
+            return stage(*operands)
+        chosen = first[:size]
+        done = stage(*of_sequences(operands, chosen, quarters))
+        return jax.tree.map(lambda leaf: jnp.zeros((batch, *leaf.shape[1:]), leaf.dtype).at[chosen].set(leaf), done)
+
+    def skip() -> Output:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: run(batch)))
+
+    state = operands[-1]
+    parts = (2, 3, 4) if sizes[0] < batch and most_slots(state) >= LARGE else (4,)
+    branches = [functools.partial(run, sizes[0], quarters) for quarters in parts]
+    filled = jnp.clip(filled_quarters(state, first[: sizes[0]]) - 2, 0, len(branches) - 1)
+    which = smallest_with_room(jnp.sum(closed, dtype=jnp.int32), sizes)
+    which = jnp.where(which == 0, filled, len(branches) - 1 + which)
+    which = jnp.where(jnp.any(closed), 1 + which, 0)
+    return jax.lax.switch(which, [skip, *branches, *(functools.partial(run, size) for size in sizes[1:])])

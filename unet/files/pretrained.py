@@ -1,0 +1,173 @@
+"""Loading published H-Nets by name or from files, and saving models in their layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from unet.files.hnet_layout import (
+    LayoutError,
+    WeightType,
+    from_reference,
+    named_parameters,
+    reference_config,
+    to_reference,
+)
+from unet.files.saving import LoadError, download, write_atomically
+from unet.files.torch_files import TorchFile, TorchFileError, write_torch_file
+from unet.model import UNet
+
+
+def _published(
+    layout: list[object], dims: list[int], mlp_dims: list[int], rotary_dims: list[int], windows: list[int]
+) -> dict[str, object]:
+    return {
+        "arch_layout": layout,
+        "d_model": dims,
+        "d_intermediate": mlp_dims,
+        "vocab_size": 256,
+        "ssm_cfg": {"chunk_size": 256, "d_conv": 4, "d_state": 128, "expand": 2},
+        "attn_cfg": {"num_heads": [16] * len(dims), "rotary_emb_dim": rotary_dims, "window_size": windows},
+        "tie_embeddings": False,
+    }
+
+
+def _two_stage_xl(layers: int) -> dict[str, object]:
+    layout: list[object] = ["m4", ["T1m4", [f"T{layers}"], "m4T1"], "m4"]
+    return _published(layout, [1024, 1536, 2048], [0, 4096, 5504], [32, 48, 64], [1023, 1023, -1])
+
+
+PUBLISHED: Mapping[str, Mapping[str, object]] = {
+    "hnet_1stage_L": _published(["m4", ["T22"], "m4"], [1024, 1536], [0, 4096], [32, 48], [1023, -1]),
+    "hnet_1stage_XL": _published(["m4", ["T24"], "m4"], [1024, 2048], [0, 5504], [32, 64], [1023, -1]),
+    "hnet_2stage_L": _published(
+        ["m4", ["T1m4", ["T26"], "m4T1"], "m4"], [1024, 1024, 1536], [0, 2816, 4096], [32, 32, 48], [1023, 1023, -1]
+    ),
+    "hnet_2stage_XL": _two_stage_xl(27),
+    "hnet_2stage_XL_chinese": _two_stage_xl(30),
+    "hnet_2stage_XL_code": _two_stage_xl(28),
+}
+"""The configurations of the published models, by the names of their repositories (and files) under `cartesia-ai`."""
+
+OWNER = "cartesia-ai"
+
+
+class _Safetensors(Mapping[str, np.ndarray]):
+    """The arrays of a safetensors file, each read on access."""
+
+    def __init__(self, path: Path):
+        try:
+            self._file = safe_open(path, framework="numpy")
+        except SafetensorError as error:
+            raise LoadError(f"{path} is damaged ({error})") from None
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_hnet(
+    where: str | Path,
+    *,
+    config: str | Path | None = None,
+    dtype: WeightType = "float32",
+    chunk_sizes: Sequence[float] | None = None,
+) -> UNet:
+    """A published H-Net: by its name on the hub (`cartesia-ai/hnet_1stage_L`, or `owner/name@revision`), or from a `.pt` or
+    `.safetensors` file in the released layout, or a folder with one such file.
+
+    `config`: the JSON file of its configuration; by default one beside the weights (`config.json`, or with the name of the
+    weights), or else the published configuration of that name. `dtype` is that of weights and products, `chunk_sizes` the
+    target number of positions per chunk in further training; see `unet.from_reference`. No more than one parameter is in memory
+    beside the model. Raises `LoadError` if there is no such model, if it is damaged, and if it does not fit its configuration.
+    """
+    text = str(where)
+    weights = Path(where)
+    if not weights.exists():
+        owner, _, name = text.partition("/")
+        if weights.suffix in (".pt", ".safetensors") or owner in ("", ".", "..", "~") or not name or "/" in name:
+            raise LoadError(f"{where} is not a file, nor the name of a repository of the hub (owner/name)")
+        try:
+            weights = _fetched(text)
+        except LoadError as error:
+            raise LoadError(f"there is no file or folder {where} here, and {error}") from None
+    if weights.is_dir():
+        weights = _only_weights(weights)
+    settings = _config(weights, None if config is None else Path(config))
+    try:
+        params = _Safetensors(weights) if weights.suffix == ".safetensors" else TorchFile(weights)
+        return from_reference(settings, params, dtype=dtype, chunk_sizes=chunk_sizes)
+    except (LayoutError, TorchFileError) as error:
+        raise LoadError(f"{weights}: {error}" if isinstance(error, LayoutError) else str(error)) from None
+    except SafetensorError as error:
+        raise LoadError(f"{weights} is damaged ({error})") from None
+
+
+def save_hnet(model: UNet, folder: Path, *, name: str = "model", kind: Literal["pt", "safetensors"] = "pt") -> Path:
+    """Write a model in the released layout: `NAME.pt`, which PyTorch loads, or `NAME.safetensors`; and `NAME.json`, its
+    configuration. Returns the path of the weights.
+
+    Raises `unet.files.published.LayoutError` for a model with parts that the released layout does not have.
+    """
+    params, settings = to_reference(model), reference_config(model)
+    weights = folder / f"{name}.{kind}"
+    if kind == "pt":
+        write_torch_file(weights, params)
+    else:
+        write_atomically(weights, safetensors.numpy.save(dict(params)))
+    write_atomically(folder / f"{name}.json", json.dumps(settings, indent=2) + "\n")
+    return weights
+
+
+def parameter_count(model: UNet) -> int:
+    """Number of parameters in the released layout, routers and residual projections included."""
+    return sum(one.leaf.size for one in named_parameters(model))
+
+
+def _only_weights(folder: Path) -> Path:
+    found = sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
+    if len(found) != 1:
+        named = ", ".join(path.name for path in found) or "none"
+        raise LoadError(f"{folder} must hold one file of weights (.pt or .safetensors); it holds {named}")
+    return found[0]
+
+
+def _config(weights: Path, path: Path | None) -> Mapping[str, object]:
+    beside = [weights.with_suffix(".json"), weights.with_name("config.json")]
+    path = next((one for one in beside if one.is_file()), None) if path is None else path
+    if path is None:
+        if weights.stem in PUBLISHED:
+            return PUBLISHED[weights.stem]
+        raise LoadError(
+            f"{weights} has no configuration beside it ({beside[0].name}, config.json) and is not named like a published model: "
+            "put one there, or pass one with config="
+        )
+    try:
+        settings: object = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read as a configuration ({error})") from None
+    if not isinstance(settings, dict):
+        raise LoadError(f"{path} holds no JSON object")
+    return settings
+
+
+def _fetched(repository: str) -> Path:
+    """The path of the downloaded weights of a hub repository; its configuration, if there is one, is downloaded beside them."""
+    name = repository.partition("@")[0].partition("/")[2]
+    return download(
+        repository,
+        [f"{name}.safetensors", "model.safetensors", f"{name}.pt"],
+        beside=[f"{name}.json", "config.json"],
+    )
