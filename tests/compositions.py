@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from estimators import Frozen
+from estimators import trainable
 from estimators.routers.entropy import find_threshold, next_byte_entropy
 from experiments.config.presets import PRESETS
 from experiments.config.registry import ByteModel, Prepared, Vocabulary, build_estimator, patch_rule
@@ -54,10 +54,7 @@ def found(config: RunConfig) -> Prepared:
 def trains(node: Tree) -> Tree:
     """The leaves of a tree that training moves, everything else None."""
 
-    def mark(part):
-        return jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf) and not isinstance(part, Frozen), part)
-
-    return eqx.filter(node, jax.tree.map(mark, node, is_leaf=lambda part: isinstance(part, Frozen)))
+    return eqx.filter(node, trainable(node))
 
 
 def lively(estimator: Tree) -> Tree:

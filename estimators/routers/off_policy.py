@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from estimators.base import AbstractRouter, Layout, Routed, SamplingOptions
-from estimators.equations import (
-    action_log_prob,
-)
+from estimators.base import AbstractRouter, Boundaries, Layout, Routed, SamplingOptions
+from estimators.equations import action_log_prob
 
 
 class AbstractOffPolicyRouter(AbstractRouter):
@@ -18,6 +17,44 @@ class AbstractOffPolicyRouter(AbstractRouter):
 
     The model is thus trained on other boundaries than it generates with; evaluation reports both.
     """
+
+    @property
+    @abstractmethod
+    def own(self) -> AbstractRouter:
+        """The policy that is trained, and that draws in evaluation and generation."""
+
+    @property
+    @abstractmethod
+    def other(self) -> AbstractRouter:
+        """The router that draws in training."""
+
+    @abstractmethod
+    def scored(
+        self, hidden: Float[Array, "batch length dim"], layout: Layout, options: SamplingOptions, drawn: Boundaries
+    ) -> Boundaries:
+        """Boundaries `drawn` by the other router, scored under the own policy."""
+
+    @property
+    def dim(self) -> int | None:
+        return self.own.dim
+
+    @property
+    def initial_rate(self) -> float | None:
+        return self.other.initial_rate
+
+    def init_state(self, batch: int) -> PyTree[Array]:
+        return self.own.init_state(batch)
+
+    def route(
+        self,
+        hidden: Float[Array, "batch length dim"],
+        layout: Layout,
+        options: SamplingOptions,
+        state: PyTree[Array] = None,
+    ) -> Routed:
+        if not options.training or state is not None:
+            return self.own.route(hidden, layout, dataclasses.replace(options, training=False), state)
+        return Routed(self.scored(hidden, layout, options, self.other(hidden, layout, options)), None)
 
 
 class OffPolicy(AbstractOffPolicyRouter):
@@ -32,33 +69,23 @@ class OffPolicy(AbstractOffPolicyRouter):
     behaviour: AbstractRouter
 
     @property
-    def dim(self) -> int | None:
-        return self.policy.dim
+    def own(self) -> AbstractRouter:
+        return self.policy
+
+    @property
+    def other(self) -> AbstractRouter:
+        return self.behaviour
 
     @property
     def rate(self) -> float | None:
         return self.policy.rate
 
-    @property
-    def initial_rate(self) -> float | None:
-        return self.behaviour.initial_rate
-
-    def init_state(self, batch: int) -> PyTree[Array]:
-        return self.policy.init_state(batch)
-
-    def route(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        layout: Layout,
-        options: SamplingOptions,
-        state: PyTree[Array] = None,
-    ) -> Routed:
-        if not options.training or state is not None:
-            return self.policy.route(hidden, layout, dataclasses.replace(options, training=False), state)
-        drawn = self.behaviour(hidden, layout, options)
+    def scored(
+        self, hidden: Float[Array, "batch length dim"], layout: Layout, options: SamplingOptions, drawn: Boundaries
+    ) -> Boundaries:
         scored = self.policy(hidden, layout, dataclasses.replace(options, actions=drawn.actions))
         log_prob = jax.lax.stop_gradient(action_log_prob(drawn.logits, drawn.actions))
-        return Routed(dataclasses.replace(scored, behaviour_log_prob=log_prob), None)
+        return dataclasses.replace(scored, behaviour_log_prob=log_prob)
 
 
 class Guided(AbstractOffPolicyRouter):
@@ -71,29 +98,19 @@ class Guided(AbstractOffPolicyRouter):
     guide: AbstractRouter
 
     @property
-    def dim(self) -> int | None:
-        return self.student.dim
+    def own(self) -> AbstractRouter:
+        return self.student
+
+    @property
+    def other(self) -> AbstractRouter:
+        return self.guide
 
     @property
     def rate(self) -> float | None:
         return self.guide.rate
 
-    @property
-    def initial_rate(self) -> float | None:
-        return self.guide.initial_rate
-
-    def init_state(self, batch: int) -> PyTree[Array]:
-        return self.student.init_state(batch)
-
-    def route(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        layout: Layout,
-        options: SamplingOptions,
-        state: PyTree[Array] = None,
-    ) -> Routed:
-        if not options.training or state is not None:
-            return self.student.route(hidden, layout, dataclasses.replace(options, training=False), state)
-        drawn = self.guide(hidden, layout, options)
+    def scored(
+        self, hidden: Float[Array, "batch length dim"], layout: Layout, options: SamplingOptions, drawn: Boundaries
+    ) -> Boundaries:
         # The student's rate follows the guide's, so `target_rate` is dropped.
-        return self.student.route(hidden, layout, dataclasses.replace(options, actions=drawn.actions, target_rate=None))
+        return self.student(hidden, layout, dataclasses.replace(options, actions=drawn.actions, target_rate=None))

@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from estimators import Frozen
+from estimators import trainable
 from estimators.equations import stage_multipliers
 from experiments.config.settings import RunConfig
 
@@ -20,15 +20,6 @@ DECAYING = 0.2
 
 STEEPNESS = 10.0
 """How far an inverse square root falls before it is stretched to end where it should."""
-
-
-def frozen_or_not(params: PyTree[Float[Array, ...]]) -> PyTree[bool]:
-    """False for every leaf inside a `Frozen`, True for those that train."""
-
-    def mark(node: PyTree) -> PyTree[bool]:
-        return jax.tree.map(lambda leaf: not isinstance(node, Frozen), node)
-
-    return jax.tree.map(mark, params, is_leaf=lambda node: isinstance(node, Frozen))
 
 
 def stages_of(params: PyTree[Float[Array, ...]]) -> PyTree[int]:
@@ -78,7 +69,7 @@ def make_optimizer(config: RunConfig, scales: PyTree[float] | None = None) -> op
     adamw = optax.adamw(
         make_schedule(config), b1=settings.beta1, b2=settings.beta2, weight_decay=settings.weight_decay, mask=decays
     )
-    steps = [optax.clip_by_global_norm(settings.clip), optax.masked(adamw, frozen_or_not)]
+    steps = [optax.clip_by_global_norm(settings.clip), optax.masked(adamw, trainable)]
     if scales is not None and any(not math.isclose(scale, 1.0) for scale in jax.tree.leaves(scales)):
         steps.append(optax.stateless(lambda updates, params: jax.tree.map(jnp.multiply, updates, scales)))
     return optax.chain(*steps)

@@ -12,9 +12,10 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from data import Split
+from estimators import trainable
 from experiments.config.settings import RunConfig
 from experiments.training.capacity import inner_capacities, training_capacities
-from experiments.training.optimizer import frozen_or_not, make_optimizer, multipliers
+from experiments.training.optimizer import make_optimizer, multipliers
 from experiments.training.step import Step, TrainState, fresh_state, make_step
 from unet import UNet
 
@@ -66,7 +67,7 @@ class Trainer:
     @property
     def parameters(self) -> int:
         """How many parameters train."""
-        return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(self.params, frozen_or_not(self.params))))
+        return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(self.params, trainable(self.params))))
 
     def first_state(self, model: UNet | None = None) -> TrainState:
         """The state before the first step, of another model of the same shape where one is given."""
