@@ -401,15 +401,21 @@ class Frozen(eqx.Module, Generic[Value]):
         return eqx.combine(jax.lax.stop_gradient(arrays), rest)
 
 
+def has_gradient(leaf: object) -> bool:
+    """True for floating-point arrays, and for the `jax.ShapeDtypeStruct` of one."""
+    shape = isinstance(leaf, jax.ShapeDtypeStruct) and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+    return shape or eqx.is_inexact_array(leaf)
+
+
 def trainable(tree: PyTree) -> PyTree[bool]:
-    """True for each leaf that training updates: floating-point arrays outside any `Frozen`.
+    """True for each leaf that training updates: floating-point arrays, or their shapes, outside any `Frozen`.
 
     Differentiate and optimize the first part of `eqx.partition(model, trainable(model))`. With `eqx.is_array` instead, weight
     decay would change frozen parts, and optimizers would fail on integer arrays such as those of a vocabulary.
     """
 
     def mark(part: PyTree) -> PyTree[bool]:
-        return jax.tree.map(lambda leaf: eqx.is_inexact_array(leaf) and not isinstance(part, Frozen), part)
+        return jax.tree.map(lambda leaf: has_gradient(leaf) and not isinstance(part, Frozen), part)
 
     return jax.tree.map(mark, tree, is_leaf=lambda part: isinstance(part, Frozen))
 

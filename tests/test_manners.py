@@ -96,6 +96,14 @@ def test_frozen_parts_and_integers_stay_as_they_are_in_any_loop():
         assert not eqx.tree_equal(model.embedding, moved.embedding)
 
 
+def test_the_shapes_of_a_model_train_where_its_arrays_do():
+    for name in ("entropy", "bpe"):
+        model = registered(name)
+        shapes = eqx.filter_eval_shape(lambda model=model: model)
+        assert jax.tree.leaves(trainable(shapes)) == jax.tree.leaves(trainable(eqx.filter(model, eqx.is_array)))
+        assert any(jax.tree.leaves(trainable(shapes)))
+
+
 WRONG = """
 import equinox as eqx, jax, jax.numpy as jnp
 from estimators import Estimator, NoObjective, ScoreFunction, WindowedPolicy

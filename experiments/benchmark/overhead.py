@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from estimators import AbstractRouter, Boundaries, SamplingOptions
+from estimators.base import has_gradient
 from experiments.benchmark.shapes import shapes_of
 from experiments.config.settings import EstimatorName, RunConfig
-from experiments.training.trainer import is_trained
 from unet import UNet
 from unet.likelihood import plain_layout
 from unet.ops import boundary_scan
@@ -61,7 +61,7 @@ def overhead(config: RunConfig) -> OverheadReport:
 
 def _loss_flops(config: RunConfig) -> float:
     """Of the whole loss and its gradient, per byte."""
-    params, static = eqx.partition(shapes_of(config), is_trained)
+    params, static = eqx.partition(shapes_of(config), has_gradient)
     capacity = round(config.rate * config.length)
 
     def loss(params: UNet, bytes: jax.Array, key: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def _drawing_flops(config: RunConfig) -> float:
 
 
 def _router_flops(config: RunConfig, wrapped: Callable[..., Callable[..., PyTree]]) -> float:
-    params, static = eqx.partition(shapes_of(config).stage.estimators[0].router, is_trained)
+    params, static = eqx.partition(shapes_of(config).stage.estimators[0].router, has_gradient)
     hidden = jax.ShapeDtypeStruct((config.batch, config.length, config.unet.widths[0]), jnp.dtype(config.unet.compute))
 
     def run(both: tuple[AbstractRouter, jax.Array], bytes: jax.Array, key: jax.Array) -> PyTree:

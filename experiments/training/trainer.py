@@ -13,17 +13,12 @@ from jaxtyping import Array, Float, PyTree
 
 from data import Split
 from estimators import trainable
+from estimators.base import has_gradient
 from experiments.config.settings import RunConfig
 from experiments.training.capacity import inner_capacities, training_capacities
 from experiments.training.optimizer import make_optimizer, multipliers
 from experiments.training.step import Step, TrainState, fresh_state, make_step
 from unet import UNet
-
-
-def is_trained(leaf: object) -> bool:
-    """True for arrays that have a gradient, and for the shapes of such."""
-    shaped = isinstance(leaf, jax.ShapeDtypeStruct) and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
-    return shaped or eqx.is_inexact_array(leaf)
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Trainer:
     @classmethod
     def of(cls, config: RunConfig, model: UNet, capacities: Sequence[int]) -> Trainer:
         """The trainer of a fresh `model`, with these capacities to choose from at the first level."""
-        params, static = eqx.partition(model, is_trained)
+        params, static = eqx.partition(model, has_gradient)
         routers = [estimator.router for estimator in model.stage.estimators]
         inside = inner_capacities(config, routers, capacities[-1])
         return cls(
@@ -71,7 +66,7 @@ class Trainer:
 
     def first_state(self, model: UNet | None = None) -> TrainState:
         """The state before the first step, of another model of the same shape where one is given."""
-        params = self.params if model is None else eqx.filter(model, is_trained)
+        params = self.params if model is None else eqx.filter(model, has_gradient)
         # Fresh trees share equal buffers between leaves, which donation forbids.
         return jax.tree.map(jnp.copy, fresh_state(params, self.optimizer))
 
