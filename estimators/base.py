@@ -329,6 +329,11 @@ class AbstractChunker(eqx.Module):
     One pass serves training (no state) and decoding, where the new positions follow those of the state.
     """
 
+    @property
+    def passes_gradient_to(self) -> frozenset[str]:
+        """The fields of `Boundaries` that receive a gradient through it (`probs`, `relaxed`); empty if there is none."""
+        return frozenset()
+
     def token_dim(self, dim: int) -> int:
         """The width of tokens made of positions of width `dim`."""
         return dim

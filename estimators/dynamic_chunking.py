@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
 from estimators.base import AbstractChunker, AbstractEstimator, AbstractObjective, AbstractRouter
 from estimators.objectives import RatioObjective
 from estimators.routers import CosineRouter, Greedy
+from estimators.sections import MLPSettings
+from estimators.settings import Context, EstimatorConfig, Learns
 
 
 class DynamicChunking(AbstractEstimator):
@@ -32,3 +37,29 @@ class DynamicChunking(AbstractEstimator):
         self.router = Greedy(CosineRouter(dim, target_rate=target_rate) if router is None else router)
         self.chunker = chunker
         self.objective = RatioObjective(target_rate, ratio_weight)
+
+
+@dataclass(frozen=True)
+class DynamicChunkingConfig(EstimatorConfig):
+    """H-Net's dynamic chunking."""
+
+    section: ClassVar[str] = "hnet"
+    default_chunker: ClassVar[str] = "smooth"
+    learns_through: ClassVar[Learns | None] = "probs"
+
+    routing: Literal["cosine", "direct"] = "cosine"
+    """Boundaries where neighbouring states differ, or scored from each state alone by the perceptron of --mlp."""
+    ratio_weight: float = 0.03
+    """Weight of the ratio loss (H-Net eq. 10)."""
+    mlp: MLPSettings = field(default_factory=MLPSettings)
+
+    def build(self, context: Context) -> AbstractEstimator:
+        # Greedy actions: with probabilities below one half there would be no boundary to learn from.
+        direct = self.mlp.router(context, start=0.5) if self.routing == "direct" else None
+        return DynamicChunking(
+            context.dim,
+            chunker=context.chunker,
+            target_rate=context.rate,
+            ratio_weight=self.ratio_weight,
+            router=direct,
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from estimators.base import (
     AbstractChunker,
@@ -13,6 +14,7 @@ from estimators.base import (
 from estimators.objectives import NoObjective
 from estimators.routers import EveryNth, RuleRouter, Thinned, UniformRouter
 from estimators.routers.rules import character_first, character_last, every_byte, spacelike, whitespace
+from estimators.settings import Context, EstimatorConfig
 
 
 class Uniform(AbstractEstimator):
@@ -86,3 +88,52 @@ class Isotropic(AbstractEstimator):
 
     def __init__(self, *, chunker: AbstractChunker):
         self.router, self.chunker, self.objective = RuleRouter(every_byte, 0, 1.0), chunker, NoObjective()
+
+
+@dataclass(frozen=True)
+class StrideConfig(EstimatorConfig):
+    """Boundaries at every n-th byte."""
+
+    stride: int | None = None
+    """Bytes per token; by default the whole number nearest to 1 / rate."""
+
+    def __post_init__(self):
+        if self.stride is not None and self.stride < 1:
+            raise ValueError(f"stride must be at least 1; got {self.stride}")
+
+    def build(self, context: Context) -> AbstractEstimator:
+        return Stride(chunker=context.chunker, stride=round(1 / context.rate) if self.stride is None else self.stride)
+
+
+@dataclass(frozen=True)
+class CharactersConfig(EstimatorConfig):
+    """Boundaries at UTF-8 characters; --rate has no effect."""
+
+    outermost_only: ClassVar[bool] = True
+
+    every: int = 1
+    """Characters per token, white space and punctuation among them."""
+    at: Literal["last", "first"] = "last"
+    """The byte of a character at which a token closes."""
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1; got {self.every}")
+
+    def build(self, context: Context) -> AbstractEstimator:
+        return Characters(chunker=context.chunker, every=self.every, at=self.at)
+
+
+@dataclass(frozen=True)
+class IsotropicConfig(EstimatorConfig):
+    """A byte-level baseline: every byte is a token."""
+
+    token_level: bool = True
+    """Run the token level at every byte; without it only the windowed byte-level blocks remain."""
+
+    @property
+    def makes_tokens(self) -> bool:
+        return self.token_level
+
+    def build(self, context: Context) -> AbstractEstimator:
+        return Isotropic(chunker=context.chunker)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import ClassVar
+
 from jaxtyping import PRNGKeyArray
 
 from estimators.base import AbstractChunker, AbstractEstimator, AbstractObjective, AbstractRouter
 from estimators.objectives import BinomialPrior
 from estimators.routers import MLPRouter
+from estimators.sections import MLPSettings
+from estimators.settings import Context, EstimatorConfig, Learns
 
 
 class StraightThroughGumbel(AbstractEstimator):
@@ -36,3 +41,26 @@ class StraightThroughGumbel(AbstractEstimator):
         self.router = MLPRouter(dim, inner, target_rate=target_rate, temperature=temperature, key=key)
         self.chunker = chunker
         self.objective = BinomialPrior(target_rate, prior_weight)
+
+
+@dataclass(frozen=True)
+class GumbelConfig(EstimatorConfig):
+    """Straight-through Gumbel: relaxed samples whose gradient passes through the means of groups."""
+
+    default_pool: ClassVar[str] = "mean"
+    learns_through: ClassVar[Learns | None] = "relaxed"
+
+    mlp: MLPSettings = field(default_factory=MLPSettings)
+    prior_weight: float = 1.0
+    """Weight of the binomial prior."""
+
+    def build(self, context: Context) -> AbstractEstimator:
+        return StraightThroughGumbel(
+            context.dim,
+            chunker=context.chunker,
+            target_rate=context.rate,
+            inner=self.mlp.inner,
+            temperature=self.mlp.temperature,
+            prior_weight=self.prior_weight,
+            key=context.key,
+        )

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
 from experiments.config.errors import ConfigError
+from experiments.config.flags import parse_run
+from experiments.config.plugins import import_plugins, named_modules, plugins_in
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
 from experiments.launch import use_cpu_devices, with_large_pages
@@ -39,14 +39,16 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     early.add_argument("--out", default=None)
     early.add_argument("--resume", action="store_true")
     known, _ = early.parse_known_args(arguments)
+    modules = named_modules(arguments)
+    import_plugins(plugins_in(arguments))
     if known.model not in PRESETS:
         raise ConfigError(f"--model {known.model!r} is none of {', '.join(PRESETS)}")
     default = PRESETS[known.model]
     if known.resume and known.out is not None:
-        default = dataclasses.replace(read_config(Path(known.out)), resume=False, overwrite=False)
-    config = tyro.cli(RunConfig, prog="python -m experiments.run", args=list(arguments), default=default)
+        default = dataclasses.replace(read_config(Path(known.out), modules), resume=False, overwrite=False)
+    config = parse_run(arguments, default, program="python -m experiments.run")
     if config.resume:
-        saved = read_config(config.run_dir)
+        saved = read_config(config.run_dir, modules)
         if changed := differing(config, saved):
             raise ConfigError(
                 f"the run in {config.run_dir} has other settings for {', '.join(changed)}: resume it without changing them, "

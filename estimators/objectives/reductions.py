@@ -96,6 +96,7 @@ class EarlyExit(AbstractReduction):
     """
 
     weight: float = eqx.field(static=True, default=0.1)
+    """Weight of the early head's own loss (eq. 22)."""
 
     @property
     def needs_early_exit(self) -> bool:
@@ -114,10 +115,11 @@ class EarlyExit(AbstractReduction):
 class Discount(AbstractReduction):
     r"""Returns discounted by $\gamma$ (SFE eq. 13). Biased for $\gamma < 1$."""
 
-    discount: float = eqx.field(static=True, default=0.99)
+    factor: float = eqx.field(static=True, default=0.99)
+    """Discount of rewards per byte (eq. 13); 1 leaves discounting out."""
 
     def __check_init__(self):
-        _require_share("a discount", self.discount)
+        _require_share("a discount", self.factor)
 
     @property
     def needs_early_exit(self) -> bool:
@@ -125,7 +127,7 @@ class Discount(AbstractReduction):
 
     def __call__(self, credit: Credit, inputs: ObjectiveInputs) -> Credit:
         credit.unsummed("Discount")
-        return dataclasses.replace(credit, returns=credit.discounted(self.discount, inputs))
+        return dataclasses.replace(credit, returns=credit.discounted(self.factor, inputs))
 
 
 class BatchCentre(AbstractReduction):
@@ -138,6 +140,7 @@ class BatchCentre(AbstractReduction):
     """
 
     leave_one_out: bool = eqx.field(static=True, default=False)
+    """Compare with the mean of the other sequences, without the sequence itself."""
 
     @property
     def needs_early_exit(self) -> bool:
@@ -183,6 +186,7 @@ class Critic(AbstractReduction):
     weight: Float[Array, " dim"]
     bias: Float[Array, ""]
     loss_weight: float = eqx.field(static=True)
+    """Weight of the critic's own loss."""
 
     def __init__(self, dim: int, loss_weight: float = 1.0):
         """`dim` is the width of the encoder's states. The critic starts at zero."""
@@ -224,7 +228,9 @@ class GeneralisedAdvantage(AbstractReduction):
 
     critic: Critic
     discount: float = eqx.field(static=True)
+    """Discount of rewards per byte."""
     decay: float = eqx.field(static=True)
+    """Lambda: the decay of advantages; a smaller one relies more on the critic."""
 
     def __init__(self, dim: int, discount: float = 0.99, decay: float = 0.95, loss_weight: float = 1.0):
         r"""`discount` is γ and `decay` λ. Raises `ValueError` for either outside [0, 1]."""
@@ -263,6 +269,7 @@ class ImportanceWeight(AbstractReduction):
     """
 
     clip: float | None = eqx.field(static=True, default=None)
+    """Upper bound of importance weights; None leaves them unbounded and unbiased."""
 
     @property
     def needs_early_exit(self) -> bool:

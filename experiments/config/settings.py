@@ -2,62 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
-from estimators.equations import logit
+from estimators.lookup import PartError
+from estimators.registry import DEFAULT, WITHOUT_TOKENS
+from estimators.settings import EstimatorConfig
 from experiments.config.errors import ConfigError, require
+from experiments.config.parts import Level, Names, estimator_config, levels_of, sections_in
 from experiments.config.sections import (
-    BPEConfig,
-    CharactersConfig,
     CheckpointConfig,
     DataConfig,
-    DynamicChunkingConfig,
-    EntropyConfig,
     EvaluationConfig,
-    IsotropicConfig,
-    MLPConfig,
-    OffPolicyConfig,
     OptimizerConfig,
-    PoolConfig,
-    ScoreFunctionConfig,
-    SmoothConfig,
-    StrideConfig,
     TargetConfig,
 )
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
 
-LearnedName = Literal["sfe", "sfe-cosine", "sfe-mlp", "sfe-smooth", "sfe-offpolicy", "gumbel", "hnet"]
-PreparedName = Literal["entropy", "bpe", "bpe-distilled"]
-RuleName = Literal["uniform", "stride", "characters", "whitespace", "spacelike", "isotropic"]
-EstimatorName = Literal[LearnedName, PreparedName, RuleName]
-
-TransformerName = Literal["tiny", "18M", "32M", "73M", "90M", "130M", "147M", "346M", "ratio2", "ratio4", "ratio6"]
-SmallHNetName = Literal["hnet-tiny", "hnet-2stage-tiny"]
-PublishedName = Literal[
-    "hnet-1stage-L",
-    "hnet-1stage-XL",
-    "hnet-2stage-L",
-    "hnet-2stage-XL",
-    "hnet-2stage-XL-chinese",
-    "hnet-2stage-XL-code",
-]
-ChunkedName = Literal["hnet-space-L", "hnet-space-XL", "hnet-pool-L", "spacebyte++-L", "spacebyte++-XL"]
-FlatName = Literal["llamabyte-L", "mambabyte-L"]
-GenomeName = Literal["dna-transformer", "dna-mamba", "dna-hnet", "dna-hnet-mamba"]
-ModelName = Literal[TransformerName, SmallHNetName, PublishedName, ChunkedName, FlatName, GenomeName]
-
 
 @dataclass(frozen=True)
 class LevelConfig:
-    """What is asked of one level of tokens."""
+    """One level of tokens: its parts, the settings of its estimator, and its target rate."""
 
-    estimator: EstimatorName
+    parts: Level
+    settings: EstimatorConfig
     rate: float
+
+    @property
+    def estimator(self) -> str:
+        """The name of the estimator."""
+        return self.parts.estimator.name
 
 
 @dataclass(frozen=True)
@@ -66,12 +47,12 @@ class RunConfig:
 
     unet: tyro.conf.AvoidSubcommands[UNetConfig | HNetConfig]
     """Shape of the model; the preset's unless changed."""
-    estimator: EstimatorName = "sfe"
+    estimator: str = DEFAULT
     """How boundaries are drawn and learned."""
     dataset: str = "docs"
     """docs, stdlib, codeparrot, codeparrot-clean, fineweb, fineweb-edu (samples of ten billion tokens), fineweb-100BT,
     fineweb-edu-100BT, hub:owner/name or hub:owner/name/folder, both with @revision behind or not, or a file, folder or glob."""
-    model: ModelName = "tiny"
+    model: str = "tiny"
     """Preset that all other defaults come from."""
     length: int = 4096
     """Bytes per sequence."""
@@ -83,7 +64,7 @@ class RunConfig:
     """Training steps, instead of --bytes."""
     rate: float = 0.2
     """Target share of bytes with a boundary."""
-    inner_estimators: tuple[EstimatorName, ...] = ()
+    inner_estimators: tuple[str, ...] = ()
     """Estimators of the levels of tokens inside the first, from the outside in; --estimator for those not named."""
     inner_rates: tuple[float, ...] = ()
     """Target rates of these levels, as fractions of the tokens of the level around; --rate for those not named."""
@@ -94,14 +75,18 @@ class RunConfig:
     (cartesia-ai/hnet_1stage_L) or file; by default new ones are drawn."""
     out: Path | None = None
     """Folder for everything the run leaves; by default runs/ESTIMATOR-DATASET-MODEL-SEED."""
+    plugin: tuple[str, ...] = ()
+    """Modules with classes of your own that the run in --out or the model of --init holds, as package.module."""
     resume: bool = False
     """Go on with the run in --out from its last checkpoint."""
     overwrite: bool = False
     """Delete what is in --out first."""
-    chunker: Literal["distribute", "deviate", "mean", "smooth", "attend"] | None = None
-    """How bytes become tokens and come back: select, and add the token level's output (distribute) or its change (deviate); mean
-    pooling (mean); select, and smooth on the way back (smooth); select, and let the decoder attend to tokens (attend, as BLT:
-    with --unet.attend every). By default what the estimator was published with."""
+    chunker: str | None = None
+    """How tokens come back to bytes: by default as the estimator was published."""
+    pool: str | None = None
+    """How a token is made of its bytes: by default as the estimator was published."""
+    pool_boundary: bool = False
+    """Add the position at the boundary to the pooled value (H-Net fig. 13, +Res)."""
     capacity_slack: float = 1.35
     """Capacity in training (most tokens per sequence), as a multiple of the number expected at --rate, or at the rate of an
     untrained router where that is higher (about one half for hnet and sfe-cosine). Boundaries beyond it are dropped and
@@ -113,29 +98,21 @@ class RunConfig:
     """Devices that share a batch; by default all there are (a CPU counts as up to two)."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
-    sfe: ScoreFunctionConfig = field(default_factory=ScoreFunctionConfig)
-    offpolicy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
-    mlp: MLPConfig = field(default_factory=MLPConfig)
-    hnet: DynamicChunkingConfig = field(default_factory=DynamicChunkingConfig)
-    smooth: SmoothConfig = field(default_factory=SmoothConfig)
-    pool: PoolConfig = field(default_factory=PoolConfig)
-    entropy: EntropyConfig = field(default_factory=EntropyConfig)
-    bpe: BPEConfig = field(default_factory=BPEConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
-    stride: StrideConfig = field(default_factory=StrideConfig)
-    characters: CharactersConfig = field(default_factory=CharactersConfig)
-    isotropic: IsotropicConfig = field(default_factory=IsotropicConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    settings: tyro.conf.Suppress[Mapping[str, Mapping[str, object]]] = field(default_factory=dict)
+    """Plain values of the settings of estimators, chunkers, pools and reductions, by section; those that are missing have their
+    defaults. Sections of parts that are not chosen are of no effect."""
 
     def __post_init__(self):
+        plain = json.loads(json.dumps(self.settings, default=str))
+        object.__setattr__(self, "settings", plain)
         _require_amounts(self)
         _require_levels(self)
-        _require_chunker(self)
-        if any(level.estimator.startswith("sfe") for level in self.levels):
-            _require_score_function(self)
+        _require_parts(self)
 
     @property
     def bytes_per_step(self) -> int:
@@ -144,7 +121,7 @@ class RunConfig:
     @property
     def samples(self) -> int:
         """Samples of boundaries for each sequence of a training batch."""
-        return self.sfe.samples if any(level.estimator.startswith("sfe") for level in self.levels) else 1
+        return max((level.settings.samples for level in self.levels), default=1)
 
     @property
     def total_steps(self) -> int:
@@ -157,15 +134,45 @@ class RunConfig:
         steps = share * self.total_steps if warmup is None else warmup / self.bytes_per_step
         return max(1, round(steps))
 
-    @property
+    @functools.cached_property
+    def parts(self) -> tuple[Level, ...]:
+        """The parts of each level of tokens, the outermost first; of the first level too where the model has none."""
+        missing = max(self.unet.levels - 1, 0)
+        names = [self.estimator, *self.inner_estimators, *[self.estimator] * missing][: 1 + missing]
+        return levels_of(Names(tuple(names), self.chunker, self.pool))
+
+    @functools.cached_property
+    def sections(self) -> Mapping[str, object]:
+        """The settings of everything that was chosen, by section."""
+        parts = [part for level in self.parts for part in level.all]
+        sections = sections_in(parts, self.settings)
+        return {name: section.read(self.settings) for name, section in sections.items()}
+
+    @functools.cached_property
     def levels(self) -> tuple[LevelConfig, ...]:
-        """The estimator and the target rate of each level of tokens, the outermost first."""
-        if self.unet.levels == 0 or (self.estimator == "isotropic" and not self.isotropic.token_level):
-            return ()
-        missing = self.unet.levels - 1
-        names = [self.estimator, *self.inner_estimators, *[self.estimator] * missing]
+        """Each level of tokens, the outermost first."""
+        missing = max(self.unet.levels - 1, 0)
         rates = [self.rate, *self.inner_rates, *[self.rate] * missing]
-        return tuple(LevelConfig(name, rate) for name, rate in zip(names, rates, strict=False))[: self.unet.levels]
+        settings = [estimator_config(level.estimator, self.sections) for level in self.parts]
+        if self.unet.levels == 0 or not settings[0].makes_tokens:
+            return ()
+        return tuple(LevelConfig(*one) for one in zip(self.parts, settings, rates, strict=False))
+
+    @property
+    def first(self) -> EstimatorConfig:
+        """The settings of the outermost estimator."""
+        return estimator_config(self.parts[0].estimator, self.sections)
+
+    @property
+    def resolved(self) -> RunConfig:
+        """The same run with all settings of what was chosen written out, and no others."""
+        plain = {name: dataclasses.asdict(section) for name, section in self.sections.items()}
+        return dataclasses.replace(self, settings=plain)
+
+    def with_settings(self, **sections: Mapping[str, object]) -> RunConfig:
+        """The same run with some settings changed, as in `config.with_settings(policy={"window": 2})`."""
+        changed = {name: {**self.settings.get(name, {}), **values} for name, values in sections.items()}
+        return dataclasses.replace(self, settings={**self.settings, **changed})
 
     @property
     def run_dir(self) -> Path:
@@ -225,61 +232,36 @@ def _require_levels(config: RunConfig) -> None:
     )
     for rate in config.inner_rates:
         require(0 < rate < 1, f"--inner-rates are shares strictly between 0 and 1; got {rate}")
+
+
+def _require_parts(config: RunConfig) -> None:
+    """The parts exist, their settings are possible, and they fit the model and each other."""
+    try:
+        levels = config.levels
+    except PartError as error:
+        raise ConfigError(str(error)) from error.__cause__
+    first = config.first
     require(
-        config.unet.levels > 0 or (config.estimator == "isotropic" and not config.isotropic.token_level),
-        f"--model {config.model} has no level of tokens: use --estimator isotropic --isotropic.no-token-level",
+        config.unet.levels > 0 or not first.makes_tokens,
+        f"--model {config.model} has no level of tokens: use {WITHOUT_TOKENS}",
     )
-    named = {config.estimator, *config.inner_estimators}
     require(
-        config.unet.levels == 0
-        or not isinstance(config.unet, HNetConfig)
-        or "isotropic" not in named
-        or config.isotropic.token_level,
-        f"--isotropic.no-token-level leaves out the only level of tokens, but the layout of --model {config.model} has "
+        first.makes_tokens or config.unet.levels == 0 or not isinstance(config.unet, HNetConfig),
+        f"--estimator {config.estimator} leaves out the only level of tokens, but the layout of --model {config.model} has "
         f"{config.unet.levels}: name a --unet.layout without any, such as '[\"m4\"]'",
     )
-    for name in {level.estimator for level in config.levels[1:]} & {"entropy", "bpe", "bpe-distilled", "characters"}:
-        raise ConfigError(f"{name} reads bytes, not tokens: use it for the first level, and name --inner-estimators")
-
-
-def _require_chunker(config: RunConfig) -> None:
-    """The chunker can be built, and passes a gradient to the router of each level that learns through it."""
-    pool, chunker = config.pool, config.chunker
-    names = {level.estimator for level in config.levels}
-    require(
-        chunker != "attend" or config.unet.attend != "none",
-        "--chunker attend brings no token back itself: name the blocks that attend to them with --unet.attend first or every",
-    )
-    for width in config.unet.widths[: len(config.levels)]:
+    for level in levels[1:]:
         require(
-            pool.kind != "attention" or width % pool.heads == 0,
-            f"--pool.heads {pool.heads} does not divide a width of {width}",
-        )
-    means = chunker == "mean" or "gumbel" in names
-    require(not means or pool.kind == "last", "--chunker mean makes its tokens itself: leave --pool.kind out")
-    require(
-        "gumbel" not in names or chunker in (None, "mean"),
-        f"--estimator gumbel learns through the means of groups: --chunker {chunker} would pass it no gradient",
-    )
-    require(
-        "hnet" not in names or chunker in (None, "smooth"),
-        f"--estimator hnet learns through smoothing: --chunker {chunker} would pass it no gradient",
-    )
-    require(
-        "hnet" not in names or config.smooth.smoothing or config.smooth.weighting != "none",
-        "--estimator hnet without smoothing and without weighting by confidence has no gradient to learn from",
-    )
-
-
-def _require_score_function(config: RunConfig) -> None:
-    sfe = config.sfe
-    for level in config.levels:
-        require(
-            not level.estimator.startswith("sfe") or abs(logit(level.rate)) < sfe.cap,
-            f"a rate of {level.rate} lies beyond policy logits capped at {sfe.cap}: raise --sfe.cap",
+            not level.settings.outermost_only,
+            f"{level.estimator} reads bytes, not tokens: use it for the first level, and name --inner-estimators",
         )
     part = config.batch // config.optimizer.accumulate
+    for level in levels:
+        try:
+            level.settings.check(level.rate, part)
+        except ValueError as error:
+            raise ConfigError(f"--estimator {level.estimator}: {error}") from None
     require(
-        sfe.centring in ("none", "samples") or part * sfe.samples > 1,
-        f"centred returns of a batch of {part} are all zero: use a larger --batch or --sfe.centring none",
+        config.chunker != "attend" or config.unet.attend != "none",
+        "--chunker attend brings no token back itself: name the blocks that attend to them with --unet.attend first or every",
     )

@@ -43,12 +43,8 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
         "target_rate": config.rate,
         **held_out(validation),
     }
-    if (vocabulary := outcome.prepared.vocabulary) is not None:
-        summary |= {
-            "vocabulary": len(vocabulary.tokens),
-            "vocabulary_rate": vocabulary.rate,
-            "vocabulary_bytes": vocabulary.learned_from,
-        }
+    if outcome.prepared is not None:
+        summary |= config.first.figures(outcome.prepared)
     for level, asked in enumerate(config.levels[1:], start=1):
         summary[f"level{level}_target_rate"] = asked.rate
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in summary.items()}

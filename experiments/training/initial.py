@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import equinox as eqx
 import jax
@@ -10,20 +12,21 @@ import numpy as np
 from jax import Array
 
 from experiments.config.errors import ConfigError
+from experiments.config.plugins import load_model
 from unet.files.pretrained import load_hnet
-from unet.files.saving import WEIGHTS, describes_itself, load
+from unet.files.saving import WEIGHTS, describes_itself
 from unet.model import UNet
 
 
-def initial_weights(where: str, fresh: UNet) -> UNet:
+def initial_weights(where: str, fresh: UNet, plugins: Sequence[ModuleType] = ()) -> UNet:
     """`fresh` with the weights of another model of the same parts: a run's folder or an exported model, `hub:owner/name`, or a
-    published H-Net by its name on the hub or by its file.
+    published H-Net by its name on the hub or by its file. `plugins` are modules whose classes it may hold.
 
     Raises `LoadError` where there is no model, `ConfigError` where it is made of other parts.
     """
     path = Path(where)
     known = where.startswith("hub:") or describes_itself(path / WEIGHTS if path.is_dir() else path)
-    found = load(where).model if known else load_hnet(where)
+    found = load_model(where, plugins).model if known else load_hnet(where)
     ours, theirs = (
         {
             jax.tree_util.keystr(path): leaf

@@ -24,12 +24,14 @@ from unet.files.saving import CONFIG, WEIGHTS, write_atomically
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+PREPARED = "prepared.safetensors"
+"""What the estimator found out from text before training."""
 OWN_FILES = (
     *(CONFIG, METRICS, SUMMARY, CHECKPOINTS, "report.html", "boundaries.png"),
-    *(WEIGHTS, "vocabulary.json", "byte_model"),
+    *(WEIGHTS, PREPARED),
 )
 
-OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every")
+OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every", "plugin")
 """Settings that do not change the results of a run, so that they may differ when it is resumed."""
 
 Record = Mapping[str, float | int | str | None]
@@ -109,17 +111,23 @@ def refuse_existing(folder: Path, names: Collection[str], *, overwrite: bool) ->
 
 
 def differing(run: RunConfig, saved: RunConfig, may_differ: Collection[str] = ()) -> list[str]:
-    """The settings in which two runs differ, `out`, `resume`, `overwrite`, `log_every` and `may_differ` left aside."""
-    names = [field.name for field in dataclasses.fields(RunConfig) if field.name not in (*OF_NO_EFFECT, *may_differ)]
-    return [name for name in names if getattr(run, name) != getattr(saved, name)]
+    """The settings in which two runs differ, those of no effect and `may_differ` left aside."""
+    aside = (*OF_NO_EFFECT, *may_differ, "settings")
+    names = [field.name for field in dataclasses.fields(RunConfig) if field.name not in aside]
+    sections = sorted({*run.sections, *saved.sections})
+    return [
+        *(name for name in names if getattr(run, name) != getattr(saved, name)),
+        *(name for name in sections if run.sections.get(name) != saved.sections.get(name)),
+    ]
 
 
-def read_config(folder: Path) -> RunConfig:
-    """The configuration of the run in `folder`. Raises `ConfigError` where there is none."""
+def read_config(folder: Path, plugins: Collection[str] = ()) -> RunConfig:
+    """The configuration of the run in `folder`; `plugins` are modules of others that it may name. Raises `ConfigError` where there
+    is none."""
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError(f"{folder} holds no run to resume: there is no {CONFIG} in it")
-    return from_json(path.read_text(), str(path))
+    return from_json(path.read_text(), str(path), plugins)
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, float | int | str | None]]:

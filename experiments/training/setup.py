@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 import equinox as eqx
 import jax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTree
 
 from data import Split, check_workers
 from estimators.keys import named_key
-from experiments.config.registry import Prepared, build_model
+from experiments.config.build import build_model
+from experiments.config.plugins import import_plugins, modules_of
 from experiments.config.settings import RunConfig
 from experiments.training.data import load_split
 from experiments.training.initial import initial_weights
 from experiments.training.placement import Placement, with_implementation
-from experiments.training.prepared import prepare, read_prepared, require_byte_model
+from experiments.training.prepared import prepare, read_prepared, require_prerequisite
 from unet import UNet
 
 
@@ -25,7 +26,7 @@ class Setup:
     validations draw from, and how all of it lies on the devices."""
 
     split: Split
-    prepared: Prepared
+    prepared: PyTree
     model: UNet
     key_steps: PRNGKeyArray
     key_evaluate: PRNGKeyArray
@@ -34,17 +35,17 @@ class Setup:
 
 def set_up(config: RunConfig) -> Setup:
     """Read the data and build the model. Raises `DataError`, `ConfigError` and, for weights to start from, `LoadError`."""
-    require_byte_model(config)
+    require_prerequisite(config)
     placement = Placement.of(config)
     config = with_implementation(config)
     split = load_split(config)
     check_workers(split, config.data.workers)
     key = jax.random.key(config.seed)
-    prepared = read_prepared(config.run_dir, config) if config.resume else None
+    prepared = read_prepared(config) if config.resume else None
     prepared = prepare(config, split) if prepared is None else prepared
     # Compiled whole: a fraction of the time that its operations take to be compiled one by one.
     model = eqx.filter_jit(lambda: build_model(config, key, prepared))()
     # A run that goes on has its weights in its checkpoint.
     if config.init is not None and not config.resume:
-        model = initial_weights(config.init, model)
+        model = initial_weights(config.init, model, (*modules_of(config), *import_plugins(config.plugin)))
     return Setup(split, prepared, model, named_key(key, "steps"), named_key(key, "evaluation"), placement)

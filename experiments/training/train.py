@@ -6,14 +6,14 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxtyping import PyTree
+
 from data import Split
-from experiments.config.registry import Prepared
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
 from experiments.reporting.display import Display
 from experiments.training.data import EPOCHS, SHOWN, latest
 from experiments.training.dropped import DroppedBoundaries
-from experiments.training.prepared import notes
 from experiments.training.session import Session
 from experiments.training.setup import Setup
 from experiments.training.stopping import stop_requests
@@ -36,7 +36,7 @@ class Outcome:
     of those read."""
 
     model: UNet
-    prepared: Prepared
+    prepared: PyTree
     validation: Validation
     split: Split
     capacity: int
@@ -49,13 +49,18 @@ class Outcome:
     shown: float | None
 
 
+def _notes(config: RunConfig, setup: Setup) -> list[str]:
+    """What a user should know of what was prepared."""
+    return [] if setup.prepared is None else config.first.notes(setup.prepared, config.rate)
+
+
 def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> Outcome:
     """Train to the end, from the last checkpoint in `run_dir` if there is one.
 
     Raises `Interrupted` after SIGINT or SIGTERM, `NonFiniteError`, `DataError`, and `ConfigError` for a checkpoint that
     does not fit or data that has changed.
     """
-    for note in (*setup.split.notes, *notes(config, setup.prepared)):
+    for note in (*setup.split.notes, *_notes(config, setup)):
         display.note(note)
     session, total = Session(config, setup, run_dir, display), config.total_steps
     display.start(config, session.trainer.parameters, session.trainer.capacity, session.step)

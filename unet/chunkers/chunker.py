@@ -14,6 +14,11 @@ class AbstractDownsampler(eqx.Module):
     """Makes a token of the positions that a boundary closes."""
 
     @property
+    def passes_gradient_to(self) -> frozenset[str]:
+        """See `AbstractChunker.passes_gradient_to`."""
+        return frozenset()
+
+    @property
     def initial(self) -> Float[Array, " token_dim"] | None:
         """What positions before the first token get instead of a token output; None for nothing."""
         return None
@@ -41,6 +46,11 @@ class AbstractDownsampler(eqx.Module):
 
 class AbstractUpsampler(eqx.Module):
     """Brings the token level's outputs back to the positions."""
+
+    @property
+    def passes_gradient_to(self) -> frozenset[str]:
+        """See `AbstractChunker.passes_gradient_to`."""
+        return frozenset()
 
     @property
     def widens(self) -> bool:
@@ -74,6 +84,10 @@ class Chunker(AbstractChunker):
 
     downsampler: AbstractDownsampler
     upsampler: AbstractUpsampler
+
+    @property
+    def passes_gradient_to(self) -> frozenset[str]:
+        return self.downsampler.passes_gradient_to | self.upsampler.passes_gradient_to
 
     def token_dim(self, dim: int) -> int:
         return self.downsampler.token_dim(dim)

@@ -98,6 +98,10 @@ class MeanPool(AbstractDownsampler):
     null: Float[Array, " dim"]
     implementation: Implementation | None = eqx.field(static=True)
 
+    @property
+    def passes_gradient_to(self) -> frozenset[str]:
+        return frozenset({"relaxed"})
+
     def __init__(self, dim: int, *, key: PRNGKeyArray, implementation: Implementation | None = None):
         """The null group, of width `dim`, is drawn from a standard normal: from zero, its gradient would be amplified a
         thousandfold by each norm where it stands alone, block after block."""
@@ -230,7 +234,7 @@ class AttentionPool(AbstractDownsampler):
     def __init__(
         self,
         dim: int,
-        heads: int,
+        heads: int = 4,
         *,
         vectors: int = 1,
         implementation: Implementation | None = None,
@@ -333,6 +337,10 @@ class WithBoundary(AbstractDownsampler):
 
     pool: AbstractDownsampler
     implementation: Implementation | None = eqx.field(static=True, default=None)
+
+    @property
+    def passes_gradient_to(self) -> frozenset[str]:
+        return self.pool.passes_gradient_to
 
     def token_dim(self, dim: int) -> int:
         return self.pool.token_dim(dim)

@@ -121,6 +121,10 @@ class Smooth(AbstractUpsampler):
     weighting: Literal["straight-through", "confidence", "none"] = eqx.field(static=True, default="straight-through")
     implementation: Implementation | None = eqx.field(static=True, default=None)
 
+    @property
+    def passes_gradient_to(self) -> frozenset[str]:
+        return frozenset({"probs"} if self.smoothing or self.weighting != "none" else ())
+
     def init_state(self, batch: int, dim: int) -> Float[Array, "batch 1 dim"]:
         """The last average, in float32."""
         return jnp.zeros((batch, 1, dim), jnp.float32)

@@ -12,6 +12,8 @@ import dataclasses
 import importlib
 import json
 import os
+import re
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,12 +35,19 @@ VERSION = "3"
 _PACKAGES = ("estimators", "unet")
 _PLAIN = (bool, int, float, str, type(None))
 
-Known = type | Callable[..., object]
-"""A class of modules or a function that a file may name beside those of this library."""
+Known = type | Callable[..., object] | types.ModuleType
+"""What a file may name beside this library's own: a class, a function, or a module with all classes of its package that are
+imported already."""
+Names = Sequence[Known] | Mapping[str, Known]
+"""The same, or by the names that files have for them, such as `{"__main__.Mine": Mine}` for a class that has moved."""
 
 
 class LoadError(Exception):
     """What is wrong with the files of a model, where, and what to do about it."""
+
+
+class UnknownClass(LoadError):
+    """A file names a class or a function that is not part of this library, and was not made known."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +75,25 @@ def save(model: UNet, folder: str | Path) -> Path:
 
     Raises `ValueError` if a model contains anything but modules, arrays, plain values and named functions.
     """
+    return save_module(model, Path(folder) / WEIGHTS)
+
+
+def save_module(module: eqx.Module, path: Path) -> Path:
+    """Write any module to a file of its own, as `save` writes a model."""
     arrays: dict[str, np.ndarray] = {}
-    structure = _described(model, "model", arrays)
+    structure = _described(module, "model", arrays)
     metadata = {"format": FORMAT, "version": VERSION, "structure": json.dumps(structure, separators=(",", ":"))}
-    path = Path(folder) / WEIGHTS
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, safetensors.numpy.save(arrays, metadata))
     return path
 
 
-def load(where: str | Path, *, known: Sequence[Known] = ()) -> Loaded:
+def load(where: str | Path, *, known: Names = ()) -> Loaded:
     """The model in the folder of a run or an export, in a `.safetensors` file, or in a repository of the hub (`hub:owner/name`,
     or `hub:owner/name@revision`).
 
-    `known`: classes and functions it uses beside those of this library. Raises `LoadError` if there is no model, if it is
-    damaged, and if it names an unknown class.
+    `known`: classes, functions and modules it uses beside those of this library; nothing is imported because a file names it.
+    Raises `LoadError` if there is no model, if it is damaged, and if it names an unknown class.
     """
     folder = (
         download(str(where)[4:], [WEIGHTS], beside=[CONFIG]).parent if str(where).startswith("hub:") else Path(where)
@@ -89,7 +102,10 @@ def load(where: str | Path, *, known: Sequence[Known] = ()) -> Loaded:
     if not path.is_file():
         raise LoadError(f"{folder} holds no {path.name}: it is neither a finished run nor an exported model")
     config = path.with_name(CONFIG)
-    return Loaded(_read(path, known), _json(config.read_text(), config) if config.is_file() else {})
+    model = load_module(path, known)
+    if not isinstance(model, UNet):
+        raise LoadError(f"{path} describes a {type(model).__name__}, not a model")
+    return Loaded(model, _json(config.read_text(), config) if config.is_file() else {})
 
 
 def describes_itself(path: Path) -> bool:
@@ -101,8 +117,9 @@ def describes_itself(path: Path) -> bool:
         return False
 
 
-def _read(path: Path, known: Sequence[Known]) -> UNet:
-    names = {f"{one.__module__}.{one.__qualname__}": one for one in known}
+def load_module(path: Path, known: Names = ()) -> object:  # of whatever class the file describes
+    """What `save_module` wrote. Raises `LoadError` as `load` does."""
+    names = _by_name(known)
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -125,9 +142,29 @@ def _read(path: Path, known: Sequence[Known]) -> UNet:
         raise LoadError(f"{path} is damaged ({error})") from None
     if left:
         raise LoadError(f"{path} is damaged: its array {min(left)} belongs to nothing in the model")
-    if not isinstance(model, UNet):
-        raise LoadError(f"{path} describes a {type(model).__name__}, not a model")
     return model
+
+
+def outside_classes(path: Path) -> list[str]:
+    """The names of the classes in a file that are not part of this library; none for a file that is not of `save`."""
+    if not describes_itself(path):
+        return []
+    with safe_open(path, framework="numpy") as file:
+        text = (file.metadata() or {}).get("structure", "")
+    return sorted({name for name in _CLASS.findall(text) if name.split(".")[0] not in _PACKAGES})
+
+
+_CLASS = re.compile(r'"class":"([\w.]+)"')
+
+
+def _by_name(known: Names) -> dict[str, Known]:
+    """What is known by the names that files use; modules by theirs."""
+    if isinstance(known, Mapping):
+        return dict(known)
+    return {
+        one.__name__ if isinstance(one, types.ModuleType) else f"{one.__module__}.{one.__qualname__}": one
+        for one in known
+    }
 
 
 def _described(value: object, name: str, arrays: dict[str, np.ndarray]) -> object:
@@ -189,6 +226,10 @@ def _named(name: str, known: Mapping[str, Known], path: Path, *, function: bool)
     """The class of modules or the function of that name, which must be of this library or `known`."""
     found: object = known.get(name)
     module, _, attribute = name.rpartition(".")
+    packages = {one.__name__.split(".")[0] for one in known.values() if isinstance(one, types.ModuleType)}
+    if found is None and module.split(".")[0] in packages and module in sys.modules:
+        found = getattr(sys.modules[module], attribute, None)
+        found = found if getattr(found, "__module__", None) == module else None
     if found is None and module.split(".")[0] in _PACKAGES:
         try:
             found = getattr(importlib.import_module(module), attribute, None)
@@ -196,11 +237,15 @@ def _named(name: str, known: Mapping[str, Known], path: Path, *, function: bool)
             found = None
         # Not what a module only imports.
         found = found if getattr(found, "__module__", None) == module else None
-    if function and isinstance(found, types.FunctionType) and (name in known or module.startswith("estimators")):
+    trusted = name in known or module.startswith("estimators") or module.split(".")[0] in packages
+    if function and isinstance(found, types.FunctionType) and trusted:
         return found
     if not function and isinstance(found, type) and dataclasses.is_dataclass(found):
         return found
-    raise LoadError(f"{path} was made with {name}, which is not part of this library: pass it to load(…, known=[…])")
+    raise UnknownClass(
+        f"{path} was made with {name}, which is not part of this library: name its module with --plugin {module}, or pass the "
+        f"{'function' if function else 'class'} to load(…, known=[…])"
+    )
 
 
 def _json(text: str, path: Path) -> dict[str, object]:

@@ -1,0 +1,74 @@
+"""From a configuration to a model."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from estimators import AbstractChunker, AbstractEstimator
+from estimators.keys import named_key
+from estimators.settings import Context
+from experiments.config.errors import ConfigError, require
+from experiments.config.settings import LevelConfig, RunConfig
+from unet import UNet
+from unet.chunkers.named import ChunkerNames
+
+
+def build_model(config: RunConfig, key: PRNGKeyArray, prepared: PyTree = None) -> UNet:
+    """A new model of a run; `prepared` is what the outermost estimator took from text. Raises `ValueError` for parts that do not
+    fit."""
+    estimators = build_estimators(config, named_key(key, "estimators"), prepared)
+    return UNet(config.unet, estimators, key=named_key(key, "model"))
+
+
+def build_estimators(config: RunConfig, key: PRNGKeyArray, prepared: PyTree = None) -> tuple[AbstractEstimator, ...]:
+    """The estimators of a run, the outermost first; none for a model without a token level."""
+    built = []
+    for number, level in enumerate(config.levels):
+        dim, own = config.unet.widths[number], named_key(key, f"level {number}")
+        chunker = build_chunker(config, level, dim, own)
+        taken = prepared if number == 0 else None
+        context = Context(dim, level.rate, chunker, named_key(own, "estimator"), taken, config.sections)
+        built.append(level.settings.build(context))
+    return tuple(built)
+
+
+def build_estimator(config: RunConfig, key: PRNGKeyArray, prepared: PyTree = None) -> AbstractEstimator | None:
+    """The estimator of a run at its outermost level; None for a model without a token level."""
+    return next(iter(build_estimators(config, key, prepared)), None)
+
+
+def build_chunker(config: RunConfig, level: LevelConfig, dim: int, key: PRNGKeyArray) -> AbstractChunker:
+    """The chunker of a level whose positions have width `dim`. Raises `ValueError` for a chunker that passes no gradient to an
+    estimator that learns through it."""
+    names = ChunkerNames(level.parts.chunker, level.parts.pool, config.sections, config.pool_boundary)
+    through = level.settings.learns_through
+    chunker = names.build(dim, key, config.unet.implementation, trains_router=through is not None)
+    if through is not None and through not in chunker.passes_gradient_to:
+        raise ValueError(
+            f"--estimator {level.estimator} learns through the {through} of boundaries: --chunker {level.parts.chunker.name} "
+            f"with --pool {level.parts.pool.name} would pass them no gradient"
+        )
+    return chunker
+
+
+def require_fit(config: RunConfig) -> None:
+    """Raise `ConfigError` where the chunkers and, unless they need text first, the estimators of a run cannot be built. Nothing is
+    computed."""
+    require(
+        not config.pool_boundary or all(level.parts.pool.name != "last" for level in config.levels),
+        "--pool-boundary adds the last position to a pool: name a --pool",
+    )
+
+    def build() -> None:
+        for number, level in enumerate(config.levels):
+            dim, key = config.unet.widths[number], jax.random.key(0)
+            chunker = build_chunker(config, level, dim, key)
+            if not level.settings.needs_text:
+                level.settings.build(Context(dim, level.rate, chunker, key, None, config.sections))
+
+    try:
+        eqx.filter_eval_shape(build)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

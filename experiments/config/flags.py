@@ -1,0 +1,215 @@
+"""The command line of a run: the flags of everything that it chooses, and of nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import re
+import textwrap
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import tyro
+
+from estimators.lookup import Kind, Part, PartError, Setting, default_of, field_help, find, installed
+from estimators.registry import ESTIMATORS
+from estimators.sections import REDUCTIONS
+from experiments.config.build import require_fit
+from experiments.config.errors import ConfigError
+from experiments.config.parts import Names, Section, Values, levels_of, sections_in
+from experiments.config.settings import RunConfig
+from unet.chunkers.named import CHUNKERS, POOLS
+
+KINDS: Mapping[str, Kind] = {
+    "estimator": ESTIMATORS,
+    "inner_estimators": ESTIMATORS,
+    "chunker": CHUNKERS,
+    "pool": POOLS,
+}
+"""The fields of a run that name parts."""
+
+EVERYTHING = "--help-all"
+
+
+def parse_run(arguments: Sequence[str], default: RunConfig, *, program: str) -> RunConfig:
+    """The run that a command line asks for; what it does not say is as in `default`.
+
+    Prints help or a usage error and raises `SystemExit` (2 for an error). Raises `ConfigError` for values that cannot be run, and
+    for settings of parts that were not chosen.
+    """
+    everything = EVERYTHING in arguments
+    given = ["--help" if one == EVERYTHING else one for one in arguments]
+    try:
+        parts = _parts(given, default)
+        if everything:
+            parts += [find(kind, name) for kind in (ESTIMATORS, CHUNKERS, POOLS) for name in _names(kind)]
+        values = _with_named_parts(given, parts, default.settings)
+        sections = sections_in(parts, values)
+        if not {"-h", "--help"} & set(given):
+            _require_chosen(given, sections)
+        parsed = _parsed(given, default, sections, values, program, short=not everything)
+        config = _built(parsed, default, sections)
+    except PartError as error:
+        raise ConfigError(str(error)) from error.__cause__
+    require_fit(config)
+    return config.resolved
+
+
+def _parts(given: Sequence[str], default: RunConfig) -> list[Part]:
+    """The parts that the command line or else `default` names, before anything else of it is read."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("estimator", "chunker", "pool"):
+        early.add_argument(f"--{name}", default=getattr(default, name))
+    early.add_argument("--inner-estimators", "--inner_estimators", nargs="*", default=default.inner_estimators)
+    known, _ = early.parse_known_args(given)
+    chunker, pool = (None if name in (None, "None") else name for name in (known.chunker, known.pool))
+    levels = levels_of(Names((known.estimator, *known.inner_estimators), chunker, pool))
+    return [part for level in levels for part in level.all]
+
+
+def _names(kind: Kind) -> list[str]:
+    """The names of a kind, the library's own first."""
+    return [*kind.house, *(name for name in installed(kind) if name not in kind.house)]
+
+
+def _with_named_parts(given: Sequence[str], parts: Sequence[Part], values: Values) -> Values:
+    """`values` with the names of parts that the command line gives as settings, such as variance reductions."""
+    changed = {name: dict(section) for name, section in values.items()}
+    for section in sections_in(parts, values).values():
+        for name in section.kinds:
+            if (listed := _values_of(given, f"{section.name}.{name}")) is not None:
+                changed.setdefault(section.name, {})[name] = listed
+    return changed
+
+
+def _values_of(given: Sequence[str], name: str) -> list[str] | None:
+    """The values behind a flag that takes several; None where it is not given."""
+    found = None
+    for number, word in enumerate(given):
+        flag, _, value = word.partition("=")
+        if flag.startswith("--") and _plain(flag) == name:
+            rest = itertools.takewhile(lambda one: not one.startswith("--"), given[number + 1 :])
+            found = [value] if value else list(rest)
+    return found
+
+
+def _plain(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _require_chosen(given: Sequence[str], sections: Mapping[str, Section]) -> None:
+    """Raise `ConfigError` for a flag of a part of the library that was not chosen."""
+    mine = {*sections, *(one.name for one in dataclasses.fields(RunConfig))}
+    for word in given:
+        section, dot, _ = _plain(word.partition("=")[0]).partition(".")
+        if not (word.startswith("--") and dot) or section in mine:
+            continue
+        owners = [
+            f"{kind.flag} {name}"
+            for kind in (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS)
+            for name in kind.house
+            if section in sections_in([find(kind, name)], {})
+        ]
+        if owners:
+            raise ConfigError(
+                f"{word.partition('=')[0]} is a setting of {' or '.join(owners)}, which was not chosen: leave it out, or choose it"
+            )
+
+
+def _parsed(
+    given: Sequence[str],
+    default: RunConfig,
+    sections: Mapping[str, Section],
+    values: Values,
+    program: str,
+    *,
+    short: bool,
+) -> object:  # an instance of a class made here
+    """What tyro makes of the command line: an object with a field for each of a run's, and for each section."""
+    fields, defaults, further = [], {}, []
+    asked_for_help = bool({"-h", "--help"} & set(given))
+    texts = {**field_help(RunConfig), **{name: _choices(name, kind) for name, kind in KINDS.items()}}
+    hints = typing.get_type_hints(RunConfig, include_extras=True)
+    for one in dataclasses.fields(RunConfig):
+        value = getattr(default, one.name)
+        if one.name == "settings":
+            continue
+        if dataclasses.is_dataclass(value):
+            cls = type(value)
+            if short and asked_for_help:
+                names = ", ".join(_names_of(cls)).replace("_", "-")
+                further.append(textwrap.fill(f"--{one.name}.… {names}", 78, subsequent_indent="  "))
+                continue
+            made = _flags(cls.__name__, cls.__doc__, _settings_of(cls), short)
+            fields.append((one.name, made))
+            defaults[one.name] = made(**{name: getattr(value, name) for name in _names_of(cls)})
+        else:
+            fields.append((one.name, Annotated[hints[one.name], _help(texts.get(one.name, ""), short)]))
+            defaults[one.name] = value
+    for name, section in sections.items():
+        made = _flags(name, section.cls.__doc__, section.settings, short)
+        fields.append((name, made))
+        shown = {
+            one.name: tyro.MISSING if one.default is dataclasses.MISSING else one.default for one in section.settings
+        }
+        known = {key: value for key, value in values.get(name, {}).items() if key in shown}
+        typed = section.read({name: known}) if known and tyro.MISSING not in {**shown, **known}.values() else None
+        defaults[name] = made(**{key: getattr(typed, key) if typed else value for key, value in shown.items()})
+    flags = dataclasses.make_dataclass("Run", fields, frozen=True, kw_only=True)
+    flags.__doc__ = RunConfig.__doc__
+    if short:
+        what = f"{EVERYTHING} shows the flags of every estimator, and explains these:"
+        flags.__doc__ = "\n".join([f"{RunConfig.__doc__}\n\n{what}", *further])
+    return tyro.cli(flags, prog=program, args=list(given), default=flags(**defaults))
+
+
+def _built(parsed: object, default: RunConfig, sections: Mapping[str, Section]) -> RunConfig:
+    """The run, from what was parsed. Raises `ConfigError` where a class of settings refuses its values."""
+    values = {}
+    for one in dataclasses.fields(RunConfig):
+        if one.name == "settings":
+            continue
+        value, cls = getattr(parsed, one.name), type(getattr(default, one.name))
+        if dataclasses.is_dataclass(cls):
+            try:
+                value = cls(**{name: getattr(value, name) for name in _names_of(cls)})
+            except ValueError as error:
+                raise ConfigError(f"--{one.name}: {error}") from None
+        values[one.name] = value
+    settings = {name: vars(getattr(parsed, name)) for name in sections}
+    return RunConfig(**values, settings=settings)
+
+
+def _flags(name: str, doc: str | None, settings: Sequence[Setting], short: bool) -> type:
+    """A dataclass of these settings with their help texts, which checks nothing."""
+    fields = [(one.name, Annotated[one.type, _help(one.help, short)]) for one in settings]
+    made = dataclasses.make_dataclass(f"{name}Flags", fields, frozen=True, kw_only=True)
+    made.__doc__ = _first_sentence(doc or "")
+    return made
+
+
+def _settings_of(cls: type) -> list[Setting]:
+    texts, hints = field_help(cls), typing.get_type_hints(cls, include_extras=True)
+    return [
+        Setting(one.name, hints[one.name], default_of(one), texts.get(one.name, "")) for one in dataclasses.fields(cls)
+    ]
+
+
+def _names_of(cls: type) -> list[str]:
+    return [one.name for one in dataclasses.fields(cls)]
+
+
+def _help(text: str, short: bool) -> object:
+    return tyro.conf.arg(help=_first_sentence(text) if short else text)
+
+
+def _first_sentence(text: str) -> str:
+    """Up to the full stop that ends the first sentence, or its first semicolon, on one line."""
+    return re.split(r"\.(?=\s+[A-Z$`]|$)|;(?=\s)", " ".join(text.split()), maxsplit=1)[0]
+
+
+def _choices(field: str, kind: Kind) -> str:
+    text = field_help(RunConfig)[field].rstrip(".")
+    return f"{text}: {', '.join(_names(kind))}, or package.module:Class."

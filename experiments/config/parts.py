@@ -1,0 +1,140 @@
+"""From the names in a configuration to the parts they stand for, and from plain values to the settings of these parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from estimators.lookup import Kind, Part, Setting, default_of, field_help, find, settings_of
+from estimators.registry import ESTIMATORS, configuration, sections_of
+from estimators.settings import EstimatorConfig
+from experiments.config.errors import ConfigError
+from experiments.config.structure import structured
+from unet.chunkers.named import CHUNKERS, POOLS
+
+Values = Mapping[str, Mapping[str, object]]
+"""Plain values of settings, by section and name."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Settings under one name. `cls` is the dataclass that holds them; `owner` says in words what they belong to; `kinds` has
+    the kind of part that a setting names, such as variance reductions."""
+
+    name: str
+    cls: type
+    settings: tuple[Setting, ...]
+    owner: str
+    kinds: Mapping[str, Kind]
+
+    def read(self, values: Values) -> object:
+        """The settings, from plain values. Raises `ConfigError` for wrong ones."""
+        try:
+            return structured(dict(values.get(self.name, {})), self.cls)
+        except ValueError as error:
+            raise ConfigError(f"--{self.name.replace('_', '-')}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Names:
+    """The parts that a run names: the estimator of each level, the outermost first, its chunker and its pool. None: what the
+    estimator was published with."""
+
+    estimators: tuple[str, ...]
+    chunker: str | None
+    pool: str | None
+
+
+@dataclass(frozen=True)
+class Level:
+    """The parts of one level of tokens."""
+
+    estimator: Part
+    chunker: Part
+    pool: Part
+
+    @property
+    def all(self) -> tuple[Part, ...]:
+        """The parts in order."""
+        return self.estimator, self.chunker, self.pool
+
+
+def levels_of(names: Names) -> tuple[Level, ...]:
+    """The parts of each level. Raises `PartError` for names that stand for nothing."""
+    levels = []
+    for name in names.estimators:
+        estimator = find(ESTIMATORS, name)
+        own = estimator.cls
+        chunker = names.chunker or getattr(own, "default_chunker", EstimatorConfig.default_chunker)
+        pool = names.pool or getattr(own, "default_pool", EstimatorConfig.default_pool)
+        levels.append(Level(estimator, find(CHUNKERS, chunker), find(POOLS, pool)))
+    return tuple(levels)
+
+
+def sections_in(parts: Iterable[Part], values: Values) -> dict[str, Section]:
+    """The sections of these parts and of those that their settings name, by name; `values` may say which these are.
+
+    Raises `ConfigError` for two sections of one name.
+    """
+    sections: dict[str, Section] = {}
+    waiting = list(parts)
+    seen: set[type] = set()
+    while waiting:
+        part = waiting.pop(0)
+        if part.cls in seen:
+            continue
+        seen.add(part.cls)
+        for section in _sections_of(part):
+            there = sections.setdefault(section.name, section)
+            if there.settings != section.settings:
+                raise ConfigError(
+                    f"both {there.owner} and {section.owner} have settings called {section.name}: give one of the classes "
+                    "another `section`"
+                )
+            waiting.extend(find(kind, name) for kind, name in named_in(section, values))
+    return sections
+
+
+def named_in(section: Section, values: Values) -> Iterator[tuple[Kind, str]]:
+    """The parts that the settings of a section name, with their kinds."""
+    for setting in section.settings:
+        if setting.name in section.kinds:
+            names = values.get(section.name, {}).get(setting.name, setting.default)
+            if isinstance(names, list | tuple):
+                yield from ((section.kinds[setting.name], name) for name in names if isinstance(name, str))
+
+
+def estimator_config(part: Part, typed: Mapping[str, object]) -> EstimatorConfig:
+    """The configuration of an estimator from the settings of its sections. Raises `ConfigError` for impossible ones."""
+    own = typed.get(part.section)
+    values = {} if own is None else {setting.name: getattr(own, setting.name) for setting in settings_of(part)}
+    try:
+        return configuration(part, values, {name: typed[name] for name in sections_of(part)})
+    except ValueError as error:
+        raise ConfigError(f"--{part.section.replace('_', '-')}: {error}") from None
+
+
+def _sections_of(part: Part) -> Iterator[Section]:
+    owner = f"{part.kind.flag} {part.name}"
+    if own := settings_of(part):
+        fields = [(one.name, one.type, _field(one.default)) for one in own]
+        made = dataclasses.make_dataclass(part.cls.__name__, fields, frozen=True, kw_only=True)
+        made.__doc__ = part.cls.__doc__
+        yield Section(part.section, made, tuple(own), owner, {})
+    if part.kind is ESTIMATORS:
+        for name, cls in sections_of(part).items():
+            yield _shared(name, cls)
+
+
+def _shared(name: str, cls: type) -> Section:
+    hints, texts = typing.get_type_hints(cls), field_help(cls)
+    fields = dataclasses.fields(cls)
+    settings = [Setting(one.name, hints[one.name], default_of(one), texts.get(one.name, "")) for one in fields]
+    kinds = {one.name: kind for one in fields if isinstance(kind := one.metadata.get("kind"), Kind)}
+    return Section(name, cls, tuple(settings), f"--{name}", kinds)
+
+
+def _field(default: object) -> dataclasses.Field:
+    return dataclasses.field() if default is dataclasses.MISSING else dataclasses.field(default=default)

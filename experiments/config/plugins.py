@@ -1,0 +1,93 @@
+"""Code of others: which of it a command may use, and models that hold their classes.
+
+A module is imported because the command line names it (`--plugin`, or a part as `package.module:Class`), or because an installed
+package announces it. It is never imported because a file names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import re
+import sys
+import types
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from estimators.lookup import Kind, PartError, imported
+from estimators.registry import ESTIMATORS
+from estimators.sections import REDUCTIONS
+from experiments.config.errors import ConfigError
+from experiments.config.settings import RunConfig
+from unet.chunkers.named import CHUNKERS, POOLS
+from unet.files.saving import Loaded, UnknownClass, load
+
+KINDS: tuple[Kind, ...] = (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS)
+
+
+def import_plugins(names: Sequence[str]) -> tuple[types.ModuleType, ...]:
+    """The modules that `--plugin` names. Raises `ConfigError` for one that is not there or fails, whose own error is the cause."""
+    try:
+        return tuple(imported("--plugin", name, name) for name in names)
+    except PartError as error:
+        raise ConfigError(str(error)) from error.__cause__
+
+
+def announced() -> tuple[types.ModuleType, ...]:
+    """The modules that installed packages announce as estimators, chunkers, pools or reductions."""
+    points = [point for kind in KINDS for point in importlib.metadata.entry_points(group=kind.group)]
+    return import_plugins(sorted({point.value.partition(":")[0] for point in points}))
+
+
+def named_modules(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The modules that a command line names: behind `--plugin`, and of classes as `package.module:Class`."""
+    named = [match for word in arguments if (match := _CLASS.fullmatch(word.rpartition("=")[2]))]
+    return (*plugins_in(arguments), *(match["module"] for match in named if match["module"] != "hub"))
+
+
+def plugins_in(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The modules behind `--plugin` on a command line."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--plugin", nargs="*", action="extend", default=[])
+    return tuple(early.parse_known_args(arguments)[0].plugin)
+
+
+_CLASS = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):[^\W\d]\w*")
+
+
+def modules_of(config: RunConfig) -> tuple[types.ModuleType, ...]:
+    """The modules of the parts of a run that are not this library's own."""
+    parts = [part for level in config.parts for part in level.all]
+    return tuple({sys.modules[part.cls.__module__]: None for part in parts if part.name not in part.kind.house})
+
+
+def load_model(where: str | Path, plugins: Sequence[types.ModuleType] = ()) -> Loaded:
+    """`unet.load`, with the classes of `plugins` and, where the model needs others, of installed packages."""
+    try:
+        return load(where, known=plugins)
+    except UnknownClass:
+        if not (installed := announced()):
+            raise
+        return load(where, known=(*plugins, *installed))
+
+
+def require_known(values: Mapping[str, object], plugins: Collection[str], where: str) -> None:
+    """Raise `ConfigError` where the configuration in a file names a class as `package.module:Class` whose module the command line
+    does not name."""
+    for name in _names_in(values):
+        module = name.partition(":")[0]
+        if ":" in name and module not in plugins and not any(module.startswith(f"{one}.") for one in plugins):
+            raise ConfigError(
+                f"{where} was made with {name}, which is not part of this library: add --plugin {module}, if you trust that module"
+            )
+
+
+def _names_in(values: Mapping[str, object]) -> list[str]:
+    """Every string that may name a part: of the fields that do, and in the lists among the settings."""
+    found: list[object] = [values.get(name) for name in ("estimator", "chunker", "pool")]
+    listed = [values.get("inner_estimators")]
+    settings = values.get("settings")
+    for section in settings.values() if isinstance(settings, dict) else ():
+        listed += list(section.values()) if isinstance(section, dict) else []
+    found += [one for several in listed if isinstance(several, list | tuple) for one in several]
+    return [one for one in found if isinstance(one, str)]
