@@ -161,7 +161,7 @@ def genome_of(path, bases=40_000):
 
 
 def test_presets_for_dna_can_show_the_whole_genome_and_cut_says_how_little_it_can(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.fasta.STRETCH", 10_000)
+    monkeypatch.setattr("data.fasta.DOCUMENT_BASES", 10_000)
     source = genome_of(tmp_path / "genome.fa")
 
     def loaded(protocol):
@@ -483,7 +483,7 @@ def test_bases_are_read_without_headers_and_unread_stretches(tmp_path, name):
 
 
 def test_a_chromosome_is_several_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.fasta.STRETCH", 10)
+    monkeypatch.setattr("data.fasta.DOCUMENT_BASES", 10)
     lines = b"".join(b"ACGTACG\n" for _ in range(9))
     (tmp_path / "genome.fa").write_bytes(b">long\n" + lines)
     source = open_source(str(tmp_path / "genome.fa"))
