@@ -13,7 +13,7 @@ import jax
 import tyro
 
 from data import Row
-from experiments.comparison.comparison import Measured
+from experiments.comparison.comparison import MeanAndError
 from experiments.config.errors import ConfigError, require
 from experiments.config.settings import RunConfig
 from experiments.evaluation.boundaries import (
@@ -92,8 +92,8 @@ def check_runs(runs: Mapping[Path, RunConfig]) -> None:
 
 
 def groups(runs: Mapping[Path, RunConfig]) -> dict[str, list[Path]]:
-    """Groups of runs that differ only in their seeds. A group is named after its estimator and, if several groups have the same
-    estimator, after its first folder."""
+    """Groups of runs that differ only in seed and number of devices. Its estimator names a group; if
+    several groups have the same estimator, its first folder is added."""
     grouped: list[list[Path]] = []
     for folder, run in runs.items():
         same = [group for group in grouped if not differing(run, runs[group[0]], may_differ=("seed", "devices"))]
@@ -168,9 +168,9 @@ def markdown(grouped: Mapping[str, Sequence[RunAnalysis]], labels: ByteLabels, s
         "Forced boundaries, characters cut off at the end of a row and the last character of each text do not count. Uniform "
         "boundaries are as many as the model's; their scores are exact expectations. ± is the standard error over seeds.",
         table(["estimator", "bits per byte", "AUC of p, tokens", "AUC of p, words", "runs"], _summary_rows(grouped)),
-        "Distribution of boundaries over positions in characters (a character of one byte; the first, a middle, the last of several):",
+        "Distribution of boundaries over positions in characters (single byte; first, middle or last byte of several):",
         table(["boundaries", "rate", *BYTE_POSITIONS], _position_rows(grouped, labels)),
-        "Bits of a predicted byte by its position in its character. The reward for boundaries is the early head's less these:",
+        "Bits of a predicted byte by position in its character. The reward for boundaries is the difference to the early head:",
         table(["estimator", *BYTE_POSITIONS], _bits_rows(grouped)),
         table(
             [
@@ -185,7 +185,14 @@ def markdown(grouped: Mapping[str, Sequence[RunAnalysis]], labels: ByteLabels, s
             "Bits per byte with the same number of boundaries in each row at other positions. The models were trained with their "
             "own boundaries. Ends of words reveal following bytes, so those values are not a compression rate."
         )
-        head = ["estimator", "boundaries", "rate", "fraction at these positions", "bits per byte", "above its own"]
+        head = [
+            "estimator",
+            "boundaries",
+            "rate",
+            "fraction at these positions",
+            "bits per byte",
+            "above the model's own",
+        ]
         parts.append(table(head, _placement_rows(grouped)))
     return "\n".join(f"{part.rstrip()}\n" for part in parts)
 
@@ -194,9 +201,9 @@ def _summary_rows(grouped: Mapping[str, Sequence[RunAnalysis]]) -> list[list[str
     return [
         [
             name,
-            Measured.of([run.bpb for run in runs]).text(4),
-            Measured.of([run.auc_ends for run in runs]).text(),
-            Measured.of([run.auc_words for run in runs]).text(),
+            MeanAndError.of([run.bpb for run in runs]).text(4),
+            MeanAndError.of([run.auc_ends for run in runs]).text(),
+            MeanAndError.of([run.auc_words for run in runs]).text(),
             str(len(runs)),
         ]
         for name, runs in grouped.items()
@@ -212,8 +219,8 @@ def _position_rows(grouped: Mapping[str, Sequence[RunAnalysis]], labels: ByteLab
     for name, runs in grouped.items():
         for action in ("sampled", "greedy"):
             own = [boundaries.own for boundaries in _boundaries_of(runs, action)]
-            cells = [Measured.of([one.places[position] for one in own]).text() for position in BYTE_POSITIONS]
-            rows.append([f"{name}, {action}", Measured.of([one.rate for one in own]).text(), *cells])
+            cells = [MeanAndError.of([one.places[position] for one in own]).text() for position in BYTE_POSITIONS]
+            rows.append([f"{name}, {action}", MeanAndError.of([one.rate for one in own]).text(), *cells])
     all_bytes = position_fractions(labels, labels.counted)
     return [*rows, ["all bytes", "1", *(f"{all_bytes[position]:.3f}" for position in BYTE_POSITIONS)]]
 
@@ -225,7 +232,9 @@ def _bits_rows(grouped: Mapping[str, Sequence[RunAnalysis]]) -> list[list[str]]:
             name: [run.bits for run in runs],
             f"{name}, early head": [run.early_bits for run in runs],
         }.items():
-            rows.append([label, *(Measured.of([one[position] for one in bits]).text() for position in BYTE_POSITIONS)])
+            rows.append(
+                [label, *(MeanAndError.of([one[position] for one in bits]).text() for position in BYTE_POSITIONS)]
+            )
     return rows
 
 
@@ -238,7 +247,7 @@ def _score_rows(grouped: Mapping[str, Sequence[RunAnalysis]]) -> list[list[str]]
                     getattr(boundaries, kind) for boundaries in _boundaries_of(runs, action)
                 ]
                 cells = [
-                    Measured.of([getattr(getattr(one, of), score) for one in statistics]).text()
+                    MeanAndError.of([getattr(getattr(one, of), score) for one in statistics]).text()
                     for of in ("ends", "words")
                     for score in ("precision", "recall", "f1")
                 ]
@@ -252,15 +261,15 @@ def _placement_rows(grouped: Mapping[str, Sequence[RunAnalysis]]) -> list[list[s
         for placement in runs[0].placements:
             placed = [run.placements[placement] for run in runs]
             worse = [one.bpb - next(iter(run.placements.values())).bpb for one, run in zip(placed, runs, strict=True)]
-            there = Measured.of([one.there for one in placed])
+            there = MeanAndError.of([one.there for one in placed])
             rows.append(
                 [
                     name,
                     placement,
-                    Measured.of([one.rate for one in placed]).text(),
+                    MeanAndError.of([one.rate for one in placed]).text(),
                     "" if math.isnan(there.mean) else there.text(2),
-                    Measured.of([one.bpb for one in placed]).text(4),
-                    Measured.of(worse).text(4),
+                    MeanAndError.of([one.bpb for one in placed]).text(4),
+                    MeanAndError.of(worse).text(4),
                 ]
             )
     return rows
