@@ -276,7 +276,7 @@ def _placement_rows(grouped: Mapping[str, Sequence[RunAnalysis]]) -> list[list[s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 2 for a user's error."""
+    """Run the command line. Returns 0, or 2 for invalid input."""
     return command_line(WordsConfig, analyse_runs, "experiments.words", arguments)
 
 

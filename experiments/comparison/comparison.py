@@ -71,7 +71,7 @@ class MeanAndError:
 class MethodResult:
     """Results of one estimator over its seeds.
 
-    `numbers`: the values of `MEASURED` by name. `gain`: the paired difference of the reference's bits per byte and its own.
+    `numbers`: the values of `MEASURED` by name. `gain`: the reference's bits per byte minus its own, paired by seed.
     `val_rates`, `target_rates`: measured and target rates of all levels, the outermost first. `missed`: whether a rate
     differs from its target by more than `RATE_TOLERANCE`.
     """
