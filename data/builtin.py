@@ -45,7 +45,8 @@ class StandardLibraryCode(AbstractSource):
 
 
 class StandardLibraryDocs(AbstractSource):
-    """English prose: the docstrings of the standard library, one document per module, and pydoc's topics (about 2 MB).
+    """English prose: the docstrings of the standard library, one document per module, and the topics of pydoc, one
+    document each (about 2 MB).
 
     Line breaks inside paragraphs are removed: each paragraph is one line, with single spaces between words.
     """

@@ -20,7 +20,7 @@ _WORDS: dict[SplitName, tuple[str, ...]] = {
 def named_split(path: str) -> SplitName | None:
     """The split named by `path` (with slashes), such as `test-0001.parquet` or `validation/a.jsonl`; None if it names none.
 
-    A file or folder names a split by the first of its words that is in `_WORDS`; everything but letters separates words. The
+    A file or folder names a split by the first of its words that is in `_WORDS`; words are runs of ASCII letters. The
     innermost part of the path that names a split decides.
     """
     for part in reversed(PurePosixPath(path).parts):

@@ -18,10 +18,10 @@ from experiments.benchmark.ops import Compared, Sizes, compare_operations
 from experiments.benchmark.overhead import OverheadReport, overhead
 from experiments.benchmark.rates import RateReport, token_level
 from experiments.benchmark.recurrence import RecurrenceReport, recurrence
-from experiments.benchmark.roofline import Share
-from experiments.benchmark.steps import AlternativeName, alternative_step, of_estimators, training_step
-from experiments.benchmark.timing import Timing, in_turns
-from experiments.benchmark.whole_step import StepReport, compile_elsewhere
+from experiments.benchmark.roofline import PartCost
+from experiments.benchmark.steps import AlternativeName, alternative_step, estimator_steps, training_step
+from experiments.benchmark.timing import Timing, time_interleaved
+from experiments.benchmark.whole_step import StepReport, compile_in_subprocess
 from experiments.comparison.intervals import ALIKE, CONFIDENCE
 from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
@@ -123,10 +123,10 @@ class Steps(OfModel, AbstractTimed):
         run = self.run("uniform")
         names: list[EstimatorName] = ["uniform", *(name for name in self.estimators if name != "uniform")]
         display.note(f"compiling a training step of {self.model} for {len(names)} estimators")
-        steps = of_estimators(run, names, load_split(run))
+        steps = estimator_steps(run, names, load_split(run))
         for name, reason in steps.left_out.items():
             display.note(f"{name} is left out: {reason}")
-        timings = in_turns(steps.works, baseline="uniform", rounds=self.rounds, calls=self.calls)
+        timings = time_interleaved(steps.works, baseline="uniform", rounds=self.rounds, calls=self.calls)
         display.note(timing_table(timings, "estimator", run.bytes_per_step))
         return timings
 
@@ -150,7 +150,9 @@ class Alternatives(OfModel, AbstractTimed):
             except ConfigError as lack:
                 display.note(str(lack))
                 continue
-            pair = in_turns({"caesura": own, name: other}, baseline="caesura", rounds=self.rounds, calls=self.calls)
+            pair = time_interleaved(
+                {"caesura": own, name: other}, baseline="caesura", rounds=self.rounds, calls=self.calls
+            )
             display.note(timing_table(pair, "training step", run.bytes_per_step, baseline="caesura"))
             found[name] = pair[name]
         return found
@@ -281,7 +283,7 @@ class Compile(OfModel, AbstractMeasurement):
                 continue
             unet = dataclasses.replace(run.unet, compute=self.compute, implementation=implementation)
             display.note(f"compiling a step of {self.model} for {self.target}, {name}; minutes")
-            found[name] = compile_elsewhere(dataclasses.replace(run, unet=unet), self.target)
+            found[name] = compile_in_subprocess(dataclasses.replace(run, unet=unet), self.target)
             display.note(step_table(found[name], run.bytes_per_step))
         return found
 
@@ -302,10 +304,10 @@ class Overhead(OfModel, AbstractTimed):
         display.note(table(["preset", "MFLOP a byte", "policy", "objective", "early head", "all"], rows))
         run = self.run("stride")
         display.note(f"compiling a training step of {self.model} with given boundaries and with learned ones")
-        steps = of_estimators(run, ["stride", "sfe"], load_split(run))
+        steps = estimator_steps(run, ["stride", "sfe"], load_split(run))
         if steps.left_out:
             raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in steps.left_out.items()))
-        sfe = in_turns(steps.works, baseline="stride", rounds=self.rounds, calls=self.calls)["sfe"]
+        sfe = time_interleaved(steps.works, baseline="stride", rounds=self.rounds, calls=self.calls)["sfe"]
         display.note(
             f"a step with learned boundaries takes {1 / sfe.speedup:.3f} times as long as one with given ones "
             f"({CONFIDENCE:.0%} interval of the median: {1 / sfe.high:.3f} to {1 / sfe.low:.3f})"
@@ -322,7 +324,7 @@ def step_table(report: StepReport, bytes_per_step: int) -> str:
     total = sum(part.seconds for part in report.parts)
     sums = (sum(getattr(p, name) for p in report.parts) for name in ("kernels", "flops", "bytes", "seconds"))
     rows = []
-    for part in (*report.parts, Share("all", *sums)):
+    for part in (*report.parts, PartCost("all", *sums)):
         work = f"{part.flops / 1e9:.1f}", f"{part.bytes / 1e9:.2f}", f"{part.seconds * 1e3:.3f}"
         rows.append((part.part, part.kernels, *work, f"{part.seconds / total:.0%}"))
     notes = (

@@ -261,13 +261,13 @@ def _placement_rows(grouped: Mapping[str, Sequence[RunAnalysis]]) -> list[list[s
         for placement in runs[0].placements:
             placed = [run.placements[placement] for run in runs]
             worse = [one.bpb - next(iter(run.placements.values())).bpb for one, run in zip(placed, runs, strict=True)]
-            there = MeanAndError.of([one.there for one in placed])
+            at_requested = MeanAndError.of([one.there for one in placed])
             rows.append(
                 [
                     name,
                     placement,
                     MeanAndError.of([one.rate for one in placed]).text(),
-                    "" if math.isnan(there.mean) else there.text(2),
+                    "" if math.isnan(at_requested.mean) else at_requested.text(2),
                     MeanAndError.of([one.bpb for one in placed]).text(4),
                     MeanAndError.of(worse).text(4),
                 ]

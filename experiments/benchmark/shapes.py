@@ -1,4 +1,4 @@
-"""Models of shapes without numbers: enough to compile or to count, whatever their size."""
+"""Models of array shapes without values, to compile or to count FLOPs of models of any size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unet import UNet
 
 
 def shapes_of(config: RunConfig) -> UNet:
-    """The model of a run with a `jax.ShapeDtypeStruct` for every array. Raises `ValueError` for estimators read off data."""
+    """The model of a run with a `jax.ShapeDtypeStruct` for every array. Raises `ValueError` for estimators that need data."""
 
     def build() -> UNet:
         return build_model(config, jax.random.key(0))

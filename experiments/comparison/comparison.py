@@ -55,7 +55,7 @@ class MeanAndError:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> MeanAndError:
-        """From the values of the seeds."""
+        """From one value per seed. The error is sd / √n, with the sample standard deviation."""
         error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
         return cls(float(np.mean(values)), error, len(values))
 
