@@ -1,4 +1,4 @@
-"""Text for byte-level language models: data sources, protocols that cut documents into rows, and a deterministic loader."""
+"""Text for byte-level language models: data sources, protocols that make training sequences (rows), a deterministic loader."""
 
 from data.coverage import Coverage
 from data.documents import BOS, AbstractSource, DataError, Shard

@@ -15,7 +15,7 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 def library_files() -> list[Path]:
-    """The Python files of the standard library, without tests, sorted. Raises `DataError` if none are installed."""
+    """The Python files of the standard library, without tests, sorted. Raises `DataError` if there are none."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(path for path in root.rglob("*.py") if not _NOT_LIBRARY.intersection(path.relative_to(root).parts))
     if not files:
@@ -45,9 +45,10 @@ class StandardLibraryCode(AbstractSource):
 
 
 class StandardLibraryDocs(AbstractSource):
-    """English prose: the docstrings of the standard library, one document per module, and pydoc's topics (about 2 MB).
+    """English prose: the docstrings of the standard library, one document per module, and the topics of pydoc, one
+    document each (about 2 MB).
 
-    Layout is removed: each paragraph becomes one line, with single spaces between words.
+    Line breaks inside paragraphs are removed: each paragraph is one line, with single spaces between words.
     """
 
     @property
@@ -66,7 +67,7 @@ class StandardLibraryDocs(AbstractSource):
             text = as_prose("\n\n".join(_docstrings(path)))
             if text:
                 yield text.encode()
-        # Imported here, since it is half a megabyte of text that nothing else needs.
+        # Imported only when needed: the module holds half a megabyte of text.
         from pydoc_data.topics import topics
 
         for _, text in sorted(topics.items()):

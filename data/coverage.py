@@ -1,4 +1,4 @@
-"""Coverage: how much of the training documents a protocol can ever put into training rows."""
+"""Coverage: the fraction of the training text that a protocol can put into training sequences."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from data.rows import Protocol
 
 LITTLE = 0.5
-"""Fraction of the bytes below which a run names the setting that would cover more."""
+"""Coverage below which the note to the user recommends another protocol."""
 
 
 def shown_bytes(size: int, length: int, protocol: Protocol) -> int:
-    """How many of a document's `size` bytes, without BOS, can occur in rows of `length`, over all epochs.
+    """The number of a document's `size` bytes, without BOS, that can occur in rows of `length` bytes, over all epochs.
 
-    cut: the first `length` - 1, after the BOS, and none of a document shorter than a row; crop and pack: all.
+    cut: the first `length` - 1, since BOS takes one position; none if the document with BOS is shorter than `length`.
+    crop and pack: all of them.
     """
     if protocol == "cut":
         return length - 1 if size + 1 >= length else 0
@@ -23,8 +24,11 @@ def shown_bytes(size: int, length: int, protocol: Protocol) -> int:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Counts over training documents: documents, documents that give no row, bytes without BOS, and bytes that can occur in
-    rows."""
+    """Counts over training documents.
+
+    `documents`: all of them. `left_out`: those that give no row. `bytes`: their bytes without BOS. `shown`: the bytes that can
+    occur in rows.
+    """
 
     documents: int = 0
     left_out: int = 0
@@ -32,7 +36,7 @@ class Coverage:
     shown: int = 0
 
     def plus(self, size: int, length: int, protocol: Protocol) -> Coverage:
-        """The counts after another document of `size` bytes."""
+        """The counts with one more document of `size` bytes, without BOS."""
         shown = shown_bytes(size, length, protocol)
         left_out = self.left_out + (shown == 0)
         return Coverage(self.documents + 1, left_out, self.bytes + size, self.shown + shown)
@@ -42,15 +46,15 @@ class Coverage:
         """The fraction `shown / bytes`; NaN without bytes."""
         return self.shown / self.bytes if self.bytes else math.nan
 
-    def sentence(self, name: str, length: int, protocol: Protocol, *, so_far: bool) -> str:
-        """A note to the user about the data set `name`; `so_far` if it counts only the documents read up to now."""
-        read = " read so far" if so_far else ""
-        said = (
+    def note(self, name: str, length: int, protocol: Protocol, *, so_far: bool) -> str:
+        """A note to the user about the data set `name`. `so_far`: only the documents read up to now are counted."""
+        scope = " read so far" if so_far else ""
+        text = (
             f"the protocol '{protocol}' can show {100 * self.share:.3g} % of the bytes of the {self.documents:,} training "
-            f"documents of {name}{read}"
+            f"documents of {name}{scope}"
         )
         if self.left_out:
-            said += f"; {self.left_out:,} of them are shorter than {length} bytes and left out"
+            text += f"; {self.left_out:,} of them are shorter than {length} bytes and left out"
         if self.share < LITTLE:
-            said += "; --data.protocol crop or pack shows all of them"
-        return said
+            text += "; --data.protocol crop or pack shows all of them"
+        return text

@@ -16,14 +16,14 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a data set that is read as a whole: its name, and its stored size in bytes (0 if unknown)."""
+    """A part of a data set, such as one file: its name, and its stored size in bytes (0 if unknown)."""
 
     name: str
     size: int
 
 
 class AbstractSource(ABC):
-    """A source of documents. `shards` and `documents` return the same results in the same order every time."""
+    """A data set. `shards` and `documents` return the same results in the same order every time."""
 
     @property
     @abstractmethod
@@ -33,16 +33,16 @@ class AbstractSource(ABC):
     @property
     @abstractmethod
     def streamed(self) -> bool:
-        """Whether it is read during training, since it is too large or too remote to be read before."""
+        """Whether shards are read during training instead of all at once before it."""
 
     @property
     def held_out_source(self) -> AbstractSource | None:
-        """The data set of the held-out documents; None if they are a fraction of this one's."""
+        """The data set of the held-out documents; None if a fraction of this data set is held out."""
         return None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes to the user about parts that are not read, or not used for training."""
+        """Notes to the user about parts of the data set that are skipped or not used for training."""
         return ()
 
     @abstractmethod
@@ -55,9 +55,9 @@ class AbstractSource(ABC):
 
 
 def checked_utf8(content: bytes, where: str) -> bytes:
-    """`content`, if it is valid UTF-8, in which bytes 254 (BOS) and 255 (EOS) cannot occur.
+    """Returns `content` if it is valid UTF-8. Bytes 254 (BOS) and 255 (EOS) do not occur in UTF-8.
 
-    Otherwise raises `DataError`, naming `where` and the offset of the first invalid byte.
+    Otherwise raises `DataError` with `where` and the offset of the first invalid byte.
     """
     try:
         content.decode("utf-8")
@@ -70,10 +70,11 @@ def checked_utf8(content: bytes, where: str) -> bytes:
 
 
 def is_held_out(document: bytes, share: float) -> bool:
-    """Whether a document is held out. Its content alone decides, so that copies are in the same split."""
+    """Whether a document is held out, given the held-out fraction `share`. Copies of a document are in the same split, since
+    only the content decides."""
     return document_rank(document) < share
 
 
 def document_rank(document: bytes) -> float:
-    """A hash of the document as a number in [0, 1), uniformly distributed over documents."""
+    """A hash of the document, scaled to a number in [0, 1) that is uniformly distributed over documents."""
     return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big") / 2**64

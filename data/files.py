@@ -24,10 +24,10 @@ PLAIN_DOCUMENT = 64 * 1024
 class Files(AbstractSource):
     """Local files, given by a path, a folder (all files in it, at any depth, except hidden ones) or a glob.
 
-    `.jsonl`, `.json` and `.ndjson` have one JSON object per line and `.parquet` one row per document, with the text in
+    `.jsonl`, `.json` and `.ndjson` have one JSON object per line, `.parquet` one record per document; the text is in
     `text_field`. `.fa`, `.fasta` and `.fna` have nucleotide sequences. Every other file is plain text: one document, or several
-    if it is long. All may be compressed (`.gz`, `.zst`). Files of more than `memory_limit` bytes together are streamed. If some
-    JSON or Parquet files are named as a validation split, or else as a test split, they are the held-out text.
+    if it is long. All may be compressed (`.gz`, `.zst`). The files are streamed if they have more than `memory_limit` bytes
+    together. JSON and Parquet files named as a validation split are the held-out text; without one, those of a test split are.
     """
 
     def __init__(self, pattern: str, text_field: str, memory_limit: int = 512 * 2**20, *, held_out: bool = False):
@@ -40,7 +40,7 @@ class Files(AbstractSource):
         self._splits = _splits_of(paths)
         chosen = self._splits.held_out if held_out else self._splits.training
         self._shards = [Shard(str(path), path.stat().st_size) for path in paths if str(path) in chosen]
-        self._unread: dict[str, int] = {}
+        self._skipped_bases: dict[str, int] = {}
 
     @property
     def name(self) -> str:
@@ -59,30 +59,29 @@ class Files(AbstractSource):
     @property
     def notes(self) -> tuple[str, ...]:
         notes = self._splits.notes(self.name)
-        if unread := sum(self._unread.values()):
-            notes += (
-                f"{unread:,} unknown bases and gaps (N, ., -, *) of {self.name} are left out, of what is read so far",
-            )
+        if skipped := sum(self._skipped_bases.values()):
+            notes += (f"{skipped:,} unknown bases and gaps (N, ., -, *) of {self.name} were skipped so far",)
         return notes
 
     def shards(self) -> Sequence[Shard]:
         return self._shards
 
     def documents(self, shard: Shard) -> Iterator[bytes]:
-        self._unread[shard.name] = 0
+        self._skipped_bases[shard.name] = 0
 
-        def leave_out(bases: int) -> None:
-            self._unread[shard.name] += bases
+        def on_skipped(bases: int) -> None:
+            self._skipped_bases[shard.name] += bases
 
-        return read_documents(Path(shard.name), self._text_field, leave_out)
+        return read_documents(Path(shard.name), self._text_field, on_skipped)
 
 
 def read_documents(
-    path: Path, text_field: str, leave_out: Callable[[int], None] = lambda bases: None
+    path: Path, text_field: str, on_skipped: Callable[[int], None] = lambda bases: None
 ) -> Iterator[bytes]:
-    """The documents of one file, in order, without empty ones. `leave_out` is called with the numbers of unknown bases left out.
+    """The documents of one file, in order, without empty ones. `on_skipped` is called with the numbers of bases skipped in FASTA
+    files.
 
-    Raises `DataError`, naming the file and the place, for what cannot be read.
+    Raises `DataError`, with the file and the position in it, for invalid content.
     """
     kind = _kind(path)
     try:
@@ -92,7 +91,7 @@ def read_documents(
             yield from _json_documents(path, text_field)
         elif kind in SUFFIXES:
             with _open(path) as stream:
-                yield from read_fasta(stream, str(path), leave_out)
+                yield from read_fasta(stream, str(path), on_skipped)
         else:
             yield from _plain_documents(path)
     except (OSError, EOFError, zlib.error, *_zstd_errors()) as error:
@@ -100,23 +99,23 @@ def read_documents(
 
 
 def _kind(path: Path) -> str:
-    """The suffix of a file's format, before that of the compression."""
+    """The file suffix without the compression suffix, in lower case."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in (".gz", ".zst") else (suffixes or [""])[-1]
 
 
 def _splits_of(paths: Sequence[Path]) -> Splits:
-    """The splits that files name in their paths below their common folder. Only names of JSON and Parquet files count, since
-    source code has tests too. If no file would be left for training, all are for training."""
-    everything = Splits(tuple(str(path) for path in paths))
+    """The splits named by the paths of JSON and Parquet files, relative to the common folder of all files. Other files are for
+    training, since source code has tests too. All files are for training if none would be left otherwise."""
+    all_for_training = Splits(tuple(str(path) for path in paths))
     if len(paths) == 1:
-        return everything
+        return all_for_training
     root = Path(os.path.commonpath(paths))
     splits = Splits.of(path.relative_to(root).as_posix() for path in paths if _kind(path) in (".parquet", *JSON_LINES))
-    apart = {str(root / name) for name in (*splits.held_out, *splits.unused)}
-    training = tuple(path for path in everything.training if path not in apart)
+    not_for_training = {str(root / name) for name in (*splits.held_out, *splits.unused)}
+    training = tuple(path for path in all_for_training.training if path not in not_for_training)
     if not training:
-        return everything
+        return all_for_training
     return Splits(training, *(tuple(str(root / name) for name in part) for part in (splits.held_out, splits.unused)))
 
 
@@ -131,19 +130,19 @@ def _zstd_errors() -> tuple[type[Exception], ...]:
 def _matches(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
         problem = f"the folder {pattern} holds no files"
     elif path.exists():
         return [path]
     else:
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         problem = f"there is no data set, file or folder called {pattern!r}"
-    if not found:
+    if not files:
         raise DataError(
             f"{problem}; use docs, stdlib, codeparrot, codeparrot-clean, fineweb, fineweb-edu, fineweb-100BT, "
             "fineweb-edu-100BT, hub:owner/name/folder@revision, or the path of a file, a folder or a glob"
         )
-    return found
+    return files
 
 
 def _hidden(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face hub: listed once, then streamed shard by shard, with a cache of bounded size."""
+"""Data sets on the Hugging Face hub: listed once, then streamed shard by shard through a cache of bounded size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from data.hub_names import HubDataset
 from data.splits import Splits, named_split
 
 TRIES = 6
-"""Number of attempts at a request to the hub."""
+"""Maximum number of attempts at a request to the hub."""
 
 FORMATS = (
     ("*.parquet",),
@@ -57,7 +57,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The shards of a data set at one commit. It is saved with the cached shards, so that later runs see the same data."""
+    """The shards of a data set at one commit. It is saved beside the cached shards, so that later runs read the same data."""
 
     repository: str
     commit: str
@@ -68,9 +68,10 @@ class HubSource(AbstractSource):
     """A data set on the hub.
 
     Its files are listed at one commit, and later runs use the saved list. Files named as a validation or test split are never
-    used for training; those of the validation split, or else of the test split, are the held-out text. A shard is taken from
-    the user's own Hugging Face cache, else from ours, else downloaded to ours, which is kept below `cache_bytes` by deleting
-    the least recently used shards. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured.
+    used for training. The validation split is the held-out text; without one, the test split is. A shard is looked up in the
+    user's Hugging Face cache, then in the cache of this library, and is downloaded to the latter otherwise. The least recently
+    used shards of the data set are deleted there to keep them below `cache_bytes`. HF_ENDPOINT, HF_TOKEN, HF_HOME and
+    HF_HUB_OFFLINE are honoured.
     """
 
     def __init__(
@@ -84,8 +85,8 @@ class HubSource(AbstractSource):
         wait: Callable[[float], None] = time.sleep,
         held_out: bool = False,
     ):
-        """`cache`: our cache folder, by default `caesura` in the user's cache folder. `wait` sleeps between attempts.
-        `held_out`: read the held-out files or, if none are named so, all files."""
+        """`cache`: the cache folder of this library, by default `caesura` in the user's cache folder. `wait` sleeps between
+        attempts. `held_out`: read the held-out files, or all files if none is named as a held-out split."""
         root = _default_cache() if cache is None else cache
         self._dataset = dataset
         self._text_field = text_field
@@ -132,7 +133,7 @@ class HubSource(AbstractSource):
         return self._splits().notes(self.name)
 
     def shards(self) -> Sequence[Shard]:
-        splits, sizes = self._splits(), {file.path: file.size for file in self._listed().files}
+        splits, sizes = self._splits(), {file.path: file.size for file in self._load_manifest().files}
         files = splits.training
         if self._held_out:
             files = splits.held_out or splits.training
@@ -144,22 +145,22 @@ class HubSource(AbstractSource):
         return [Shard(path, sizes[path]) for path in files]
 
     def _splits(self) -> Splits:
-        return Splits.of(file.path for file in self._listed().files)
+        return Splits.of(file.path for file in self._load_manifest().files)
 
     def documents(self, shard: Shard) -> Iterator[bytes]:
-        file = next(file for file in self._listed().files if file.path == shard.name)
+        file = next(file for file in self._load_manifest().files if file.path == shard.name)
         return read_documents(self._local(file), self._text_field)
 
-    def _listed(self) -> Manifest:
+    def _load_manifest(self) -> Manifest:
         if self._manifest is None:
-            kept = self._folder / "manifest.json"
-            if kept.exists():
-                self._manifest = _read_manifest(kept)
+            path = self._folder / "manifest.json"
+            if path.exists():
+                self._manifest = _read_manifest(path)
             else:
                 self._manifest = self._cached_manifest() if constants.HF_HUB_OFFLINE else self._remote_manifest()
-                if not constants.HF_HUB_OFFLINE:  # offline, the files that happen to be cached are not the full list
+                if not constants.HF_HUB_OFFLINE:  # offline, the cached files are not the full list
                     self._folder.mkdir(parents=True, exist_ok=True)
-                    _write_manifest(kept, self._manifest)
+                    _write_manifest(path, self._manifest)
         return self._manifest
 
     def _remote_manifest(self) -> Manifest:
@@ -167,7 +168,7 @@ class HubSource(AbstractSource):
         repository, folder, revision = self._dataset.repository, self._dataset.folder, self._dataset.revision or None
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
-        def look() -> Manifest:
+        def list_files() -> Manifest:
             commit = api.dataset_info(repository, revision=revision, timeout=10).sha
             if commit is None:
                 raise DataError(f"the hub reports no commit of {repository}, so its files cannot be pinned")
@@ -179,11 +180,11 @@ class HubSource(AbstractSource):
             )
             return Manifest(repository, commit, files)
 
-        manifest = self._trying("list its files", look)
+        manifest = self._retry("list its files", list_files)
         return self._with_shards_only(manifest)
 
     def _cached_manifest(self) -> Manifest:
-        """The shards in the user's own Hugging Face cache, for offline use of a data set that was never listed."""
+        """The shards in the user's Hugging Face cache, for offline use of a data set that was never listed."""
         root = Path(constants.HF_HUB_CACHE) / f"datasets--{self._dataset.repository.replace('/', '--')}"
         snapshots = sorted((root / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
         revision = self._dataset.revision
@@ -197,8 +198,8 @@ class HubSource(AbstractSource):
                 "list its files", f"offline mode is on (HF_HUB_OFFLINE) and no file of it {cached}is cached"
             )
         newest = snapshots[-1]
-        found = sorted(path for path in newest.rglob("*") if path.is_file())
-        files = tuple(RemoteFile(path.relative_to(newest).as_posix(), path.stat().st_size, None) for path in found)
+        paths = sorted(path for path in newest.rglob("*") if path.is_file())
+        files = tuple(RemoteFile(path.relative_to(newest).as_posix(), path.stat().st_size, None) for path in paths)
         folder = f"{self._dataset.folder}/" if self._dataset.folder else ""
         inside = tuple(file for file in files if file.path.startswith(folder))
         return self._with_shards_only(Manifest(self._dataset.repository, newest.name, inside))
@@ -208,14 +209,15 @@ class HubSource(AbstractSource):
         by_split: dict[str, list[RemoteFile]] = {}
         for file in manifest.files:
             by_split.setdefault(named_split(file.path) or "training", []).append(file)
-        kept = [file for files in by_split.values() for file in self._of_one_format(files)]
-        if kept:
-            return dataclasses.replace(manifest, files=tuple(sorted(kept, key=lambda file: file.path)))
+        chosen = [file for files in by_split.values() for file in self._of_one_format(files)]
+        if chosen:
+            return dataclasses.replace(manifest, files=tuple(sorted(chosen, key=lambda file: file.path)))
         wanted = ", ".join(self._dataset.patterns or [pattern for patterns in FORMATS for pattern in patterns])
         inside = f"in {self._dataset.folder} " if self._dataset.folder else ""
         raise DataError(f"{manifest.repository} on the hub has no files {inside}like {wanted}")
 
     def _of_one_format(self, files: Sequence[RemoteFile]) -> list[RemoteFile]:
+        """The files of the first preferred format that occurs among `files`."""
         for patterns in (self._dataset.patterns,) if self._dataset.patterns else FORMATS:
             chosen = [file for file in files if any(fnmatch.fnmatch(file.path, pattern) for pattern in patterns)]
             if chosen:
@@ -224,20 +226,22 @@ class HubSource(AbstractSource):
 
     def _local(self, file: RemoteFile) -> Path:
         """The local path of a shard, downloaded if necessary."""
-        manifest = self._listed()
-        theirs = try_to_load_from_cache(manifest.repository, file.path, repo_type="dataset", revision=manifest.commit)
-        if isinstance(theirs, str) and os.path.getsize(theirs) == file.size:
-            return Path(theirs)
-        ours = self._folder / file.path
-        if ours.exists() and ours.stat().st_size == file.size:
-            os.utime(ours)
-            return ours
+        manifest = self._load_manifest()
+        user_cached = try_to_load_from_cache(
+            manifest.repository, file.path, repo_type="dataset", revision=manifest.commit
+        )
+        if isinstance(user_cached, str) and os.path.getsize(user_cached) == file.size:
+            return Path(user_cached)
+        local = self._folder / file.path
+        if local.exists() and local.stat().st_size == file.size:
+            os.utime(local)
+            return local
         if constants.HF_HUB_OFFLINE:
             raise self._unreachable(
                 f"read {file.path}", "offline mode is on (HF_HUB_OFFLINE) and this shard is not cached"
             )
-        ours.unlink(missing_ok=True)
-        self._make_room(file)
+        local.unlink(missing_ok=True)
+        self._evict_for(file)
 
         def download() -> Path:
             try:
@@ -253,13 +257,14 @@ class HubSource(AbstractSource):
                 )
                 _check_download(path, file)
             except BaseException:
-                ours.unlink(missing_ok=True)
+                local.unlink(missing_ok=True)
                 raise
             return path
 
-        return self._trying(f"download {file.path}", download)
+        return self._retry(f"download {file.path}", download)
 
-    def _make_room(self, file: RemoteFile) -> None:
+    def _evict_for(self, file: RemoteFile) -> None:
+        """Deletes the least recently used shards until `file` fits. Raises `DataError` if it is larger than the cache."""
         if file.size > self._cache_bytes:
             raise DataError(
                 f"{file.path} of {self.name} has {file.size / 2**30:.2f} GiB, more than the cache may hold; raise "
@@ -278,14 +283,17 @@ class HubSource(AbstractSource):
             size -= path.stat().st_size
             path.unlink(missing_ok=True)
 
-    def _trying(self, what: str, action: Callable[[], Result]) -> Result:
-        """The result of `action`, retried with exponential backoff after transient failures."""
+    def _retry(self, what: str, action: Callable[[], Result]) -> Result:
+        """The result of `action`, with exponential backoff after transient failures.
+
+        Raises `DataError` after `TRIES` attempts or after a permanent failure.
+        """
         for attempt in range(TRIES):
             try:
                 return action()
             except (OSError, httpx2.HTTPError, ValueError, RuntimeError) as error:
                 reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-                if attempt + 1 == TRIES or not _may_pass(reason):
+                if attempt + 1 == TRIES or not _is_transient(reason):
                     raise self._unreachable(what, _explain(reason)) from error
                 self._wait(2.0**attempt)
         raise AssertionError("the last attempt returns or raises")
@@ -293,8 +301,8 @@ class HubSource(AbstractSource):
     def _unreachable(self, what: str, why: str) -> DataError:
         endpoint = self._endpoint or constants.ENDPOINT
         return DataError(
-            f"cannot {what} for the data set {self.name} ({self._dataset.repository} at {endpoint}): {why}. Nothing else is "
-            "used in its place; data sets that need no network are docs, stdlib, or the path of your own files"
+            f"cannot {what} for the data set {self.name} ({self._dataset.repository} at {endpoint}): {why}. No other data "
+            "set is substituted; data sets that need no network are docs, stdlib, or the path of your own files"
         )
 
 
@@ -309,15 +317,15 @@ def _check_download(path: Path, file: RemoteFile) -> None:
             raise OSError("its contents do not match the hub's checksum")
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether a failure may be transient: not a refusal, and not a full or read-only disk."""
+def _is_transient(error: BaseException) -> bool:
+    """Whether a failure may be transient: a network or server error, but not a client error or an error of the disk."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500 or error.response.status_code in (408, 429)
     if isinstance(error, OfflineModeIsEnabled | ValueError):
         return False
-    # The client raises OSErrors without errno for downloads of the wrong size; those of the operating system have one.
-    passing = httpx2.TransportError | ConnectionError | TimeoutError | RuntimeError
-    return isinstance(error, passing) or (isinstance(error, OSError) and error.errno is None)
+    # The client raises an OSError without errno for a download of the wrong size. The operating system sets errno.
+    transient = httpx2.TransportError | ConnectionError | TimeoutError | RuntimeError
+    return isinstance(error, transient) or (isinstance(error, OSError) and error.errno is None)
 
 
 def _explain(error: BaseException) -> str:

@@ -9,9 +9,12 @@ from data.documents import DataError
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where a data set is on the hub: its repository, a folder in it ("" for all), file patterns (empty: the first of
-    `hub.FORMATS` that it has), the field of the text, the repository of its held-out split, if it is another, and the branch,
-    tag or commit to read ("" for the newest commit when it is first listed)."""
+    """The location of a data set on the hub.
+
+    `folder`: a folder of the repository ("" for all). `patterns`: file patterns (empty: the first of `hub.FORMATS` that
+    occurs). `text_field`: the field with the text. `held_out_repository`: the repository of the held-out split, if it is
+    a different one. `revision`: branch, tag or commit ("" for the newest commit when the data set is first listed).
+    """
 
     name: str
     repository: str
@@ -46,9 +49,9 @@ def hub_dataset(name: str) -> HubDataset:
 
     Raises `DataError` for any other name.
     """
-    place, at, revision = name.removeprefix("hub:").partition("@")
-    parts = place.split("/")
-    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts) or bool(at) != bool(revision):
+    path, separator, revision = name.removeprefix("hub:").partition("@")
+    parts = path.split("/")
+    if len(parts) < 2 or any(part in ("", ".", "..") for part in parts) or bool(separator) != bool(revision):
         raise DataError(
             f"a hub data set must be hub:owner/name, hub:owner/name/folder or hub:owner/name/folder@revision; got {name!r}"
         )

@@ -1,4 +1,4 @@
-"""From a source to batches: splitting, shuffling, and an iterator that can resume at any step."""
+"""Batches from a source: splitting, shuffling, and an iterator that can resume at any step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ SHUFFLE_WINDOW = 1024
 
 
 class Batch(TypedDict):
-    """Stacked rows: bytes, document numbers within each row, and a mask that is False at padding."""
+    """A batch of rows (training sequences): bytes, segment numbers of the documents in each row, and a mask that is False at
+    padding."""
 
     bytes: UInt8[np.ndarray, "batch length"]
     segments: Int32[np.ndarray, "batch length"]
@@ -30,7 +31,7 @@ class Batch(TypedDict):
 
 
 class ReadBatch(Batch):
-    """A batch as it is read, for a stream with the further fields of `StreamedRow`."""
+    """A batch from the data pipeline; batches of a stream also have the additional fields of `StreamedRow`."""
 
     epochs: NotRequired[Float64[np.ndarray, " batch"]]
     earlier_rows: NotRequired[Int64[np.ndarray, " batch"]]
@@ -39,9 +40,11 @@ class ReadBatch(Batch):
 
 @dataclass(frozen=True)
 class Split:
-    """A source split into held-out rows and training documents (None if streamed), with the training documents' `coverage` by
-    the protocol (None if streamed), a fingerprint that changes with the data, and notes to the user about what is covered and
-    what is left out."""
+    """A source split into training documents and held-out rows.
+
+    `training`: the training documents; None if streamed. `coverage`: the coverage of the training documents; None if streamed.
+    `fingerprint`: a hash of the data. `notes`: messages to the user about coverage and omitted text.
+    """
 
     source: AbstractSource
     length: int
@@ -55,10 +58,10 @@ class Split:
 
     def coverage_note(self, coverage: Coverage) -> str:
         """A note to the user about the training documents counted in `coverage`."""
-        return coverage.sentence(self.source.name, self.length, self.protocol, so_far=self.training is None)
+        return coverage.note(self.source.name, self.length, self.protocol, so_far=self.training is None)
 
     def held_out_rows(self, max_bytes: int) -> HeldOutRows:
-        """Up to `max_bytes` of held-out rows, made lazily: the same for every run on this data, whatever its seed."""
+        """Held-out rows of up to `max_bytes`, at least one, made lazily. They do not depend on the seed of a run."""
         order = np.random.default_rng(0).permutation(len(self.held_out))
         return HeldOutRows(self.held_out, order[: max(1, max_bytes // self.length)])
 
@@ -68,9 +71,9 @@ def load(
 ) -> Split:
     """Split a source by document into training and held-out text.
 
-    A data set with a held-out split holds out that split only. Otherwise a document is held out by its content alone, if its
-    rank (a hash in [0, 1)) is below `held_out_share`. Of a held-out split or a stream, only the first `held_out_bytes` of rows
-    are read. Raises `DataError` if the source cannot be read or has too little text.
+    If the data set has a held-out split, only that split is held out. Otherwise a document is held out if its rank, a hash of
+    its content in [0, 1), is below `held_out_share`. A held-out split or a stream is read only until its held-out documents
+    fill rows of `held_out_bytes`. Raises `DataError` if the source cannot be read or has too little text.
     """
     training: list[bytes] | None = None
     notes: list[str] = []
@@ -99,7 +102,7 @@ def load(
             raise DataError(
                 f"no document of {source.name} has {length} bytes or more; use a smaller --length or --data.protocol crop"
             )
-        notes.append(coverage.sentence(source.name, length, protocol, so_far=False))
+        notes.append(coverage.note(source.name, length, protocol, so_far=False))
     if len(rows) == 0:
         raise DataError(
             f"no held-out document of {source.name} has {length} bytes or more; use a smaller --length or --data.protocol crop"
@@ -125,7 +128,7 @@ def load(
 
 
 def split_documents(documents: Sequence[bytes], share: float, name: str) -> tuple[list[bytes], list[bytes]]:
-    """Training and held-out documents; at least one on each side, with no document on both.
+    """Training and held-out documents. Each list has at least one document, and no document is in both.
 
     Raises `DataError` if there are fewer than two distinct documents.
     """
@@ -147,11 +150,11 @@ def check_workers(split: Split, workers: int) -> None:
 
 
 class Batches(Iterator[Batch]):
-    """Training batches without end. `state` returns its position as plain JSON, from which `open_batches` resumes.
+    """An infinite iterator over training batches. `state` returns the position as plain JSON; `open_batches` resumes from it.
 
-    `epochs`: the number of epochs so far, fractional by rows; for a stream, whose number of rows is unknown, by the stored
-    sizes of completed shards. `coverage`: that of the training documents; for a stream, of those read so far (None before the
-    first).
+    `epochs`: the number of epochs so far. Its fraction counts rows; for a stream, whose number of rows is unknown, it counts
+    the stored sizes of completed shards. `coverage`: the coverage of the training documents; for a stream, of the documents
+    read so far (None before the first).
     """
 
     epochs: float
@@ -166,7 +169,7 @@ class Batches(Iterator[Batch]):
         epochs: float,
         coverage: Coverage | None,
     ):
-        """`rows_per_epoch` is None for a stream. `step`, `epochs` and `coverage` are the current values."""
+        """`rows_per_epoch`: None for a stream. `step`, `epochs` and `coverage`: the values at the start."""
         self._iterator = iterator
         self._rows_per_epoch = rows_per_epoch
         self._step = step
@@ -178,9 +181,9 @@ class Batches(Iterator[Batch]):
         if self._rows_per_epoch is not None:
             self.epochs = self._step * len(batch["bytes"]) / self._rows_per_epoch
         elif "epochs" in batch and "earlier_rows" in batch and "coverage" in batch:
-            # The shuffle buffer reads ahead: the latest shard may begin after more rows than have been returned.
-            handed_out, ahead = self._step * len(batch["bytes"]), int(batch["earlier_rows"].max())
-            self.epochs = max(self.epochs, float(batch["epochs"].max()) * min(1.0, handed_out / max(1, ahead)))
+            # The shuffle buffer reads ahead: more rows may precede the latest shard than have been returned.
+            returned, earlier = self._step * len(batch["bytes"]), int(batch["earlier_rows"].max())
+            self.epochs = max(self.epochs, float(batch["epochs"].max()) * min(1.0, returned / max(1, earlier)))
             counts = Coverage(*(int(count) for count in batch["coverage"].max(axis=0)))
             # There is no coverage before the first document has been counted.
             if counts.bytes and (self.coverage is None or counts.bytes > self.coverage.bytes):
@@ -193,25 +196,25 @@ class Batches(Iterator[Batch]):
         return {"step": self._step, "epochs": self.epochs, "stream": stream}
 
     def close(self) -> None:
-        """Stops its threads and processes."""
+        """Stops the threads and processes of the data pipeline."""
         self._iterator.close()
 
 
 def open_batches(
     split: Split, *, batch: int, seed: int, workers: int = 0, state: dict[str, object] | None = None
 ) -> Batches:
-    """Shuffled batches, the same for the same seed whatever the number of worker processes.
+    """Shuffled batches. They depend on the seed and not on the number of worker processes.
 
-    Rows in memory are reshuffled every epoch (packed rows keep their contents); streamed rows are shuffled within a buffer.
-    `state` is a result of `Batches.state`. Raises `DataError` for more than one worker on a stream, whose shards are read
-    sequentially.
+    Rows in memory are reshuffled every epoch; packed rows keep their contents. Streamed rows are shuffled within a buffer.
+    `state`: a result of `Batches.state` to resume from. Raises `DataError` for more than one worker on a stream, whose shards
+    are read sequentially.
     """
     step, epochs = 0, 0.0
     if state is not None and isinstance(state["step"], int):
         step = state["step"]
     # States saved by earlier versions have no epochs.
-    if state is not None and isinstance(passed := state.get("epochs"), float):
-        epochs = passed
+    if state is not None and isinstance(saved_epochs := state.get("epochs"), float):
+        epochs = saved_epochs
     check_workers(split, workers)
     rows_per_epoch = None
     if split.training is None:
@@ -221,8 +224,8 @@ def open_batches(
     else:
         rows = MemoryRows(split.training, split.length, split.protocol, random=True, order_seed=seed)
         rows_per_epoch = len(rows)
-        # Batches are formed before they are distributed to workers, so that the number of workers does not change them.
-        # The number of repeats is finite but never reached: grain cannot make batches of one from an infinite data set.
+        # Batches are formed before they are distributed, so that they do not depend on the number of workers.
+        # The number of repeats is finite but never reached: grain cannot make batches of size 1 from an infinite data set.
         repeated = grain.MapDataset.source(rows).shuffle(seed=seed).repeat(2**60 // len(rows))
         batches = repeated.random_map(rows.row, seed=seed + 1)
         dataset = batches.batch(batch)[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
@@ -237,7 +240,7 @@ def open_batches(
 
 
 def _parse_worker_flags() -> None:
-    """Marks absl flags as parsed: worker processes read them, which fails otherwise."""
+    """Marks absl flags as parsed. Worker processes read them and fail otherwise."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

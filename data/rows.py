@@ -1,4 +1,4 @@
-"""From documents to rows of N bytes: the three protocols."""
+"""Rows, which are training sequences of N bytes, and the three protocols that make them from documents."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from jaxtyping import Bool, Int32, Int64, UInt8
 from data.documents import BOS
 
 Protocol = Literal["crop", "cut", "pack"]
-"""crop: up to N bytes from a random place in a document; cut: the first N bytes of documents with at least N; pack: documents
-concatenated and split into rows, with segments so that none sees another. Sizes include BOS."""
+"""crop: up to N bytes from a random offset in a document. cut: the first N bytes of each document with at least N. pack: the
+concatenation of all documents, split into rows; segment numbers separate the documents in a row. Sizes include BOS."""
 
 
 class Row(TypedDict):
-    """N bytes, the number of each byte's document within the row, and a mask that is False at padding."""
+    """A sequence of N bytes, the segment number of each byte (its document's number within the row), and a mask that is False at
+    padding."""
 
     bytes: UInt8[np.ndarray, " length"]
     segments: Int32[np.ndarray, " length"]
@@ -25,15 +26,15 @@ class Row(TypedDict):
 
 
 class HeldOutRow(Row):
-    """A row with the number of each byte's document in the whole held-out text, -1 at padding. Copies of a document share a
-    number."""
+    """A row with the number of each byte's document in the whole held-out text; -1 at padding. Identical documents have the
+    same number."""
 
     documents: Int32[np.ndarray, " length"]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes `start` to `stop` of a document or, if `start` is None, `stop` bytes from a random place."""
+    """Bytes `start` to `stop` of a document. If `start` is None: `stop` bytes from a random offset."""
 
     start: int | None
     stop: int
@@ -45,7 +46,7 @@ def with_bos(document: bytes) -> UInt8[np.ndarray, " size"]:
 
 
 def pieces(size: int, length: int, protocol: Protocol, random: bool) -> list[Piece]:
-    """How a document of `size` bytes, including BOS, is cut into pieces of at most `length`.
+    """The pieces of at most `length` bytes that a document of `size` bytes, including BOS, is split into.
 
     There are about `size / length` random crops, which cover each byte once on average. Without `random`, crops are adjacent.
     """
@@ -59,7 +60,7 @@ def pieces(size: int, length: int, protocol: Protocol, random: bool) -> list[Pie
 def cut_piece(
     document: UInt8[np.ndarray, " size"], piece: Piece, rng: np.random.Generator | None
 ) -> UInt8[np.ndarray, " part"]:
-    """The bytes of a piece; `rng` draws its start if that is None."""
+    """The bytes of a piece. `rng` draws its start if that is None; raises `ValueError` if both are None."""
     if piece.start is not None:
         return document[piece.start : piece.stop]
     if rng is None:
@@ -69,7 +70,8 @@ def cut_piece(
 
 
 def make_row(parts: Sequence[UInt8[np.ndarray, " _"]], length: int) -> Row:
-    """A row of consecutive parts of different documents, padded at the end."""
+    """A row that concatenates parts of different documents, with zeros as padding at the end. Segment i is part i; padding has
+    the number of parts."""
     values = np.zeros(length, np.uint8)
     segments = np.full(length, len(parts), np.int32)
     end = 0
@@ -81,13 +83,13 @@ def make_row(parts: Sequence[UInt8[np.ndarray, " _"]], length: int) -> Row:
 
 
 class MemoryRows:
-    """The rows of documents in memory, by index: a random-access source for grain."""
+    """The rows of documents in memory. Indexing returns the index itself: `grain` shuffles indices, and `row` makes the rows."""
 
     def __init__(
         self, documents: Sequence[bytes], length: int, protocol: Protocol, *, random: bool, order_seed: int = 0
     ):
-        """`random` crops are at random places and need an `rng` in `row`. Packing shuffles the documents by `order_seed`.
-        `dropped` counts the documents that are too short for the protocol."""
+        """`random`: crops start at random offsets and need an `rng` in `row`. `order_seed`: seed of the order in which documents
+        are packed. The attribute `dropped` counts the documents that are too short for the protocol."""
         self.length = length
         self.protocol: Protocol = protocol
         self.dropped = 0
@@ -99,9 +101,9 @@ class MemoryRows:
         self._rows: list[tuple[int, Piece]] = []
         if protocol != "pack":
             for number, document in enumerate(self._documents):
-                cut = pieces(len(document), length, protocol, random)
-                self.dropped += not cut
-                self._rows += [(number, piece) for piece in cut]
+                document_pieces = pieces(len(document), length, protocol, random)
+                self.dropped += not document_pieces
+                self._rows += [(number, piece) for piece in document_pieces]
 
     def __len__(self) -> int:
         return -(-int(self._starts[-1]) // self.length) if self.protocol == "pack" else len(self._rows)
@@ -110,7 +112,7 @@ class MemoryRows:
         return index
 
     def row(self, index: int, rng: np.random.Generator | None) -> Row:
-        """The row at `index`; `rng` places random crops."""
+        """The row at `index`. `rng` draws the starts of random crops."""
         if self.protocol == "pack":
             return make_row(list(self._packed(index)), self.length)
         number, piece = self._rows[index]
@@ -126,9 +128,11 @@ class MemoryRows:
         return range(number, number + 1)
 
     def identities(self) -> Int32[np.ndarray, " documents"]:
-        """For each document, the number of the first with equal content."""
+        """For each document, the number of the first document with the same content."""
         first: dict[bytes, int] = {}
-        return np.array([first.setdefault(one.tobytes(), at) for at, one in enumerate(self._documents)], np.int32)
+        return np.array(
+            [first.setdefault(document.tobytes(), number) for number, document in enumerate(self._documents)], np.int32
+        )
 
     def _packed(self, index: int) -> Iterator[UInt8[np.ndarray, " _"]]:
         begin, end = index * self.length, min((index + 1) * self.length, int(self._starts[-1]))
@@ -140,7 +144,7 @@ class MemoryRows:
 
 
 class HeldOutRows(Sequence[HeldOutRow]):
-    """Rows of held-out documents in a given order, made lazily."""
+    """Rows of held-out documents in the given `order`, made lazily."""
 
     def __init__(self, rows: MemoryRows, order: Int64[np.ndarray, " rows"]):
         self._rows, self._order, self._identities = rows, order, rows.identities()
@@ -158,5 +162,5 @@ class HeldOutRows(Sequence[HeldOutRow]):
         number = int(self._order[index])
         row = self._rows.row(number, None)
         # The segment of padding is the number of documents in the row.
-        present = np.append(self._identities[list(self._rows.documents_of(number))], np.int32(-1))
-        return HeldOutRow(**row, documents=present[row["segments"]])
+        numbers = np.append(self._identities[list(self._rows.documents_of(number))], np.int32(-1))
+        return HeldOutRow(**row, documents=numbers[row["segments"]])

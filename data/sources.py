@@ -1,4 +1,4 @@
-"""From the name of a data set to its source."""
+"""Data sets by name."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def open_source(
 
     `docs` and `stdlib` come with Python. `codeparrot`, `codeparrot-clean`, `fineweb`, `fineweb-edu` (samples of ten billion
     tokens), `fineweb-100BT`, `fineweb-edu-100BT` and `hub:owner/name/folder@revision` (folder and revision are optional) are
-    data sets of the Hugging Face hub, of which `cache` keeps up to `cache_bytes`. Every other name is the path of a file, a
-    folder or a glob. `text_field` is the field of structured files with the text (default: that of the named data set, else
-    `text`). Raises `DataError` if there is no such source.
+    data sets on the Hugging Face hub. Every other name is the path of a file, a folder or a glob.
+
+    `text_field`: the field with the text in structured files (default: that of the named data set, else `text`). `cache`: the
+    cache folder for data sets on the hub, which holds up to `cache_bytes` of each. Raises `DataError` for an unknown name.
     """
     if name == "docs":
         return StandardLibraryDocs()

@@ -1,4 +1,4 @@
-"""The split of a data set that a file belongs to, by its name."""
+"""Training, validation and test splits of a data set, recognised by the names of its files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _WORDS: dict[SplitName, tuple[str, ...]] = {
 def named_split(path: str) -> SplitName | None:
     """The split named by `path` (with slashes), such as `test-0001.parquet` or `validation/a.jsonl`; None if it names none.
 
-    A file or folder names a split by the first of its words that is in `_WORDS`; dots, dashes, underscores, spaces and digits
-    separate words. The innermost part of the path that names a split decides.
+    A file or folder names a split by the first of its words that is in `_WORDS`; words are runs of ASCII letters. The
+    innermost part of the path that names a split decides.
     """
     for part in reversed(PurePosixPath(path).parts):
         for word in re.split(r"[^a-z]+", re.sub(r"held[-_ .]?out", "heldout", part.lower())):
@@ -33,8 +33,8 @@ def named_split(path: str) -> SplitName | None:
 
 @dataclass(frozen=True)
 class Splits:
-    """The files of a data set by use: `training`, `held_out` (the validation split or, without one, the test split) and
-    `unused` (the test split if there is a validation split)."""
+    """The files of a data set by use: `training`, `held_out` (the validation split; without one, the test split) and `unused`
+    (the test split if there is a validation split)."""
 
     training: tuple[str, ...]
     held_out: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Splits:
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> Splits:
-        """Sorts `paths` by the splits they name; paths that name none are for training."""
+        """Groups `paths` by the splits they name; paths that name none are for training."""
         named: dict[SplitName | None, list[str]] = {}
         for path in paths:
             named.setdefault(named_split(path), []).append(path)

@@ -13,18 +13,21 @@ from data.documents import AbstractSource, DataError, is_held_out
 from data.rows import Piece, Protocol, Row, cut_piece, make_row, pieces, with_bos
 
 StreamState = dict[str, int]
-"""The position of a stream. The next row begins in this `epoch`, at this index of the epoch's order of shards (`shard`), in
-this `document` of the shard, at this `piece` of it (for packing: at this byte). `documents`, `left_out`, `bytes` and `shown`
-are the `Coverage` of the documents before it, over all epochs. `rows` counts all rows so far, `earlier_rows` those of earlier
-shards."""
+"""The position of a stream, where the next row begins: the `epoch`, the index of the shard in the epoch's order (`shard`), the
+`document` of the shard, and the `piece` of the document (for packing: the byte offset). `documents`, `left_out`, `bytes` and
+`shown` are the `Coverage` of the documents before it, over all epochs. `rows` counts all rows so far, `earlier_rows` the rows
+before the current shard."""
 
 
 _NO_COUNTS: StreamState = {"rows": 0, "earlier_rows": 0, **vars(Coverage())}
 
 
 class StreamedRow(Row):
-    """A row with the epochs completed before its shard (fractional, by the stored sizes of shards), the number of rows before its
-    shard, and the four counts of the `Coverage` of the documents read before it."""
+    """A row of a stream.
+
+    `epochs`: epochs completed before its shard, with a fraction by the stored sizes of shards. `earlier_rows`: the number of
+    rows before its shard. `coverage`: the four counts of the `Coverage` of the documents read before it.
+    """
 
     epochs: Float64[np.ndarray, ""]
     earlier_rows: Int64[np.ndarray, ""]
@@ -32,7 +35,7 @@ class StreamedRow(Row):
 
 
 class StreamRows(grain.IterDataset):
-    """Rows of a streamed source without its held-out documents, shard by shard in a random order for each epoch."""
+    """The training rows of a streamed source, shard by shard; each epoch has a random order of shards."""
 
     def __init__(self, source: AbstractSource, length: int, protocol: Protocol, held_out_share: float, seed: int):
         super().__init__()
@@ -52,8 +55,8 @@ class _StreamIterator(grain.DatasetIterator):
         super().__init__()
         self._data = dataset
         self._state: StreamState = dict.fromkeys(("epoch", "shard", "document", "piece"), 0) | _NO_COUNTS
-        self._passed: tuple[int, int, float] = (0, 0, 0.0)
-        self._rows = self._from(self._state)
+        self._cached_epochs: tuple[int, int, float] = (0, 0, 0.0)
+        self._rows = self._rows_from(self._state)
 
     def __next__(self) -> StreamedRow:
         before = self._state
@@ -61,7 +64,7 @@ class _StreamIterator(grain.DatasetIterator):
         same_shard = all(before[name] == after[name] for name in ("epoch", "shard"))
         earlier = before["earlier_rows"] if same_shard else before["rows"]
         self._state = {**after, "rows": before["rows"] + 1, "earlier_rows": earlier}
-        epochs = self._passes(after["epoch"], after["shard"])
+        epochs = self._completed_epochs(after["epoch"], after["shard"])
         coverage = np.array([after[name] for name in vars(Coverage())])
         return StreamedRow(**row, epochs=np.array(epochs), earlier_rows=np.array(earlier), coverage=coverage)
 
@@ -71,80 +74,84 @@ class _StreamIterator(grain.DatasetIterator):
     def set_state(self, state: StreamState) -> None:
         # States saved by earlier versions have no counts.
         self._state = _NO_COUNTS | state
-        self._rows = self._from(self._state)
+        self._rows = self._rows_from(self._state)
 
-    def _passes(self, epoch: int, place: int) -> float:
-        """Epochs completed before the shard at `place` of `epoch`, fractional by the stored sizes of shards."""
-        if self._passed[:2] != (epoch, place):
-            # Plus one byte each, for sources with unknown shard sizes (0).
+    def _completed_epochs(self, epoch: int, index: int) -> float:
+        """Epochs completed before the shard at `index` of the order of `epoch`, with a fraction by the stored sizes of shards."""
+        if self._cached_epochs[:2] != (epoch, index):
+            # One byte is added to each size, since unknown sizes are 0.
             sizes = np.array([shard.size + 1 for shard in self._data.source.shards()])
-            before = sizes[self._data.order(epoch, len(sizes))[:place]]
-            self._passed = (epoch, place, epoch + float(before.sum() / sizes.sum()))
-        return self._passed[2]
+            before = sizes[self._data.order(epoch, len(sizes))[:index]]
+            self._cached_epochs = (epoch, index, epoch + float(before.sum() / sizes.sum()))
+        return self._cached_epochs[2]
 
-    def _from(self, state: StreamState) -> Iterator[tuple[Row, StreamState]]:
-        """Rows from `state` on, each with the state after it."""
-        data = self._data
-        if data.protocol == "pack":
+    def _rows_from(self, state: StreamState) -> Iterator[tuple[Row, StreamState]]:
+        """The rows that follow `state`, each with the state after it."""
+        if self._data.protocol == "pack":
             return self._packed_from(state)
         return self._pieces_from(state)
 
     def _pieces_from(self, state: StreamState) -> Iterator[tuple[Row, StreamState]]:
         data = self._data
-        for document, at in self._documents_from(state):
-            cut = pieces(len(document), data.length, data.protocol, random=True)
-            first = state["piece"] if _same_document(at, state) else 0
-            for number in range(first, len(cut)):
-                rng = np.random.default_rng([data.stream_seed, at["epoch"], at["shard"], at["document"], number])
-                row = make_row([cut_piece(document, cut[number], rng)], data.length)
-                yield row, {**at, "piece": number + 1}
+        for document, position in self._documents_from(state):
+            document_pieces = pieces(len(document), data.length, data.protocol, random=True)
+            first = state["piece"] if _same_document(position, state) else 0
+            for number in range(first, len(document_pieces)):
+                rng = np.random.default_rng(
+                    [data.stream_seed, position["epoch"], position["shard"], position["document"], number]
+                )
+                row = make_row([cut_piece(document, document_pieces[number], rng)], data.length)
+                yield row, {**position, "piece": number + 1}
 
     def _packed_from(self, state: StreamState) -> Iterator[tuple[Row, StreamState]]:
         length, parts, filled = self._data.length, [], 0
-        for document, at in self._documents_from(state):
-            begin = state["piece"] if _same_document(at, state) else 0
+        for document, position in self._documents_from(state):
+            begin = state["piece"] if _same_document(position, state) else 0
             while begin < len(document):
                 piece = Piece(begin, min(begin + length - filled, len(document)))
                 parts.append(cut_piece(document, piece, None))
                 begin, filled = piece.stop, filled + piece.stop - begin
                 if filled == length:
-                    yield make_row(parts, length), {**at, "piece": begin}
+                    yield make_row(parts, length), {**position, "piece": begin}
                     parts, filled = [], 0
 
     def _documents_from(self, state: StreamState) -> Iterator[tuple[UInt8[np.ndarray, " size"], StreamState]]:
         data = self._data
         shards = data.source.shards()
         epoch, first_shard, first_document = state["epoch"], state["shard"], state["document"]
-        found = first_shard > 0 or first_document > 0
+        any_usable = first_shard > 0 or first_document > 0
         coverage = Coverage(*(state[name] for name in vars(Coverage())))
         while True:
             order = data.order(epoch, len(shards))
-            for place in range(first_shard, len(shards)):
-                for number, document in enumerate(data.source.documents(shards[order[place]])):
+            for index in range(first_shard, len(shards)):
+                for number, document in enumerate(data.source.documents(shards[order[index]])):
                     if number < first_document or is_held_out(document, data.held_out_share):
                         continue
                     if shown_bytes(len(document), data.length, data.protocol):
-                        found = True
-                        at = {"epoch": epoch, "shard": place, "document": number, "piece": 0}
-                        yield with_bos(document), {**at, **vars(coverage)}
+                        any_usable = True
+                        position = {"epoch": epoch, "shard": index, "document": number, "piece": 0}
+                        yield with_bos(document), {**position, **vars(coverage)}
                     coverage = coverage.plus(len(document), data.length, data.protocol)
                 first_document = 0
-            if not found:
+            if not any_usable:
                 raise DataError(
                     f"no document of {data.source.name} can be used for training: after a whole epoch, all were held out or too "
                     "short for a row; use a smaller --length or --data.protocol crop"
                 )
-            epoch, first_shard, found = epoch + 1, 0, False
+            epoch, first_shard, any_usable = epoch + 1, 0, False
 
 
-def _same_document(at: StreamState, state: StreamState) -> bool:
-    return all(at[key] == state[key] for key in ("epoch", "shard", "document"))
+def _same_document(position: StreamState, state: StreamState) -> bool:
+    return all(position[key] == state[key] for key in ("epoch", "shard", "document"))
 
 
 def stream_held_out(
     source: AbstractSource, share: float, max_bytes: int, length: int, protocol: Protocol
 ) -> list[bytes]:
-    """Held-out documents from the start of a stream, enough for rows of `max_bytes` together, or all there are."""
+    """Held-out documents from the start of a stream: as many as rows of `max_bytes` together need, or all if there are fewer.
+
+    `share`: the held-out fraction. Raises `DataError` if no document is held out.
+    """
     held_out: list[bytes] = []
     size = 0
     for shard in source.shards():

@@ -47,6 +47,8 @@ COMPARED = ("sfe", "gumbel", "hnet", "uniform")
 """The estimators of a comparison that names none."""
 BASELINE = "uniform"
 """What others are measured against."""
+REGULAR, EVERY_BYTE = "stride", "isotropic"
+"""Rules whose boundaries cost nothing to draw, for measurements."""
 WITHOUT_TOKENS = "--estimator isotropic --isotropic.no-token-level"
 """The flags for a model without a token level."""
 

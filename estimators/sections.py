@@ -20,16 +20,18 @@ from estimators.objectives.reductions import (
 from estimators.routers import MLPRouter, WindowedPolicy
 from estimators.settings import Context
 
+EARLY_EXIT, BATCH_CENTRE, SAMPLE_CENTRE = "early-exit", "batch-centre", "sample-centre"
+
 REDUCTIONS = Kind(
     "--sfe.reductions",
     "caesura.reductions",
     {
-        "early-exit": EarlyExit,
+        EARLY_EXIT: EarlyExit,
         "discount": Discount,
         "generalised-advantage": GeneralisedAdvantage,
         "critic": Critic,
-        "batch-centre": BatchCentre,
-        "sample-centre": SampleCentre,
+        BATCH_CENTRE: BatchCentre,
+        SAMPLE_CENTRE: SampleCentre,
         "importance-weight": ImportanceWeight,
     },
     (AbstractReduction,),
@@ -68,9 +70,7 @@ class PolicySettings:
 class ScoreFunctionSettings:
     """The score-function objective."""
 
-    reductions: tuple[str, ...] = field(
-        default=("early-exit", "discount", "batch-centre"), metadata={"kind": REDUCTIONS}
-    )
+    reductions: tuple[str, ...] = field(default=(EARLY_EXIT, "discount", BATCH_CENTRE), metadata={"kind": REDUCTIONS})
     """Variance reductions in the order in which they apply: early-exit, discount, generalised-advantage, critic, batch-centre,
     sample-centre, importance-weight, or package.module:Class. The settings of each are flags of its own."""
     samples: int = 1
@@ -84,12 +84,12 @@ class ScoreFunctionSettings:
     def __post_init__(self):
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1; got {self.samples}")
-        if "sample-centre" in self.reductions and self.samples < 2:
+        if SAMPLE_CENTRE in self.reductions and self.samples < 2:
             raise ValueError("sample-centre compares samples for one sequence: ask for --sfe.samples 2 or more")
 
     def check(self, sequences: int) -> None:
         """Raise `ValueError` for batches that a reduction can do nothing with."""
-        if "batch-centre" in self.reductions and sequences * self.samples < 2:
+        if BATCH_CENTRE in self.reductions and sequences * self.samples < 2:
             raise ValueError(
                 "centred returns of a batch of one sequence are all zero: use a larger --batch, or leave batch-centre out of "
                 "--sfe.reductions"

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, Protocol
 from jaxtyping import PRNGKeyArray, PyTree
 
 from estimators.base import AbstractChunker, AbstractEstimator, Layout
-from estimators.lookup import Kind, construct, find, is_configuration, settings_of
+from estimators.lookup import Kind, construct, find, settings_of
 from estimators.routers.entropy import ByteModel
 
 Learns = Literal["probs", "relaxed"]
@@ -42,9 +42,7 @@ class Context:
         """The part of that name, built with its settings. Raises `PartError` if there is none."""
         part = find(kind, name)
         settings = self.sections.get(part.section)
-        if is_configuration(part.cls):
-            return (part.cls() if settings is None else settings).build(self)
-        names = [setting.name for setting in settings_of(part)] if settings is not None else []
+        names = [] if settings is None else [setting.name for setting in settings_of(part)]
         return construct(part, {name: getattr(settings, name) for name in names}, self.given)
 
     @property
@@ -126,7 +124,7 @@ class EstimatorConfig(ABC):
         """Whether it cannot be built before `prepare` has read training text."""
         return type(self).prepare is not EstimatorConfig.prepare
 
-    def check(self, rate: float, sequences: int) -> None:
+    def check(self, rate: float, sequences: int) -> None:  # noqa: B027: most have nothing to check
         """Raise `ValueError` if it cannot be trained at this target rate, or on batches of so many sequences."""
 
     def prepare(self, text: TrainingText) -> PyTree:

@@ -12,21 +12,21 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from estimators.registry import BASELINE, DEFAULT, ESTIMATORS, REGULAR
 from experiments.benchmark.generation import CacheReport, GenerationReport, measure_caches, measure_generation
 from experiments.benchmark.models import ModelReport, measure
 from experiments.benchmark.ops import Compared, Sizes, compare_operations
 from experiments.benchmark.overhead import OverheadReport, overhead
 from experiments.benchmark.rates import RateReport, token_level
 from experiments.benchmark.recurrence import RecurrenceReport, recurrence
-from experiments.benchmark.roofline import Share
-from experiments.benchmark.steps import AlternativeName, alternative_step, of_estimators, training_step
-from experiments.benchmark.timing import Timing, in_turns
-from experiments.benchmark.whole_step import StepReport, compile_elsewhere
+from experiments.benchmark.roofline import PartCost
+from experiments.benchmark.steps import AlternativeName, alternative_step, estimator_steps, training_step
+from experiments.benchmark.timing import Timing, time_interleaved
+from experiments.benchmark.whole_step import StepReport, compile_in_subprocess
 from experiments.comparison.intervals import ALIKE, CONFIDENCE
 from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
-from experiments.config.registry import REGISTRY
-from experiments.config.settings import EstimatorName, ModelName, RunConfig
+from experiments.config.settings import RunConfig
 from experiments.launch import use_cpu_devices, with_large_pages
 from experiments.reporting.display import Display, exit_code
 from experiments.reporting.markdown import table
@@ -74,7 +74,7 @@ class OfModel:
 
     dataset: str = "docs"
     """Text to work on: anything that --dataset of experiments.run takes."""
-    model: ModelName = "tiny"
+    model: str = "tiny"
     """Preset of the model."""
     rate: float | None = None
     """Target rate, instead of the preset's."""
@@ -87,7 +87,7 @@ class OfModel:
     remat: bool | None = None
     """Recompute blocks in the backward pass, instead of what the preset says."""
 
-    def run(self, estimator: EstimatorName, model: ModelName | None = None) -> RunConfig:
+    def run(self, estimator: str, model: str | None = None) -> RunConfig:
         """The run that is measured, of another preset where one is named. Raises `ConfigError`."""
         run = PRESETS[self.model if model is None else model]
         shape = run.unet
@@ -116,17 +116,17 @@ class OfModel:
 class Steps(OfModel, AbstractTimed):
     """The training step of every estimator, against that of uniform boundaries."""
 
-    estimators: tuple[EstimatorName, ...] = tuple(REGISTRY)
+    estimators: tuple[str, ...] = tuple(ESTIMATORS.house)
     """Estimators to time."""
 
     def measure(self, display: Display) -> dict[str, Timing]:
-        run = self.run("uniform")
-        names: list[EstimatorName] = ["uniform", *(name for name in self.estimators if name != "uniform")]
+        run = self.run(BASELINE)
+        names = [BASELINE, *(name for name in self.estimators if name != BASELINE)]
         display.note(f"compiling a training step of {self.model} for {len(names)} estimators")
-        steps = of_estimators(run, names, load_split(run))
+        steps = estimator_steps(run, names, load_split(run))
         for name, reason in steps.left_out.items():
             display.note(f"{name} is left out: {reason}")
-        timings = in_turns(steps.works, baseline="uniform", rounds=self.rounds, calls=self.calls)
+        timings = time_interleaved(steps.works, baseline=BASELINE, rounds=self.rounds, calls=self.calls)
         display.note(timing_table(timings, "estimator", run.bytes_per_step))
         return timings
 
@@ -140,7 +140,7 @@ class Alternatives(OfModel, AbstractTimed):
     memory slows down those after it, so that long sequences are best measured against one at a time."""
 
     def measure(self, display: Display) -> dict[str, Timing]:
-        run = self.run("sfe")
+        run = self.run(DEFAULT)
         split = load_split(run)
         display.note(f"a training step of {self.model}, {run.batch} x {run.length} bytes, against others; minutes")
         own, found = training_step(run, split), {}
@@ -150,7 +150,9 @@ class Alternatives(OfModel, AbstractTimed):
             except ConfigError as lack:
                 display.note(str(lack))
                 continue
-            pair = in_turns({"caesura": own, name: other}, baseline="caesura", rounds=self.rounds, calls=self.calls)
+            pair = time_interleaved(
+                {"caesura": own, name: other}, baseline="caesura", rounds=self.rounds, calls=self.calls
+            )
             display.note(timing_table(pair, "training step", run.bytes_per_step, baseline="caesura"))
             found[name] = pair[name]
         return found
@@ -161,7 +163,7 @@ class Rates(OfModel, AbstractTimed):
     """How the time of the token level follows the rate of boundaries."""
 
     def measure(self, display: Display) -> dict[str, RateReport]:
-        run = self.run("stride")
+        run = self.run(REGULAR)
         display.note(
             f"the token level of {self.model}, {run.batch} x {run.length} bytes, forward and backward; minutes"
         )
@@ -207,9 +209,9 @@ class Ops(AbstractTimed):
 class Models(OfModel, AbstractTimed):
     """What whole models take to compile, in memory, to train and to evaluate."""
 
-    models: Annotated[tuple[ModelName, ...], tyro.conf.Positional] = ("tiny",)
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("tiny",)
     """Presets to measure."""
-    estimator: EstimatorName = "sfe"
+    estimator: str = DEFAULT
     """Their estimator."""
 
     def measure(self, display: Display) -> dict[str, ModelReport]:
@@ -231,9 +233,9 @@ class Generation(OfModel, AbstractTimed):
     what the caches hold."""
 
     devices: ClassVar[int] = 1
-    models: Annotated[tuple[ModelName, ...], tyro.conf.Positional] = ("tiny",)
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("tiny",)
     """Presets to measure."""
-    estimator: EstimatorName = "sfe"
+    estimator: str = DEFAULT
     """Their estimator."""
 
     def measure(self, display: Display) -> dict[str, GenerationReport | CacheReport]:
@@ -265,7 +267,7 @@ class Compile(OfModel, AbstractMeasurement):
 
     target: Annotated[Literal["h100", "b200"], tyro.conf.Positional]
     """The GPU."""
-    estimator: EstimatorName = "sfe"
+    estimator: str = DEFAULT
     """Estimator of the step."""
     compute: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the matrix products."""
@@ -281,7 +283,7 @@ class Compile(OfModel, AbstractMeasurement):
                 continue
             unet = dataclasses.replace(run.unet, compute=self.compute, implementation=implementation)
             display.note(f"compiling a step of {self.model} for {self.target}, {name}; minutes")
-            found[name] = compile_elsewhere(dataclasses.replace(run, unet=unet), self.target)
+            found[name] = compile_in_subprocess(dataclasses.replace(run, unet=unet), self.target)
             display.note(step_table(found[name], run.bytes_per_step))
         return found
 
@@ -295,17 +297,17 @@ class Overhead(OfModel, AbstractTimed):
         found: dict[str, OverheadReport | Timing] = {}
         rows = []
         for name in [name for name, run in PRESETS.items() if isinstance(run.unet, UNetConfig)]:
-            one = found[name] = overhead(self.run("sfe", name))
+            one = found[name] = overhead(self.run(DEFAULT, name))
             parts = (one.policy, one.objective, one.early_head)
             shares = [f"{part / one.prescribed:.3%}" for part in parts]
             rows.append((f"`{name}`", f"{one.prescribed / 1e6:.2f}", *shares, f"{one.share:.3%}"))
         display.note(table(["preset", "MFLOP a byte", "policy", "objective", "early head", "all"], rows))
-        run = self.run("stride")
+        run = self.run(REGULAR)
         display.note(f"compiling a training step of {self.model} with given boundaries and with learned ones")
-        steps = of_estimators(run, ["stride", "sfe"], load_split(run))
+        steps = estimator_steps(run, [REGULAR, DEFAULT], load_split(run))
         if steps.left_out:
             raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in steps.left_out.items()))
-        sfe = in_turns(steps.works, baseline="stride", rounds=self.rounds, calls=self.calls)["sfe"]
+        sfe = time_interleaved(steps.works, baseline=REGULAR, rounds=self.rounds, calls=self.calls)[DEFAULT]
         display.note(
             f"a step with learned boundaries takes {1 / sfe.speedup:.3f} times as long as one with given ones "
             f"({CONFIDENCE:.0%} interval of the median: {1 / sfe.high:.3f} to {1 / sfe.low:.3f})"
@@ -322,7 +324,7 @@ def step_table(report: StepReport, bytes_per_step: int) -> str:
     total = sum(part.seconds for part in report.parts)
     sums = (sum(getattr(p, name) for p in report.parts) for name in ("kernels", "flops", "bytes", "seconds"))
     rows = []
-    for part in (*report.parts, Share("all", *sums)):
+    for part in (*report.parts, PartCost("all", *sums)):
         work = f"{part.flops / 1e9:.1f}", f"{part.bytes / 1e9:.2f}", f"{part.seconds * 1e3:.3f}"
         rows.append((part.part, part.kernels, *work, f"{part.seconds / total:.0%}"))
     notes = (
@@ -334,7 +336,7 @@ def step_table(report: StepReport, bytes_per_step: int) -> str:
     return f"{table(['part', 'kernels', 'GFLOP', 'GB moved', 'estimate, ms', 'share'], rows)}\n{notes}\n"
 
 
-def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int, baseline: str = "uniform") -> str:
+def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int, baseline: str = BASELINE) -> str:
     """Speeds and ratios in Markdown."""
     rows = [
         (f"`{name}`", f"{bytes_per_call / one.seconds / 1e3:.1f}", "–" if name == baseline else one.ratio)

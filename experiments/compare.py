@@ -8,18 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
+from estimators.registry import COMPARED
 from experiments.comparison.comparison import REFERENCE, write_comparison
 from experiments.comparison.finished import by_estimator, is_finished, read_finished, read_tables, without
 from experiments.comparison.pairs import Names, every_pair
 from experiments.config.errors import ConfigError, require
 from experiments.config.files import from_json, to_json
-from experiments.config.settings import EstimatorName, RunConfig
+from experiments.config.flags import shared_out
+from experiments.config.plugins import modules_of
+from experiments.config.settings import RunConfig
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, exit_code
 from experiments.run import parse
@@ -38,8 +41,9 @@ class CompareConfig:
     done again, runs that were stopped go on.
     """
 
-    estimators: tuple[EstimatorName, ...] = ("sfe", "gumbel", "hnet", "uniform")
-    """What to compare; the others are measured against uniform boundaries where those are among them."""
+    estimators: tuple[str, ...] = COMPARED
+    """What to compare, by name or as package.module:Class; the others are measured against uniform boundaries where those are
+    among them."""
     pairs: tuple[str, ...] = ()
     """Which of them to compare with each other, as FIRST:SECOND, such as sfe:hnet sfe:uniform; by default every two."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -65,10 +69,11 @@ class CompareConfig:
 
 @dataclass
 class Job:
-    """One run of the comparison, the one whose model it reads, and the process at work on it."""
+    """One run of the comparison, the modules of others that it needs, the run whose model it reads, and its process."""
 
     name: str
     folder: Path
+    plugins: tuple[str, ...] = ()
     reads: Job | None = None
     process: subprocess.Popen[bytes] | None = None
     core: int | None = None
@@ -81,8 +86,12 @@ class Job:
         return self.reads.process is not None and self.reads.process.poll() is not None
 
 
-def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, RunConfig]:
-    """What to compare, and what all its runs have in common.
+Requested = Mapping[str, RunConfig]
+"""By estimator, the run that the command line asks for."""
+
+
+def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Requested]:
+    """What to compare, and the run of each estimator. Each takes the flags that it has, and every flag must be one of some run.
 
     Prints help or a usage error and raises `SystemExit` (2 for an error); raises `ConfigError` for inconsistent values.
     """
@@ -94,8 +103,8 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, RunConfig]:
             raise ConfigError(
                 f"{flag} is for single runs; a comparison has --estimators, --seeds and goes on by itself"
             )
-    # Of the first estimator, since what all runs have in common may suit none that is not compared.
-    return config, parse([*rest, "--estimator", config.estimators[0]])
+    given = shared_out(rest, config.estimators)
+    return config, {name: parse([*given[name], "--estimator", name]) for name in config.estimators}
 
 
 def pairs_of(config: CompareConfig) -> list[Names]:
@@ -116,39 +125,41 @@ def pairs_of(config: CompareConfig) -> list[Names]:
     return pairs
 
 
-def runs_of(config: CompareConfig, common: RunConfig) -> list[RunConfig]:
-    """The configuration of every run, seed by seed; the byte model of the entropy rule first where none is named."""
-    if config.jobs > 1:
-        common = dataclasses.replace(common, devices=1)
-    runs = []
-    if "entropy" in config.estimators and common.entropy.model is None:
-        folder = config.out / BYTE_MODEL_RUN
-        isotropic = dataclasses.replace(common.isotropic, token_level=False)
-        runs.append(
-            dataclasses.replace(common, estimator="isotropic", isotropic=isotropic, seed=config.seeds[0], out=folder)
-        )
-        entropy = dataclasses.replace(common.entropy, model=folder)
-    else:
-        entropy = common.entropy
+def runs_of(config: CompareConfig, requested: Requested) -> list[RunConfig]:
+    """The configuration of every run, seed by seed; first, where an estimator reads the model of another run and none is named,
+    that run."""
+    chosen = {
+        name: dataclasses.replace(run, devices=1) if config.jobs > 1 else run for name, run in requested.items()
+    }
+    first, runs = {}, []
+    for name, run in chosen.items():
+        needs = run.first.prerequisite
+        if needs is not None and getattr(run.first, needs.setting) is None:
+            folder = config.out / BYTE_MODEL_RUN
+            before = dataclasses.replace(run, estimator=needs.estimator, settings=needs.settings)
+            first[folder] = dataclasses.replace(before, seed=config.seeds[0], out=folder)
+            chosen[name] = run.with_settings(**{run.parts[0].estimator.section: {needs.setting: folder}})
     for seed in config.seeds:
-        for estimator in config.estimators:
-            out = config.out / f"{estimator}-{seed}"
-            run = dataclasses.replace(common, estimator=estimator, seed=seed, out=out)
-            if estimator == "entropy":
-                run = dataclasses.replace(run, entropy=entropy)
-            runs.append(run)
-    return runs
+        runs += [
+            dataclasses.replace(run, seed=seed, out=run_folder(config, name, seed)) for name, run in chosen.items()
+        ]
+    return [*first.values(), *runs]
+
+
+def run_folder(config: CompareConfig, estimator: str, seed: int) -> Path:
+    """The folder of a run; a class is named without its module."""
+    return config.out / f"{estimator.rpartition(':')[2]}-{seed}"
 
 
 def ready(run: RunConfig) -> Job:
     """A run's folder with its configuration in it. Raises `ConfigError` where it holds a run of other settings, or one that
     another process is at work on while its number of devices has to change."""
-    folder = run.run_dir
+    folder, plugins = run.run_dir, tuple(module.__name__ for module in modules_of(run))
     path = folder / CONFIG
     if not path.is_file():
         prepare_new(run)
-        return Job(folder.name, folder)
-    there = from_json(path.read_text(), str(path))
+        return Job(folder.name, folder, plugins)
+    there = from_json(path.read_text(), str(path), plugins)
     # How many cores a run had moves its curve by no more than rounding. A byte model serves for seeds named later, too.
     may_differ = ("devices", "seed") if folder.name == BYTE_MODEL_RUN else ("devices",)
     if changed := differing(run, there, may_differ):
@@ -157,7 +168,7 @@ def ready(run: RunConfig) -> Job:
         # It goes on with the cores that it gets now, or two devices would share one.
         with held(folder):
             write_atomically(path, to_json(dataclasses.replace(there, devices=run.devices)))
-    return Job(folder.name, folder)
+    return Job(folder.name, folder, plugins)
 
 
 def run_jobs(jobs: list[Job], at_once: int, logs: Path, display: Display) -> list[str]:
@@ -203,6 +214,7 @@ def run_jobs(jobs: list[Job], at_once: int, logs: Path, display: Display) -> lis
 def _launch(job: Job, core: int | None, logs: Path) -> None:
     """Start a run in a process of its own; `--resume` of a run without a checkpoint starts it."""
     command = [sys.executable, "-m", "experiments.run", "--resume", "--out", str(job.folder)]
+    command += ["--plugin", *job.plugins] if job.plugins else []
     with (logs / f"{job.name}.log").open("ab") as log:
         # In a session of its own, or Ctrl-C would reach it before it is told to stop.
         job.process = subprocess.Popen(
@@ -218,9 +230,9 @@ def _last_line(job: Job, logs: Path) -> str:
     return lines[-1] if lines else "(empty)"
 
 
-def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
+def compare(config: CompareConfig, requested: Requested, display: Display) -> int:
     """Do the runs and write the comparison. Returns 0, or 1 where a run failed."""
-    runs = runs_of(config, common)
+    runs = runs_of(config, requested)
     byte_models = [run for run in runs if run.run_dir.name == BYTE_MODEL_RUN]
     compared = runs[len(byte_models) :]
     elsewhere = read_tables(config.tables, compared)
@@ -230,15 +242,19 @@ def compare(config: CompareConfig, common: RunConfig, display: Display) -> int:
     logs.mkdir(exist_ok=True)
     jobs = [ready(run) for run in runs]
     for job, run in zip(jobs, runs, strict=True):
-        job.reads = next((other for other in jobs if other.folder == run.entropy.model and other is not job), None)
+        needs = run.first.prerequisite
+        model = None if needs is None else getattr(run.first, needs.setting)
+        job.reads = next((other for other in jobs if other.folder == model and other is not job), None)
     failed = run_jobs(jobs, config.jobs, logs, display)
-    here = [read_finished(job.folder) for job in jobs if job.name != BYTE_MODEL_RUN and is_finished(job.folder)]
+    here = [
+        read_finished(job.folder, job.plugins) for job in jobs if job.name != BYTE_MODEL_RUN and is_finished(job.folder)
+    ]
     known = {BYTE_MODEL_RUN, *(job.name for job in jobs)}
     others = sorted(path.parent.name for path in config.out.glob(f"*/{SUMMARY}") if path.parent.name not in known)
     if others:
         display.note(f"left out, since --estimators, --seeds and --tables do not ask for them: {', '.join(others)}")
     if finished := by_estimator([*here, *elsewhere], config.estimators):
-        write_comparison(config.out, finished, pairs_of(config), common, display)
+        write_comparison(config.out, finished, pairs_of(config), next(iter(requested.values())), display)
     if failed:
         display.note(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}")
     return 1 if failed else 0

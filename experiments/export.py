@@ -1,4 +1,4 @@
-"""Hand a trained model on: `python -m experiments.export RUN --to DIR`, or `--to hub:owner/name`."""
+"""Export a trained model: `python -m experiments.export RUN --to DIR`, or `--to hub:owner/name`."""
 
 from __future__ import annotations
 
@@ -16,40 +16,46 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from experiments.config.errors import ConfigError
 from experiments.config.files import to_json
+from experiments.config.plugins import import_plugins, load_model
 from experiments.config.settings import RunConfig
 from experiments.reporting.display import Display, command_line
 from experiments.training.run_dir import SUMMARY, read_config
 from unet import UNet
 from unet.files.hnet_layout import LayoutError, to_reference
 from unet.files.pretrained import save_hnet
-from unet.files.saving import CONFIG, WEIGHTS, load, save, write_atomically
+from unet.files.saving import CONFIG, WEIGHTS, save, write_atomically
 
 CARD = "README.md"
 
-Layout = Literal["own", "hnet-pt", "hnet-safetensors"]
-"""How files are laid out."""
+ExportLayout = Literal["own", "hnet-pt", "hnet-safetensors"]
+"""Format of the exported files."""
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Copy a finished run's model, its configuration and a page about it."""
+    """Export the model of a finished run with its configuration and a model card."""
 
     run: Annotated[str, tyro.conf.Positional]
     """Folder of a finished run."""
     to: str
-    """A new or empty folder, or hub:owner/name for a repository of the hub, which is made where there is none."""
+    """A new or empty folder, or hub:owner/name for a repository on the hub, which is created if it does not exist."""
+    plugin: tuple[str, ...] = ()
+    """Modules with classes of your own that the run holds, as package.module."""
     private: bool = False
-    """Make a new repository private."""
-    layout: Layout = "own"
-    """As this library keeps models; or, for an H-Net, as the published ones are: weights that PyTorch loads, or safetensors, by
-    their published names, and a published configuration."""
+    """Create a new repository as private."""
+    layout: ExportLayout = "own"
+    """own: the format of this library. hnet-pt, hnet-safetensors: for an H-Net, the format of the published checkpoints, with
+    weights for PyTorch or as safetensors, under their published names."""
 
 
 def export(config: ExportConfig, display: Display) -> None:
-    """Write the three files to a folder or to the hub. Raises `ConfigError` where that cannot be."""
+    """Write weights, configuration and model card to a folder or to the hub.
+
+    Raises `ConfigError` for a model without the requested layout, for a folder that is not empty, and if the hub refuses.
+    """
     run = Path(config.run)
-    # What is not there is noticed before anything is made.
-    model, settings = load(run).model, read_config(run)
+    # Missing files raise an error before anything is written.
+    model, settings = load_model(run, import_plugins(config.plugin)).model, read_config(run, config.plugin)
     if config.layout != "own":
         try:
             to_reference(model)
@@ -69,8 +75,8 @@ def export(config: ExportConfig, display: Display) -> None:
     display.note(f'{config.to}: load it with unet.{function}("{config.to}")')
 
 
-def _write(folder: Path, model: UNet, settings: RunConfig, summary: Path, layout: Layout) -> None:
-    # The model last: a folder with one is complete.
+def _write(folder: Path, model: UNet, settings: RunConfig, summary: Path, layout: ExportLayout) -> None:
+    # The model is written last, so that a folder with a model is complete.
     write_atomically(folder / CARD, card(settings, summary, layout))
     if layout != "own":
         save_hnet(model, folder, kind="pt" if layout == "hnet-pt" else "safetensors")
@@ -79,8 +85,8 @@ def _write(folder: Path, model: UNet, settings: RunConfig, summary: Path, layout
     save(model, folder)
 
 
-def card(settings: RunConfig, summary: Path, layout: Layout = "own") -> str:
-    """A page about the model, with the metadata that the hub reads."""
+def card(settings: RunConfig, summary: Path, layout: ExportLayout = "own") -> str:
+    """The model card, with metadata for the hub."""
     own = layout == "own"
     loaded = 'unet.load("FOLDER or hub:owner/name").model' if own else 'unet.load_hnet("FOLDER or owner/name")'
     lines = [
@@ -103,11 +109,11 @@ def card(settings: RunConfig, summary: Path, layout: Layout = "own") -> str:
         "",
     ]
     if summary.is_file():
-        figures = json.loads(summary.read_text())
+        values = json.loads(summary.read_text())
         lines += ["| | |", "|---|---|"]
-        for name, label in FIGURES.items():
-            if figures.get(name) is not None:
-                lines.append(f"| {label} | {_figure(figures[name])} |")
+        for name, label in CARD_METRICS.items():
+            if values.get(name) is not None:
+                lines.append(f"| {label} | {_number(values[name])} |")
         lines.append("")
     if own:
         lines.append(f"All settings of the run are in `{CONFIG}`; `{WEIGHTS}` holds the model.")
@@ -118,17 +124,17 @@ def card(settings: RunConfig, summary: Path, layout: Layout = "own") -> str:
     return "\n".join(lines) + "\n"
 
 
-FIGURES = {
+CARD_METRICS = {
     "parameters": "parameters",
     "bytes": "bytes of training text",
     "val_bpb": "bits per byte on held-out text",
-    "val_rate": "share of bytes that close a token",
-    "target_rate": "the share aimed at",
+    "val_rate": "fraction of bytes with a boundary",
+    "target_rate": "target of this fraction",
     "seed": "seed",
 }
 
 
-def _figure(value: float | int | str) -> str:
+def _number(value: float | int | str) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
 
 
@@ -138,14 +144,14 @@ def _upload(folder: Path, repository: str, *, private: bool) -> None:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A model")
     except (HFValidationError, LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
-        what = str(error).strip().splitlines()[0][:200]
+        reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(
-            f"--to hub:{repository}: {what}; is the name right, and HF_TOKEN one that may write?"
+            f"--to hub:{repository}: {reason}; check the name, and that HF_TOKEN has write access"
         ) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 2 for a user's error."""
+    """Run the command line. Returns 0, or 2 for invalid input."""
     return command_line(ExportConfig, export, "experiments.export", arguments)
 
 

@@ -20,18 +20,18 @@ from rich.live import Live
 from rich.text import Text
 
 from experiments.config.errors import ConfigError, require
+from experiments.config.plugins import import_plugins, load_model
 from experiments.evaluation.segmentation import character_spans
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, command_line
 from unet import Generation, Sampling, TextStream, utf8
 from unet.decoding.generate import CHUNK, Piece, Throughput, joined
-from unet.files.saving import load
 
 STREAMED = 8
-"""Bytes between two updates of a text that is streamed."""
+"""Bytes between two updates of a streamed text."""
 
 MARKS = ("·", "│", "┃")
-"""Stand behind the byte with which a token closes: at the outermost level only, at the one inside it too, further inside."""
+"""Shown after a byte that ends a token, by boundary depth: at one level, at two levels, at three or more."""
 
 
 @dataclass(frozen=True)
@@ -41,42 +41,44 @@ class GenerateConfig:
     run: Annotated[str, tyro.conf.Positional]
     """Folder of a finished run or of an exported model, a .safetensors file, or hub:owner/name."""
     prompt: str = ""
-    """What to continue; - reads it from standard input."""
+    """Text to continue; - reads it from standard input."""
     num: int = 1
-    """Texts to generate, sampled independently."""
+    """Number of texts, sampled independently."""
     max_bytes: int = 256
-    """Bytes of each text beyond the prompt, at most."""
+    """Maximum bytes of each text after the prompt."""
     temperature: float = 1.0
-    """Sampling temperature of bytes; 0 always takes the most probable one."""
+    """Sampling temperature of bytes; 0 is greedy decoding."""
     top_k: int | None = None
-    """Sample from this many most probable bytes."""
+    """Sample only from this number of most probable bytes."""
     top_p: float | None = None
-    """Sample from the smallest set of most probable bytes whose probabilities sum to this."""
+    """Nucleus sampling: sample only from the smallest set of most probable bytes whose probabilities sum to at least this."""
     min_p: float | None = None
-    """Sample from bytes at least this fraction as probable as the most probable one."""
+    """Sample only from bytes with at least this fraction of the highest probability."""
     stop: tuple[str, ...] = ()
-    """Strings before which a text ends."""
+    """Stop strings. A text ends before the first one."""
     utf8: bool = False
     """Sample only bytes that keep the text valid UTF-8."""
     greedy_boundaries: bool = False
-    """Do not sample boundaries: close a token wherever p > 0.5."""
+    """Greedy boundaries: end a token wherever p > 0.5."""
     seed: int = 0
     """Seed of bytes and boundaries."""
     show_boundaries: bool = False
-    """Mark where tokens close: · of the outermost level, │ of it and the one inside, ┃ of more."""
+    """Mark the ends of tokens: · of the outermost level, │ of two levels, ┃ of more."""
     stream: bool = False
-    """Show the text while it is generated."""
+    """Print the text while it is generated."""
+    plugin: tuple[str, ...] = ()
+    """Modules with classes of your own that the model holds, as package.module."""
     json: bool = False
-    """One JSON document on standard output instead."""
+    """Print one JSON document instead."""
 
     def __post_init__(self):
         require(self.num >= 1 and self.max_bytes >= 1, "--num and --max-bytes must be at least 1")
-        require(not (self.json and self.stream), "--json is one document, written at the end: leave out --stream")
+        require(not (self.json and self.stream), "--json prints one document at the end: leave out --stream")
 
 
 def generate(config: GenerateConfig, display: Display) -> None:
-    """Load, generate, show."""
-    model = load(config.run).model
+    """Load the model, generate, and print the texts. Raises `ConfigError` for invalid input."""
+    model = load_model(config.run, import_plugins(config.plugin)).model
     prompt = sys.stdin.buffer.read() if config.prompt == "-" else os.fsencode(config.prompt)
     try:
         stream = TextStream(
@@ -92,7 +94,7 @@ def generate(config: GenerateConfig, display: Display) -> None:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    texts = followed(stream, config) if config.stream else written(stream)
+    texts = stream_texts(stream, config) if config.stream else generate_texts(stream)
     if config.json:
         sys.stdout.write(json.dumps(document(config, texts, stream.throughput)) + "\n")
     elif not config.stream:
@@ -104,55 +106,55 @@ def generate(config: GenerateConfig, display: Display) -> None:
     display.note(report(texts, stream.throughput))
 
 
-def written(stream: TextStream) -> tuple[Generation, ...]:
-    """All texts to their ends."""
+def generate_texts(stream: TextStream) -> tuple[Generation, ...]:
+    """Generate all texts to their ends."""
     pieces: list[list[Piece]] = [[] for _ in stream.prompts]
-    for now in stream:
-        for mine, piece in zip(pieces, now, strict=True):
-            mine += [] if piece is None else [piece]
+    for new in stream:
+        for parts, piece in zip(pieces, new, strict=True):
+            parts += [] if piece is None else [piece]
     return _so_far(stream, pieces)
 
 
-def followed(stream: TextStream, config: GenerateConfig) -> tuple[Generation, ...]:
-    """All texts to their ends, shown as they come, in whole characters."""
+def stream_texts(stream: TextStream, config: GenerateConfig) -> tuple[Generation, ...]:
+    """Generate all texts to their ends and print them meanwhile, in complete characters."""
     pieces: list[list[Piece]] = [[] for _ in stream.prompts]
     with _screen(len(pieces)) as show:
-        for now in stream:
-            for mine, piece in zip(pieces, now, strict=True):
-                mine += [] if piece is None else [piece]
+        for new in stream:
+            for parts, piece in zip(pieces, new, strict=True):
+                parts += [] if piece is None else [piece]
             show([shown(text, marks=config.show_boundaries) for text in _so_far(stream, pieces)])
     return _so_far(stream, pieces)
 
 
 def _so_far(stream: TextStream, pieces: Sequence[Sequence[Piece]]) -> tuple[Generation, ...]:
-    whole = (joined(mine) for mine in pieces)
-    return tuple(map(Generation, stream.prompts, stream.prompt_boundary_depth, whole))
+    generated = (joined(parts) for parts in pieces)
+    return tuple(map(Generation, stream.prompts, stream.prompt_boundary_depth, generated))
 
 
 @contextmanager
 def _screen(count: int):
-    """A function that shows texts again and again: one text grows on any output, several change in place on a terminal."""
+    """A function that prints the current state of all texts. One text is appended to; several are redrawn in place."""
     console = _console()
     if count == 1:
-        shown_before = 0
+        printed = 0
 
-        def grow(texts: Sequence[Text]) -> None:
-            nonlocal shown_before
-            console.print(texts[0][shown_before:], end="")
+        def append(texts: Sequence[Text]) -> None:
+            nonlocal printed
+            console.print(texts[0][printed:], end="")
             console.file.flush()
-            shown_before = len(texts[0])
+            printed = len(texts[0])
 
-        yield grow
+        yield append
         console.print()
         return
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
 
-        def change(texts: Sequence[Text]) -> None:
+        def redraw(texts: Sequence[Text]) -> None:
             live.update(
                 Group(*(Text(f"{n + 1}  ", style="dim").append(text) for n, text in enumerate(texts))), refresh=True
             )
 
-        yield change
+        yield redraw
 
 
 def _console() -> Console:
@@ -160,8 +162,8 @@ def _console() -> Console:
 
 
 def shown(text: Generation, *, marks: bool) -> Text:
-    """Prompt and text in whole characters, the prompt fainter; behind a character with which a token closes a mark, if asked
-    for. What is no UTF-8 is U+FFFD; a last character that is not complete is left out until the text has ended."""
+    """Prompt (dim) and generated text in complete characters. `marks`: whether to mark characters that end a token. Invalid bytes
+    become U+FFFD. An incomplete last character is left out until the text has ended."""
     content = text.prompt + text.piece.bytes
     end = len(content) if text.piece.finish is not None else max(utf8.whole_characters(content), len(text.prompt))
     closed = np.concatenate([text.prompt_boundary_depth, text.piece.boundary_depth])
@@ -176,7 +178,8 @@ def shown(text: Generation, *, marks: bool) -> Text:
 
 
 def document(config: GenerateConfig, texts: Sequence[Generation], throughput: Throughput) -> dict[str, object]:
-    """What `--json` writes: the settings, the texts, and what they cost. Bytes are counted from the end of the prompt."""
+    """The output of `--json`: settings, texts and throughput. Boundary positions of a text are counted from the end of the
+    prompt."""
     return {
         "run": config.run,
         "settings": {name: value for name, value in asdict(config).items() if name not in ("run", "json", "stream")},
@@ -204,17 +207,17 @@ def document(config: GenerateConfig, texts: Sequence[Generation], throughput: Th
 
 
 def report(texts: Sequence[Generation], throughput: Throughput) -> str:
-    """One line about what was generated."""
+    """A summary in one line: bytes, bits per byte, speed, and steps with the token level."""
     nats = np.concatenate([text.piece.logprobs for text in texts])
     bits = -float(nats.mean()) / math.log(2) if nats.size else math.nan
     speed = "" if math.isnan(throughput.bytes_per_second) else f", {throughput.bytes_per_second:.0f} bytes/s"
-    written = sum(len(text.piece.bytes) for text in texts)
-    ran = f"the token level ran in {throughput.token_steps} of {throughput.steps} steps"
-    return f"{written} bytes at {bits:.3f} bits each{speed}; {ran}"
+    num_bytes = sum(len(text.piece.bytes) for text in texts)
+    steps = f"the token level ran in {throughput.token_steps} of {throughput.steps} steps"
+    return f"{num_bytes} bytes at {bits:.3f} bits each{speed}; {steps}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, 2 for a user's error, 130 after Ctrl-C."""
+    """Run the command line. Returns 0, 2 for invalid input, 130 after Ctrl-C."""
     try:
         return command_line(GenerateConfig, generate, "experiments.generate", arguments)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The benchmark: timing in turns, reading a compiled program, and what the command leaves."""
+"""The benchmark: interleaved timing, parsing of compiled programs, and output of the command."""
 
 import dataclasses
 import json
@@ -13,9 +13,9 @@ from experiments.benchmark import rates, recurrence, timing, whole_step
 from experiments.benchmark.deviceless import TARGETS, missing
 from experiments.benchmark.ops import Sizes, operations
 from experiments.benchmark.overhead import overhead
-from experiments.benchmark.roofline import Kernel, kernels_of, shares
-from experiments.benchmark.timing import in_turns
-from experiments.benchmark.whole_step import compile_elsewhere
+from experiments.benchmark.roofline import Kernel, costs_by_part, kernels_of
+from experiments.benchmark.timing import time_interleaved
+from experiments.benchmark.whole_step import compile_in_subprocess
 from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
 from experiments.config.settings import transformer_shape
@@ -57,7 +57,7 @@ def test_a_program_is_read_kernel_by_kernel():
 def test_a_kernel_takes_as_long_as_what_binds_it():
     gpu = dataclasses.replace(TARGETS["h100"], bandwidth=10.0, bfloat16=100.0)
     kernels = [Kernel("mid", "a", 1000.0, 20.0), Kernel("mid", "b", 0.0, 50.0), Kernel("other", "c", 0.0, 10.0)]
-    assert [(one.part, one.kernels, one.seconds) for one in shares(kernels, gpu)] == [
+    assert [(one.part, one.kernels, one.seconds) for one in costs_by_part(kernels, gpu)] == [
         ("mid", 2, 15.0),
         ("other", 1, 1.0),
     ]
@@ -70,13 +70,13 @@ def test_alternatives_take_turns_and_ratios_are_within_rounds(monkeypatch):
     def work(name):
         return lambda: calls.append(name) or jnp.zeros(())
 
-    found = in_turns({"a": work("a"), "b": work("b")}, baseline="a", rounds=3)
+    found = time_interleaved({"a": work("a"), "b": work("b")}, baseline="a", rounds=3)
     assert calls == ["a", "b"] * 4
     assert (found["a"].seconds, found["b"].seconds) == (2, 2)
     assert found["b"].speedup == 1.0
     assert (found["b"].rounds, found["b"].ratio) == (3, "1.00 (3 rounds) ≈")
-    with pytest.raises(ValueError, match="none of a"):
-        in_turns({"a": work("a")}, baseline="c")
+    with pytest.raises(ValueError, match="not one of a"):
+        time_interleaved({"a": work("a")}, baseline="c")
 
 
 @pytest.mark.parametrize(
@@ -88,11 +88,11 @@ def test_alternatives_take_turns_and_ratios_are_within_rounds(monkeypatch):
     ],
 )
 def test_a_ratio_comes_with_its_interval(monkeypatch, ratios, shown):
-    """A round is the baseline's work, which takes the ratio's seconds, and the other's, which takes one."""
+    """In each round the baseline takes `ratio` seconds and the other function takes one second."""
     ticks = [tick for round_, ratio in enumerate(ratios) for tick in (10 * round_, 10 * round_ + ratio, 0, 1)]
     clock = iter(ticks)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    found = in_turns({name: lambda: jnp.zeros(()) for name in "ab"}, baseline="a", rounds=len(ratios))
+    found = time_interleaved({name: lambda: jnp.zeros(()) for name in "ab"}, baseline="a", rounds=len(ratios))
     assert found["b"].ratio == shown
 
 
@@ -139,16 +139,16 @@ def test_a_whole_step_compiles_for_a_gpu_that_is_not_there():
     unet = dataclasses.replace(transformer_shape(tiny), dim=128, main_layers=1, compute="bfloat16")
     config = dataclasses.replace(tiny, unet=unet, batch=2, length=128)
     config = dataclasses.replace(config, sfe=dataclasses.replace(config.sfe, window=2))
-    report = compile_elsewhere(config, "h100")
+    report = compile_in_subprocess(config, "h100")
     assert [part.part for part in report.parts][:7] == [
         *("embed", "encode", "boundary", "downsample", "mid", "upsample", "decode")
     ]
     products = {part.part: part.flops for part in report.parts}
-    # Forward and backward of the one token-level block: 6 for every weight and token row.
-    rows, weights = 2 * 40, 128 * (4 * 128) + 3 * 128 * 512
-    assert products["mid"] == pytest.approx(6 * rows * weights, rel=0.25)
+    # Forward and backward of the one token-level block: 6 FLOPs per weight and token.
+    tokens, weights = 2 * 40, 128 * (4 * 128) + 3 * 128 * 512
+    assert products["mid"] == pytest.approx(6 * tokens * weights, rel=0.25)
     assert report.peak_bytes > report.state_bytes > 0
-    # Scan, row gathers and span sum, forward and backward.
+    # Boundary scan, gathers and span sum, forward and backward.
     assert report.pallas >= 4
     assert report.loops == 0
 
@@ -171,7 +171,7 @@ def test_the_overhead_is_the_policy_and_the_early_head():
 
 
 def test_the_command_measures_alternatives(corpus, tmp_path, capsys):
-    """PyTorch among them where it is installed, which the tests do not ask for."""
+    """PyTorch is one of them only if it is installed; the tests do not need it."""
     out = tmp_path / "bench.json"
     small = ("--dataset", corpus, "--length", "32", "--batch", "4", "--rounds", "1", "--calls", "1", "--json", out)
     assert bench.main([str(word) for word in ("alternatives", *small, "--against", "square", "pytorch")]) == 0

@@ -1,4 +1,4 @@
-"""Comparisons as a user starts them: what they leave, how they go on, what they refuse."""
+"""Comparisons started by a user: their output, how they resume, and invalid input."""
 
 import dataclasses
 import json
@@ -13,7 +13,15 @@ from collections.abc import Sequence
 import pytest
 
 from experiments import compare as compare_module
-from experiments.comparison.comparison import COLUMNS, Line, cells, html_table, markdown, remarks, table
+from experiments.comparison.comparison import (
+    COLUMNS,
+    MethodResult,
+    cells,
+    html_table,
+    markdown,
+    method_results,
+    remarks,
+)
 from experiments.comparison.finished import FinishedRun, curve, read_tables
 from experiments.comparison.pairs import (
     PAIR_COLUMNS,
@@ -65,12 +73,12 @@ def finished_run(estimator: EstimatorName, seed: int, bpb: float, rate: float = 
     return FinishedRun(config, summary, straight(3.0, 1e-3, 1000.0))
 
 
-def shown(lines: Sequence[Line]) -> str:
+def shown(lines: Sequence[MethodResult]) -> str:
     return markdown(COLUMNS, [cells(line) for line in lines])
 
 
 def test_means_errors_and_paired_gains():
-    lines = table(
+    lines = method_results(
         {
             "uniform": [finished_run("uniform", 0, 2.0), finished_run("uniform", 1, 2.2)],
             "sfe": [finished_run("sfe", 0, 1.9), finished_run("sfe", 1, 2.0)],
@@ -78,7 +86,7 @@ def test_means_errors_and_paired_gains():
     )
     bpb = lines[1].numbers["val_bpb"]
     found = bpb.mean, bpb.error, bpb.n, lines[1].gain.mean, lines[1].gain.half_width
-    # Of one degree of freedom, tan(0.475 π) = 12.706 times the standard error.
+    # The t quantile for one degree of freedom is tan(0.475 π) = 12.706.
     assert found == pytest.approx((1.95, 0.05, 2, 0.15, 0.05 * math.tan(0.475 * math.pi)))
     assert lines[0].gain.values == ()
     assert "| `uniform` | 2.1000 ± 0.1000 | – |" in shown(lines)
@@ -115,15 +123,15 @@ def test_pairs_after_the_same_bytes_and_the_same_flops():
     sure, unsure, third = pairs
     assert sure.below.values == pytest.approx((0.1, 0.1, 0.1))
     assert sure.below.distinguishable
-    # p of the others as scipy.stats.ttest_rel has it; Holm's: three, two and one time.
+    # The other p values are from scipy.stats.ttest_rel. Holm multiplies by three, two and one.
     assert (unsure.below.p, third.below.p) == pytest.approx((1.0, 0.225403), abs=1e-6)
     assert [pair.below_holm for pair in pairs] == pytest.approx([0.0, 1.0, 0.450807], abs=1e-6)
     assert not unsure.below.distinguishable
-    # After 100 FLOPs uniform is at 2, sfe at 1, 1.1 and 1.2.
+    # After 100 FLOPs uniform has 2 bits per byte, sfe has 1, 1.1 and 1.2.
     assert sure.flops == (100.0, 100.0, 100.0)
     assert sure.equal_flops.values == pytest.approx((1.0, 0.9, 0.8))
     assert sure.equal_flops.half_width == pytest.approx(4.302653 * 0.1 / math.sqrt(3))
-    # hnet was first validated after 125 FLOPs, when uniform had ended and sfe had 5 to go.
+    # hnet was first validated after 125 FLOPs, after the end of uniform (100) and of sfe (120).
     assert unsure.equal_flops.values == third.equal_flops.values == ()
     assert pair_cells(sure)["equal_flops"] == "+0.9000 [+0.6516, +1.1484]"
     assert pair_cells(unsure) == {
@@ -147,7 +155,7 @@ def test_one_seed_tells_nothing_apart():
     (pair,) = compare_pairs([("sfe", "uniform")], {name: {0: runs[0]} for name, runs in BPB.items()}, CURVES)
     assert pair_cells(pair)["below"] == "+0.1000 (one seed) ≈"
     assert difference_json(pair.below)["distinguishable"] is False
-    assert "One seed has no interval and tells nothing apart" in " ".join(pair_remarks([pair], []))
+    assert "One seed gives no interval" in " ".join(pair_remarks([pair], []))
 
 
 def test_a_method_without_runs_has_dashes():
@@ -165,11 +173,11 @@ def test_pairs_asked_for():
 
 
 def test_a_missed_rate_is_flagged():
-    lines = table({"hnet": [finished_run("hnet", 0, 2.0, 0.268)], "sfe": [finished_run("sfe", 0, 2.0, 0.205)]})
+    lines = method_results({"hnet": [finished_run("hnet", 0, 2.0, 0.268)], "sfe": [finished_run("sfe", 0, 2.0, 0.205)]})
     assert [line.missed for line in lines] == [True, False]
     assert "0.268 †" in shown(lines)
     inside = finished_run("sfe", 0, 2.0, 0.21, val_level1_rate=0.6, level1_target_rate=0.5)
-    (line,) = table({"sfe": [inside]})
+    (line,) = method_results({"sfe": [inside]})
     assert line.missed
     assert "| 0.210 / 0.600 † |" in shown([line])
     assert "sfe 0.210 / 0.600 for 0.2 / 0.5" in " ".join(remarks([line]))
@@ -178,8 +186,8 @@ def test_a_missed_rate_is_flagged():
 
 def test_what_a_reader_of_the_table_has_to_know():
     taught = finished_run("bpe-distilled", 0, 2.8, val_bpb_greedy=2.7, val_bpb_as_trained=2.6, dropped_fraction=0.02)
-    said = " ".join(remarks(table({"bpe-distilled": [taught], "sfe": [finished_run("sfe", 0, 2.0)]})))
-    assert "2.6000 bits per byte with those, 2.8000 with its own, drawn, and 2.7000 with its own, greedy" in said
+    said = " ".join(remarks(method_results({"bpe-distilled": [taught], "sfe": [finished_run("sfe", 0, 2.0)]})))
+    assert "2.6000 bits per byte with those, 2.8000 with its own, sampled, and 2.7000 with its own, greedy" in said
     assert "(bpe-distilled 2.0%)" in said
 
 
@@ -236,7 +244,7 @@ def test_runs_made_elsewhere_count_as_if_made_here(finished, launched, corpus, t
 
 
 def test_runs_made_elsewhere_are_told_from_those_of_a_byte_model(finished, launched, corpus, tmp_path):
-    """A comparison with entropy trains an isotropic model of its own, which is no run of the table's."""
+    """A comparison with `entropy` trains an isotropic byte model, which must not be taken from the table."""
     values = json.loads((finished / "table.json").read_text())
     uniform, sfe = (method["runs"][0] for method in values["methods"])
     uniform["config"]["estimator"] = "isotropic"
@@ -255,7 +263,7 @@ def test_runs_made_elsewhere_are_told_from_those_of_a_byte_model(finished, launc
 
 
 def test_flops_count_up_to_a_validation_between_records(finished, tmp_path):
-    """300 bytes of training are logged, at a rate of 1 / 2; the last 100 bytes only as a validation, at 1 / 4."""
+    """The training record covers 300 bytes, at a rate of 1 / 2. Only a validation covers the last 100 bytes, at 1 / 4."""
     folder = tmp_path / "run"
     shutil.copytree(finished / "sfe-0", folder)
     records = [
@@ -291,7 +299,7 @@ def test_what_is_finished_is_not_done_again_and_what_is_missing_is(finished, cor
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Runs finish at once, without training; the names of those that were started since it was last cleared."""
+    """Replaces runs with ones that finish at once. The list has the names of the started runs."""
     names = []
 
     def launch(job, core, logs):
@@ -324,7 +332,7 @@ def test_methods_and_seeds_added_later_are_all_that_is_done(launched, corpus, tm
 
 
 def test_an_unfinished_run_goes_on_with_the_cores_it_gets(launched, corpus, tmp_path):
-    """A core for each of two jobs, where one job had left the number of devices open, and the other way round."""
+    """Two jobs get a core each; one job leaves the number of devices unset. Resume from one to two jobs, and back."""
     common = SMALL[: SMALL.index("--devices")] + SMALL[SMALL.index("--devices") + 2 :]
     given = ("--estimators", "uniform", "--seeds", "0", "1", "--dataset", corpus, "--out", tmp_path, *common)
     for jobs, devices in (("1", None), ("2", 1), ("1", None)):
@@ -334,8 +342,8 @@ def test_an_unfinished_run_goes_on_with_the_cores_it_gets(launched, corpus, tmp_
 
 
 def test_settings_are_checked_for_what_is_compared(launched, corpus, tmp_path, capsys):
-    """Returns cannot be centred in a batch of one, nor can a policy that starts at .2 be capped at 1; uniform boundaries have
-    neither."""
+    """Returns cannot be centred in a batch of one, and a policy that starts at .2 cannot have a cap of 1. Neither concerns
+    uniform boundaries."""
     for number, changed in enumerate((("--batch", "1"), ("--sfe.cap", "1"))):
         given = ("--dataset", corpus, "--out", tmp_path / str(number), *SMALL, *changed)
         assert start("--estimators", "uniform", "--seeds", "0", *given) == 0

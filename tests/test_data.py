@@ -145,7 +145,7 @@ def test_cut_keeps_long_documents_only_and_says_how_many_it_left():
 @pytest.mark.parametrize("protocol", ["crop", "cut", "pack"])
 @pytest.mark.parametrize("size", [5, 30, 31, 32, 100])
 def test_a_protocol_can_show_what_it_says(protocol, size):
-    """Against the bytes of rows drawn until no new ones come."""
+    """Compared with the bytes that occur in many sampled rows."""
     document = bytes(range(100, 100 + size))
     rows, rng = MemoryRows([document], 32, protocol, random=True), np.random.default_rng(0)
     drawn = [rows.row(number, rng) for _ in range(300) for number in range(len(rows))]
@@ -154,14 +154,14 @@ def test_a_protocol_can_show_what_it_says(protocol, size):
 
 
 def genome_of(path, bases=40_000):
-    """A chromosome, with an unread stretch in its middle."""
+    """A source with one chromosome, with a run of unknown bases in its middle."""
     sequence = bytes(np.random.default_rng(0).choice(list(b"ACGT"), bases).tolist())
     path.write_bytes(b">chr1\n" + sequence[: bases // 2] + b"\n" + b"N" * 500 + b"\n" + sequence[bases // 2 :] + b"\n")
     return open_source(str(path))
 
 
 def test_presets_for_dna_can_show_the_whole_genome_and_cut_says_how_little_it_can(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.fasta.STRETCH", 10_000)
+    monkeypatch.setattr("data.fasta.DOCUMENT_BASES", 10_000)
     source = genome_of(tmp_path / "genome.fa")
 
     def loaded(protocol):
@@ -183,7 +183,7 @@ def test_presets_for_dna_can_show_the_whole_genome_and_cut_says_how_little_it_ca
 
 @pytest.mark.parametrize("protocol", ["crop", "cut", "pack"])
 def test_a_stream_counts_what_it_has_read(protocol):
-    """When the second epoch begins, exactly what a data set in memory knows from the start."""
+    """After the first epoch, the coverage of a stream is that of all its training documents."""
     memory, stream = split_of(protocol), split_of(protocol, streamed=True)
     share = stream.held_out_share
     training = [document for document in documents() if document_rank(document) >= share]
@@ -192,7 +192,7 @@ def test_a_stream_counts_what_it_has_read(protocol):
         expected = expected.plus(len(document), 32, protocol)
     rows = StreamRows(stream.source, 32, protocol, share, seed=0)
     again = next(row for row in rows if row["epochs"] >= 1)
-    # Documents of the second epoch before the one in which that row ends: too short for one, or at its begin.
+    # The first row of the second epoch may follow documents that are too short for a row, or contain several documents.
     for document in stream.source.documents(stream.source.shards()[rows.order(1, 2)[0]]):
         if expected.documents < again["coverage"][0] and document_rank(document) >= share:
             expected = expected.plus(len(document), 32, protocol)
@@ -204,7 +204,7 @@ def test_a_stream_counts_what_it_has_read(protocol):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_epochs_are_counted_and_go_on_from_any_state(streamed):
-    # No document is held out of a stream here by its content.
+    # A stream without held-out documents.
     split = dataclasses.replace(split_of("cut", streamed=streamed), held_out_share=0.0)
     rows = sum(len(document) >= 31 for document in (documents() if split.training is None else split.training))
     batches, counted, state = open_batches(split, batch=4, seed=0), [], {}
@@ -213,7 +213,7 @@ def test_epochs_are_counted_and_go_on_from_any_state(streamed):
         counted.append(batches.epochs)
         state = json.loads(json.dumps(batches.state())) if len(counted) == 10 else state
     batches.close()
-    # A stream is shuffled in windows of 1024 rows, which hold these many times over.
+    # The shuffle buffer of a stream has 1024 rows, many epochs of this data set.
     np.testing.assert_allclose(counted, np.arange(1, 31) * 4 / rows, rtol=0.05 if streamed else 1e-12)
     assert counted[0] < 0.2 < 2 < counted[-1]
     resumed = open_batches(split, batch=4, seed=0, state=state)
@@ -483,7 +483,7 @@ def test_bases_are_read_without_headers_and_unread_stretches(tmp_path, name):
 
 
 def test_a_chromosome_is_several_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.fasta.STRETCH", 10)
+    monkeypatch.setattr("data.fasta.DOCUMENT_BASES", 10)
     lines = b"".join(b"ACGTACG\n" for _ in range(9))
     (tmp_path / "genome.fa").write_bytes(b">long\n" + lines)
     source = open_source(str(tmp_path / "genome.fa"))

@@ -1,4 +1,4 @@
-"""Validation figures against brute force, and that no boundary is ever dropped."""
+"""Validation results against brute force. No boundary is dropped."""
 
 import math
 
@@ -20,7 +20,7 @@ from estimators import (
     PrefixTree,
     equations,
 )
-from experiments.evaluation.evaluate import Tally, agreement, area_under_roc, evaluate, summarise
+from experiments.evaluation.evaluate import ValidationAccumulator, agreement, area_under_roc, evaluate, summarise
 from experiments.reporting.shading import characters, colour_of
 from tests.conftest import predict, small_model, small_score_function, text_bytes
 from unet import Chunker, Distribute, Select, next_logprobs
@@ -113,7 +113,7 @@ def test_without_a_token_level_there_is_no_rate(rows):
 
 
 def evaluated(rng, documents):
-    """What is kept of a batch in which everything is drawn by lot."""
+    """Random per-byte results of a batch."""
     shape = (len(documents), 9)
     kept = {name: rng.random(shape) < 0.6 for name in ("sampled", "greedy", "scored", "free")}
     kept |= {name: rng.random(shape).astype(np.float32) for name in ("probs", "entropy")}
@@ -129,7 +129,7 @@ def test_batches_add_up():
     batches = [
         evaluated(np.random.default_rng(seed), documents) for seed, documents in enumerate(([3, 1], [1], [0, 3]))
     ]
-    parts = Tally()
+    parts = ValidationAccumulator()
     for batch in batches:
         parts.add(batch)
     together = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
@@ -145,10 +145,10 @@ def test_batches_add_up():
 
 
 def test_the_error_of_a_validation_is_over_documents_however_they_are_cut_into_rows():
-    """Two rows of one document are one sample: the error of rows taken for documents would be another."""
+    """Two rows of one document are one sample. Counting each row as a document would give another error."""
     batch = evaluated(np.random.default_rng(0), [0, 0, 1, 2])
-    tally = Tally()
-    tally.add(batch)
+    accumulator = ValidationAccumulator()
+    accumulator.add(batch)
     sums = [
         (-batch["log_prob"][rows][batch["scored"][rows]].sum(), batch["scored"][rows].sum())
         for rows in ([0, 1], [2], [3])
@@ -156,7 +156,7 @@ def test_the_error_of_a_validation_is_over_documents_however_they_are_cut_into_r
     nats, size = np.array(sums).T
     ratio = nats.sum() / size.sum()
     expected = math.sqrt(3 / 2 * ((nats - ratio * size) ** 2).sum()) / size.sum() / math.log(2)
-    assert tally.validation().bpb_error == pytest.approx(expected, rel=1e-5)
+    assert accumulator.validation().bpb_error == pytest.approx(expected, rel=1e-5)
 
 
 def test_characters_carry_the_probability_of_their_last_byte():

@@ -1,4 +1,4 @@
-"""Paired differences, their intervals, and curves at equal cost, against values worked out by hand and by scipy.stats."""
+"""Paired differences, intervals and curves at equal cost, against values computed by hand and by scipy.stats."""
 
 import math
 import statistics
@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from experiments.comparison.intervals import (
-    NOTHING,
+    UNDEFINED,
     Interval,
     at_equal_cost,
     geometric_interval,
@@ -73,14 +73,14 @@ def test_too_few_seeds_tell_nothing_apart(values):
 
 
 def test_holm_by_hand():
-    """Four hypotheses: .01 · 4, .02 · 3, then .03 · 2 raised to what came before it, and .04 · 1 likewise."""
+    """Four hypotheses: .01 · 4, .02 · 3, then .03 · 2 and .04 · 1; no adjusted value is below the one before it."""
     assert holm([0.04, 0.01, math.nan, 0.03, 0.02]) == pytest.approx([0.06, 0.04, math.nan, 0.06, 0.06], nan_ok=True)
     assert holm([0.6, 0.5]) == [1.0, 1.0]
     assert holm([]) == []
 
 
 def test_straight_curves_are_read_exactly():
-    """The first is 10 - 2x up to 3, the second 9 - x up to 8: at 3 they are 4 and 6."""
+    """The first is 10 - 2x up to x = 3, the second 9 - x up to x = 8: at 3 they are 4 and 6."""
     first, second = [(x, 10 - 2 * x) for x in (0.0, 1.0, 3.0)], [(x, 9 - x) for x in (0.5, 2.0, 7.0, 8.0)]
     at = at_equal_cost(first, second)
     assert at is not None
@@ -100,8 +100,8 @@ def test_nothing_is_extrapolated():
 
 
 def test_an_interval_of_the_median():
-    """All of 6 values hold it but for 2 · 2⁻⁶, all of 5 but for 2 · 2⁻⁵ > 5 %, the second to the eighth of 9 but for
-    2 · 10 · 2⁻⁹."""
+    """The range of 6 values misses the median with probability 2 · 2⁻⁶, that of 5 with 2 · 2⁻⁵ > 5 %, the second to the eighth
+    of 9 with 2 · 10 · 2⁻⁹."""
     assert median_interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0]) == (1, 6)
     assert all(map(math.isnan, median_interval([1.0, 2.0, 3.0, 4.0, 5.0])))
     assert median_interval([float(value) for value in range(1, 10)]) == (2, 8)
@@ -125,7 +125,7 @@ def test_the_interval_of_a_mean():
     assert 3.0 - found.low == pytest.approx(found.high - 3.0)
     assert found.holds(0.0)
     assert not found.holds(10.0)
-    assert mean_interval([1.0, math.nan]) is NOTHING
+    assert mean_interval([1.0, math.nan]) is UNDEFINED
 
 
 def test_factors_are_averaged_as_factors():
@@ -136,7 +136,7 @@ def test_factors_are_averaged_as_factors():
 
 
 def test_the_ends_of_a_ratio_lie_where_the_difference_just_vanishes():
-    """Fieller: at its ends y - r x is as far from 0 as its own interval reaches."""
+    """Fieller: at the ends of the interval, an end of the interval of y - r x is 0."""
     above, below = [2.3, 1.9, 2.6, 2.0], [1.0, 1.3, 1.2, 0.9]
     found = ratio_interval(above, below)
     assert found is not None

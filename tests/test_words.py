@@ -1,4 +1,4 @@
-"""Where words end, how boundaries agree with that, and the command that says so."""
+"""Labels of word ends, scores of boundaries against them, and the command `words`."""
 
 import dataclasses
 import itertools
@@ -15,9 +15,9 @@ from data.rows import make_row
 from estimators.routers.rules import is_whitespace
 from experiments import words
 from experiments.config.files import to_json
-from experiments.evaluation.boundaries import bits_by_place, examine, place, placements
+from experiments.evaluation.boundaries import analyse, bits_by_position, draw_boundaries, evaluate_placements
 from experiments.evaluation.evaluate import evaluate_rows, summarise
-from experiments.evaluation.segmentation import PLACES, by_jieba, by_whitespace, expected_scores, mark
+from experiments.evaluation.segmentation import BYTE_POSITIONS, by_jieba, by_whitespace, expected_scores, label_bytes
 from experiments.words import groups
 from tests.compositions import config_of, registered
 from tests.conftest import small_model, small_score_function, text_bytes
@@ -27,7 +27,7 @@ TEXT = "我们学习，很好。我们在 Linux 上学习"
 
 
 def by_list(text):
-    """A segmenter that knows a few words; every other character is a token."""
+    """A segmenter with a list of a few words; every other character is a token."""
     known, tokens = ("我们", "学习", "Linux"), []
     while text:
         token = next((word for word in known if text.startswith(word)), text[0])
@@ -47,12 +47,12 @@ def test_white_space_closes_its_token():
 
 def test_white_space_tokens_end_where_boundaries_are_compared_with_white_space():
     text = b"\xfea b  cd\ne. \tf"
-    marks = mark([row_of(text, length=20)], by_whitespace)
+    labels = label_bytes([row_of(text, length=20)], by_whitespace)
     expected = np.asarray(is_whitespace(jnp.asarray(list(text))))
-    np.testing.assert_array_equal(marks.ends[0, : len(text) - 1], expected[:-1])
-    np.testing.assert_array_equal(np.flatnonzero(marks.counted[0]), np.arange(1, len(text) - 1))
+    np.testing.assert_array_equal(labels.token_ends[0, : len(text) - 1], expected[:-1])
+    np.testing.assert_array_equal(np.flatnonzero(labels.counted[0]), np.arange(1, len(text) - 1))
     # Tokens with a letter in them: "a ", "b ", "cd\n", "e. ".
-    np.testing.assert_array_equal(np.flatnonzero(marks.words[0]), [2, 4, 8, 11])
+    np.testing.assert_array_equal(np.flatnonzero(labels.word_ends[0]), [2, 4, 8, 11])
 
 
 def test_marks_of_chinese_text_cut_in_the_middle_of_characters():
@@ -60,22 +60,22 @@ def test_marks_of_chinese_text_cut_in_the_middle_of_characters():
     first = "习，我们学".encode()[1:] + "习".encode()[:2]
     second = b"\xfe" + "a我们é。".encode()
     row = row_of(first, second, length=40)
-    marks = mark([row], by_list)
-    # Of 习 two bytes, then ， at 2-4, 我们 at 5-10, 学 at 11-13 (the last whole one), two bytes of 习; BOS at 16, a at 17,
+    labels = label_bytes([row], by_list)
+    # Two bytes of 习, then ， at 2-4, 我们 at 5-10, 学 at 11-13 (the last complete one), two bytes of 习; BOS at 16, a at 17,
     # 我们 at 18-23, é at 24-25, 。 at 26-28, the last.
-    np.testing.assert_array_equal(np.flatnonzero(marks.counted[0]), [*range(2, 11), *range(17, 26)])
-    np.testing.assert_array_equal(np.flatnonzero(marks.ends[0]), [4, 10, 17, 23, 25])
-    np.testing.assert_array_equal(np.flatnonzero(marks.words[0]), [10, 17, 23, 25])
-    assert marks.places[0, 2:14].tolist() == [1, 2, 3] * 4
-    assert marks.places[0, 17:29].tolist() == [0, 1, 2, 3, 1, 2, 3, 1, 3, 1, 2, 3]
-    assert (marks.places[0, [0, 1, 14, 15, 16, *range(29, 40)]] == -1).all()
-    np.testing.assert_array_equal(np.flatnonzero(marks.at("single", "first")[0]), [2, 5, 8, 17, 18, 21, 24])
-    assert PLACES == ("single", "first", "middle", "last")
+    np.testing.assert_array_equal(np.flatnonzero(labels.counted[0]), [*range(2, 11), *range(17, 26)])
+    np.testing.assert_array_equal(np.flatnonzero(labels.token_ends[0]), [4, 10, 17, 23, 25])
+    np.testing.assert_array_equal(np.flatnonzero(labels.word_ends[0]), [10, 17, 23, 25])
+    assert labels.positions[0, 2:14].tolist() == [1, 2, 3] * 4
+    assert labels.positions[0, 17:29].tolist() == [0, 1, 2, 3, 1, 2, 3, 1, 3, 1, 2, 3]
+    assert (labels.positions[0, [0, 1, 14, 15, 16, *range(29, 40)]] == -1).all()
+    np.testing.assert_array_equal(np.flatnonzero(labels.at("single", "first")[0]), [2, 5, 8, 17, 18, 21, 24])
+    assert BYTE_POSITIONS == ("single", "first", "middle", "last")
 
 
 def test_a_segmenter_that_loses_something_is_refused():
     with pytest.raises(ValueError, match="lost or changed"):
-        mark([row_of(b"a b c", length=5)], str.split)
+        label_bytes([row_of(b"a b c", length=5)], str.split)
 
 
 def test_jieba_knows_words():
@@ -101,7 +101,7 @@ def test_expectations_without_boundaries_or_ends_are_undefined():
 
 
 def kept_of(row, **actions):
-    """What `evaluate_rows` keeps, for boundaries at the places named."""
+    """Results as of `evaluate_rows`, with boundaries at the given positions."""
     shape = (1, len(row["bytes"]))
     kept = {name: np.isin(np.arange(shape[1]), places)[None] for name, places in actions.items()}
     free = row["mask"][None].copy()
@@ -121,8 +121,8 @@ def kept_of(row, **actions):
 def test_boundaries_of_a_tiny_text_exactly():
     row = row_of("我们，学习 a好".encode(), length=20)
     # 我们 0-5, ， 6-8, 学习 9-14, ' ' 15, a 16, 好 17-19 (the last); the byte at 0 is forced.
-    marks = mark([row], by_list)
-    got = examine(kept_of(row, sampled=[0, 5, 9, 14, 19], greedy=[0, 6, 7, 12]), marks)
+    labels = label_bytes([row], by_list)
+    got = analyse(kept_of(row, sampled=[0, 5, 9, 14, 19], greedy=[0, 6, 7, 12]), labels)
     assert dataclasses.astuple(got.sampled.own.ends) == (2 / 3, 2 / 5, 4 / 8)
     assert dataclasses.astuple(got.sampled.own.words) == (2 / 3, 2 / 3, 4 / 6)
     assert got.sampled.own.places == {"single": 0.0, "first": 1 / 3, "middle": 0.0, "last": 2 / 3}
@@ -138,11 +138,13 @@ def test_boundaries_of_a_tiny_text_exactly():
 
 def test_bits_are_those_of_the_byte_that_is_predicted():
     row = row_of("a我b".encode(), length=6)
-    marks = mark([row], by_list)
+    labels = label_bytes([row], by_list)
     log_prob = np.log(2) * -np.array([[1.0, 2.0, 3.0, 4.0, 7.0, 7.0]])
     scored = np.array([[True] * 4 + [False] * 2])
-    assert bits_by_place(log_prob, scored, marks) == pytest.approx({"single": 4, "first": 1, "middle": 2, "last": 3})
-    assert math.isnan(bits_by_place(log_prob, ~scored, marks)["middle"])
+    assert bits_by_position(log_prob, scored, labels) == pytest.approx(
+        {"single": 4, "first": 1, "middle": 2, "last": 3}
+    )
+    assert math.isnan(bits_by_position(log_prob, ~scored, labels)["middle"])
 
 
 def test_other_places_take_as_many_boundaries_as_the_row_had():
@@ -150,7 +152,7 @@ def test_other_places_take_as_many_boundaries_as_the_row_had():
     allowed[:, 0] = False
     preferred = np.zeros((3, 8), bool)
     preferred[:, [2, 4, 6]] = True
-    got = place(np.array([2, 5, 0]), preferred, allowed, np.random.default_rng(0).random((3, 8)))
+    got = draw_boundaries(np.array([2, 5, 0]), preferred, allowed, np.random.default_rng(0).random((3, 8)))
     assert got.sum(axis=1).tolist() == [2, 5, 0]
     assert not got[:, 0].any()
     assert not (got & ~preferred)[0].any()
@@ -159,7 +161,7 @@ def test_other_places_take_as_many_boundaries_as_the_row_had():
 
 @pytest.fixture(scope="module")
 def drawn():
-    """A small model, rows of a little English, and the boundaries it drew there."""
+    """A small model, some rows of English, and the results of `evaluate_rows`."""
     values = np.asarray(text_bytes(5, 24), np.uint8)
     rows = [make_row([values[i, : 24 - 7 * (i % 2)]], 24) for i in range(5)]
     model = small_model(small_score_function())
@@ -168,39 +170,39 @@ def drawn():
 
 def test_white_space_figures_are_those_of_validation(drawn):
     _, rows, kept = drawn
-    marks = mark(rows, by_whitespace)
-    # All free bytes but the last of each text, which validation counts as well.
-    counted = {**kept, "free": marks.counted}
+    labels = label_bytes(rows, by_whitespace)
+    # All free bytes but the last of each text. Validation counts the last as well.
+    counted = {**kept, "free": labels.counted}
     expected = summarise(counted).whitespace
-    got = examine(kept, marks)
+    got = analyse(kept, labels)
     assert got.sampled.own.ends == type(got.sampled.own.ends)(
         expected.sampled_precision, expected.sampled_recall, expected.sampled_f1
     )
     assert got.greedy.own.ends == type(got.greedy.own.ends)(expected.precision, expected.recall, expected.f1)
     assert got.auc_ends == expected.auc
-    assert (kept["free"] & ~marks.counted).sum() == len(rows)
+    assert (kept["free"] & ~labels.counted).sum() == len(rows)
 
 
 def test_other_placements_have_the_same_rate_and_the_own_ones_the_same_likelihood(drawn):
     model, rows, kept = drawn
-    marks = mark(rows, by_whitespace)
-    found = placements(model, rows, kept, marks, batch=2, seed=0)
+    labels = label_bytes(rows, by_whitespace)
+    found = evaluate_placements(model, rows, kept, labels, batch=2, seed=0)
     assert found["as it draws them"].bpb == pytest.approx(summarise(kept).bpb, rel=1e-6)
     rates = {name: one.rate for name, one in found.items() if name != "where p > 0.5"}
     assert set(rates.values()) == {found["as it draws them"].rate}
-    # One byte a character: any place opens and closes one, and none is in the middle.
+    # Each character has one byte: every position is first and last, none is in the middle.
     assert found["first bytes of characters"].bpb == found["last bytes of characters"].bpb
     assert found["uniform"].bits["single"] == pytest.approx(found["uniform"].bpb, rel=1e-5)
     assert found["middle bytes of characters"].there == 0.0
     counts = (kept["sampled"] & kept["free"]).sum(axis=1)
-    most = np.minimum(counts, marks.ends.sum(axis=1))
+    most = np.minimum(counts, labels.token_ends.sum(axis=1))
     assert found["ends of tokens"].there == most.sum() / counts.sum()
     assert math.isnan(found["uniform"].there)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What two seeds of one run leave, untrained, and a run without tokens."""
+    """Files of untrained runs: two seeds of one configuration, one without a token level, one with another length."""
     folder = tmp_path_factory.mktemp("runs")
     corpus = folder / "text.jsonl"
     corpus.write_text("\n".join(json.dumps({"text": f"{number}{TEXT}" * 3}) for number in range(20)))

@@ -1,1 +1,1 @@
-"""Measurements on this machine, each against an alternative in the same run."""
+"""Benchmarks on this machine. Each measures alternatives in the same process."""

@@ -1,7 +1,7 @@
-"""Compiling for GPUs that are not there: what XLA makes of a program, down to machine code, on any host.
+"""Ahead-of-time compilation for GPUs on any host, down to machine code.
 
-The compiler is the CUDA plugin of the installed jax version (`pip install 'caesura-lm[deviceless]'`); it needs neither a GPU nor
-a driver. A process that compiles must have been started with `ENVIRONMENT`, and for one target only.
+The compiler is the CUDA plugin of the installed jax version (`pip install 'caesura-lm[deviceless]'`). It needs neither a GPU nor
+a driver. The process must be started with `ENVIRONMENT` and can compile for one target only.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-"""For a process that compiles: no search for GPUs, no complaint that there are none, and ptxas' remarks on each kernel."""
+"""Environment of a compiling process: no search for GPUs, no error if there are none, and messages of ptxas for each kernel."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU: what the compiler must know of it, and the rates that a roofline is drawn from (dense, by the data sheet)."""
+    """A GPU: its description for the compiler, and the peak rates for a roofline (dense, from the data sheet)."""
 
     name: str
     major: int
@@ -31,13 +31,13 @@ class Target:
     bandwidth: float
     """Bytes per second."""
     bfloat16: float
-    """Floating-point operations per second in tensor cores, bfloat16."""
+    """FLOP/s of the tensor cores in bfloat16."""
     float32: float
-    """The same on float32 numbers, which XLA rounds to TF32 for it."""
+    """FLOP/s of the tensor cores for float32 operands, which XLA rounds to TF32."""
 
     @property
     def description(self) -> str:
-        """The target as the compiler reads it: a `GpuTargetConfigProto` in text form."""
+        """The target for the compiler: a `GpuTargetConfigProto` in text format."""
         return f"""
             gpu_device_info {{
               threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -65,20 +65,20 @@ TARGETS = {
 
 
 def missing() -> str | None:
-    """What a host lacks for compiling, in a sentence; None where it lacks nothing."""
+    """An error message if the compiler is not installed, else None."""
     if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
         return "compiling for a GPU needs jax's CUDA plugin: pip install 'caesura-lm[deviceless]'"
     return None
 
 
 def mesh_of(target: Target) -> Mesh:
-    """One device of this kind."""
+    """A mesh of one device of this kind."""
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target.description)
     return topologies.make_mesh(topology, (1,), ("x",))
 
 
-def machine_program(compiled: jax.stages.Compiled) -> str:
-    """The optimized program as text, one instruction a line."""
+def optimized_hlo(compiled: jax.stages.Compiled) -> str:
+    """The optimized HLO as text, one instruction per line."""
     text = compiled.as_text()
     assert text is not None
     return text
@@ -87,10 +87,10 @@ def machine_program(compiled: jax.stages.Compiled) -> str:
 def compile_for(
     mesh: Mesh, function: Callable[..., PyTree], *args: PyTree, donate: int | None = None
 ) -> jax.stages.Compiled:
-    """`function` compiled for the device of `mesh`; of `args` only shapes and dtypes matter, the buffers of the one numbered
-    `donate` are reused."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.tree.map(lambda arg: jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=everywhere), args)
-    # Kernels ask the default device what it can do.
+    """Compile `function` for the device of `mesh`. Only shapes and dtypes of `args` matter. `donate`: index of the argument whose
+    buffers are donated."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.tree.map(lambda arg: jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=replicated), args)
+    # Kernels query the capabilities of the default device.
     with jax.default_device(mesh.devices.flat[0]), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(function, donate_argnums=donate).trace(*shapes).lower().compile()

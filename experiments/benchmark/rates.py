@@ -1,4 +1,4 @@
-"""How the time of the token level follows the rate of boundaries."""
+"""Time of the token level as a function of the boundary rate."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, PyTree
 
-from experiments.benchmark.timing import Work, in_turns
-from experiments.config.registry import build_model
+from estimators.registry import EVERY_BYTE, REGULAR
+from experiments.benchmark.timing import Work, time_interleaved
+from experiments.config.build import build_model
 from experiments.config.settings import RunConfig, transformer_shape
 
 RATES = (1.0, 1 / 2, 1 / 4, 1 / 8)
@@ -19,28 +20,26 @@ RATES = (1.0, 1 / 2, 1 / 4, 1 / 8)
 
 @dataclass(frozen=True)
 class RateReport:
-    """`seconds` of the token level at a rate, and what each token takes relative to a rate of one half."""
+    """`seconds`: time of the token level. `per_token`: time per token relative to that at a rate of one half."""
 
     seconds: float
     per_token: float
 
 
 def token_level(config: RunConfig, *, rounds: int, calls: int) -> dict[str, RateReport]:
-    """What the token level of a model takes at each of `RATES`, forward and backward: a loss and its gradient less the same
-    without token-level blocks. Boundaries are evenly spaced; all rates and both models take turns."""
+    """Time of the token level at each of `RATES`, forward and backward: the time of a gradient with token-level blocks minus that
+    without. Boundaries are evenly spaced. All measurements are interleaved."""
     layers = transformer_shape(config).main_layers
     works = {f"{rate} {blocks}": _work(config, rate, blocks) for rate in RATES for blocks in (layers, 0)}
-    timings = in_turns(works, baseline=next(iter(works)), rounds=rounds, calls=calls)
+    timings = time_interleaved(works, baseline=next(iter(works)), rounds=rounds, calls=calls)
     seconds = {rate: timings[f"{rate} {layers}"].seconds - timings[f"{rate} 0"].seconds for rate in RATES}
     half = seconds[0.5] / 0.5
-    return {f"{rate:g}": RateReport(taken, taken / rate / half) for rate, taken in seconds.items()}
+    return {f"{rate:g}": RateReport(time, time / rate / half) for rate, time in seconds.items()}
 
 
 def _work(config: RunConfig, rate: float, blocks: int) -> Work:
     unet = dataclasses.replace(transformer_shape(config), main_layers=blocks)
-    config = dataclasses.replace(
-        config, unet=unet, estimator="stride" if rate < 1 else "isotropic", rate=min(rate, 0.5)
-    )
+    config = dataclasses.replace(config, unet=unet, estimator=REGULAR if rate < 1 else EVERY_BYTE, rate=min(rate, 0.5))
     key = jax.random.key(config.seed)
     model = build_model(config, key)
     params, static = eqx.partition(model, eqx.is_inexact_array)

@@ -1,4 +1,4 @@
-"""What the state-space recurrence of a Mamba-2 layer takes, at several lengths and against a plain scan."""
+"""Time of the state-space recurrence of a Mamba-2 layer at several lengths, and compared with a sequential scan."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from experiments.benchmark.timing import Work, in_turns
+from experiments.benchmark.timing import Work, time_interleaved
 from unet.mamba import HEAD
 from unet.ops.ssd import SSDOutput, ssd, ssd_sequential
 
 LENGTHS = (1024, 4096, 16384)
-"""Positions of one sequence."""
+"""Sequence lengths."""
 
 COMPARED = 4096
-"""Positions at which the plain scan is timed as well."""
+"""Sequence length at which the sequential scan is timed as well."""
 
 
 @dataclass(frozen=True)
 class RecurrenceReport:
-    """`seconds` of the recurrence and its gradient; what a position takes relative to the shortest length; and, where a plain
-    scan was timed, how many times its speed that is."""
+    """`seconds`: time of the recurrence and its gradient. `per_position`: time per position relative to the shortest length.
+    `times_a_scan`: speedup over the sequential scan, at the length `COMPARED` only."""
 
     seconds: float
     per_position: float
@@ -31,12 +31,13 @@ class RecurrenceReport:
 
 
 def recurrence(dim: int, state: int, *, rounds: int, calls: int) -> dict[str, RecurrenceReport]:
-    """Forward and backward, of a layer that is twice `dim` wide inside, with states of `state` columns; all take turns."""
+    """Time the recurrence, forward and backward, for an inner width of 2 `dim` and states of size `state`. Lengths are
+    interleaved."""
     works = {str(length): _work(ssd, length, dim, state) for length in LENGTHS}
-    timings = in_turns(works, baseline=str(LENGTHS[0]), rounds=rounds, calls=calls)
+    timings = time_interleaved(works, baseline=str(LENGTHS[0]), rounds=rounds, calls=calls)
     shortest = timings[str(LENGTHS[0])].seconds / LENGTHS[0]
-    pair = {"scan": _work(ssd_sequential, COMPARED, dim, state), "chunks": _work(ssd, COMPARED, dim, state)}
-    speedup = in_turns(pair, baseline="scan", rounds=rounds, calls=1)["chunks"].speedup
+    implementations = {"scan": _work(ssd_sequential, COMPARED, dim, state), "chunks": _work(ssd, COMPARED, dim, state)}
+    speedup = time_interleaved(implementations, baseline="scan", rounds=rounds, calls=1)["chunks"].speedup
     return {
         str(length): RecurrenceReport(
             timings[str(length)].seconds,
@@ -52,11 +53,11 @@ def _work(form: Callable[[Array, Array, Array, Array, Array], SSDOutput], length
     keys = jax.random.split(jax.random.key(0), 4)
     values = jax.random.normal(keys[0], (1, length, heads, HEAD))
     decay = -jax.nn.softplus(jax.random.normal(keys[1], (1, length, heads)))
-    writes, reads = (jax.random.normal(key, (1, length, state)) for key in keys[2:])
+    B, C = (jax.random.normal(key, (1, length, state)) for key in keys[2:])
     starts = jnp.zeros((1, length), bool)
 
-    def weighed(values: Array, decay: Array, writes: Array, reads: Array) -> Array:
-        return jnp.sum(jnp.sin(form(values, decay, writes, reads, starts).y))
+    def scalar_output(values: Array, decay: Array, B: Array, C: Array) -> Array:
+        return jnp.sum(jnp.sin(form(values, decay, B, C, starts).y))
 
-    gradient = jax.jit(jax.grad(weighed, argnums=(0, 1, 2, 3)))
-    return lambda: gradient(values, decay, writes, reads)
+    gradient = jax.jit(jax.grad(scalar_output, argnums=(0, 1, 2, 3)))
+    return lambda: gradient(values, decay, B, C)

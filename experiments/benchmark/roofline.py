@@ -1,4 +1,4 @@
-"""An estimate of what a compiled GPU program costs: its kernels one by one, each bound by arithmetic or by memory."""
+"""Roofline estimate of a compiled GPU program: the time of each kernel, limited by arithmetic or by memory bandwidth."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from experiments.benchmark.deviceless import Target
 
 PARTS = ("embed", "encode", "boundary", "downsample", "mid", "upsample", "decode", "heads", "loss", "optimizer")
-"""Names of the scopes that a training step is cut into; what is in none of them counts as `other`."""
+"""Named scopes of a training step. Kernels outside of them count as `other`."""
 
-SIZES = {"pred": 1.0, "bf16": 2.0}
-"""Bytes of the types whose names do not say how many bits they have."""
-SCRATCH = "s8[33554432]"
-"""The work space that every matrix product of cuBLAS is given; how much of it is touched is unknown and left out."""
+DTYPE_BYTES = {"pred": 1.0, "bf16": 2.0}
+"""Bytes of dtypes whose names do not include the number of bits."""
+WORKSPACE = "s8[33554432]"
+"""The workspace of every cuBLAS matrix product. It is left out, since it is unknown how much of it is used."""
 NOT_KERNELS = ("parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "iota", "partition-id")
 
 _INSTRUCTION = re.compile(
@@ -26,24 +26,24 @@ _SHAPE = re.compile(r"\b(pred|bf16|f16|f32|f64|[su]\d+)\[([\d,]*)\]")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: its part of the step, what does it, floating-point operations of its matrix products, bytes read and
-    written."""
+    """One kernel launch. `part`: its part of the step. `kind`: the HLO opcode or the custom-call target. `flops`: FLOPs of its
+    matrix products. `bytes`: bytes read and written."""
 
     part: str
     kind: str
     flops: float
     bytes: float
     float32: bool = False
-    """Whether the products are of float32 numbers."""
+    """Whether the matrix products have float32 operands."""
 
     def seconds(self, target: Target) -> float:
-        """At the peak of what binds it; launching costs nothing."""
+        """Time at the peak rate of the limiting resource. Launch overhead is ignored."""
         return max(self.flops / (target.float32 if self.float32 else target.bfloat16), self.bytes / target.bandwidth)
 
 
 @dataclass(frozen=True)
-class Share:
-    """Kernels of one part of a step, together."""
+class PartCost:
+    """Total cost of the kernels in one part of a step."""
 
     part: str
     kernels: int
@@ -53,14 +53,14 @@ class Share:
 
 
 def kernels_of(program: str) -> list[Kernel]:
-    """Every kernel that the entry of an optimized program launches, in order.
+    """All kernels that the entry computation of an optimized program launches, in order.
 
-    Reads and writes are whole operands and results: an upper bound where a kernel gathers a few rows of a large one. A loop
-    counts once. Raises `ValueError` where there is no entry.
+    Operands and results count in full, which is an upper bound for a kernel that gathers a few rows of a large operand. A loop
+    counts as one kernel. Raises `ValueError` if there is no entry computation.
     """
-    lines = _entry(program)
+    lines = _entry_computation(program)
     shapes: dict[str, str] = {}
-    found = []
+    kernels = []
     for line in lines:
         match = _INSTRUCTION.match(line)
         if match is None:
@@ -73,30 +73,30 @@ def kernels_of(program: str) -> list[Kernel]:
         target = re.search(r'custom_call_target="([^"]+)"', line)
         kind = match["opcode"] if target is None else target[1]
         flops = _product_flops(line, match["shape"], operands)
-        wide = flops > 0 and operands[0].startswith("f32")
-        found.append(Kernel(part_of(line), kind, flops, moved, wide))
-    return found
+        float32 = flops > 0 and operands[0].startswith("f32")
+        kernels.append(Kernel(part_of(line), kind, flops, moved, float32))
+    return kernels
 
 
-def shares(kernels: Sequence[Kernel], target: Target) -> list[Share]:
-    """The parts of a step in their order, `other` last; those without a kernel left out."""
-    found = []
+def costs_by_part(kernels: Sequence[Kernel], target: Target) -> list[PartCost]:
+    """The cost of each part of a step, in the order of `PARTS` with `other` last. Parts without kernels are left out."""
+    costs = []
     for part in (*PARTS, "other"):
         own = [kernel for kernel in kernels if kernel.part == part]
         if own:
             totals = [sum(values) for values in zip(*((k.flops, k.bytes, k.seconds(target)) for k in own), strict=True)]
-            found.append(Share(part, len(own), *totals))
-    return found
+            costs.append(PartCost(part, len(own), *totals))
+    return costs
 
 
 def part_of(line: str) -> str:
-    """The innermost named scope of an instruction that is one of `PARTS`, forward or backward."""
+    """The innermost scope of an instruction that is one of `PARTS`, or `other`."""
     name = re.search(r'op_name="([^"]*)"', line)
     scopes = re.findall(r"\w+", name[1]) if name is not None else []
     return next((scope for scope in reversed(scopes) if scope in PARTS), "other")
 
 
-def _entry(program: str) -> Iterator[str]:
+def _entry_computation(program: str) -> Iterator[str]:
     lines = iter(program.splitlines())
     for line in lines:
         if line.startswith("ENTRY "):
@@ -110,12 +110,12 @@ def _entry(program: str) -> Iterator[str]:
 
 
 def _bytes(shape: str) -> float:
-    plain = shape.replace(SCRATCH, "")
+    plain = shape.replace(WORKSPACE, "")
     return sum((_size(dtype) * _count(dims) for dtype, dims in _SHAPE.findall(plain)), 0.0)
 
 
 def _size(dtype: str) -> float:
-    return SIZES[dtype] if dtype in SIZES else int(dtype[1:]) / 8
+    return DTYPE_BYTES[dtype] if dtype in DTYPE_BYTES else int(dtype[1:]) / 8
 
 
 def _count(dims: str) -> int:
@@ -123,7 +123,7 @@ def _count(dims: str) -> int:
 
 
 def _product_flops(line: str, shape: str, operands: Sequence[str]) -> float:
-    """2·m·n·k of a cuBLAS product, which names the axes it contracts."""
+    """2·m·n·k for a cuBLAS matrix product, whose text names the contracted axes; 0 for other instructions."""
     contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', line)
     result = _SHAPE.search(shape)
     first = _SHAPE.search(operands[0]) if operands else None

@@ -1,17 +1,17 @@
-"""Models of shapes without numbers: enough to compile or to count, whatever their size."""
+"""Models of array shapes without values, to compile or to count FLOPs of models of any size."""
 
 from __future__ import annotations
 
 import equinox as eqx
 import jax
 
-from experiments.config.registry import build_model
+from experiments.config.build import build_model
 from experiments.config.settings import RunConfig
 from unet import UNet
 
 
 def shapes_of(config: RunConfig) -> UNet:
-    """The model of a run with a `jax.ShapeDtypeStruct` for every array. Raises `ValueError` for estimators read off data."""
+    """The model of a run with a `jax.ShapeDtypeStruct` for every array. Raises `ValueError` for estimators that need data."""
 
     def build() -> UNet:
         return build_model(config, jax.random.key(0))

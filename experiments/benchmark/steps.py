@@ -1,4 +1,4 @@
-"""Training steps of whole models, as `experiments.run` takes them, ready to be timed."""
+"""Training steps of whole models, the same as in `experiments.run`, to be timed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from data import Split, open_batches
 from estimators.keys import named_key
 from experiments.benchmark.timing import Work
+from experiments.config.build import build_model
 from experiments.config.errors import ConfigError
-from experiments.config.registry import ByteModel, Prepared, build_model
-from experiments.config.sections import IsotropicConfig
-from experiments.config.settings import EstimatorName, RunConfig, transformer_shape
+from experiments.config.settings import RunConfig, transformer_shape
 from experiments.training.placement import Placement, with_implementation
-from experiments.training.prepared import prepare, threshold_of
+from experiments.training.prepared import RunText, prepare
 from experiments.training.step import StepMetrics, TrainState, compiled
 from experiments.training.trainer import Trainer
 from unet import UNet
@@ -26,24 +25,27 @@ from unet import UNet
 AlternativeName = Literal["padded", "square", "pytorch", "pytorch-at-once"]
 
 
+class UntrainedText(RunText):
+    """The text of a run; the model of another run that is asked for is an untrained one."""
+
+    def byte_model(self, where: str) -> UNet:
+        key = named_key(jax.random.key(self.config.seed), "byte model")
+        return UNet(self.config.unet, None, key=key)
+
+
 def fresh_model(config: RunConfig, split: Split) -> UNet:
-    """The untrained model of a run; an entropy router without `--entropy.model` watches an untrained byte model."""
-    key = jax.random.key(config.seed)
-    if config.estimator == "entropy" and config.entropy.model is None:
-        isotropic = dataclasses.replace(config, estimator="isotropic")
-        byte_model = UNet(config.unet, None, key=named_key(key, "byte model"))
-        prepared = Prepared(
-            byte_model=ByteModel(isotropic, byte_model), threshold=threshold_of(config, byte_model, split)
-        )
-    else:
-        prepared = prepare(config, split)
-    return build_model(config, key, prepared)
+    """The untrained model of a run. An estimator that reads the model of another run gets an untrained one if none is named."""
+    needs, key = config.first.prerequisite, jax.random.key(config.seed)
+    if needs is None or getattr(config.first, needs.setting) is not None:
+        return build_model(config, key, prepare(config, split))
+    config = config.with_settings(**{config.parts[0].estimator.section: {needs.setting: "untrained"}})
+    return build_model(config, key, config.first.prepare(UntrainedText(config, split)))
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A training step before it is compiled, its first state, batches that lie on the devices, and the capacity: the
-    most tokens of a sequence."""
+class PreparedStep:
+    """A training step before compilation, its first state, batches on the devices, and the capacity (maximum tokens per
+    sequence)."""
 
     step: jax.stages.Wrapped
     model: UNet
@@ -52,8 +54,8 @@ class Ready:
     capacity: int
 
 
-def ready(config: RunConfig, split: Split, *, capacities: Sequence[int] | None = None) -> Ready:
-    """The step of a run; `capacities` take the place of those it would choose from."""
+def prepare_step(config: RunConfig, split: Split, *, capacities: Sequence[int] | None = None) -> PreparedStep:
+    """The training step of a run. `capacities`: replacement for the capacities of the run."""
     placement = Placement.of(config)
     config = with_implementation(config)
     model = fresh_model(config, split)
@@ -62,22 +64,24 @@ def ready(config: RunConfig, split: Split, *, capacities: Sequence[int] | None =
     batches = [placement.batch(next(stream)) for _ in range(4)]
     stream.close()
     state = placement.replicated(trainer.first_state())
-    return Ready(compiled(trainer.step), model, state, batches, trainer.capacity)
+    return PreparedStep(compiled(trainer.step), model, state, batches, trainer.capacity)
 
 
 def training_step(config: RunConfig, split: Split, *, capacities: Sequence[int] | None = None) -> Work:
-    """One training step after another, each on the next of a few batches of `split` that already lie in memory."""
-    one = ready(config, split, capacities=capacities)
-    return in_a_row(one.step, one, jax.random.key(config.seed))
+    """Consecutive training steps of a run, on a few batches of `split` that are already on the devices."""
+    prepared = prepare_step(config, split, capacities=capacities)
+    return repeated_steps(prepared.step, prepared, jax.random.key(config.seed))
 
 
-def in_a_row(step: Callable[..., tuple[TrainState, StepMetrics]], one: Ready, key: PRNGKeyArray) -> Work:
-    """One step after another, from the first state on."""
-    state, done = one.state, 0
+def repeated_steps(
+    step: Callable[..., tuple[TrainState, StepMetrics]], prepared: PreparedStep, key: PRNGKeyArray
+) -> Work:
+    """A function whose calls are consecutive training steps from the first state."""
+    state, done = prepared.state, 0
 
     def work() -> PyTree[Array]:
         nonlocal state, done
-        state, metrics = step(state, one.batches[done % len(one.batches)], jax.random.fold_in(key, done))
+        state, metrics = step(state, prepared.batches[done % len(prepared.batches)], jax.random.fold_in(key, done))
         done += 1
         return metrics
 
@@ -85,32 +89,30 @@ def in_a_row(step: Callable[..., tuple[TrainState, StepMetrics]], one: Ready, ke
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Training steps by estimator, and of those that could not be built, why."""
+class EstimatorSteps:
+    """Training steps by estimator. `left_out`: the error messages for estimators that could not be built."""
 
     works: dict[str, Work]
     left_out: dict[str, str]
 
 
-def of_estimators(config: RunConfig, names: Sequence[EstimatorName], split: Split) -> Steps:
-    """A training step of every estimator in the model of `config`."""
-    steps = Steps({}, {})
+def estimator_steps(config: RunConfig, names: Sequence[str], split: Split) -> EstimatorSteps:
+    """The training step of each estimator in the model of `config`."""
+    steps = EstimatorSteps({}, {})
     for name in names:
-        isotropic = IsotropicConfig(token_level=True) if name == "isotropic" else config.isotropic
         try:
-            one = dataclasses.replace(config, estimator=name, isotropic=isotropic)
-            steps.works[name] = training_step(one, split)
+            steps.works[name] = training_step(dataclasses.replace(config, estimator=name), split)
         except (ConfigError, ValueError) as error:
             steps.left_out[name] = str(error)
     return steps
 
 
 def alternative_step(name: AlternativeName, config: RunConfig, split: Split) -> Work:
-    """A plainer form of the training step of a run: a token level as long as the text (`padded`), attention over masked squares
-    at the byte level (`square`), or the same model in eager PyTorch, with a policy that draws byte by byte (`pytorch`) and
-    with one that need not (`pytorch-at-once`).
+    """A simpler implementation of the training step of a run.
 
-    Raises `ConfigError` where PyTorch is not installed.
+    `padded`: a token level as long as the text. `square`: dense attention at the byte level, by a window of the whole text.
+    `pytorch`: the same model in eager PyTorch, with a policy that samples byte by byte. `pytorch-at-once`: the same with a policy
+    that ignores previous actions and samples all bytes at once. Raises `ConfigError` if PyTorch is not installed.
     """
     if name == "padded":
         return training_step(config, split, capacities=(config.length,))
@@ -120,5 +122,7 @@ def alternative_step(name: AlternativeName, config: RunConfig, split: Split) -> 
     try:
         from experiments.benchmark.torch_unet import torch_step
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{name} is left out, since PyTorch is not there: pip install 'caesura-lm[bench]'") from error
+        raise ConfigError(
+            f"{name} is left out, since PyTorch is not installed: pip install 'caesura-lm[bench]'"
+        ) from error
     return torch_step(config, at_once=name == "pytorch-at-once")

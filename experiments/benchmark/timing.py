@@ -1,4 +1,4 @@
-"""Timing alternatives against each other: in turns, so that a machine's moods fall on all of them alike."""
+"""Interleaved timing of alternatives, so that fluctuations of the machine affect all of them equally."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from jaxtyping import Array, PyTree
 from experiments.comparison.intervals import ALIKE, median_interval
 
 Work = Callable[[], PyTree[Array]]
-"""One piece of work; the time until all the arrays it returns are there counts."""
+"""A function to time, until all arrays that it returns are ready."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of one call, and the median over rounds of the baseline's seconds divided by this one's: above 1 is
-    faster than the baseline. `low` and `high` hold that median with a confidence of 95 %, NaN where `rounds`, of which
-    there were so many of each, are too few."""
+    """Result of a timing.
+
+    `seconds`: median time of one call. `speedup`: median over rounds of the baseline's time divided by this one's. `rounds`:
+    number of rounds. `low`, `high`: the 95 % confidence interval of `speedup`; NaN if there are too few rounds.
+    """
 
     seconds: float
     speedup: float
@@ -31,20 +33,20 @@ class Timing:
 
     @property
     def ratio(self) -> str:
-        """How fast it is against the baseline, as in a table; `ALIKE` where it cannot be told from as fast."""
+        """The speedup and its interval for a table, with `ALIKE` if it is not distinguishable from 1."""
         if math.isnan(self.low):
             return f"{self.speedup:.2f} ({self.rounds} rounds) {ALIKE}"
         mark = f" {ALIKE}" if self.low <= 1 <= self.high else ""
         return f"{self.speedup:.2f} [{self.low:.2f}, {self.high:.2f}]{mark}"
 
 
-def in_turns(works: Mapping[str, Work], *, baseline: str, rounds: int = 5, calls: int = 1) -> dict[str, Timing]:
-    """Time every piece of work `rounds` times, `calls` calls at a time, one after another in each round.
+def time_interleaved(works: Mapping[str, Work], *, baseline: str, rounds: int = 5, calls: int = 1) -> dict[str, Timing]:
+    """Time each function once per round, with `calls` consecutive calls. Within a round, the functions follow one another.
 
-    Each is called once before, which compiles it. Raises `ValueError` where `baseline` is none of them.
+    Each function is called once before, to compile it. Raises `ValueError` if `baseline` is not in `works`.
     """
     if baseline not in works:
-        raise ValueError(f"the baseline {baseline!r} is none of {', '.join(works)}")
+        raise ValueError(f"the baseline {baseline!r} is not one of {', '.join(works)}")
     for work in works.values():
         jax.block_until_ready(work())
     seconds: dict[str, list[float]] = {name: [] for name in works}

@@ -1,12 +1,16 @@
-"""The same model in eager PyTorch, written plainly, to be timed against: square masks at every level, the token
-level padded to the longest sequence, which the host asks for, and a policy that draws byte by byte."""
+"""The same model in simple eager PyTorch, for comparison.
+
+Attention is dense with masks at every level. The token level is padded to the longest sequence, which needs a host sync. The
+policy samples byte by byte.
+"""
 
 from __future__ import annotations
 
-import torch  # pyrefly: ignore[missing-import] -- of the extra `bench`, which no checker needs
+import torch  # pyrefly: ignore[missing-import] -- optional dependency of the extra `bench`
 import torch.nn.functional as F  # pyrefly: ignore[missing-import] -- the same
 from torch import nn  # pyrefly: ignore[missing-import] -- the same
 
+from estimators.sections import PolicySettings
 from experiments.benchmark.timing import Work
 from experiments.config.settings import RunConfig, transformer_shape
 
@@ -23,7 +27,7 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """A block after Gemma 2: capped attention and GeGLU, each between two norms."""
+    """A block as in Gemma 2: attention with a soft cap and GeGLU, each with a norm before and after it."""
 
     def __init__(self, dim: int, heads: int, hidden: int, cap: float = 50.0):
         super().__init__()
@@ -38,7 +42,7 @@ class Block(nn.Module):
         query, key, value = (
             part.reshape(shape).transpose(1, 2) for part in self.qkv(self.norms[0](x)).chunk(3, dim=-1)
         )
-        logits = _turned(query, cos, sin) @ _turned(key, cos, sin).transpose(-1, -2) * shape[-1] ** -0.5
+        logits = _rotary(query, cos, sin) @ _rotary(key, cos, sin).transpose(-1, -2) * shape[-1] ** -0.5
         logits = (self.cap * torch.tanh(logits / self.cap)).masked_fill(~mask[:, None], -torch.inf)
         mixed = (logits.softmax(-1) @ value).transpose(1, 2).reshape(batch, length, dim)
         x = x + self.norms[1](self.out(mixed))
@@ -46,7 +50,8 @@ class Block(nn.Module):
         return x + self.norms[3](self.down(F.gelu(gate, approximate="tanh") * up))
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`x` with rotary position embedding."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
@@ -54,7 +59,7 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 class TorchUNet(nn.Module):
     """The autoregressive U-Net of `config`, its windowed policy and the score-function loss.
 
-    `at_once` forgets what was drawn before, so that the boundaries of a sequence need no loop.
+    `at_once`: the policy ignores previous actions, so that sampling the boundaries of a sequence needs no loop.
     """
 
     def __init__(self, config: RunConfig, *, at_once: bool):
@@ -69,23 +74,23 @@ class TorchUNet(nn.Module):
         self.embedding = nn.Embedding(256, dim)
         self.encoder, self.decoder = blocks(unet.encoder_layers, dim), blocks(unet.decoder_layers, dim)
         self.main = blocks(unet.main_layers, 4 * dim)
-        self.policy = nn.Linear(dim, 1 + config.sfe.window, bias=False)
+        self.policy = nn.Linear(dim, 1 + _policy(config).window, bias=False)
         nn.init.zeros_(self.policy.weight)
         self.norm, self.early_norm = Norm(dim), Norm(dim)
         self.head, self.early_head = nn.Linear(dim, 256, bias=False), nn.Linear(dim, 256, bias=False)
 
     def loss(self, text: torch.Tensor) -> torch.Tensor:
-        """Of a batch of bytes."""
+        """The training loss of a batch of bytes."""
         length = text.shape[1]
-        sfe, rate = self.config.sfe, self.config.rate
-        place = torch.arange(length)
-        distance = place[:, None] - place[None, :]
+        rate, discount = self.config.rate, getattr(self.config.sections["discount"], "factor", 1.0)
+        position = torch.arange(length)
+        distance = position[:, None] - position[None, :]
         mask = ((distance >= 0) & (distance < self.unet.window))[None]
-        angles = self._angles(place[None])
+        angles = self._angles(position[None])
         hidden = self.embedding(text)
         for block in self.encoder:
             hidden = block(hidden, *angles, mask)
-        actions, logits = self._draw(hidden, rate)
+        actions, logits = self._sample(hidden, rate)
         counts = actions.sum(1)
         longest = int(counts.max())
         order = torch.argsort((~actions).int(), dim=1, stable=True)[:, :longest]
@@ -101,27 +106,28 @@ class TorchUNet(nn.Module):
         late = self._log_prob(self.head(self.norm(joined)), text)
         early = self._log_prob(self.early_head(self.early_norm(hidden)), text)
         rewards = (late - early).detach()
-        powers = torch.where(distance <= 0, sfe.discount ** (-distance).clamp(min=0).float(), 0.0)
-        returns = rewards @ powers.T[: length - 1, : length - 1]
+        discounts = torch.where(distance <= 0, discount ** (-distance).clamp(min=0).float(), 0.0)
+        returns = rewards @ discounts.T[: length - 1, : length - 1]
         advantages = returns - returns.mean(0)
         log_prob = F.logsigmoid(torch.where(actions, logits, -logits))[:, :-1]
         policy = -(advantages * log_prob)[:, 1:].mean()
-        drift = (torch.sigmoid(logits).mean() - rate).square()
-        return -late.mean() - early.mean() + 1e-2 * policy + 1e-2 * drift
+        rate_loss = (torch.sigmoid(logits).mean() - rate).square()
+        return -late.mean() - early.mean() + 1e-2 * policy + 1e-2 * rate_loss
 
-    def _draw(self, hidden: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sample(self, hidden: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sampled boundaries and the logits of the policy."""
         batch, length, _ = hidden.shape
-        taps = self.config.sfe.scale * self.policy(hidden)
-        base = taps[..., 0] + torch.logit(torch.tensor(rate))
+        projections = _policy(self.config).scale * self.policy(hidden)
+        base = projections[..., 0] + torch.logit(torch.tensor(rate))
         uniforms = torch.rand(batch, length)
         if self.at_once:
             return (uniforms < torch.sigmoid(base)) | (torch.arange(length) == 0), base
-        memory = torch.zeros(batch, taps.shape[-1] - 1)
+        previous = torch.zeros(batch, projections.shape[-1] - 1)
         actions, logits = [], []
         for i in range(length):
-            logit = base[:, i] + (memory * taps[:, i, 1:]).sum(-1)
+            logit = base[:, i] + (previous * projections[:, i, 1:]).sum(-1)
             action = (uniforms[:, i] < torch.sigmoid(logit)) | (i == 0)
-            memory = torch.cat([action[:, None].float(), memory[:, :-1]], dim=1)[:, : memory.shape[1]]
+            previous = torch.cat([action[:, None].float(), previous[:, :-1]], dim=1)[:, : previous.shape[1]]
             actions.append(action)
             logits.append(logit)
         return torch.stack(actions, 1), torch.stack(logits, 1)
@@ -135,8 +141,14 @@ class TorchUNet(nn.Module):
         return -F.cross_entropy(logits[:, :-1].transpose(1, 2), text[:, 1:], reduction="none")
 
 
+def _policy(config: RunConfig) -> PolicySettings:
+    policy = config.sections["policy"]
+    assert isinstance(policy, PolicySettings)
+    return policy
+
+
 def torch_step(config: RunConfig, *, at_once: bool = False) -> Work:
-    """A training step on random bytes: loss, gradient, clipping, AdamW."""
+    """A training step on random bytes: loss, gradient, gradient clipping, AdamW."""
     torch.manual_seed(config.seed)
     model = TorchUNet(config, at_once=at_once)
     settings = config.optimizer

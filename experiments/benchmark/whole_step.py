@@ -1,6 +1,7 @@
-"""Compiles a whole training step for a GPU that is not there and says what it needs: a program of its own, one target each.
+"""Ahead-of-time compilation of a whole training step for a GPU, with its memory and estimated time.
 
-`experiments.bench compile` starts it in the right environment: `python -m experiments.benchmark.whole_step REQUEST.json`.
+Each compilation is a process of its own, which `experiments.bench compile` starts in the right environment:
+`python -m experiments.benchmark.whole_step REQUEST.json`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmark.deviceless import ENVIRONMENT, TARGETS, compile_for, machine_program, mesh_of, missing
-from experiments.benchmark.roofline import Share, kernels_of, shares
+from experiments.benchmark.deviceless import ENVIRONMENT, TARGETS, compile_for, mesh_of, missing, optimized_hlo
+from experiments.benchmark.roofline import PartCost, costs_by_part, kernels_of
 from experiments.benchmark.shapes import shapes_of
 from experiments.config.errors import ConfigError
 from experiments.config.files import from_json, to_json
@@ -30,13 +31,16 @@ from experiments.training.step import fresh_state
 from experiments.training.trainer import Trainer
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-"""Nothing can be timed on a GPU that is not there, so that products go to cuBLAS, whose kernels the roofline can read."""
+"""XLA flags without autotuning, which needs a GPU. Matrix products use cuBLAS, whose kernels `roofline` can parse."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """A training step of `config` on one GPU: seconds to compile, bytes of memory (parameters and moments, and at the peak),
-    its kernels part by part, how many of them are this library's own, and loops, which are counted as one pass each."""
+    """A training step on one GPU.
+
+    `state_bytes`: memory of parameters and moments. `peak_bytes`: peak memory. `pallas`: number of kernels of this library.
+    `loops`: number of loops; each counts as one iteration. `parts`: costs by part of the step.
+    """
 
     target: str
     compile_seconds: float
@@ -44,19 +48,20 @@ class StepReport:
     peak_bytes: int
     pallas: int
     loops: int
-    parts: tuple[Share, ...]
+    parts: tuple[PartCost, ...]
 
 
 def compile_step(config: RunConfig, target: str) -> StepReport:
-    """Compile in this process, which must have been started for it. Raises `ConfigError` for estimators read off data."""
-
-    if config.estimator in ("entropy", "bpe", "bpe-distilled"):
-        raise ConfigError(f"--estimator {config.estimator} is built from data, of which a compiler sees none")
+    """Compile in this process, which must have the right environment. Raises `ConfigError` for estimators that need data."""
+    if config.first.needs_text:
+        raise ConfigError(f"--estimator {config.estimator} is built from data, which compilation does not have")
     model = shapes_of(config)
     routers = [estimator.router for estimator in model.stage.estimators]
     if routers and routers[0].rate is None:
-        raise ConfigError(f"--estimator {config.estimator} has a rate of the data's own, of which a compiler sees none")
-    # One capacity, the largest: kernels of branches that may not be taken would have to be weighed.
+        raise ConfigError(
+            f"--estimator {config.estimator} has a rate of the data's own, which compilation does not have"
+        )
+    # Only the largest capacity: kernels in branches for other capacities would need weights.
     trainer = Trainer.of(config, model, rated_capacities(config, routers[0])[-1:] if routers else (config.length,))
     step, state = trainer.step, eqx.filter_eval_shape(lambda: fresh_state(trainer.params, trainer.optimizer))
     shape = config.batch, config.length
@@ -77,23 +82,23 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     assert memory is not None
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    kernels = kernels_of(machine_program(compiled))
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    kernels = kernels_of(optimized_hlo(compiled))
     return StepReport(
         target=gpu.name,
         compile_seconds=seconds,
         state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
-        peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + kept,
+        peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs,
         pallas=sum(kernel.kind.startswith("mosaic_gpu") for kernel in kernels),
         loops=sum(kernel.kind == "while" for kernel in kernels),
-        parts=tuple(shares(kernels, gpu)),
+        parts=tuple(costs_by_part(kernels, gpu)),
     )
 
 
-def compile_elsewhere(config: RunConfig, target: str) -> StepReport:
-    """`compile_step` in a process of its own. Raises `ConfigError` where the compiler is missing or gives up."""
-    if lack := missing():
-        raise ConfigError(lack)
+def compile_in_subprocess(config: RunConfig, target: str) -> StepReport:
+    """Run `compile_step` in a new process. Raises `ConfigError` if the compiler is missing or fails."""
+    if problem := missing():
+        raise ConfigError(problem)
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         request.write_text(json.dumps({"config": to_json(config), "target": target, "answer": str(answer)}))
@@ -104,25 +109,25 @@ def compile_elsewhere(config: RunConfig, target: str) -> StepReport:
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}",
         }
         command = [sys.executable, "-m", "experiments.benchmark.whole_step", str(request)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if not answer.is_file():
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}"]
             raise ConfigError(f"compiling for {target} failed: {lines[-1]}")
-        found = json.loads(answer.read_text())
-    if "error" in found:
-        raise ConfigError(found["error"])
-    parts = tuple(Share(**part) for part in found.pop("parts"))
-    return StepReport(**found, parts=parts)
+        result = json.loads(answer.read_text())
+    if "error" in result:
+        raise ConfigError(result["error"])
+    parts = tuple(PartCost(**part) for part in result.pop("parts"))
+    return StepReport(**result, parts=parts)
 
 
 def main(path: str) -> None:
-    """Answer one request."""
+    """Read a request from the file at `path`, compile, and write the result or the error to its answer file."""
     request = json.loads(Path(path).read_text())
     try:
-        found = dataclasses.asdict(compile_step(from_json(request["config"], path), request["target"]))
+        result = dataclasses.asdict(compile_step(from_json(request["config"], path), request["target"]))
     except ConfigError as error:
-        found = {"error": str(error)}
-    Path(request["answer"]).write_text(json.dumps(found))
+        result = {"error": str(error)}
+    Path(request["answer"]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

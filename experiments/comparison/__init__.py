@@ -1,1 +1,1 @@
-"""Comparing runs: statistics, tables and figures."""
+"""Comparison of runs: statistics, tables and figures."""

@@ -1,4 +1,4 @@
-"""What a comparison leaves: `table.md`, `table.json`, `curves.png` and `report.html`."""
+"""The output files of a comparison: `table.md`, `table.json`, `curves.png` and `report.html`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data import Split
+from estimators.registry import BASELINE
 from experiments.comparison.finished import FinishedRun, Runs
 from experiments.comparison.intervals import ALIKE, CONFIDENCE, Difference, paired_difference
 from experiments.comparison.pairs import (
@@ -27,7 +28,8 @@ from experiments.comparison.pairs import (
     pair_remarks,
     text_of,
 )
-from experiments.config.settings import EstimatorName, RunConfig
+from experiments.config.plugins import load_model, modules_of
+from experiments.config.settings import RunConfig
 from experiments.reporting.display import Display
 from experiments.reporting.markdown import table as markdown_table
 from experiments.reporting.report import html_page, picture, scale, shaded_html
@@ -35,30 +37,31 @@ from experiments.reporting.shading import Character, shade
 from experiments.training.data import load_split
 from experiments.training.dropped import TOLERATED
 from experiments.training.run_dir import json_text, write_atomically
-from unet.files.saving import load
 
-REFERENCE: EstimatorName = "uniform"
-MISSED = 0.1
-"""How far a rate may be from its target, relatively, before it is flagged: more tokens buy better bits per byte."""
+REFERENCE = BASELINE
+"""The estimator that gains are relative to."""
+RATE_TOLERANCE = 0.1
+"""Relative deviation from the target rate above which a method is flagged: more tokens give better bits per byte."""
 TEXT_ROWS = 3
+"""Number of held-out rows shown in the report."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A mean over `n` seeds and its standard error (NaN for one seed)."""
+class MeanAndError:
+    """A mean over `n` seeds and its standard error, which is NaN for one seed."""
 
     mean: float
     error: float
     n: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Measured:
-        """Of one value a seed."""
+    def of(cls, values: Sequence[float]) -> MeanAndError:
+        """From one value per seed. The error is sd / √n, with the sample standard deviation."""
         error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
         return cls(float(np.mean(values)), error, len(values))
 
     def text(self, digits: int = 3, unit: float = 1.0) -> str:
-        """As in a table; a dash where it is not known."""
+        """The text for a table, in multiples of `unit`; a dash if the mean is undefined."""
         if math.isnan(self.mean):
             return "–"
         error = "" if math.isnan(self.error) else f" ± {self.error / unit:.{digits}f}"
@@ -66,22 +69,25 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One estimator of the table, over its seeds. `numbers`: those of `MEASURED` by name; `gain`: how far its bits per byte lie
-    below the reference's, seed by seed; the rates of all levels, the outermost first, and what was asked for, which one may have
-    `missed`."""
+class MethodResult:
+    """Results of one estimator over its seeds.
 
-    estimator: EstimatorName
+    `numbers`: the values of `MEASURED` by name. `gain`: the reference's bits per byte minus its own, paired by seed.
+    `val_rates`, `target_rates`: measured and target rates of all levels, the outermost first. `missed`: whether a rate
+    differs from its target by more than `RATE_TOLERANCE`.
+    """
+
+    estimator: str
     seeds: tuple[int, ...]
-    numbers: Mapping[str, Measured]
+    numbers: Mapping[str, MeanAndError]
     gain: Difference
-    val_rates: tuple[Measured, ...]
+    val_rates: tuple[MeanAndError, ...]
     target_rates: tuple[float, ...]
     missed: bool
     parameters: int
 
     def json(self) -> dict[str, object]:
-        """As `table.json` keeps it."""
+        """The entry in `table.json`, without runs."""
         own = {name: value for name, value in asdict(self).items() if name != "numbers"}
         return {**own, **asdict(self)["numbers"], "gain": difference_json(self.gain)}
 
@@ -91,7 +97,7 @@ MEASURED = (
     *("val_whitespace_sampled_f1", "flops_per_byte", "layer_flops_per_byte", "bytes_per_second", "seconds"),
     "dropped_fraction",
 )
-"""Numbers of summaries that a line has the means of."""
+"""Entries of `summary.json` that are averaged over seeds."""
 
 COLUMNS: dict[str, str] = {
     "estimator": "estimator",
@@ -111,38 +117,42 @@ COLUMNS: dict[str, str] = {
 }
 
 
-Curves = Mapping[EstimatorName, Mapping[int, Curve]]
+Curves = Mapping[str, Mapping[int, Curve]]
 
 
-def write_comparison(out: Path, runs: Runs, pairs: Sequence[Names], common: RunConfig, display: Display) -> list[Line]:
-    """Write everything into `out` from finished runs; returns the lines of the table of methods."""
+def write_comparison(
+    out: Path, runs: Runs, pairs: Sequence[Names], common: RunConfig, display: Display
+) -> list[MethodResult]:
+    """Write all output files to `out` and print the tables. Returns the results of the methods."""
     curves = {name: {run.seed: run.curve for run in own} for name, own in runs.items()}
-    lines = table(runs)
+    methods = method_results(runs)
     compared = compare_pairs(pairs, {name: bits_per_byte(own) for name, own in runs.items()}, curves)
-    notes = [*remarks(lines), *pair_remarks(compared, [line.gain for line in lines])]
-    tables = [markdown(COLUMNS, [cells(line) for line in lines])]
+    notes = [*remarks(methods), *pair_remarks(compared, [method.gain for method in methods])]
+    tables = [markdown(COLUMNS, [cells(method) for method in methods])]
     if compared:
         tables.append(markdown(PAIR_COLUMNS, [pair_cells(pair) for pair in compared]))
-    write_atomically(out / "table.json", json_text(everything(lines, compared, runs, notes)))
+    write_atomically(out / "table.json", json_text(table_json(methods, compared, runs, notes)))
     write_atomically(out / "table.md", "\n".join([*tables, "\n\n".join(notes)]) + "\n")
-    drawn = curves_picture(curves)
-    write_atomically(out / "curves.png", drawn)
+    picture_of_curves = curves_picture(curves)
+    write_atomically(out / "curves.png", picture_of_curves)
     split = load_split(common)
-    at_hand = {name: [run.folder for run in own if run.folder is not None] for name, own in runs.items()}
-    texts = side_by_side({name: folders[0] for name, folders in at_hand.items() if folders}, split)
-    write_atomically(out / "report.html", page(common, lines, compared, notes, drawn, texts))
+    here = {name: [run for run in own if run.folder is not None] for name, own in runs.items()}
+    texts = shaded_texts({name: own[0] for name, own in here.items() if own}, split)
+    write_atomically(out / "report.html", page(common, methods, compared, notes, picture_of_curves, texts))
     for text in (*tables, *split.notes, *notes, f"see {out / 'report.html'}"):
         display.note(text)
-    return lines
+    return methods
 
 
-def everything(lines: Sequence[Line], pairs: Sequence[Pair], runs: Runs, notes: Sequence[str]) -> dict[str, object]:
-    """The content of `table.json`: both tables in full, and each run's settings, summary and curve."""
-    methods = [{**line.json(), "runs": [run.json() for run in runs[line.estimator]]} for line in lines]
+def table_json(
+    methods: Sequence[MethodResult], pairs: Sequence[Pair], runs: Runs, notes: Sequence[str]
+) -> dict[str, object]:
+    """The content of `table.json`: both tables in full, and the settings, summary and curve of each run."""
+    entries = [{**method.json(), "runs": [run.json() for run in runs[method.estimator]]} for method in methods]
     return {
         "reference": REFERENCE,
         "confidence": CONFIDENCE,
-        "methods": methods,
+        "methods": entries,
         "pairs": [pair_json(pair) for pair in pairs],
         "notes": list(notes),
     }
@@ -153,59 +163,61 @@ def bits_per_byte(runs: Sequence[FinishedRun]) -> dict[int, float]:
     return {run.seed: run.value("val_bpb") for run in runs}
 
 
-def table(methods: Runs) -> list[Line]:
-    """One line an estimator, in the order given."""
-    reference = bits_per_byte(methods.get(REFERENCE, ()))
-    lines = []
-    for name, runs in methods.items():
+def method_results(runs: Runs) -> list[MethodResult]:
+    """The results of each estimator, in the order of `runs`."""
+    reference = bits_per_byte(runs.get(REFERENCE, ()))
+    methods = []
+    for name, own in runs.items():
 
-        def measured(key: str, runs: Sequence[FinishedRun] = runs) -> Measured:
-            return Measured.of([run.value(key) for run in runs])
+        def measured(key: str, own: Sequence[FinishedRun] = own) -> MeanAndError:
+            return MeanAndError.of([run.value(key) for run in own])
 
-        inside = sorted(key.removesuffix("target_rate") for key in runs[0].summary if key.endswith("_target_rate"))
-        rates = tuple(measured(f"val_{level}rate") for level in ("", *inside))
-        targets = tuple(runs[0].value(f"{level}target_rate") for level in ("", *inside))
-        lines.append(
-            Line(
+        inner = sorted(key.removesuffix("target_rate") for key in own[0].summary if key.endswith("_target_rate"))
+        rates = tuple(measured(f"val_{level}rate") for level in ("", *inner))
+        targets = tuple(own[0].value(f"{level}target_rate") for level in ("", *inner))
+        methods.append(
+            MethodResult(
                 estimator=name,
-                seeds=tuple(run.seed for run in runs),
+                seeds=tuple(run.seed for run in own),
                 numbers={key: measured(key) for key in MEASURED},
-                gain=paired_difference({} if name == REFERENCE else reference, bits_per_byte(runs)),
+                gain=paired_difference({} if name == REFERENCE else reference, bits_per_byte(own)),
                 val_rates=rates,
                 target_rates=targets,
-                missed=any(abs(rate.mean / target - 1) > MISSED for rate, target in zip(rates, targets, strict=True)),
-                parameters=int(runs[0].value("parameters")),
+                missed=any(
+                    abs(rate.mean / target - 1) > RATE_TOLERANCE for rate, target in zip(rates, targets, strict=True)
+                ),
+                parameters=int(own[0].value("parameters")),
             )
         )
-    return lines
+    return methods
 
 
-def cells(line: Line) -> dict[str, str]:
-    """The table's text for one estimator, by column."""
-    numbers = line.numbers
+def cells(method: MethodResult) -> dict[str, str]:
+    """The table cells of one estimator, by column."""
+    numbers = method.numbers
     return {
-        "estimator": f"`{line.estimator}`",
+        "estimator": f"`{method.estimator}`",
         "val_bpb": numbers["val_bpb"].text(4),
-        "gain": text_of(line.gain),
-        "val_rates": " / ".join(rate.text(3) for rate in line.val_rates) + (" †" if line.missed else ""),
+        "gain": text_of(method.gain),
+        "val_rates": " / ".join(rate.text(3) for rate in method.val_rates) + (" †" if method.missed else ""),
         **{name: numbers[name].text(3) for name in MEASURED if name.startswith("val_whitespace")},
         "flops_per_byte": f"{numbers['flops_per_byte'].mean / 1e6:.2f}",
         "layer_flops_per_byte": f"{numbers['layer_flops_per_byte'].mean / 1e6:.2f}",
         "bytes_per_second": f"{numbers['bytes_per_second'].mean / 1e3:.1f}",
         "seconds": f"{numbers['seconds'].mean:.0f}",
         "dropped_fraction": numbers["dropped_fraction"].text(3, 0.01),
-        "parameters": f"{line.parameters:,}",
-        "seeds": ", ".join(map(str, line.seeds)),
+        "parameters": f"{method.parameters:,}",
+        "seeds": ", ".join(map(str, method.seeds)),
     }
 
 
 def markdown(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
-    """A table in Markdown; `columns` are the headings by name."""
+    """A table in Markdown. `columns`: the headings by column name."""
     return markdown_table([*columns.values()], [[row[name] for name in columns] for row in rows])
 
 
 def html_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
-    """The same as HTML, differences that are none in a quiet colour."""
+    """A table in HTML. Differences that are not distinguishable from zero are grey."""
 
     def cell(text: str) -> str:
         kind = ' class="quiet"' if text.endswith(ALIKE) else ""
@@ -216,39 +228,39 @@ def html_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) ->
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def remarks(lines: Sequence[Line]) -> list[str]:
-    """What a reader of the table has to know."""
+def remarks(methods: Sequence[MethodResult]) -> list[str]:
+    """Notes for readers of the table."""
     notes = [
-        "Bits per byte of held-out text with sampled boundaries; ± is the standard error of a mean over the seeds named in its "
-        "row. Whether two methods differ, only their difference seed by seed can tell."
+        "Bits per byte of held-out text with sampled boundaries. ± is the standard error of the mean over the seeds in the row. "
+        "Only paired differences over seeds can tell whether two methods differ."
     ]
-    missed = [line for line in lines if line.missed]
+    missed = [method for method in methods if method.missed]
     if missed:
         names = ", ".join(
-            f"{line.estimator} {' / '.join(f'{rate.mean:.3f}' for rate in line.val_rates)} for "
-            f"{' / '.join(f'{target:g}' for target in line.target_rates)}"
-            for line in missed
+            f"{method.estimator} {' / '.join(f'{rate.mean:.3f}' for rate in method.val_rates)} for "
+            f"{' / '.join(f'{target:g}' for target in method.target_rates)}"
+            for method in missed
         )
         notes.append(
-            f"† Missed its target rate by more than {MISSED:.0%} ({names}): more tokens buy better bits per byte, and fewer "
-            "cost some. --target.control moves an estimator's own target towards the rate asked for, the faster the larger it is."
+            f"† Missed its target rate by more than {RATE_TOLERANCE:.0%} ({names}). More tokens give better bits per byte, fewer "
+            "give worse. --target.control adjusts an estimator's own target until the rate is the target rate; larger is faster."
         )
-    if crowded := [line for line in lines if line.numbers["dropped_fraction"].mean > TOLERATED]:
-        names = ", ".join(f"{line.estimator} {line.numbers['dropped_fraction'].mean:.1%}" for line in crowded)
-        notes.append(f"Too many boundaries were dropped in training ({names}): name a larger --capacity-slack.")
-    for line in lines:
-        own, greedy, trained = (line.numbers[f"val_bpb{kind}"] for kind in ("", "_greedy", "_as_trained"))
+    if overfull := [method for method in methods if method.numbers["dropped_fraction"].mean > TOLERATED]:
+        names = ", ".join(f"{method.estimator} {method.numbers['dropped_fraction'].mean:.1%}" for method in overfull)
+        notes.append(f"Too many boundaries were dropped in training ({names}): set a larger --capacity-slack.")
+    for method in methods:
+        own, greedy, trained = (method.numbers[f"val_bpb{kind}"] for kind in ("", "_greedy", "_as_trained"))
         if not math.isnan(trained.mean):
             notes.append(
-                f"{line.estimator} was trained on boundaries that another router drew: {trained.text(4)} bits per byte with "
-                f"those, {own.text(4)} with its own, drawn, and {greedy.text(4)} with its own, greedy."
+                f"{method.estimator} was trained on boundaries that another router drew: {trained.text(4)} bits per byte with "
+                f"those, {own.text(4)} with its own, sampled, and {greedy.text(4)} with its own, greedy."
             )
     return notes
 
 
 def curves_picture(curves: Curves) -> bytes:
-    """Held-out bits per byte over the training FLOPs spent (score-function paper, figure 10) and over bytes, as a PNG: the
-    means over seeds and, faint, each seed."""
+    """A PNG with held-out bits per byte over training FLOPs (score-function paper, figure 10) and over training bytes. Thick
+    lines are means over seeds, thin ones single seeds."""
     figure = Figure(figsize=(10.5, 4.2), dpi=130, layout="constrained")
     by_flops, by_bytes = figure.subplots(1, 2, sharey=True)
     lowest: list[float] = []
@@ -256,7 +268,7 @@ def curves_picture(curves: Curves) -> bytes:
         length = min(map(len, runs.values()))
         if not length:
             continue
-        points = np.array([part[:length] for part in runs.values()])
+        points = np.array([curve[:length] for curve in runs.values()])
         mean = points.mean(axis=0)
         lowest.append(float(mean[:, 2].min()))
         style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
@@ -275,21 +287,25 @@ def curves_picture(curves: Curves) -> bytes:
     return picture(figure)
 
 
-def side_by_side(folders: Mapping[EstimatorName, Path], split: Split) -> dict[EstimatorName, list[list[Character]]]:
-    """The same held-out rows, shaded by each run."""
+def shaded_texts(runs: Mapping[str, FinishedRun], split: Split) -> dict[str, list[list[Character]]]:
+    """The first held-out rows, shaded by the boundary probabilities of each run."""
     rows = split.held_out_rows(TEXT_ROWS * split.length)[:TEXT_ROWS]
-    return {name: shade(load(folder).model, rows, seed=0) for name, folder in folders.items()}
+    return {
+        name: shade(load_model(run.folder, modules_of(run.config)).model, rows, seed=0)
+        for name, run in runs.items()
+        if run.folder is not None
+    }
 
 
 def page(
     common: RunConfig,
-    lines: Sequence[Line],
+    methods: Sequence[MethodResult],
     pairs: Sequence[Pair],
     notes: Sequence[str],
     curves: bytes,
-    texts: Mapping[EstimatorName, Sequence[Sequence[Character]]],
+    texts: Mapping[str, Sequence[Sequence[Character]]],
 ) -> str:
-    """One self-contained page."""
+    """The content of `report.html`, a self-contained page."""
     title, encoded = f"Estimators on {common.dataset}", base64.b64encode(curves).decode()
     blocks = []
     for number in range(max(map(len, texts.values()), default=0)):
@@ -304,13 +320,13 @@ def page(
         title,
         f"""<p class="quiet">{html.escape(common.model)}, {common.length} bytes x {common.batch} sequences a step,
 {common.total_steps * common.bytes_per_step / 1e6:.2f} MB of training text, target rate {common.rate:g}</p>
-{html_table(COLUMNS, [cells(line) for line in lines])}
+{html_table(COLUMNS, [cells(method) for method in methods])}
 {paired}
 {remarks_html}
 <h2>Curves</h2>
 <img alt="Held-out bits per byte over training FLOPs and over bytes" src="data:image/png;base64,{encoded}">
-<p class="quiet">Means over seeds, and faint, where there are several, each seed.</p>
+<p class="quiet">Thick lines are means over seeds, thin lines are single seeds.</p>
 <h2>The same held-out text</h2>
-<p>Boundary probability at each character, {scale()}. A line at the right of a character is a boundary that was drawn.</p>
+<p>Boundary probability at each character, {scale()}. A line at the right of a character marks a sampled boundary.</p>
 {"".join(blocks)}""",
     )

@@ -1,27 +1,26 @@
-"""Finished runs as a comparison reads them: from their folders, or from the table of a comparison made elsewhere."""
+"""Finished runs, read from their folders or from the `table.json` of another comparison."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.comparison.pairs import Curve
 from experiments.config.errors import ConfigError
 from experiments.config.files import from_values, to_json
-from experiments.config.settings import EstimatorName, RunConfig
+from experiments.config.plugins import load_model, modules_of
+from experiments.config.settings import RunConfig
 from experiments.reporting.summary import Summary
 from experiments.training.run_dir import SUMMARY, differing, read_config, read_metrics
-from unet.files.saving import load
 from unet.flops import matrix_flops
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's settings, its `summary.json` and its validation curve; its `folder`, where that is at hand."""
+    """A run's settings, its `summary.json` and its validation curve. `folder`: None if the run comes from a table."""
 
     config: RunConfig
     summary: Summary
@@ -33,12 +32,12 @@ class FinishedRun:
         return self.config.seed
 
     def value(self, key: str) -> float:
-        """A number of its summary; NaN where there is none."""
+        """A number in the summary; NaN if it is missing or null."""
         value = self.summary.get(key)
         return float(value) if isinstance(value, int | float) else math.nan
 
     def json(self) -> dict[str, object]:
-        """As `table.json` keeps it."""
+        """The entry in `table.json`."""
         points = [
             {"flops": flops, "bytes": round(1e6 * megabytes), "val_bpb": bpb} for flops, megabytes, bpb in self.curve
         ]
@@ -46,51 +45,55 @@ class FinishedRun:
         return {"seed": self.seed, "config": config, "summary": self.summary, "curve": points}
 
 
-Runs = Mapping[EstimatorName, Sequence[FinishedRun]]
-"""Finished runs by estimator, in the order of their seeds."""
+Runs = Mapping[str, Sequence[FinishedRun]]
+"""Finished runs by estimator, sorted by seed."""
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run in this folder came to its end."""
+    """Whether the folder has a finished run."""
     return (folder / SUMMARY).is_file()
 
 
-def read_finished(folder: Path) -> FinishedRun:
-    """The finished run in a folder."""
-    return FinishedRun(read_config(folder), json.loads((folder / SUMMARY).read_text()), curve(folder), folder)
+def read_finished(folder: Path, plugins: Collection[str] = ()) -> FinishedRun:
+    """The finished run in a folder; `plugins` are modules that it may name."""
+    config = read_config(folder, plugins)
+    return FinishedRun(config, json.loads((folder / SUMMARY).read_text()), curve(folder, config), folder)
 
 
 def read_tables(paths: Sequence[Path], runs: Sequence[RunConfig]) -> list[FinishedRun]:
-    """Those of `runs` that the `table.json` of other comparisons have.
+    """Those of `runs` that are in the `table.json` files at `paths`.
 
-    Raises `ConfigError` for a file that is no such table, and for a run whose settings are other than those asked for.
+    Raises `ConfigError` if a file is not such a table, or if a run in it has the estimator and seed of one of `runs` but other
+    settings.
     """
-    asked = {(run.estimator, run.seed): run for run in runs}
-    found: dict[tuple[EstimatorName, int], FinishedRun] = {}
+    requested = {(run.estimator, run.seed): run for run in runs}
+    plugins = {module.__name__ for run in runs for module in modules_of(run)}
+    read: dict[tuple[str, int], FinishedRun] = {}
     for path in paths:
-        for run in _read_table(path):
+        for run in _read_table(path, plugins):
             key = run.config.estimator, run.seed
-            if key not in asked or key in found:
+            if key not in requested or key in read:
                 continue
-            # How many cores a run had moves its curve by rounding alone.
-            if changed := differing(_elsewhere(run.config), _elsewhere(asked[key]), may_differ=("devices",)):
+            # The number of devices changes a run only by rounding errors.
+            if changed := differing(_portable(run.config), _portable(requested[key]), may_differ=("devices",)):
                 raise ConfigError(
-                    f"{path} has {key[0]} of seed {key[1]} with other settings for {', '.join(changed)}: leave the table out, or "
-                    "ask for those settings"
+                    f"{path} has {key[0]} of seed {key[1]} with other settings for {', '.join(changed)}: leave out the "
+                    "table, or use its settings"
                 )
-            found[key] = run
-    return list(found.values())
+            read[key] = run
+    return list(read.values())
 
 
-def _elsewhere(run: RunConfig) -> RunConfig:
-    """The settings without the place where a comparison has its byte model."""
-    return dataclasses.replace(run, entropy=dataclasses.replace(run.entropy, model=None))
+def _portable(run: RunConfig) -> RunConfig:
+    """The settings without the path of another run whose model it reads, which differs between comparisons."""
+    needs = run.first.prerequisite
+    return run if needs is None else run.with_settings(**{run.parts[0].estimator.section: {needs.setting: None}})
 
 
-def _read_table(path: Path) -> list[FinishedRun]:
+def _read_table(path: Path, plugins: Collection[str]) -> list[FinishedRun]:
     try:
         methods = json.loads(path.read_text())["methods"]
-        runs = [_run_of(run, str(path)) for method in methods for run in method["runs"]]
+        runs = [_run_of(run, str(path), plugins) for method in methods for run in method["runs"]]
     except OSError as error:
         raise ConfigError(f"--tables {path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -98,42 +101,43 @@ def _read_table(path: Path) -> list[FinishedRun]:
     return runs
 
 
-def _run_of(values: Mapping[str, object], where: str) -> FinishedRun:
+def _run_of(values: Mapping[str, object], where: str, plugins: Collection[str]) -> FinishedRun:
     summary, points = values["summary"], values["curve"]
     if not isinstance(summary, dict) or not isinstance(points, list):
         raise TypeError("a run has a summary and a curve")
-    config = from_values(values["config"], where)
+    config = from_values(values["config"], where, plugins)
     return FinishedRun(config, summary, [(point["flops"], point["bytes"] / 1e6, point["val_bpb"]) for point in points])
 
 
-def by_estimator(runs: Sequence[FinishedRun], names: Sequence[EstimatorName]) -> Runs:
-    """The runs of each of `names`, by seed; without those of which there is none."""
+def by_estimator(runs: Sequence[FinishedRun], names: Sequence[str]) -> Runs:
+    """The runs of each of `names`, sorted by seed; names without runs are left out."""
     sorted_runs = sorted(runs, key=lambda run: run.seed)
     grouped = {name: [run for run in sorted_runs if run.config.estimator == name] for name in names}
     return {name: own for name, own in grouped.items() if own}
 
 
-def curve(folder: Path) -> Curve:
-    """FLOPs spent, megabytes read and held-out bits per byte at each validation of a run; tokens as they were drawn."""
-    config, model = read_config(folder), load(folder).model
-    spent, before, points = 0.0, 0.0, []
+def curve(folder: Path, config: RunConfig | None = None) -> Curve:
+    """Training FLOPs, training megabytes and held-out bits per byte at each validation of a run. FLOPs use the measured rates."""
+    config = read_config(folder) if config is None else config
+    model = load_model(folder, modules_of(config)).model
+    flops, counted_bytes, points = 0.0, 0.0, []
     for record in read_metrics(folder):
-        # The bytes since the last record of training, where it does not log every step, count at the rate of the validation.
-        kind = "" if "rate" in record else "val_"
-        read, rate = record["bytes"], record.get(f"{kind}rate")
-        if not isinstance(read, int | float) or not isinstance(rate, float):
+        # Not every step may be logged: bytes between the last training record and a validation count at the validation's rate.
+        prefix = "" if "rate" in record else "val_"
+        bytes_so_far, rate = record["bytes"], record.get(f"{prefix}rate")
+        if not isinstance(bytes_so_far, int | float) or not isinstance(rate, float):
             continue
-        inside = [record.get(f"{kind}level{level}_rate") for level in range(1, len(config.levels))]
-        rates = [one for one in inside if isinstance(one, float)]
-        if read > before:
-            flops = matrix_flops(model, rate=rate, inner_rates=rates, samples=config.samples)
-            spent, before = spent + (read - before) * flops.total, float(read)
+        inner = [record.get(f"{prefix}level{level}_rate") for level in range(1, len(config.levels))]
+        inner_rates = [one for one in inner if isinstance(one, float)]
+        if bytes_so_far > counted_bytes:
+            per_byte = matrix_flops(model, rate=rate, inner_rates=inner_rates, samples=config.samples).total
+            flops, counted_bytes = flops + (bytes_so_far - counted_bytes) * per_byte, float(bytes_so_far)
         if isinstance(bpb := record.get("val_bpb"), float):
-            points.append((spent, read / 1e6, bpb))
+            points.append((flops, bytes_so_far / 1e6, bpb))
     return points
 
 
 def without(runs: Sequence[RunConfig], finished: Sequence[FinishedRun]) -> list[RunConfig]:
-    """Those of `runs` that are not finished yet."""
+    """Those of `runs` that are not among the `finished` ones."""
     done = {(run.config.estimator, run.seed) for run in finished}
     return [run for run in runs if (run.estimator, run.seed) not in done]

@@ -1,5 +1,5 @@
-"""Statistics of a few independent repetitions: paired differences, intervals of means, ratios and medians, many comparisons at
-once, curves at equal cost."""
+"""Statistics of a few independent repetitions: paired differences, confidence intervals of means, ratios and medians, Holm's
+correction, curves at equal cost."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import numpy as np
 from scipy.special import bdtr, stdtr, stdtrit
 
 CONFIDENCE = 0.95
+"""Confidence level of all intervals."""
 ALIKE = "≈"
-"""Marks in tables what is no difference, as far as an interval can tell."""
+"""Marks a difference in a table that is not distinguishable from none: its interval contains no difference, or is undefined."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Differences between two methods, one a seed, and what they say about the mean difference.
+    """Paired differences between two methods, one for each seed, and a t-test of their mean.
 
-    `half_width` is half the width of its Student-t interval, `t` its ratio to its standard error, `p` the two-sided
-    probability of a |t| at least as large were the mean zero. NaN: `mean` without a seed, the others with fewer than two. Where
-    all differences are the same, the interval is a point, and t infinite (NaN if they are all zero, with p = 1).
+    `half_width`: half the width of the Student-t confidence interval of the mean. `t`: the mean divided by its standard error.
+    `p`: the two-sided p value for a mean of zero. `mean` is NaN without seeds, the others are NaN with fewer than two. If all
+    differences are equal, the interval is a point and t is infinite; if they are all zero, t is NaN and p = 1.
     """
 
     seeds: tuple[int, ...]
@@ -43,12 +44,14 @@ class Difference:
 
     @property
     def distinguishable(self) -> bool:
-        """Whether there is an interval and zero lies outside of it."""
+        """Whether the interval is defined and does not contain zero."""
         return self.half_width < abs(self.mean)
 
 
 def t_quantile(count: int, confidence: float = CONFIDENCE) -> float:
-    """The t with P(|T| < t) = `confidence` for the mean of `count` values (Student, *The Probable Error of a Mean*, 1908).
+    """The t with P(|T| < t) = `confidence`, for T with `count` - 1 degrees of freedom.
+
+    Source: Student, *The Probable Error of a Mean*, 1908.
 
     Raises `ValueError` for fewer than two.
     """
@@ -60,11 +63,11 @@ def t_quantile(count: int, confidence: float = CONFIDENCE) -> float:
 def paired_difference(
     larger: Mapping[int, float], smaller: Mapping[int, float], confidence: float = CONFIDENCE
 ) -> Difference:
-    """How far `larger` lies above `smaller`, over the seeds for which both have a number.
+    """The differences `larger` - `smaller` over the seeds for which both have a finite number.
 
     d_s = larger_s - smaller_s; mean d; half width t(n-1, (1 + confidence) / 2) · sd(d) / √n with the sample's standard
-    deviation (divisor n - 1); t = d / (sd(d) / √n) and p = 2 P(T > |t|) for T of n - 1 degrees of freedom (Student, *The Probable
-    Error of a Mean*, 1908).
+    deviation (divisor n - 1); t = d / (sd(d) / √n) and p = 2 P(T > |t|) for T with n - 1 degrees of freedom. Source: Student,
+    *The Probable Error of a Mean*, 1908.
     """
     seeds = tuple(
         seed for seed in larger if seed in smaller and math.isfinite(larger[seed]) and math.isfinite(smaller[seed])
@@ -82,9 +85,9 @@ def paired_difference(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted so that among all hypotheses the chance of one false rejection or more is bounded (Holm, 1979).
+    """Holm's adjusted p values, which control the family-wise error rate (Holm, 1979).
 
-    With p_(1) ≤ … ≤ p_(m): max over j ≤ i of min(1, (m - j + 1) p_(j)). NaN stays, and is none of the m.
+    With p_(1) ≤ … ≤ p_(m): max over j ≤ i of min(1, (m - j + 1) p_(j)). NaN stays NaN and does not count in m.
     """
     order = sorted((number for number, p in enumerate(p_values) if not math.isnan(p)), key=lambda n: p_values[n])
     adjusted, largest = list(p_values), 0.0
@@ -104,9 +107,10 @@ class AtEqualCost:
 
 
 def at_equal_cost(first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]]) -> AtEqualCost | None:
-    """Two curves, (cost, value) in ascending order of cost, at the largest cost that both reach, between points linearly.
+    """The values of two curves at the largest cost that both reach, by linear interpolation.
 
-    None where one of them begins beyond that cost, or is empty: nothing is extrapolated.
+    A curve is a sequence of (cost, value) in ascending order of cost. None if a curve is empty or begins beyond that cost, since
+    nothing is extrapolated.
     """
     if not first or not second:
         return None
@@ -122,10 +126,10 @@ def _interpolated(curve: Sequence[tuple[float, float]], cost: float) -> float:
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """An interval for the median that no assumption about the distribution enters: two order statistics.
+    """A distribution-free confidence interval of the median, from two order statistics.
 
-    From the k-th smallest to the k-th largest of n values it holds the median with probability 1 - 2 P(X < k), X binomial
-    (n, ½); k is the largest with at least `confidence`. NaN where there are too few values for any (fewer than 6 for 0.95).
+    The interval from the k-th smallest to the k-th largest of n values contains the median with probability 1 - 2 P(X < k), X
+    binomial (n, ½). k is the largest with a probability of at least `confidence`. NaN if there is none (n < 6 for 0.95).
     """
     count, ordered = len(values), sorted(values)
     depth = 0
@@ -136,56 +140,57 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the ends of its 95 % interval. All three are NaN where there is nothing to estimate."""
+    """An estimate and the ends of its 95 % interval. All three are NaN if the estimate is undefined."""
 
     mean: float
     low: float
     high: float
 
     def holds(self, value: float) -> bool:
-        """Whether `value` cannot be told from the estimate; True where there is none."""
+        """Whether the interval contains `value`; True for an undefined interval."""
         return not (value < self.low or value > self.high)
 
 
-NOTHING = Interval(math.nan, math.nan, math.nan)
+UNDEFINED = Interval(math.nan, math.nan, math.nan)
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    r"""$\bar x \pm t_{n-1}\,s/\sqrt n$ of n independent values; `NOTHING` where one is not finite.
+    r"""$\bar x \pm t_{n-1}\,s/\sqrt n$ of n independent values; `UNDEFINED` if one is not finite.
 
     Raises `ValueError` for fewer than two.
     """
     quantile = t_quantile(len(values))
     if not all(math.isfinite(value) for value in values):
-        return NOTHING
+        return UNDEFINED
     mean = math.fsum(values) / len(values)
     half = quantile * math.sqrt(_covariance(values, values) / len(values))
     return Interval(mean, mean - half, mean + half)
 
 
 def geometric_interval(values: Sequence[float]) -> Interval:
-    """`mean_interval` of the logarithms, taken back: for ratios, whose errors multiply. `NOTHING` where one is not positive."""
+    """Interval of the geometric mean: the exponential of `mean_interval` of the logarithms. `UNDEFINED` if a value is not
+    positive and finite. Raises `ValueError` for fewer than two values."""
     of_logs = mean_interval([math.log(value) if 0.0 < value < math.inf else math.nan for value in values])
     return Interval(math.exp(of_logs.mean), math.exp(of_logs.low), math.exp(of_logs.high))
 
 
 def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval | None:
-    r"""The ratio of two means of noisy, paired values, with Fieller's interval (1954); None where `below` could be 0.
+    r"""The ratio of the means of paired values, mean(above) / mean(below), with Fieller's interval (1954).
 
-    All r for which $\bar y - r\bar x$ is no further from 0 than $t_{n-1}$ of its standard errors. Where the mean of `below` is
-    itself not further from 0 than that, these r have no bounds: there is no ratio to speak of.
+    With y = `above` and x = `below`, the interval is all r for which $|\bar y - r\bar x|$ is at most $t_{n-1}$ times its standard
+    error. None if $\bar x$ itself is within $t_{n-1}$ standard errors of 0: the interval is then unbounded.
     Raises `ValueError` for fewer than two pairs.
     """
     scale = t_quantile(len(below)) ** 2 / len(below)
     x, y = (math.fsum(values) / len(values) for values in (below, above))
     # (ȳ - r x̄)² ≤ t²/n (s_yy - 2 r s_xy + r² s_xx), a quadratic in r.
-    square = x * x - scale * _covariance(below, below)
-    middle = x * y - scale * _covariance(below, above)
-    rest = y * y - scale * _covariance(above, above)
-    if not square > 0.0:
+    quadratic = x * x - scale * _covariance(below, below)
+    linear = x * y - scale * _covariance(below, above)
+    constant = y * y - scale * _covariance(above, above)
+    if not quadratic > 0.0:
         return None
-    root = math.sqrt(max(middle * middle - square * rest, 0.0))
-    return Interval(y / x, (middle - root) / square, (middle + root) / square)
+    root = math.sqrt(max(linear * linear - quadratic * constant, 0.0))
+    return Interval(y / x, (linear - root) / quadratic, (linear + root) / quadratic)
 
 
 def _covariance(one: Sequence[float], other: Sequence[float]) -> float:

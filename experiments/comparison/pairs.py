@@ -1,4 +1,4 @@
-"""Every two methods of a comparison against each other, seed by seed, at equal bytes and at equal FLOPs."""
+"""Paired comparisons of two methods over seeds, after the same training bytes and after the same training FLOPs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from experiments.comparison.intervals import ALIKE, CONFIDENCE, Difference, at_equal_cost, holm, paired_difference
-from experiments.config.settings import EstimatorName
 
-Names = tuple[EstimatorName, EstimatorName]
+Names = tuple[str, str]
 Curve = Sequence[tuple[float, float, float]]
-"""FLOPs spent, megabytes read and held-out bits per byte at each validation."""
+"""Training FLOPs, training megabytes and held-out bits per byte at each validation."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two methods: how far the bits per byte of the `first` lie below those of the `second`, after the same bytes and at the same
-    training `flops` (one a seed of `equal_flops`); p values adjusted for all pairs of the table by Holm's rule."""
+    """Paired comparison of two methods.
 
-    first: EstimatorName
-    second: EstimatorName
+    `below`: bits per byte of the `second` minus those of the `first`, at the end of training. `equal_flops`: the same difference
+    after the same training FLOPs, which are `flops` (one number for each seed of `equal_flops`). `below_holm`,
+    `equal_flops_holm`: p values adjusted for all pairs of the table by Holm's method.
+    """
+
+    first: str
+    second: str
     below: Difference
     below_holm: float
     equal_flops: Difference
@@ -40,18 +43,19 @@ PAIR_COLUMNS: dict[str, str] = {
 }
 
 
-def every_pair(names: Sequence[EstimatorName], last: EstimatorName) -> list[Names]:
-    """All pairs in the order of `names`, with `last` the second of its pairs."""
+def every_pair(names: Sequence[str], last: str) -> list[Names]:
+    """All pairs in the order of `names`. In its pairs, `last` is the second."""
     pairs = itertools.combinations(names, 2)
     return [(second, first) if first == last else (first, second) for first, second in pairs]
 
 
 def compare_pairs(
     pairs: Sequence[Names],
-    bpb: Mapping[EstimatorName, Mapping[int, float]],
-    curves: Mapping[EstimatorName, Mapping[int, Curve]],
+    bpb: Mapping[str, Mapping[int, float]],
+    curves: Mapping[str, Mapping[int, Curve]],
 ) -> list[Pair]:
-    """Each of `pairs` from the final bits per byte and the curves of its methods, by seed; nothing of one without runs."""
+    """Compare each of `pairs`. `bpb`, `curves`: final bits per byte and curve of each seed, by method. A pair has no differences
+    if one of its methods has no runs."""
     below = [paired_difference(bpb.get(second, {}), bpb.get(first, {})) for first, second in pairs]
     equal = [_at_equal_flops(curves.get(first, {}), curves.get(second, {})) for first, second in pairs]
     adjusted = holm([one.p for one in below])
@@ -63,15 +67,15 @@ def compare_pairs(
 
 
 def _at_equal_flops(first: Mapping[int, Curve], second: Mapping[int, Curve]) -> tuple[Difference, tuple[float, ...]]:
-    """How far the first curves lie below the second, and where each seed's were read."""
-    found = {
+    """The differences second - first of the curves at equal FLOPs, and these FLOPs, for each seed."""
+    matched = {
         seed: at
         for seed in first
         if seed in second and (at := at_equal_cost(_by_flops(first[seed]), _by_flops(second[seed]))) is not None
     }
-    above = {seed: at.second for seed, at in found.items()}
-    difference = paired_difference(above, {seed: at.first for seed, at in found.items()})
-    return difference, tuple(found[seed].cost for seed in difference.seeds)
+    above = {seed: at.second for seed, at in matched.items()}
+    difference = paired_difference(above, {seed: at.first for seed, at in matched.items()})
+    return difference, tuple(matched[seed].cost for seed in difference.seeds)
 
 
 def _by_flops(curve: Curve) -> list[tuple[float, float]]:
@@ -79,7 +83,7 @@ def _by_flops(curve: Curve) -> list[tuple[float, float]]:
 
 
 def text_of(difference: Difference, digits: int = 4) -> str:
-    """As in a table: the mean, its interval, and the mark where they tell nothing apart; a dash without a seed."""
+    """The text for a table: the mean, its interval, and `ALIKE` if it is not distinguishable from zero; a dash without seeds."""
     if not difference.values:
         return "–"
     if len(difference.values) == 1:
@@ -89,7 +93,7 @@ def text_of(difference: Difference, digits: int = 4) -> str:
 
 
 def pair_cells(pair: Pair) -> dict[str, str]:
-    """The table's text for one pair, by column."""
+    """The table cells of one pair, by column."""
     return {
         "pair": f"`{pair.first}` below `{pair.second}`",
         "below": text_of(pair.below),
@@ -102,40 +106,40 @@ def pair_cells(pair: Pair) -> dict[str, str]:
 
 
 def pair_remarks(pairs: Sequence[Pair], gains: Sequence[Difference]) -> list[str]:
-    """What a reader of the differences has to know; `gains` are those that stand in the table of methods."""
+    """Notes for readers of the differences. `gains`: the differences in the table of methods."""
     differences = [*(pair.below for pair in pairs), *gains]
     if not any(one.values for one in differences):
         return []
     notes = [
-        f"In brackets: the {CONFIDENCE:.0%} Student-t interval of the mean difference, seed by seed; a positive difference is a "
-        f"gain of the first. {ALIKE} Not distinguishable: the interval contains 0, or there is none. Seeds differ in "
-        "parameters, order of data and boundaries, not in the held-out text."
+        f"In brackets: the {CONFIDENCE:.0%} Student-t interval of the mean paired difference over seeds. A positive difference "
+        f"means that the first is better. {ALIKE} Not distinguishable: the interval contains 0, or there is none. Seeds differ "
+        "in parameters, data order and boundaries, not in the held-out text."
     ]
     if any(len(one.values) == 1 for one in differences):
-        notes.append("One seed has no interval and tells nothing apart: name more --seeds.")
+        notes.append("One seed gives no interval, so nothing is distinguishable: use more --seeds.")
     if len(pairs) > 1:
         notes.append(
-            f"Each interval is for its pair alone: of {len(pairs)} pairs without any difference, "
-            f"{len(pairs) * (1 - CONFIDENCE):.2g} would be expected to look distinguishable. p, Holm is adjusted for all of them."
+            f"The intervals are not adjusted for multiple comparisons: of {len(pairs)} pairs without any difference, "
+            f"{len(pairs) * (1 - CONFIDENCE):.2g} would be expected to look distinguishable. p, Holm is adjusted."
         )
     if pairs:
         notes.append(
-            "At equal FLOPs: both curves of a seed, between validations linearly, at the most training FLOPs that both runs "
-            "reached. The one that costs more a byte is read before its end, where its learning rate has not come down all "
-            "the way, which counts against it."
+            "At equal FLOPs: both curves of a seed, interpolated linearly between validations, at the most training FLOPs that "
+            "both runs reached. For the method with more FLOPs per byte this is before the end of its run, where its learning "
+            "rate has not fully decayed. This is a disadvantage for it."
         )
     short = [pair for pair in pairs if len(pair.equal_flops.values) < len(pair.below.values)]
     if short:
         names = ", ".join(f"{pair.first}:{pair.second}" for pair in short)
         notes.append(
-            f"Not for every seed at equal FLOPs ({names}): one run ended before the other was first validated; "
+            f"Not for every seed at equal FLOPs ({names}): one run ended before the first validation of the other. "
             "--evaluation.times validates more often."
         )
     return notes
 
 
 def difference_json(difference: Difference) -> dict[str, object]:
-    """Everything about a difference by name, its interval and its mark included."""
+    """The entry of a difference in `table.json`."""
     return {
         **asdict(difference),
         "low": difference.low,
@@ -145,7 +149,7 @@ def difference_json(difference: Difference) -> dict[str, object]:
 
 
 def pair_json(pair: Pair) -> dict[str, object]:
-    """Everything about a pair by name."""
+    """The entry of a pair in `table.json`."""
     return {
         "first": pair.first,
         "second": pair.second,

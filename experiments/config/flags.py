@@ -8,7 +8,7 @@ import itertools
 import re
 import textwrap
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import tyro
@@ -19,6 +19,7 @@ from estimators.sections import REDUCTIONS
 from experiments.config.build import require_fit
 from experiments.config.errors import ConfigError
 from experiments.config.parts import Names, Section, Values, levels_of, sections_in
+from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
 from unet.chunkers.named import CHUNKERS, POOLS
 
@@ -55,6 +56,44 @@ def parse_run(arguments: Sequence[str], default: RunConfig, *, program: str) -> 
         raise ConfigError(str(error)) from error.__cause__
     require_fit(config)
     return config.resolved
+
+
+def shared_out(arguments: Sequence[str], estimators: Sequence[str]) -> dict[str, list[str]]:
+    """Of the arguments of a comparison those for each estimator: without the settings of parts that it does not have and another
+    has. Raises `ConfigError` for names that stand for nothing."""
+    try:
+        own = {name: _section_names([*arguments, "--estimator", name]) for name in estimators}
+    except PartError as error:
+        raise ConfigError(str(error)) from error.__cause__
+    everything = set().union(*own.values())
+    given: dict[str, list[str]] = {name: [] for name in estimators}
+    for group in _groups(arguments):
+        section, dot, _ = _plain(group[0].partition("=")[0]).partition(".")
+        for name, words in given.items():
+            if not dot or section in own[name] or section not in everything:
+                words += group
+    return given
+
+
+def _section_names(arguments: Sequence[str]) -> set[str]:
+    """The sections of what a command line chooses."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--model", default="tiny")
+    default = PRESETS.get(early.parse_known_args(arguments)[0].model, PRESETS["tiny"])
+    parts = _parts(arguments, default)
+    return set(sections_in(parts, _with_named_parts(arguments, parts, default.settings)))
+
+
+def _groups(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Each flag with its values."""
+    group: list[str] = []
+    for word in arguments:
+        if word.startswith("--") and group:
+            yield group
+            group = []
+        group.append(word)
+    if group:
+        yield group
 
 
 def _parts(given: Sequence[str], default: RunConfig) -> list[Part]:
@@ -114,7 +153,7 @@ def _require_chosen(given: Sequence[str], sections: Mapping[str, Section]) -> No
         ]
         if owners:
             raise ConfigError(
-                f"{word.partition('=')[0]} is a setting of {' or '.join(owners)}, which was not chosen: leave it out, or choose it"
+                f"{word.partition('=')[0]} is a setting of {' or '.join(owners)}, which was not chosen: leave it out or choose it"
             )
 
 
@@ -146,7 +185,7 @@ def _parsed(
             fields.append((one.name, made))
             defaults[one.name] = made(**{name: getattr(value, name) for name in _names_of(cls)})
         else:
-            fields.append((one.name, Annotated[hints[one.name], _help(texts.get(one.name, ""), short)]))
+            fields.append((one.name, _annotated(hints[one.name], texts.get(one.name, ""), short)))
             defaults[one.name] = value
     for name, section in sections.items():
         made = _flags(name, section.cls.__doc__, section.settings, short)
@@ -179,12 +218,12 @@ def _built(parsed: object, default: RunConfig, sections: Mapping[str, Section]) 
                 raise ConfigError(f"--{one.name}: {error}") from None
         values[one.name] = value
     settings = {name: vars(getattr(parsed, name)) for name in sections}
-    return RunConfig(**values, settings=settings)
+    return RunConfig(**values, settings=settings)  # type: ignore[bad-argument-type]  # from the same class's own fields
 
 
 def _flags(name: str, doc: str | None, settings: Sequence[Setting], short: bool) -> type:
     """A dataclass of these settings with their help texts, which checks nothing."""
-    fields = [(one.name, Annotated[one.type, _help(one.help, short)]) for one in settings]
+    fields = [(one.name, _annotated(one.type, one.help, short)) for one in settings]
     made = dataclasses.make_dataclass(f"{name}Flags", fields, frozen=True, kw_only=True)
     made.__doc__ = _first_sentence(doc or "")
     return made
@@ -201,8 +240,9 @@ def _names_of(cls: type) -> list[str]:
     return [one.name for one in dataclasses.fields(cls)]
 
 
-def _help(text: str, short: bool) -> object:
-    return tyro.conf.arg(help=_first_sentence(text) if short else text)
+def _annotated(kind: object, text: str, short: bool) -> object:
+    """A type with its help text."""
+    return Annotated.__class_getitem__((kind, tyro.conf.arg(help=_first_sentence(text) if short else text)))
 
 
 def _first_sentence(text: str) -> str:

@@ -116,6 +116,12 @@ def estimator_config(part: Part, typed: Mapping[str, object]) -> EstimatorConfig
         raise ConfigError(f"--{part.section.replace('_', '-')}: {error}") from None
 
 
+def plain_values(section: object) -> dict[str, object]:
+    """The settings of a section as plain values."""
+    assert dataclasses.is_dataclass(section)
+    return {one.name: getattr(section, one.name) for one in dataclasses.fields(section)}
+
+
 def _sections_of(part: Part) -> Iterator[Section]:
     owner = f"{part.kind.flag} {part.name}"
     if own := settings_of(part):
@@ -136,5 +142,5 @@ def _shared(name: str, cls: type) -> Section:
     return Section(name, cls, tuple(settings), f"--{name}", kinds)
 
 
-def _field(default: object) -> dataclasses.Field:
+def _field(default: object) -> "dataclasses.Field[object]":
     return dataclasses.field() if default is dataclasses.MISSING else dataclasses.field(default=default)

@@ -26,7 +26,7 @@ KINDS: tuple[Kind, ...] = (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS)
 
 
 def import_plugins(names: Sequence[str]) -> tuple[types.ModuleType, ...]:
-    """The modules that `--plugin` names. Raises `ConfigError` for one that is not there or fails, whose own error is the cause."""
+    """The modules that `--plugin` names. Raises `ConfigError` for one that does not exist, or that fails, with its own error."""
     try:
         return tuple(imported("--plugin", name, name) for name in names)
     except PartError as error:
@@ -78,7 +78,7 @@ def require_known(values: Mapping[str, object], plugins: Collection[str], where:
         module = name.partition(":")[0]
         if ":" in name and module not in plugins and not any(module.startswith(f"{one}.") for one in plugins):
             raise ConfigError(
-                f"{where} was made with {name}, which is not part of this library: add --plugin {module}, if you trust that module"
+                f"{where} was made with {name}, which is not part of this library: add --plugin {module} if you trust it"
             )
 
 

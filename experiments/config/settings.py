@@ -15,7 +15,7 @@ from estimators.lookup import PartError
 from estimators.registry import DEFAULT, WITHOUT_TOKENS
 from estimators.settings import EstimatorConfig
 from experiments.config.errors import ConfigError, require
-from experiments.config.parts import Level, Names, estimator_config, levels_of, sections_in
+from experiments.config.parts import Level, Names, estimator_config, levels_of, plain_values, sections_in
 from experiments.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -166,7 +166,7 @@ class RunConfig:
     @property
     def resolved(self) -> RunConfig:
         """The same run with all settings of what was chosen written out, and no others."""
-        plain = {name: dataclasses.asdict(section) for name, section in self.sections.items()}
+        plain = {name: plain_values(section) for name, section in self.sections.items()}
         return dataclasses.replace(self, settings=plain)
 
     def with_settings(self, **sections: Mapping[str, object]) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Validation: how well the model predicts held-out bytes, and where it draws boundaries."""
+"""Validation: likelihood of held-out text, and precision and recall of boundaries at white space."""
 
 from __future__ import annotations
 
@@ -25,33 +25,35 @@ from unet.model import UNet
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
-class Evaluated(eqx.Module):
-    """What evaluation keeps of each byte of a batch. Without a token level there are no boundaries and probabilities are 0."""
+class ByteResults(eqx.Module):
+    """Per-byte results of a batch. Without a token level there are no boundaries and the probabilities are 0."""
 
     log_prob: Float[Array, "batch length"]
     early_log_prob: Float[Array, "batch length"] | None
     scored: Bool[Array, "batch length"]
     probs: Float[Array, "batch length"]
     entropy: Float[Array, "batch length"]
-    """That of the policy where it `decided`."""
+    """Entropy of the policy in nats; defined only where `decided`."""
     decided: Bool[Array, "batch length"]
     sampled: Bool[Array, "batch length"]
     greedy: Bool[Array, "batch length"]
     valid: Bool[Array, "batch length"]
     free: Bool[Array, "batch length"]
+    """True at valid positions where no boundary is forced."""
     overflow: Int[Array, " batch"]
+    """Number of dropped boundaries."""
     drawn: Bool[Array, "batch length"]
     """The boundaries before any were dropped."""
     as_trained: Bool[Array, "batch length"]
-    """Those that training would have drawn, where another router draws them then; else none."""
+    """Boundaries of the router that training follows, for an off-policy router; all False for other routers."""
     tokens: Int[Array, "batch levels"]
-    """Tokens of each level of the hierarchy, the outermost first."""
+    """Number of tokens at each level of the hierarchy, the outermost first."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How boundaries agree with a class of bytes: the area under the ROC curve of p, and precision, recall and F1 of the
-    greedy (p > 0.5) and of the sampled boundaries. NaN where undefined; forced boundaries do not count."""
+    """Boundaries as a classifier of a class of bytes: the area under the ROC curve of p, and precision, recall and F1 of greedy
+    (p > 0.5) and of sampled boundaries. Forced boundaries do not count. NaN where undefined."""
 
     auc: float
     precision: float
@@ -64,18 +66,21 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Validation:
-    """Results on held-out text. `bpb`: bits per byte; `early_bpb`: of the early head, NaN without one; `rate`: share of
-    bytes with a boundary; `policy_entropy`: of the policy, nats per decision; `overflow`: share of bytes whose boundary was
-    dropped, 0 by construction; `bytes`: how many were predicted; `inner_rates`: of levels inside, the share of the tokens of
-    the level around that close a token; `bpb_error`: the standard error of `bpb` over documents, NaN for one; `documents`: how
-    many different ones were evaluated.
+    """Results on held-out text.
 
-    Everything but two figures is judged on the boundaries that generation draws. Most estimators are trained on the same:
-    policies sampled in both (`sfe…`, `gumbel`, `uniform`), `hnet` with greedy actions in both, and rules
-    (`entropy`, `bpe`, `stride`, `characters` and the others), which leave no choice. Where another router draws in training
-    (`AbstractOffPolicyRouter`: the guide of `bpe-distilled`, the behaviour policy of `sfe-offpolicy`) the model is judged on
-    three kinds of boundaries at its first level: `bpb` is under the router's own, sampled; `bpb_greedy` under its own, greedy;
-    `bpb_as_trained` under those of the other router, as in training. Both are NaN elsewhere."""
+    `bpb`: bits per byte. `early_bpb`: bits per byte of the early head; NaN without one. `rate`: fraction of bytes with a
+    boundary. `policy_entropy`: nats per decision. `overflow`: fraction of bytes whose boundary was dropped; 0 by construction.
+    `bytes`: number of predicted bytes. `inner_rates`: for each inner level, its number of tokens divided by that of the next
+    outer level. `bpb_error`: standard error of `bpb` over documents; NaN for one document. `documents`: number of distinct
+    documents.
+
+    All results but `bpb_greedy` and `bpb_as_trained` use the boundaries that generation draws. Most estimators train on the same
+    kind of boundaries: sampled ones (`sfe…`, `gumbel`, `uniform`), greedy ones (`hnet`), or those of a deterministic rule
+    (`entropy`, `bpe`, `stride`, `characters` and others). An off-policy router (`AbstractOffPolicyRouter`) trains on boundaries
+    of another router: the guide of `bpe-distilled`, or the behaviour policy of `sfe-offpolicy`. If the first level has one, the
+    model is evaluated on three kinds of boundaries at that level: `bpb` with the router's own, sampled; `bpb_greedy` with its
+    own, greedy; `bpb_as_trained` with those of the other router. The last two are NaN for other routers.
+    """
 
     bpb: float
     early_bpb: float
@@ -99,9 +104,9 @@ def evaluate_batch(
     key: PRNGKeyArray,
     capacity: int | None,
     actions: tuple[Bool[Array, "batch length"], ...] = (),
-) -> Evaluated:
-    """One forward pass with sampled boundaries (or the `actions` given), and the greedy boundaries beside it. `capacity`
-    None: never drops any."""
+) -> ByteResults:
+    """One forward pass with sampled boundaries, or with `actions` as boundaries. Greedy boundaries are drawn as well, but not
+    used. `capacity`: maximum tokens per sequence; with None no boundary is dropped."""
     capacities = () if capacity is None else (capacity,)
     mask = layout.mask
     prediction = model(
@@ -109,40 +114,41 @@ def evaluate_batch(
     )
     log_prob = next_logprobs(prediction.logits, layout.bytes)
     early = early_log_prob(prediction, layout)
-    scored, nothing = continues(layout), jnp.zeros_like(mask)
+    scored, no_boundaries = continues(layout), jnp.zeros_like(mask)
     if not prediction.levels or not isinstance(model.stage, Hierarchy):
-        zeros, none = jnp.zeros_like(log_prob), jnp.zeros(mask.shape[0], jnp.int32)
+        zeros, no_overflow = jnp.zeros_like(log_prob), jnp.zeros(mask.shape[0], jnp.int32)
         tokens = jnp.zeros((mask.shape[0], 0), jnp.int32)
-        return Evaluated(
-            *(log_prob, early, scored, zeros, zeros, nothing, nothing, nothing, mask, nothing, none, nothing, nothing),
+        return ByteResults(
+            *(log_prob, early, scored, zeros, zeros, no_boundaries, no_boundaries, no_boundaries),
+            *(mask, no_boundaries, no_overflow, no_boundaries, no_boundaries),
             tokens,
         )
     level = prediction.levels[0]
     greedy = model.stage.boundaries(level.hidden, layout, StageSampling()).actions
-    taught = nothing
-    if is_taught(model):
-        taught = model.stage.boundaries(level.hidden, layout, StageSampling(key, training=True)).actions
-    kept = level.boundaries
-    return Evaluated(
+    as_trained = no_boundaries
+    if is_off_policy(model):
+        as_trained = model.stage.boundaries(level.hidden, layout, StageSampling(key, training=True)).actions
+    boundaries = level.boundaries
+    return ByteResults(
         log_prob,
         early,
         scored,
-        kept.probs,
-        equations.bernoulli_entropy(kept.logits),
-        kept.decided,
-        kept.actions,
+        boundaries.probs,
+        equations.bernoulli_entropy(boundaries.logits),
+        boundaries.decided,
+        boundaries.actions,
         greedy,
         mask,
         mask & ~layout.starts,
         level.overflow,
         level.drawn,
-        taught,
+        as_trained,
         jnp.stack([one.lengths for one in prediction.levels], axis=1),
     )
 
 
 def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
-    """The layout of exactly `batch` rows, the missing ones padding from end to end."""
+    """The layout of a batch of size `batch`. If there are fewer `rows`, the remaining ones are all padding."""
     missing = batch - len(rows)
 
     def stack(name: Literal["bytes", "segments", "mask"]) -> Array:
@@ -151,18 +157,18 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
     return plain_layout(stack("bytes"), stack("segments"), stack("mask"))
 
 
-def is_taught(model: UNet) -> bool:
-    """Whether another router draws the boundaries that its first level trains on."""
+def is_off_policy(model: UNet) -> bool:
+    """Whether the first level trains on boundaries of another router."""
     return any(isinstance(estimator.router, AbstractOffPolicyRouter) for estimator in model.stage.estimators[:1])
 
 
 def evaluate(model: UNet, rows: Sequence[HeldOutRow], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
-    """Evaluate on all `rows`, `batch` at a time, dropping no boundary; three times where training draws other boundaries than
-    generation (see `Validation`)."""
-    tally = Tally()
-    for part, kept in evaluated_batches(model, rows, batch=batch, capacity=capacity, key=key):
-        tally.add({**kept, "documents": np.stack([row["documents"] for row in part])})
-    return tally.validation()
+    """Evaluate all `rows` in batches of size `batch` without dropping boundaries. An off-policy router is evaluated with three
+    kinds of boundaries (see `Validation`)."""
+    accumulator = ValidationAccumulator()
+    for part, results in evaluate_batches(model, rows, batch=batch, capacity=capacity, key=key):
+        accumulator.add({**results, "documents": np.stack([row["documents"] for row in part])})
+    return accumulator.validation()
 
 
 def evaluate_rows(
@@ -174,15 +180,15 @@ def evaluate_rows(
     key: PRNGKeyArray,
     actions: Bool[np.ndarray, "rows length"] | None = None,
 ) -> dict[str, np.ndarray]:
-    """What `evaluated_batches` keeps, for all `rows` at once: some 30 bytes a byte."""
-    kept: dict[str, list[np.ndarray]] = {}
-    for _, arrays in evaluated_batches(model, rows, batch=batch, capacity=capacity, key=key, actions=actions):
+    """The results of `evaluate_batches`, concatenated over all `rows`. They take about 30 bytes of memory per byte of text."""
+    results: dict[str, list[np.ndarray]] = {}
+    for _, arrays in evaluate_batches(model, rows, batch=batch, capacity=capacity, key=key, actions=actions):
         for name, array in arrays.items():
-            kept.setdefault(name, []).append(array)
-    return {name: np.concatenate(parts) for name, parts in kept.items()}
+            results.setdefault(name, []).append(array)
+    return {name: np.concatenate(parts) for name, parts in results.items()}
 
 
-def evaluated_batches(
+def evaluate_batches(
     model: UNet,
     rows: Sequence[AnyRow],
     *,
@@ -191,9 +197,11 @@ def evaluated_batches(
     key: PRNGKeyArray,
     actions: Bool[np.ndarray, "rows length"] | None = None,
 ) -> Iterator[tuple[Sequence[AnyRow], dict[str, np.ndarray]]]:
-    """What `summarise` reads, for some `rows` after others: the fields of `Evaluated`, the `bytes`, and, where another router
-    draws the boundaries of training, `log_prob_greedy` and `log_prob_as_trained`. With the `actions` given instead of sampled
-    ones, and then once only."""
+    """Per-byte results for each batch of `rows`: the fields of `ByteResults` but `decided`, and the `bytes`. An off-policy router
+    adds `log_prob_greedy` and `log_prob_as_trained`.
+
+    `actions`: boundaries to use instead of sampled ones. The additional passes of an off-policy router are then skipped.
+    """
     batch = min(batch, len(rows))
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
@@ -202,25 +210,26 @@ def evaluated_batches(
         given = ()
         if actions is not None:
             given = (jnp.asarray(np.pad(actions[start : start + batch], ((0, batch - len(part)), (0, 0)))),)
-        arrays = dropping_none(model, layout, key_batch, capacity, given) | {"bytes": np.asarray(layout.bytes)}
-        if is_taught(model) and actions is None:
+        arrays = evaluate_without_drops(model, layout, key_batch, capacity, given) | {"bytes": np.asarray(layout.bytes)}
+        if is_off_policy(model) and actions is None:
             for name in ("greedy", "as_trained"):
-                forced = dropping_none(model, layout, key_batch, capacity, (jnp.asarray(arrays[name]),))
+                forced = evaluate_without_drops(model, layout, key_batch, capacity, (jnp.asarray(arrays[name]),))
                 arrays[f"log_prob_{name}"] = forced["log_prob"]
         yield part, {name: array[: len(part)] for name, array in arrays.items()}
 
 
-def dropping_none(
+def evaluate_without_drops(
     model: UNet,
     layout: Layout,
     key: PRNGKeyArray,
     capacity: int,
     actions: tuple[Bool[Array, "batch length"], ...] = (),
 ) -> dict[str, np.ndarray]:
-    """The fields of `Evaluated` for one batch, with the `actions` given or those that are drawn, none dropped.
+    """The fields of `ByteResults` but `decided` for one batch, with sampled boundaries or `actions`. No boundary is dropped.
 
-    It first runs at `capacity` tokens per sequence. A sequence that has more runs again, alone and with the same outermost
-    boundaries, at a capacity of all its bytes. So the usual case costs what training costs.
+    The first pass has a capacity of `capacity` tokens per sequence. Each sequence with more tokens is evaluated again, alone,
+    with the same outermost boundaries and a capacity of all its bytes. The usual case thus costs one pass at `capacity`.
+    `entropy` is NaN where the policy did not decide; `early_log_prob` is NaN without an early head.
     """
     result = evaluate_batch(model, layout, key, capacity, actions)
     arrays = {name: np.array(array) for name, array in vars(result).items() if array is not None}
@@ -228,54 +237,53 @@ def dropping_none(
         one = slice(number, number + 1)
         alone = jax.tree.map(lambda leaf, one=one: leaf[one], layout)
         again = evaluate_batch(model, alone, key, None, (result.drawn[one],))
-        # What training would have drawn is drawn already, and alone would be drawn otherwise.
+        # `as_trained` stays: other boundaries would be sampled in a batch of one.
         for name in arrays.keys() - {"as_trained"}:
             arrays[name][one] = np.asarray(getattr(again, name))
-    # What is undefined becomes NaN here, not in compiled code, where `jax_debug_nans` would stop at it.
+    # Undefined values become NaN outside compiled code, since `jax_debug_nans` raises for NaN inside it.
     arrays["entropy"] = np.where(arrays.pop("decided"), arrays["entropy"], np.float32(np.nan))
     arrays.setdefault("early_log_prob", np.full_like(arrays["log_prob"], np.nan))
     return arrays
 
 
-class Tally:
-    """What an evaluation keeps of its batches: sums, the sums of each document and, for the areas under ROC curves, the
+class ValidationAccumulator:
+    """Accumulates validation results over batches: sums, sums by document and, for the areas under ROC curves, the
     probabilities at positions where no boundary is forced."""
 
     def __init__(self):
         values = jnp.arange(256)
-        # For each value of a byte, whether it is in the class.
+        # For each byte value, whether it is white space, and whether it is spacelike.
         self._classes = [np.asarray(is_whitespace(values)), np.asarray(is_spacelike(values))]
         self._sums: dict[str, float] = {}
         self._tokens: np.ndarray | int = 0
         self._documents = np.zeros((2, 0))
-        self._hits = np.zeros((len(self._classes), 5), np.int64)
+        self._counts = np.zeros((len(self._classes), 5), np.int64)
         self._probs: list[np.ndarray] = []
         self._positive: list[list[np.ndarray]] = [[] for _ in self._classes]
 
-    def add(self, kept: dict[str, np.ndarray]) -> None:
-        """A batch: the fields of `Evaluated`, the `bytes` and, where they are known, the `documents` that these belong to, and
-        likelihoods under other boundaries."""
-        scored, valid, free = kept["scored"], kept["valid"], kept["free"]
-        decided = ~np.isnan(kept["entropy"]) & valid
+    def add(self, results: dict[str, np.ndarray]) -> None:
+        """Add the results of `evaluate_batches` for one batch. `documents`, the document number of each byte, is optional."""
+        scored, valid, free = results["scored"], results["valid"], results["free"]
+        decided = ~np.isnan(results["entropy"]) & valid
         sums = {
             "predicted": int(scored.sum()),
             "valid": int(valid.sum()),
-            "drawn": int(kept["sampled"].sum()),
-            "overflow": int(kept["overflow"].sum()),
+            "drawn": int(results["sampled"].sum()),
+            "overflow": int(results["overflow"].sum()),
             "decided": int(decided.sum()),
-            "entropy": float(kept["entropy"][decided].sum(dtype=np.float64)),
+            "entropy": float(results["entropy"][decided].sum(dtype=np.float64)),
         }
-        # Of the model, its early head and, where another router draws in training, under other boundaries.
-        log_liks = {name: array for name, array in kept.items() if "log_prob" in name}
-        sums |= {name: float(array[scored].sum(dtype=np.float64)) for name, array in log_liks.items()}
+        # Log-probabilities of the model, of the early head and, for an off-policy router, under other boundaries.
+        log_probs = {name: array for name, array in results.items() if "log_prob" in name}
+        sums |= {name: float(array[scored].sum(dtype=np.float64)) for name, array in log_probs.items()}
         self._sums = {name: self._sums.get(name, 0) + value for name, value in sums.items()}
-        self._tokens = self._tokens + kept["tokens"].sum(axis=0, dtype=np.int64)
-        if "documents" in kept:
-            self._add_documents(kept["documents"][scored], -kept["log_prob"][scored])
-        self._probs.append(kept["probs"][free])
+        self._tokens = self._tokens + results["tokens"].sum(axis=0, dtype=np.int64)
+        if "documents" in results:
+            self._add_documents(results["documents"][scored], -results["log_prob"][scored])
+        self._probs.append(results["probs"][free])
         for number, members in enumerate(self._classes):
-            target = members[kept["bytes"]]
-            self._hits[number] += _hits(kept, target)
+            target = members[results["bytes"]]
+            self._counts[number] += _count_boundaries(results, target)
             self._positive[number].append(target[free])
 
     def _add_documents(self, documents: np.ndarray, nats: np.ndarray) -> None:
@@ -285,17 +293,17 @@ class Tally:
         self._documents[1] += np.bincount(documents, minlength=size)
 
     def validation(self) -> Validation:
-        """The results over all that was added."""
+        """The results over all batches."""
         sums, predicted = self._sums, int(self._sums["predicted"])
 
         def bits(name: str) -> float:
             return float(equations.bits_per_byte(-sums.get(name, math.nan), predicted))
 
         probs = np.concatenate(self._probs)
-        order = np.sort(probs)
+        sorted_probs = np.sort(probs)
         whitespace, spacelike = (
-            _agreement(counts, area_under_roc(probs, np.concatenate(positive), order))
-            for counts, positive in zip(self._hits, self._positive, strict=True)
+            _agreement(counts, area_under_roc(probs, np.concatenate(positive), sorted_probs))
+            for counts, positive in zip(self._counts, self._positive, strict=True)
         )
         return Validation(
             bpb=bits("log_prob"),
@@ -315,59 +323,59 @@ class Tally:
 
 
 def inner_rates(tokens: np.ndarray) -> tuple[float, ...]:
-    """Tokens of each level inside the first as shares of those of the level around it, from their numbers by level."""
-    return tuple(float(inside / around) for around, inside in itertools.pairwise(tokens))
+    """For each inner level, its number of tokens divided by that of the next outer level. `tokens`: tokens of each level."""
+    return tuple(float(inner / outer) for outer, inner in itertools.pairwise(tokens))
 
 
-def summarise(kept: dict[str, np.ndarray]) -> Validation:
-    """The results of what `evaluate_rows` returns; without `documents` there is no error over them."""
-    tally = Tally()
-    tally.add(kept)
-    return tally.validation()
+def summarise(results: dict[str, np.ndarray]) -> Validation:
+    """The validation results for the output of `evaluate_rows`. `bpb_error` is undefined without document numbers."""
+    accumulator = ValidationAccumulator()
+    accumulator.add(results)
+    return accumulator.validation()
 
 
-def agreement(kept: dict[str, np.ndarray], target: np.ndarray) -> Agreement:
-    """How boundaries agree with the bytes for which `target` is True, over positions where none is forced."""
-    free = kept["free"]
-    return _agreement(_hits(kept, target), area_under_roc(kept["probs"][free], target[free]))
+def agreement(results: dict[str, np.ndarray], target: np.ndarray) -> Agreement:
+    """Boundaries as a classifier of the bytes where `target` is True. Positions with forced boundaries do not count."""
+    free = results["free"]
+    return _agreement(_count_boundaries(results, target), area_under_roc(results["probs"][free], target[free]))
 
 
-def _hits(kept: dict[str, np.ndarray], target: np.ndarray) -> np.ndarray:
-    """Of the positions where no boundary is forced, how many are greedy and in `target`, greedy, sampled and in it, sampled,
-    and in it."""
-    free = kept["free"]
-    greedy, sampled, wanted = kept["greedy"] & free, kept["sampled"] & free, target & free
-    return np.array([part.sum() for part in (greedy & wanted, greedy, sampled & wanted, sampled, wanted)])
+def _count_boundaries(results: dict[str, np.ndarray], target: np.ndarray) -> np.ndarray:
+    """Counts over positions where no boundary is forced: true positives of greedy boundaries, greedy boundaries, true positives
+    of sampled boundaries, sampled boundaries, targets."""
+    free = results["free"]
+    greedy, sampled, actual = results["greedy"] & free, results["sampled"] & free, target & free
+    return np.array([part.sum() for part in (greedy & actual, greedy, sampled & actual, sampled, actual)])
 
 
 def _agreement(counts: np.ndarray, area: float) -> Agreement:
-    """From what `_hits` counts and the `area` under the ROC curve."""
-    greedy_hits, greedy, sampled_hits, sampled, wanted = (int(count) for count in counts)
+    """`counts`: those of `_count_boundaries`. `area`: the area under the ROC curve."""
+    greedy_positives, greedy, sampled_positives, sampled, actual = (int(count) for count in counts)
     return Agreement(
         area,
-        *_precision_recall_f1(greedy_hits, greedy, wanted),
-        *_precision_recall_f1(sampled_hits, sampled, wanted),
+        *_precision_recall_f1(greedy_positives, greedy, actual),
+        *_precision_recall_f1(sampled_positives, sampled, actual),
     )
 
 
-def area_under_roc(scores: np.ndarray, positive: np.ndarray, order: np.ndarray | None = None) -> float:
-    """Probability that a positive scores higher than a negative, ties counted half; NaN without both kinds.
+def area_under_roc(scores: np.ndarray, positive: np.ndarray, sorted_scores: np.ndarray | None = None) -> float:
+    """Probability that a positive has a higher score than a negative; ties count one half. NaN without both kinds.
 
-    `order`: the scores, sorted, if they are at hand.
+    `sorted_scores`: the sorted scores, if the caller has them already.
     """
     positives = int(positive.sum())
     negatives = positive.size - positives
     if not positives or not negatives:
         return math.nan
-    order = np.sort(scores) if order is None else order
-    found = np.sort(scores[positive])
-    # Twice the mean rank of each positive among all: whole numbers.
-    ranks = np.searchsorted(order, found, "left") + np.searchsorted(order, found, "right") + 1
+    ordered = np.sort(scores) if sorted_scores is None else sorted_scores
+    own = np.sort(scores[positive])
+    # Twice the mean rank of each positive among all scores, which is an integer.
+    ranks = np.searchsorted(ordered, own, "left") + np.searchsorted(ordered, own, "right") + 1
     rank_sum = int(ranks.sum(dtype=np.int64)) / 2
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
 
 
-def _precision_recall_f1(hits: int, drawn: int, there: int) -> tuple[float, float, float]:
-    precision = hits / drawn if drawn else math.nan
-    recall = hits / there if there else math.nan
-    return precision, recall, 2 * hits / (drawn + there) if drawn + there else math.nan
+def _precision_recall_f1(true_positives: int, predicted: int, actual: int) -> tuple[float, float, float]:
+    precision = true_positives / predicted if predicted else math.nan
+    recall = true_positives / actual if actual else math.nan
+    return precision, recall, 2 * true_positives / (predicted + actual) if predicted + actual else math.nan

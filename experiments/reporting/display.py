@@ -1,4 +1,4 @@
-"""What the terminal shows while a run trains, and the sample at its end."""
+"""Terminal output of training: progress, validation results, and shaded held-out text at the end."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Display:
         self._task: TaskID | None = None
 
     def note(self, text: str) -> None:
-        """One line."""
+        """Print `text`."""
         self.console.print(text, markup=False)
 
     def start(self, config: RunConfig, parameters: int, capacity: int, done: int) -> None:
-        """Say what is about to be trained, and show the bar."""
+        """Print a description of the run and start the progress bar at `done` steps."""
         self.note(
             f"{config.estimator} on {config.dataset}: {parameters:,} parameters, {config.total_steps:,} steps of "
             f"{config.batch} x {config.length} bytes, up to {capacity} tokens a sequence; files in {config.run_dir}"
@@ -55,7 +55,7 @@ class Display:
         self._progress.start()
 
     def progress(self, step: int, record: dict[str, float | int | None], bytes_per_second: float) -> None:
-        """Move the bar."""
+        """Update the progress bar."""
         if self._progress is None or self._task is None:
             return
         speed = "" if math.isnan(bytes_per_second) else f"  {bytes_per_second / 1e3:.1f} kB/s"
@@ -63,7 +63,7 @@ class Display:
         self._progress.update(self._task, completed=record["bytes"] or 0, state=state)
 
     def validation(self, step: int, validation: Validation) -> None:
-        """One line of results."""
+        """Print validation results in one line."""
         agreement = validation.whitespace
         early = "" if math.isnan(validation.early_bpb) else f" (early exit {validation.early_bpb:.4f})"
         if not math.isnan(validation.bpb_as_trained):
@@ -71,26 +71,26 @@ class Display:
                 f" with its own boundaries, sampled; {validation.bpb_greedy:.4f} greedy; {validation.bpb_as_trained:.4f} with "
                 "those it is trained on"
             )
-        inside = "".join(f" / {rate:.3f}" for rate in validation.inner_rates)
-        # Undefined where the text has no white space, and where a model draws no boundaries.
-        agreeing = (
+        inner = "".join(f" / {rate:.3f}" for rate in validation.inner_rates)
+        # The AUC is undefined if the text has no white space or the model has no boundaries.
+        agreement_text = (
             ""
             if math.isnan(agreement.auc)
             else f", agreement with white space: AUC {agreement.auc:.3f}, F1 {agreement.f1:.3f} greedy, "
             f"{agreement.sampled_f1:.3f} sampled"
         )
         self.note(
-            f"step {step}: held-out bpb {bits_per_byte(validation)}{early}, rate {validation.rate:.3f}{inside}{agreeing}"
+            f"step {step}: held-out bpb {bits_per_byte(validation)}{early}, rate {validation.rate:.3f}{inner}{agreement_text}"
         )
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
     def sample(self, characters: list[Character]) -> None:
-        """Held-out text, each character on the colour of its boundary probability."""
+        """Print held-out text with the boundary probability of each character as its background colour."""
         text = Text()
         for character in characters:
             red, green, blue = colour_of(character.prob)
@@ -101,7 +101,7 @@ class Display:
 
 
 def bits_per_byte(validation: Validation) -> str:
-    """Bits per byte with their standard error over documents, where there are two."""
+    """Bits per byte with the standard error over documents, if it is defined."""
     error = "" if math.isnan(validation.bpb_error) else f" ± {validation.bpb_error:.4f}"
     return f"{validation.bpb:.4f}{error}"
 
@@ -111,7 +111,7 @@ def _megabytes(num_bytes: float | int | None) -> str:
 
 
 def exit_code(display: Display, command: Callable[[], int | None]) -> int:
-    """What a command line ends with: 2 where the user has to change something, said in a sentence, or what `command` returns."""
+    """Run `command` and return its exit code (None counts as 0), or 2 for invalid input, whose error is printed."""
     try:
         return command() or 0
     except (ConfigError, DataError, LoadError) as error:
@@ -122,9 +122,9 @@ def exit_code(display: Display, command: Callable[[], int | None]) -> int:
 def command_line(
     settings: type[Settings], command: Callable[[Settings, Display], None], name: str, arguments: Sequence[str] | None
 ) -> int:
-    """Run `command` with the settings that a command line (by default that of this process) asks for; returns its exit code.
+    """Run `command` with settings parsed from the command line. Returns the exit code.
 
-    `name` is what `python -m` is given.
+    `name`: the module name for `python -m`. `arguments`: the command line; None for that of this process.
     """
     display = Display()
     given = sys.argv[1:] if arguments is None else list(arguments)

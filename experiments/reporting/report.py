@@ -1,4 +1,4 @@
-"""What a run leaves for a person: `report.html`, one self-contained page, and `boundaries.png`."""
+"""The report of a run: `report.html`, a self-contained page, and `boundaries.png`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from experiments.reporting.shading import Character, colour_of
 from experiments.reporting.summary import Summary
 from experiments.training.run_dir import read_metrics, write_atomically
 
-PICTURE_COLUMNS = 96
-PICTURE_LINES = 26
+PICTURE_COLUMNS, PICTURE_LINES = 96, 26
+"""Size of `boundaries.png`, in characters."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --quiet: #777; }
@@ -40,13 +40,13 @@ pre.text span { padding: .15em 0; } pre.text .b { box-shadow: inset -2px 0 #0009
 
 
 def write_report(folder: Path, config: RunConfig, summary: Summary, shaded: Sequence[Sequence[Character]]) -> None:
-    """Write both files into a run's folder, from its metrics and its held-out text."""
+    """Write both files to `folder`, whose `metrics.jsonl` and `config.json` are read. `shaded`: held-out text."""
     write_atomically(folder / "boundaries.png", boundaries_picture(shaded))
     write_atomically(folder / "report.html", report_page(folder, config, summary, shaded))
 
 
 def report_page(folder: Path, config: RunConfig, summary: Summary, shaded: Sequence[Sequence[Character]]) -> str:
-    """The page: figures, curves, and held-out text on the colours of its boundary probabilities."""
+    """The content of `report.html`: a table of results, shaded held-out text, curves and settings."""
     title = f"{config.estimator} on {config.dataset}"
     curves = base64.b64encode(curves_picture(folder, config)).decode()
     texts = "\n".join(f'<pre class="text">{shaded_html(characters)}</pre>' for characters in shaded)
@@ -54,10 +54,10 @@ def report_page(folder: Path, config: RunConfig, summary: Summary, shaded: Seque
     return html_page(
         title,
         f"""<p class="quiet">{_subtitle(config, summary)}</p>
-<table>{"".join(_figures(config, summary))}</table>
+<table>{"".join(_result_rows(config, summary))}</table>
 <h2>Held-out text</h2>
-<p>Boundary probability at each character (of several bytes: at the last), {scale()}.
-A line at the right of a character is a boundary that was drawn. ▪ is the begin of a document.</p>
+<p>Boundary probability at each character (at its last byte), {scale()}.
+A line at the right of a character marks a sampled boundary. ▪ is the start of a document.</p>
 {texts}
 <h2>Curves</h2>
 <img alt="Bits per byte, boundary rate and agreement with white space over training bytes" src="data:image/png;base64,{curves}">
@@ -67,7 +67,7 @@ A line at the right of a character is a boundary that was drawn. ▪ is the begi
 
 
 def html_page(title: str, body: str) -> str:
-    """A self-contained page of this content under its title."""
+    """A self-contained HTML page with this title and body."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
@@ -78,13 +78,13 @@ def html_page(title: str, body: str) -> str:
 
 
 def scale() -> str:
-    """The scale of probabilities as HTML."""
+    """The colour scale of probabilities as HTML."""
     stops = ", ".join(f"rgb{colour_of(prob / 10)}" for prob in range(11))
     return f'low <span class="scale" style="background: linear-gradient(90deg, {stops})"></span> high'
 
 
 def shaded_html(characters: Iterable[Character]) -> str:
-    """Characters as spans; the exact probability shows when the pointer rests on one."""
+    """Characters as HTML spans. The tooltip of a character shows its probability."""
     parts = []
     for character in characters:
         red, green, blue = colour_of(character.prob)
@@ -97,7 +97,7 @@ def shaded_html(characters: Iterable[Character]) -> str:
 
 
 def boundaries_picture(shaded: Sequence[Sequence[Character]]) -> bytes:
-    """Held-out text as a PNG, one row of cells a line, each character on the colour of its probability."""
+    """A PNG of held-out text with the boundary probability of each character as its background colour."""
     lines = _wrapped(shaded)[:PICTURE_LINES]
     height = 0.24 * len(lines) + 0.45
     figure = Figure(figsize=(0.105 * PICTURE_COLUMNS + 0.3, height), dpi=140)
@@ -106,7 +106,7 @@ def boundaries_picture(shaded: Sequence[Sequence[Character]]) -> bytes:
     axes.set_ylim(len(lines), 0)
     axes.axis("off")
     figure.suptitle(
-        "Held-out text: probability of a boundary at each character, blue 0, red 1; bars are boundaries drawn",
+        "Held-out text: boundary probability at each character, blue 0, red 1; bars are sampled boundaries",
         fontsize=9,
         y=1 - 0.1 / height,
     )
@@ -123,22 +123,22 @@ def boundaries_picture(shaded: Sequence[Sequence[Character]]) -> bytes:
 
 
 def curves_picture(folder: Path, config: RunConfig) -> bytes:
-    """Bits per byte, rate and agreement with white space over training bytes, as a PNG."""
+    """A PNG of bits per byte, boundary rate and agreement with white space over training bytes."""
     records = list(read_metrics(folder))
     figure = Figure(figsize=(10, 3.1), dpi=130, layout="constrained")
     loss, rate, agreement = figure.subplots(1, 3)
     _curve(loss, records, "bpb", "#bbbbbb", "training", smooth=25)
     _curve(loss, records, "val_bpb", "#c0392b", "held out", marker="o")
     _curve(loss, records, "val_early_bpb", "#2980b9", "held out, early exit", marker="o")
-    drawn = [record["val_bpb"] for record in records if isinstance(record.get("val_bpb"), float)]
-    if drawn:
-        loss.set_ylim(min(drawn) - 0.2, max(drawn[0] + 0.2, min(drawn) + 1.5))
+    held_out = [record["val_bpb"] for record in records if isinstance(record.get("val_bpb"), float)]
+    if held_out:
+        loss.set_ylim(min(held_out) - 0.2, max(held_out[0] + 0.2, min(held_out) + 1.5))
     loss.set_title("bits per byte")
     _curve(rate, records, "rate", "#bbbbbb", "training", smooth=25)
     _curve(rate, records, "val_rate", "#c0392b", "held out", marker="o")
     rate.axhline(config.rate, color="#333333", linewidth=0.8, linestyle="--", label="target")
     rate.set_ylim(0, None)
-    rate.set_title("share of bytes with a boundary")
+    rate.set_title("fraction of bytes with a boundary")
     _curve(agreement, records, "val_whitespace_auc", "#333333", "AUC of p", marker="o")
     _curve(agreement, records, "val_whitespace_f1", "#c0392b", "F1, p > 0.5", marker="o")
     _curve(agreement, records, "val_whitespace_sampled_f1", "#2980b9", "F1, sampled", marker="o")
@@ -163,9 +163,9 @@ def _curve(
     smooth: int = 1,
 ) -> None:
     points = [
-        (megabytes / 1e6, value)
+        (num_bytes / 1e6, value)
         for record in records
-        if isinstance(value := record.get(name), int | float) and isinstance(megabytes := record["bytes"], int | float)
+        if isinstance(value := record.get(name), int | float) and isinstance(num_bytes := record["bytes"], int | float)
     ]
     if not points:
         return
@@ -191,7 +191,7 @@ def _wrapped(shaded: Sequence[Sequence[Character]]) -> list[list[Character]]:
 def _printable(text: str) -> str:
     if text == "\n":
         return "↵"
-    # Matplotlib would read a dollar sign as the start of mathematics.
+    # Matplotlib interprets a dollar sign as the start of a formula.
     return "\\$" if text == "$" else text if text.isprintable() else "·"
 
 
@@ -202,7 +202,7 @@ def _subtitle(config: RunConfig, summary: Summary) -> str:
     )
 
 
-def _figures(config: RunConfig, summary: Summary) -> Iterable[str]:
+def _result_rows(config: RunConfig, summary: Summary) -> Iterable[str]:
     rows = [
         (
             "Held-out bits per byte ± standard error over documents",
@@ -210,8 +210,8 @@ def _figures(config: RunConfig, summary: Summary) -> Iterable[str]:
         ),
         ("… of the early exit", _number(summary["val_early_bpb"])),
         *(
-            (f"… with {whose}", _number(summary[name]))
-            for name, whose in (
+            (f"… with {boundaries}", _number(summary[name]))
+            for name, boundaries in (
                 ("val_bpb_greedy", "its own boundaries, greedy instead of sampled"),
                 ("val_bpb_as_trained", "the boundaries it is trained on"),
             )
@@ -220,10 +220,10 @@ def _figures(config: RunConfig, summary: Summary) -> Iterable[str]:
         ("Boundary rate, target", f"{_number(summary['val_rate'], digits=3)}, {config.rate:g}"),
         *(
             (
-                f"… at level {level} inside, target",
-                f"{_number(summary[f'val_level{level}_rate'], digits=3)}, {asked.rate:g}",
+                f"… at inner level {level}, target",
+                f"{_number(summary[f'val_level{level}_rate'], digits=3)}, {settings.rate:g}",
             )
-            for level, asked in enumerate(config.levels)
+            for level, settings in enumerate(config.levels)
             if level
         ),
         ("White space: AUC of p", _number(summary["val_whitespace_auc"])),
@@ -235,12 +235,12 @@ def _figures(config: RunConfig, summary: Summary) -> Iterable[str]:
             "Spacelike: F1 of boundaries with p > 0.5, of sampled ones",
             f"{_number(summary['val_spacelike_f1'], digits=3)}, {_number(summary['val_spacelike_sampled_f1'], digits=3)}",
         ),
-        ("Policy entropy, nats a decision", _number(summary["val_policy_entropy"])),
-        ("Boundaries dropped in training, share of boundaries", _number(summary["dropped_fraction"], digits=5)),
-        ("Epochs: how often the data was gone through", _number(summary["epochs"], digits=2)),
-        ("Share of the training text that can be shown", _number(summary["shown_fraction"], digits=3)),
+        ("Policy entropy, nats per decision", _number(summary["val_policy_entropy"])),
+        ("Fraction of boundaries dropped in training", _number(summary["dropped_fraction"], digits=5)),
+        ("Epochs", _number(summary["epochs"], digits=2)),
+        ("Fraction of the training text that can occur in batches", _number(summary["shown_fraction"], digits=3)),
         ("Training speed, kB/s", _number(summary["bytes_per_second"], 1e3, 1)),
-        ("Time in training, s", _number(summary["seconds"], digits=0)),
+        ("Training time, s", _number(summary["seconds"], digits=0)),
     ]
     return (f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows)
 

@@ -1,4 +1,4 @@
-"""Held-out text with a boundary probability for every character."""
+"""Held-out text with a boundary probability for each character."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unet import UNet
 
 @dataclass(frozen=True)
 class Character:
-    """A character, the boundary probability at its last byte, and whether a boundary was drawn there."""
+    """A character, the boundary probability at its last byte, and whether one of its bytes has a boundary."""
 
     text: str
     prob: float
@@ -25,7 +25,7 @@ class Character:
 
 
 def shade(model: UNet, rows: Sequence[Row], *, seed: int) -> list[list[Character]]:
-    """The characters of each row with their probabilities; bytes that make no character show as U+FFFD."""
+    """The characters of each row with boundary probabilities and sampled boundaries. Invalid bytes become U+FFFD."""
     result = evaluate_batch(model, stack_rows(rows, len(rows)), jax.random.key(seed), None)
     probs, sampled = np.asarray(result.probs), np.asarray(result.sampled)
     shaded = []
@@ -36,7 +36,7 @@ def shade(model: UNet, rows: Sequence[Row], *, seed: int) -> list[list[Character
 
 
 def characters(values: np.ndarray, probs: np.ndarray, boundaries: np.ndarray) -> list[Character]:
-    """Bytes to characters, each with the probability at its last byte; BOS shows as a small square."""
+    """The characters of a byte sequence, each with the probability at its last byte. BOS becomes a small square."""
     content, result = values.astype(np.uint8).tobytes(), []
     for first, stop in character_spans(content):
         text = "▪" if content[first] == BOS else content[first:stop].decode("utf-8", errors="replace")
@@ -45,8 +45,8 @@ def characters(values: np.ndarray, probs: np.ndarray, boundaries: np.ndarray) ->
 
 
 def colour_of(prob: float) -> tuple[int, int, int]:
-    """Blue for 0, white in the middle, red for 1; pale enough to read black text on."""
+    """Background colour for a probability: blue for 0, white in the middle, red for 1; pale enough for black text."""
     red, green, blue, _ = matplotlib.colormaps["coolwarm"](float(prob))
-    # Half way to white keeps the ends apart and the text legible.
+    # Mixing with white keeps black text legible.
     red, green, blue = (round(255 * (0.35 + 0.65 * channel)) for channel in (red, green, blue))
     return red, green, blue

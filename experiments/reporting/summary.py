@@ -1,4 +1,4 @@
-"""`summary.json`: a run in one flat object."""
+"""The content of `summary.json`: the results of a run in one flat object."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Summary = dict[str, float | int | str | None]
 
 
 def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
-    """The figures of a finished run; what does not apply is null. Likelihoods are in bits per byte."""
+    """The results of a finished run, described in `metrics.py`. Undefined values are None."""
     validation = outcome.validation
     summary: Summary = {
         "estimator": config.estimator,
@@ -45,6 +45,6 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
     }
     if outcome.prepared is not None:
         summary |= config.first.figures(outcome.prepared)
-    for level, asked in enumerate(config.levels[1:], start=1):
-        summary[f"level{level}_target_rate"] = asked.rate
+    for level, settings in enumerate(config.levels[1:], start=1):
+        summary[f"level{level}_target_rate"] = settings.rate
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in summary.items()}

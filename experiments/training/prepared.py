@@ -89,8 +89,8 @@ def require_prerequisite(config: RunConfig) -> None:
             for key, value in values.items()
         )
         raise ConfigError(
-            f"--estimator {config.estimator} needs the model of another run: train one with --estimator {needs.estimator} {flags} "
-            f"and name its folder with --{section}.{needs.setting}"
+            f"--estimator {config.estimator} needs the model of another run: train one with --estimator {needs.estimator} "
+            f"{flags} and name its folder with --{section}.{needs.setting}"
         )
 
 

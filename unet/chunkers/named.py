@@ -98,8 +98,11 @@ class ChunkerNames:
         if is_configuration(self.chunker.cls):
             made = self.chunker.cls(**self._arguments(self.chunker)).build(context)
         else:
-            made = construct(self.chunker, self._arguments(self.chunker), {**given, "key": context.key, "pool": pool})
-        return Chunker(pool, made) if isinstance(made, AbstractUpsampler) else made
+            given |= {"key": context.key, "pool": pool}
+            made = construct(self.chunker, self._arguments(self.chunker), given)
+        made = Chunker(pool, made) if isinstance(made, AbstractUpsampler) else made
+        assert isinstance(made, AbstractChunker)
+        return made
 
     def _arguments(self, part: Part) -> dict[str, object]:
         settings = self.sections.get(part.section)
