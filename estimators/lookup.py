@@ -209,8 +209,8 @@ def _arguments(part: Part) -> list[inspect.Parameter]:
     arguments = list(inspect.signature(part.cls).parameters.values())
     if any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in arguments):
         raise PartError(
-            f"{part.kind.flag} {part.name}: the constructor of {part.cls.__qualname__} takes any arguments (* or **), which cannot "
-            "be flags; name its arguments"
+            f"{part.kind.flag} {part.name}: the constructor of {part.cls.__qualname__} takes any arguments (* or **), which "
+            "cannot be flags; name its arguments"
         )
     return arguments
 
@@ -219,8 +219,8 @@ def _of_argument(part: Part, argument: inspect.Parameter, text: str) -> Setting:
     hints = {**typing.get_type_hints(part.cls), **typing.get_type_hints(part.cls.__init__)}
     if argument.name not in hints:
         raise PartError(
-            f"{part.kind.flag} {part.name}: the argument {argument.name} of {part.cls.__qualname__} has no type, so that it cannot "
-            "be a flag; annotate it"
+            f"{part.kind.flag} {part.name}: the argument {argument.name} of {part.cls.__qualname__} has no type, so that it "
+            "cannot be a flag; annotate it"
         )
     default = dataclasses.MISSING if argument.default is inspect.Parameter.empty else argument.default
     return Setting(argument.name, hints[argument.name], default, text)

@@ -124,8 +124,9 @@ class EstimatorConfig(ABC):
         """Whether it cannot be built before `prepare` has read training text."""
         return type(self).prepare is not EstimatorConfig.prepare
 
-    def check(self, rate: float, sequences: int) -> None:  # noqa: B027: most have nothing to check
+    def check(self, rate: float, sequences: int) -> None:
         """Raise `ValueError` if it cannot be trained at this target rate, or on batches of so many sequences."""
+        return
 
     def prepare(self, text: TrainingText) -> PyTree:
         """What must be known before training: an `equinox.Module`, saved with the run. Raises `ValueError` where impossible."""

@@ -128,9 +128,7 @@ def pairs_of(config: CompareConfig) -> list[Names]:
 def runs_of(config: CompareConfig, requested: Requested) -> list[RunConfig]:
     """The configuration of every run, seed by seed; first, where an estimator reads the model of another run and none is named,
     that run."""
-    chosen = {
-        name: dataclasses.replace(run, devices=1) if config.jobs > 1 else run for name, run in requested.items()
-    }
+    chosen = {name: dataclasses.replace(run, devices=1) if config.jobs > 1 else run for name, run in requested.items()}
     first, runs = {}, []
     for name, run in chosen.items():
         needs = run.first.prerequisite

@@ -146,7 +146,7 @@ def _upload(folder: Path, repository: str, *, private: bool) -> None:
     except (HFValidationError, LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(
-            f"--to hub:{repository}: {reason}; check the name, and that HF_TOKEN has write access"
+            f"--to hub:{repository}: {reason}; check the name, and that HF_TOKEN may write to it"
         ) from None
 
 

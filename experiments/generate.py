@@ -77,7 +77,7 @@ class GenerateConfig:
 
 
 def generate(config: GenerateConfig, display: Display) -> None:
-    """Load the model, generate, and print the texts. Raises `ConfigError` for invalid input."""
+    """Load the model, generate, and print the texts. Raises `ConfigError` and `LoadError`."""
     model = load_model(config.run, import_plugins(config.plugin)).model
     prompt = sys.stdin.buffer.read() if config.prompt == "-" else os.fsencode(config.prompt)
     try:

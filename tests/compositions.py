@@ -11,10 +11,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from estimators import trainable
+from estimators.bpe import BPEConfig
+from estimators.entropy import EntropyConfig, Measured
 from estimators.routers.entropy import find_threshold, next_byte_entropy
+from estimators.vocabulary import Vocabulary
+from experiments.config.build import build_estimator
 from experiments.config.presets import PRESETS
-from experiments.config.registry import ByteModel, Prepared, Vocabulary, build_estimator, patch_rule
-from experiments.config.settings import EstimatorName, RunConfig
+from experiments.config.settings import RunConfig
 from tests.conftest import text_bytes
 from unet import UNet, UNetConfig
 from unet.likelihood import plain_layout
@@ -26,29 +29,33 @@ SHAPE = UNetConfig(dim=16, heads=2, encoder_layers=1, main_layers=1, decoder_lay
 FROM_DATA = ("entropy", "bpe", "bpe-distilled")
 
 
-def config_of(name: EstimatorName) -> RunConfig:
+def config_of(name: str) -> RunConfig:
     """A run of that estimator on a small model."""
     config = dataclasses.replace(PRESETS["tiny"], unet=SHAPE, estimator=name, rate=0.3)
-    return dataclasses.replace(config, sfe=dataclasses.replace(config.sfe, window=2))
+    return config.with_settings(policy={"window": 2})
 
 
-def registered(name: EstimatorName, config: RunConfig | None = None) -> UNet:
+def registered(name: str, config: RunConfig | None = None) -> UNet:
     """The model of such a run."""
     config = config_of(name) if config is None else config
-    estimator = build_estimator(config, jax.random.key(1), found(config) if name in FROM_DATA else Prepared())
+    estimator = build_estimator(config, jax.random.key(1), prepared_for(config))
     return UNet(config.unet, lively(estimator), key=jax.random.key(2))
 
 
-def found(config: RunConfig) -> Prepared:
-    """What entropy and BPE would take from data."""
-    words = [b"th", b"he", b"in", b"an", b"ab", b"abc", b"qu", b" a", b" an"]
-    vocabulary = tuple([bytes([value]) for value in range(256)] + words)
-    byte_model = UNet(SHAPE, None, key=jax.random.key(5))
-    layout = plain_layout(text_bytes(8, LENGTH, seed=9))
-    measured = eqx.filter_jit(next_byte_entropy)(byte_model, layout)
-    rule = patch_rule(config.entropy)
-    threshold = find_threshold(np.asarray(measured), np.asarray(layout.document_positions), config.rate, rule)
-    return Prepared(Vocabulary(vocabulary, config.rate, 0), ByteModel(config, byte_model), threshold)
+def prepared_for(config: RunConfig) -> PyTree:
+    """What its estimator would take from data."""
+    settings = config.first
+    if isinstance(settings, BPEConfig):
+        words = [b"th", b"he", b"in", b"an", b"ab", b"abc", b"qu", b" a", b" an"]
+        return Vocabulary([bytes([value]) for value in range(256)] + words, config.rate)
+    if isinstance(settings, EntropyConfig):
+        byte_model = UNet(SHAPE, None, key=jax.random.key(5))
+        layout = plain_layout(text_bytes(8, LENGTH, seed=9))
+        measured = eqx.filter_jit(next_byte_entropy)(byte_model, layout)
+        positions = np.asarray(layout.document_positions)
+        threshold = find_threshold(np.asarray(measured), positions, config.rate, settings.patch_rule)
+        return Measured(byte_model, threshold)
+    return None
 
 
 def trains(node: Tree) -> Tree:

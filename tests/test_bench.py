@@ -138,7 +138,7 @@ def test_a_whole_step_compiles_for_a_gpu_that_is_not_there():
     tiny = PRESETS["tiny"]
     unet = dataclasses.replace(transformer_shape(tiny), dim=128, main_layers=1, compute="bfloat16")
     config = dataclasses.replace(tiny, unet=unet, batch=2, length=128)
-    config = dataclasses.replace(config, sfe=dataclasses.replace(config.sfe, window=2))
+    config = config.with_settings(policy={"window": 2})
     report = compile_in_subprocess(config, "h100")
     assert [part.part for part in report.parts][:7] == [
         *("embed", "encode", "boundary", "downsample", "mid", "upsample", "decode")

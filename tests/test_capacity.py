@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.config.registry import build_estimator
+from experiments.config.build import build_estimator
 from experiments.config.settings import RunConfig
 from tests.conftest import losses, small_model, small_score_function, text_bytes
 from unet import UNet, UNetConfig

@@ -34,7 +34,6 @@ from experiments.comparison.pairs import (
 )
 from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
-from experiments.config.settings import EstimatorName
 from experiments.reporting.display import Display
 from experiments.training.run_dir import read_config
 from experiments.training.stopping import stop_signals
@@ -51,7 +50,7 @@ def start(*arguments):
     return compare_module.main([str(argument) for argument in arguments])
 
 
-def finished_run(estimator: EstimatorName, seed: int, bpb: float, rate: float = 0.2, **more: float) -> FinishedRun:
+def finished_run(estimator: str, seed: int, bpb: float, rate: float = 0.2, **more: float) -> FinishedRun:
     summary: dict[str, float | int | str | None] = {
         "estimator": estimator,
         "seed": seed,
@@ -98,12 +97,12 @@ def straight(start, slope, end):
     return [(flops, flops / 1e6, start - slope * flops) for flops in (0.25 * end, 0.5 * end, end)]
 
 
-BPB: dict[EstimatorName, dict[int, float]] = {
+BPB: dict[str, dict[int, float]] = {
     "uniform": {0: 2.0, 1: 2.2, 2: 2.1},
     "sfe": {0: 1.9, 1: 2.1, 2: 2.0},
     "hnet": {0: 1.9, 1: 2.3, 2: 2.1},
 }
-CURVES: dict[EstimatorName, dict[int, Curve]] = {
+CURVES: dict[str, dict[int, Curve]] = {
     "uniform": {seed: straight(3.0, 0.01, 100.0) for seed in range(3)},
     "sfe": {seed: straight(3.0 + 0.1 * seed, 0.02, 120.0) for seed in range(3)},
     "hnet": {seed: straight(3.0, 0.01, 500.0) for seed in range(3)},
@@ -230,7 +229,7 @@ def test_runs_made_elsewhere_count_as_if_made_here(finished, launched, corpus, t
     assert start("--estimators", "uniform", "sfe", "--seeds", "0", "1", "2", "--tables", table_json, *common) == 0
     assert launched == ["uniform-2", "sfe-2"]
     _, asked = compare_module.parse_compare([*ARGUMENTS, "--dataset", str(corpus), *map(str, SMALL)])
-    runs = [dataclasses.replace(asked, estimator=name, seed=0) for name in ("uniform", "sfe")]
+    runs = [dataclasses.replace(asked[name], seed=0) for name in ("uniform", "sfe")]
     found = read_tables([table_json, table_json], runs)
     assert [(run.config.estimator, run.seed) for run in found] == [("uniform", 0), ("sfe", 0)]
     assert found[1].summary == json.loads((finished / "sfe-0" / "summary.json").read_text())
@@ -310,7 +309,9 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(compare_module, "_launch", launch)
     monkeypatch.setattr(compare_module, "write_comparison", lambda *arguments: None)
-    monkeypatch.setattr(compare_module, "read_finished", lambda folder: FinishedRun(read_config(folder), {}, []))
+    monkeypatch.setattr(
+        compare_module, "read_finished", lambda folder, plugins: FinishedRun(read_config(folder), {}, [])
+    )
     return names
 
 
@@ -344,7 +345,7 @@ def test_an_unfinished_run_goes_on_with_the_cores_it_gets(launched, corpus, tmp_
 def test_settings_are_checked_for_what_is_compared(launched, corpus, tmp_path, capsys):
     """Returns cannot be centred in a batch of one, and a policy that starts at .2 cannot have a cap of 1. Neither concerns
     uniform boundaries."""
-    for number, changed in enumerate((("--batch", "1"), ("--sfe.cap", "1"))):
+    for number, changed in enumerate((("--batch", "1"), ("--policy.cap", "1"))):
         given = ("--dataset", corpus, "--out", tmp_path / str(number), *SMALL, *changed)
         assert start("--estimators", "uniform", "--seeds", "0", *given) == 0
         assert start("--estimators", "uniform", "sfe", "--seeds", "0", *given) == 2

@@ -1,15 +1,12 @@
 """One contract that every registered estimator keeps."""
 
-from typing import get_args
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.config.registry import REGISTRY
-from experiments.config.settings import EstimatorName
+from estimators.registry import ESTIMATORS
 from tests.compositions import LENGTH, SHAPE, registered, trains
 from tests.conftest import text_bytes
 from unet.files.saving import load, save
@@ -19,7 +16,7 @@ from unet.likelihood import plain_layout
 BOUNDED = {"rtol": 1e-4, "atol": 1e-5}
 
 
-@pytest.fixture(scope="module", params=sorted(REGISTRY))
+@pytest.fixture(scope="module", params=sorted(ESTIMATORS.house))
 def model(request):
     return registered(request.param)
 
@@ -40,10 +37,6 @@ def forward(model, bytes, segments, mask, key, actions, capacities):
 def run(model, bytes, segments, mask, actions=(), capacities=(), greedy=False):
     key = None if greedy else jax.random.key(3)
     return forward(model, bytes, segments, mask, key, actions, capacities)
-
-
-def test_every_name_of_the_command_line_is_registered():
-    assert set(get_args(EstimatorName)) == set(REGISTRY)
 
 
 def test_shapes_dtypes_and_finite_logits(model):

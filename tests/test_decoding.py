@@ -12,8 +12,7 @@ import pytest
 from estimators import Boundaries, EveryNth, NoObjective, RuleRouter, WindowedPolicy
 from estimators.base import Estimator, Layout
 from estimators.decode_state import update_state
-from experiments.config.registry import REGISTRY
-from experiments.config.sections import CharactersConfig
+from estimators.registry import ESTIMATORS
 from tests.compositions import LENGTH, SHAPE, config_of, lively, registered
 from tests.conftest import text_bytes
 from unet import (
@@ -81,7 +80,7 @@ def check_in_pieces(model, lengths=LENGTHS, keys=KEYS, room=LENGTH, bytes=None):
     return expected.levels
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("name", sorted(ESTIMATORS.house))
 def test_every_estimator_decodes_in_pieces(name):
     level = check_in_pieces(registered(name))[0]
     assert all(level.lengths > 1), "no boundary was drawn, so that nothing was tested"
@@ -89,7 +88,7 @@ def test_every_estimator_decodes_in_pieces(name):
 
 @pytest.mark.parametrize("at", ["last", "first"])
 def test_characters_of_several_bytes_decode_in_pieces(at):
-    config = dataclasses.replace(config_of("characters"), characters=CharactersConfig(2, at))
+    config = config_of("characters").with_settings(characters={"every": 2, "at": at})
     text = "一二 三a四五é六七".encode()
     rows = [b"\xfe" + text, text[1:], "😀".encode() * 6, text[2:]]
     bytes = jnp.asarray([list((row + b"a" * LENGTH)[:LENGTH]) for row in rows], jnp.int32)
@@ -146,7 +145,7 @@ def test_wide_tokens_need_a_way_up_that_takes_them():
         {"isotropic": {"token_level": False}, "estimator": "isotropic"},
         {"entropy": {"rule": "combined"}, "estimator": "entropy"},
         {"entropy": {"rule": "rise"}, "estimator": "entropy"},
-        {"sfe": {"window": 9}},
+        {"policy": {"window": 9}},
         {"unet": {"token_positions": "chunk"}},
         {"unet": {"window": 40, "encoder_layers": 0, "main_layers": 0, "decoder_layers": 2}},
     ],
@@ -155,8 +154,10 @@ def test_wide_tokens_need_a_way_up_that_takes_them():
 def test_settings_decode_in_pieces(changes):
     config = config_of(changes.get("estimator", "sfe"))
     for name, change in changes.items():
-        value = change if name == "estimator" else dataclasses.replace(getattr(config, name), **change)
-        config = dataclasses.replace(config, **{name: value})
+        if name == "unet":
+            config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, **change))
+        elif name != "estimator":
+            config = config.with_settings(**{name: change})
     check_in_pieces(registered(config.estimator, config))
 
 

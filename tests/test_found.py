@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from estimators.entropy import Measured
+from estimators.vocabulary import Vocabulary
+from experiments.config.build import build_estimator
 from experiments.config.errors import ConfigError
-from experiments.config.registry import build_estimator
 from experiments.run import parse
 from experiments.training.data import load_split
 from experiments.training.prepared import prepare, read_byte_model, read_prepared
-from experiments.training.run_dir import read_config
+from experiments.training.run_dir import PREPARED, read_config
+from tests.compositions import registered
 from tests.test_run import SMALL, curve, interrupt_at, start, summary
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
 from unet import UNet
-from unet.files.saving import load
+from unet.files.saving import LoadError, load, save
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +35,9 @@ def byte_run(corpus, tmp_path_factory):
 
 
 def test_a_finished_run_leaves_the_weights_it_was_evaluated_with(byte_run):
-    found = read_byte_model(byte_run)
-    assert found.config == read_config(byte_run)
-    fresh = UNet(found.config.unet, build_estimator(found.config, jax.random.key(0)), key=jax.random.key(0))
-    assert not np.array_equal(found.model.embedding, fresh.embedding)
+    found, config = read_byte_model(byte_run), read_config(byte_run)
+    fresh = UNet(config.unet, build_estimator(config, jax.random.key(0)), key=jax.random.key(0))
+    assert not np.array_equal(found.embedding, fresh.embedding)
 
 
 def test_an_entropy_run_resumes_without_the_run_its_model_came_from(byte_run, corpus, tmp_path, monkeypatch):
@@ -52,9 +54,9 @@ def test_an_entropy_run_resumes_without_the_run_its_model_came_from(byte_run, co
     assert start("--resume", "--out", tmp_path / "cut") == 0
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert abs(summary(tmp_path / "whole")["val_rate"] - 0.3) < 0.12
-    before = read_byte_model(byte_run).model
-    after = read_byte_model(tmp_path / "whole" / "byte_model").model
-    for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    before, kept = read_byte_model(byte_run), read_prepared(read_config(tmp_path / "whole"))
+    assert isinstance(kept, Measured)
+    for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(kept.model), strict=True):
         np.testing.assert_array_equal(one, other)
     kept = safetensors.numpy.load((tmp_path / "whole" / "model.safetensors").read_bytes())
     name = "model.stage.estimator.router.model.value.embedding"
@@ -75,14 +77,14 @@ def test_a_run_keeps_its_vocabulary_and_resumes(corpus, tmp_path, monkeypatch, c
     assert len({values[name] for name in ("val_bpb", "val_bpb_greedy", "val_bpb_as_trained")} - {None}) == 3
     assert "greedy; {:.4f} with those it is trained on".format(values["val_bpb_as_trained"]) in capsys.readouterr().err
     assert "… with the boundaries it is trained on" in (tmp_path / "whole" / "report.html").read_text()
-    found = read_prepared(tmp_path / "whole", read_config(tmp_path / "whole"))
-    assert found is not None
-    assert found.vocabulary is not None
-    assert 257 <= len(found.vocabulary.tokens) <= 400
-    assert found == read_prepared(tmp_path / "cut", read_config(tmp_path / "cut"))
-    (tmp_path / "cut" / "vocabulary.json").write_text('["a"]')
-    with pytest.raises(ConfigError, match="is not a vocabulary"):
-        read_prepared(tmp_path / "cut", read_config(tmp_path / "cut"))
+    found, again = (read_prepared(read_config(tmp_path / name)) for name in ("whole", "cut"))
+    assert isinstance(found, Vocabulary)
+    assert 257 <= found.size <= 400
+    assert found.tokens == again.tokens
+    assert found.rate == again.rate
+    (tmp_path / "cut" / PREPARED).write_text('["a"]')
+    with pytest.raises(LoadError, match="is damaged"):
+        read_prepared(read_config(tmp_path / "cut"))
 
 
 def test_a_vocabulary_that_misses_the_rate_is_used_and_its_rate_told(corpus, tmp_path, capsys):
@@ -91,17 +93,17 @@ def test_a_vocabulary_that_misses_the_rate_is_used_and_its_rate_told(corpus, tmp
     out = tmp_path / "run"
     arguments = ("--estimator", "bpe", "--rate", "0.05", "--bpe.vocabulary", "300", "--bpe.text-bytes", "256")
     assert start(*arguments, "--dataset", corpus, "--out", out, *SMALL) == 0
-    found = read_prepared(out, read_config(out))
-    assert found is not None
-    assert found.vocabulary is not None
-    config, rate = read_config(out), found.vocabulary.rate
+    config = read_config(out)
+    found = read_prepared(config)
+    assert isinstance(found, Vocabulary)
+    rate = found.rate
     assert rate > 0.2
     text = " ".join(capsys.readouterr().err.split())
     assert f"begin at {rate:.4f} of the bytes" in text
     assert "comes nearer to --rate 0.05" in text
     values = summary(out)
     assert (values["target_rate"], values["vocabulary_rate"]) == (0.05, rate)
-    assert values["vocabulary"] == len(found.vocabulary.tokens)
+    assert values["vocabulary"] == found.size
     assert values["val_bpb_as_trained"] is None
     # One batch of the four that may be read is kept to measure the rate on; a BOS is no text.
     assert 3 * 64 - 12 <= values["vocabulary_bytes"] <= 3 * 64
@@ -123,10 +125,9 @@ def test_what_cannot_be_found_is_said_in_a_sentence(byte_run, corpus, tmp_path, 
         assert not (tmp_path / "out").exists()
 
 
-def test_a_run_of_another_estimator_is_no_byte_model(byte_run, tmp_path):
-    config = json.loads((byte_run / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "estimator": "sfe"}))
-    with pytest.raises(ConfigError, match="needs one of isotropic"):
+def test_a_model_with_tokens_of_its_own_is_no_byte_model(tmp_path):
+    save(registered("sfe"), tmp_path)
+    with pytest.raises(ConfigError, match="draws boundaries between its tokens"):
         read_byte_model(tmp_path)
 
 
@@ -144,10 +145,8 @@ def test_a_vocabulary_learns_from_one_epoch_and_not_from_what_its_rate_is_measur
         [*given, *("--length", "64", "--steps", "400", "--data.protocol", "pack", "--evaluation.bytes", "64")]
     )
     text = sum(len(json.loads(line)["text"]) for line in corpus.read_text().splitlines())
-    vocabulary = prepare(config, load_split(config)).vocabulary
-    assert vocabulary is not None
+    vocabulary = prepare(config, load_split(config))
     assert vocabulary.apart
     assert 0.5 * text < vocabulary.learned_from < text
-    short = prepare(dataclasses.replace(config, steps=1), load_split(config)).vocabulary
-    assert short is not None
+    short = prepare(dataclasses.replace(config, steps=1), load_split(config))
     assert not short.apart

@@ -10,10 +10,9 @@ import pytest
 
 from estimators import Bernoulli, CosineRouter, Greedy, MLPRouter, OffPolicy, SamplingOptions, WindowedPolicy
 from estimators.keys import named_key
+from estimators.registry import ESTIMATORS
+from experiments.config.build import build_estimators, build_model
 from experiments.config.presets import PRESETS
-from experiments.config.registry import REGISTRY, build_estimators, build_model
-from experiments.config.sections import DynamicChunkingConfig, PoolConfig
-from experiments.config.settings import LevelConfig
 from experiments.training.capacity import inner_capacities, rated_capacities
 from experiments.training.target import TargetSchedule, TargetState
 from tests.compositions import FROM_DATA, SHAPE, config_of
@@ -63,9 +62,9 @@ def test_transposed_and_scaled_copies_are_seen():
     assert len(set(copies(spoiled))) == 1
 
 
-@pytest.mark.parametrize("name", sorted(set(REGISTRY) - set(FROM_DATA)))
+@pytest.mark.parametrize("name", sorted(set(ESTIMATORS.house) - set(FROM_DATA)))
 def test_no_two_weights_of_a_model_of_one_level_are_drawn_alike(name):
-    pool = PoolConfig() if name == "gumbel" else PoolConfig(kind="attention")
+    pool = None if name == "gumbel" else "attention"
     attends = name == "sfe-mlp"
     unet = dataclasses.replace(SHAPE, ngrams=(2, 3), ngram_buckets=32, attend="every" if attends else "none")
     chunker = "attend" if attends else None
@@ -81,8 +80,8 @@ def test_no_two_weights_of_a_hierarchy_are_drawn_alike(inner):
         unet=NESTED,
         inner_estimators=(inner,),
         inner_rates=(0.4,),
-        hnet=DynamicChunkingConfig(routing="direct"),
-        pool=PoolConfig(kind="attention", heads=2),
+        pool="attention",
+        settings={"hnet": {"routing": "direct"}, "attention_pool": {"heads": 2}},
     )
     assert copies(eqx.filter_jit(lambda: build_model(config, jax.random.key(0)))()) == []
 
@@ -94,14 +93,13 @@ def test_names_make_keys_that_numbers_do_not():
     assert len({tuple(jax.random.key_data(one).tolist()) for one in names}) == len(names)
 
 
-RATED = sorted(set(REGISTRY) - set(FROM_DATA) - {"whitespace", "spacelike", "characters"})
+RATED = sorted(set(ESTIMATORS.house) - set(FROM_DATA) - {"whitespace", "spacelike", "characters"})
 
 
 @pytest.mark.parametrize(("name", "routing"), [*((name, "cosine") for name in RATED), ("hnet", "direct")])
 def test_a_fresh_router_draws_about_its_initial_rate_and_a_step_has_room_for_it(name, routing):
-    config = dataclasses.replace(
-        config_of(name), length=128, rate=0.2, hnet=DynamicChunkingConfig(routing=routing), capacity_slack=1.35
-    )
+    config = dataclasses.replace(config_of(name), length=128, rate=0.2, capacity_slack=1.35)
+    config = config.with_settings(hnet={"routing": routing})
     model = eqx.filter_jit(lambda: build_model(config, jax.random.key(0)))()
     router = model.stage.estimators[0].router
     assert router.initial_rate is not None
@@ -136,7 +134,7 @@ def test_inner_levels_have_room_for_what_cosines_draw_first():
 
 def test_direct_routing_starts_with_boundaries():
     """At the logit of the target rate the likelier action would be none, everywhere."""
-    config = dataclasses.replace(config_of("hnet"), rate=0.2, hnet=DynamicChunkingConfig(routing="direct"))
+    config = dataclasses.replace(config_of("hnet"), rate=0.2).with_settings(hnet={"routing": "direct"})
     router = build_estimators(config, jax.random.key(0))[0].router
     hidden = jax.random.normal(jax.random.key(1), (8, 64, SHAPE.dim))
     drawn = router(hidden, plain_layout(text_bytes(8, 64)), SamplingOptions(boundary_scan)).actions
@@ -175,7 +173,7 @@ def test_the_controller_sees_boundaries_for_which_there_was_no_room():
 def test_presets_have_no_slack_of_their_own():
     """What a router draws at its start says how much room it needs."""
     assert {config.capacity_slack for config in PRESETS.values()} == {1.35}
-    assert LevelConfig("hnet", 0.2) in PRESETS["hnet-tiny"].levels
+    assert [(level.estimator, level.rate) for level in PRESETS["hnet-tiny"].levels] == [("hnet", 0.2)]
 
 
 @pytest.mark.parametrize("heads", [0, -1])

@@ -1,6 +1,5 @@
 """Texts are written as the whole model would have them, each as if it were alone."""
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from estimators import BOS, EOS, EveryNth, RuleRouter
-from experiments.config.sections import IsotropicConfig
 from tests.compositions import config_of, registered
 from unet import Sampling, TextStream, generate, score, utf8
 from unet.decoding.generate import joined
@@ -316,7 +314,7 @@ def test_what_cannot_be_scored_is_refused(sfe):
 
 
 def test_a_model_without_tokens_writes_and_scores():
-    config = dataclasses.replace(config_of("isotropic"), isotropic=IsotropicConfig(token_level=False))
+    config = config_of("isotropic").with_settings(isotropic={"token_level": False})
     model = registered("isotropic", config)
     written = write(model, PROMPTS, max_bytes=9, key=KEY)
     assert written.throughput.token_steps == 0

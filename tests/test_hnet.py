@@ -12,13 +12,14 @@ import pytest
 
 from estimators import BatchCentre, Discount, EarlyExit, NoObjective, ScoreFunction, WindowedPolicy, equations
 from estimators.base import Estimator
+from estimators.registry import ESTIMATORS
 from experiments import export
+from experiments.config.build import build_estimators, require_fit
 from experiments.config.errors import ConfigError
 from experiments.config.files import from_json, to_json
 from experiments.config.presets import PRESETS
-from experiments.config.registry import REGISTRY, build_estimators
-from experiments.config.sections import IsotropicConfig, ScoreFunctionConfig, SmoothConfig, TargetConfig
-from experiments.config.settings import EstimatorName, RunConfig
+from experiments.config.sections import TargetConfig
+from experiments.config.settings import RunConfig
 from experiments.training.capacity import inner_capacities
 from experiments.training.initial import initial_weights
 from experiments.training.optimizer import make_optimizer, make_schedule, multipliers, stages_of
@@ -63,7 +64,7 @@ SMALL = HNetConfig(
 )
 
 
-def nested_config(outer: EstimatorName, inner: EstimatorName = "sfe") -> RunConfig:
+def nested_config(outer: str, inner: str = "sfe") -> RunConfig:
     config = dataclasses.replace(
         PRESETS["hnet-2stage-tiny"],
         unet=SMALL,
@@ -72,15 +73,15 @@ def nested_config(outer: EstimatorName, inner: EstimatorName = "sfe") -> RunConf
         rate=0.5,
         inner_rates=(0.4,),
     )
-    return dataclasses.replace(config, sfe=dataclasses.replace(config.sfe, window=2), chunker=None)
+    return config.with_settings(policy={"window": 2})
 
 
-def nested(outer: EstimatorName, inner: EstimatorName = "sfe") -> UNet:
+def nested(outer: str, inner: str = "sfe") -> UNet:
     config = nested_config(outer, inner)
     return UNet(config.unet, lively(build_estimators(config, jax.random.key(1))), key=jax.random.key(2))
 
 
-@pytest.mark.parametrize("inner", [name for name in REGISTRY if name not in (*FROM_DATA, "characters")])
+@pytest.mark.parametrize("inner", [name for name in ESTIMATORS.house if name not in (*FROM_DATA, "characters")])
 def test_every_estimator_works_inside_another(inner):
     model = nested("sfe" if inner == "hnet" else "hnet", inner)
     bytes = text_bytes(3, LENGTH, seed=4)
@@ -344,17 +345,17 @@ def test_every_stage_of_a_preset_is_described_by_its_json(tmp_path):
         ({"inner_estimators": ("bpe",)}, "bpe reads bytes, not tokens"),
         ({"inner_estimators": ("characters",)}, "characters reads bytes, not tokens"),
         ({"inner_rates": (0.001,)}, "a rate of 0.001 lies beyond policy logits"),
-        ({"inner_estimators": ("hnet",), "chunker": "distribute"}, "hnet learns through smoothing"),
-        ({"inner_estimators": ("gumbel",), "chunker": "smooth"}, "gumbel learns through the means"),
+        ({"inner_estimators": ("hnet",), "chunker": "distribute"}, "hnet learns through the probs"),
+        ({"inner_estimators": ("gumbel",), "chunker": "smooth"}, "gumbel learns through the relaxed"),
         (
-            {"isotropic": IsotropicConfig(False), "inner_estimators": ("isotropic",)},
+            {"settings": {"isotropic": {"token_level": False}}, "estimator": "isotropic"},
             "leaves out the only level of tokens",
         ),
     ],
 )
 def test_inner_levels_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(nested_config("sfe"), **changes)
+        require_fit(dataclasses.replace(nested_config("sfe"), **changes))
     with pytest.raises(ConfigError, match="has no level of tokens"):
         dataclasses.replace(PRESETS["mambabyte-L"], estimator="sfe")
 
@@ -370,9 +371,8 @@ def test_inner_levels_have_room_for_what_they_expect():
 
 
 def test_draws_are_those_of_any_level():
-    config = dataclasses.replace(
-        nested_config("hnet"), sfe=ScoreFunctionConfig(window=2, samples=3, centring="samples")
-    )
+    reductions = ("early-exit", "discount", "sample-centre")
+    config = nested_config("hnet").with_settings(sfe={"samples": 3, "reductions": reductions})
     assert config.samples == 3
     assert dataclasses.replace(config, inner_estimators=("uniform",)).samples == 1
     model = UNet(config.unet, lively(build_estimators(config, jax.random.key(1))), key=jax.random.key(2))
@@ -455,7 +455,7 @@ def test_training_goes_on_from_weights_of_any_layout(tmp_path):
     assert eqx.tree_equal(
         eqx.filter(initial_weights(str(tmp_path), fresh), eqx.is_array), eqx.filter(model, eqx.is_array)
     )
-    projected = dataclasses.replace(nested_config("hnet", "hnet"), smooth=SmoothConfig(residual="projected"))
+    projected = nested_config("hnet", "hnet").with_settings(smooth={"residual": "projected"})
     released = UNet(SMALL, build_estimators(projected, jax.random.key(3)), key=jax.random.key(4))
     (tmp_path / "published").mkdir()
     path = save_hnet(released, tmp_path / "published")
@@ -481,7 +481,7 @@ def test_training_goes_on_from_weights_of_any_layout(tmp_path):
 
 
 def test_runs_export_in_the_released_layout_what_it_has_room_for(tmp_path, capsys):
-    config = dataclasses.replace(nested_config("hnet", "hnet"), smooth=SmoothConfig(residual="projected"))
+    config = nested_config("hnet", "hnet").with_settings(smooth={"residual": "projected"})
     model = UNet(SMALL, build_estimators(config, jax.random.key(3)), key=jax.random.key(4))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(to_json(config))

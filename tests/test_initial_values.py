@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from estimators import DynamicChunking
+from experiments.config.build import build_estimators
 from experiments.config.presets import PRESETS
-from experiments.config.registry import build_estimators
 from unet import Chunker, HNetConfig, Projection, Select, Smooth, UNet, to_reference
 
 SHAPE = HNetConfig(

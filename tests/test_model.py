@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.config.build import build_estimator
 from experiments.config.presets import PRESETS
-from experiments.config.registry import build_estimator
 from tests.conftest import small_model, small_score_function, text_bytes
 from unet import Chunker, Deviation, Distribute, Select, UNet, UNetConfig, next_logprobs
 from unet.attention import Visibility, attend

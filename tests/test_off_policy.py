@@ -20,9 +20,10 @@ from estimators import (
     ScoreFunctionObjective,
 )
 from estimators import equations as eq
+from estimators.settings import Context
 from experiments.config.presets import PRESETS
-from experiments.config.registry import reductions
 from tests.enumeration import BEHAVIOUR, DIM, world
+from unet import Chunker, Distribute, Select
 
 DISCOUNT = 0.7
 
@@ -139,15 +140,25 @@ def test_reductions_are_unbiased_in_rows_of_every_kind(name):
 @pytest.mark.parametrize("centring", ["none", "batch", "leave-one-out", "samples"])
 def test_what_can_be_configured_is_unbiased(two, centring):
     here = world(1, samples=2) if centring == "samples" else two
-    plain = PRESETS["tiny"]
     exact = here.exact(DISCOUNT, centring == "batch")
-    for early, (critic, decay) in itertools.product([False, True], [(False, None), (True, None), (False, 1.0)]):
-        sfe = dataclasses.replace(plain.sfe, discount=DISCOUNT, early_exit=early, critic=critic, advantage_decay=decay)
-        sfe = dataclasses.replace(sfe, centring=centring, samples=here.signals.samples)
-        offpolicy = dataclasses.replace(plain.offpolicy, clip=None)
-        config = dataclasses.replace(plain, estimator="sfe-offpolicy", sfe=sfe, offpolicy=offpolicy)
-        found = here.expected([lively(step) for step in reductions(config, config.estimator, DIM)])
-        assert float(jnp.linalg.norm(found - exact)) < 2e-4 * float(jnp.linalg.norm(exact)), sfe
+    last = {"none": [], "batch": ["batch-centre"], "leave-one-out": ["batch-centre"], "samples": ["sample-centre"]}
+    for early, summed in itertools.product(
+        [[], ["early-exit"]], [["discount"], ["discount", "critic"], ["generalised-advantage"]]
+    ):
+        names = [*early, *summed, *last[centring]]
+        settings = {
+            "sfe": {"reductions": names, "samples": here.signals.samples},
+            "offpolicy": {"clip": None},
+            "discount": {"factor": DISCOUNT},
+            "generalised_advantage": {"discount": DISCOUNT, "decay": 1.0},
+            "batch_centre": {"leave_one_out": centring == "leave-one-out"},
+        }
+        config = dataclasses.replace(PRESETS["tiny"], estimator="sfe-offpolicy", settings=settings)
+        context = Context(DIM, 0.2, Chunker(Select(), Distribute()), jax.random.key(0), None, config.sections)
+        objective = config.first.build(context).objective
+        assert isinstance(objective, ScoreFunctionObjective)
+        found = here.expected([lively(step) for step in objective.reductions])
+        assert float(jnp.linalg.norm(found - exact)) < 2e-4 * float(jnp.linalg.norm(exact)), names
 
 
 def test_samples_are_compared_within_their_sequence_only():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from estimators import Boundaries
+from experiments.config.build import require_fit
 from experiments.config.errors import ConfigError
-from experiments.config.sections import PoolConfig
 from tests.compositions import LENGTH, config_of, lively, registered
 from tests.conftest import losses, predict, small_score_function, text_bytes
 from tests.test_decoding import KEYS, check_in_pieces
@@ -165,12 +165,14 @@ def test_a_stack_that_attends_needs_blocks_and_vectors():
         Stack([block])
 
 
+TWO_HEADS = {"attention_pool": {"heads": 2}, "policy": {"window": 2}}
 CHOICES = [
-    {"pool": PoolConfig("max")},
-    {"pool": PoolConfig("mean", boundary=True)},
-    {"pool": PoolConfig("attention", heads=2), "chunker": "smooth", "unet": {"attend": "first"}},
+    {"pool": "max"},
+    {"pool": "average", "pool_boundary": True},
+    {"pool": "attention", "settings": TWO_HEADS, "chunker": "smooth", "unet": {"attend": "first"}},
     {
-        "pool": PoolConfig("attention", heads=2),
+        "pool": "attention",
+        "settings": TWO_HEADS,
         "chunker": "attend",
         "unet": {"ngrams": (3, 4, 5), "ngram_buckets": 100, "attend": "every", "decoder_layers": 2, "remat": True},
     },
@@ -236,18 +238,13 @@ def test_nothing_after_a_row_reaches_it():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pool": PoolConfig("attention", heads=3)}, "does not divide a width of 16"),
-        ({"pool": PoolConfig("max"), "estimator": "gumbel"}, "makes its tokens itself"),
+        ({"pool": "attention", "settings": {"attention_pool": {"heads": 3}}}, "3"),
+        ({"pool": "attention", "settings": {"attention_pool": {"heads": 0}}}, "0"),
+        ({"pool": "max", "estimator": "gumbel"}, "would pass them no gradient"),
+        ({"pool_boundary": True}, "name a --pool"),
         ({"chunker": "attend"}, "--unet.attend first or every"),
     ],
 )
 def test_pools_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(config_of("sfe"), **changes)
-
-
-def test_a_pool_that_is_impossible_by_itself_is_refused():
-    with pytest.raises(ConfigError, match=r"name a --pool\.kind"):
-        PoolConfig(boundary=True)
-    with pytest.raises(ConfigError, match=r"--pool\.heads must be at least 1; got 0"):
-        PoolConfig("max", heads=0)
+        require_fit(dataclasses.replace(config_of("sfe"), **changes))

@@ -212,11 +212,11 @@ def runs(tmp_path_factory):
         data=dataclasses.replace(config.data, protocol="crop", held_out=0.3),
         evaluation=dataclasses.replace(config.evaluation, bytes=48 * 6),
     )
-    isotropic = dataclasses.replace(config.isotropic, token_level=False)
+    flat = dataclasses.replace(config, estimator="isotropic").with_settings(isotropic={"token_level": False})
     for name, one in {
         "sfe-0": config,
         "sfe-1": dataclasses.replace(config, seed=1),
-        "bytes": dataclasses.replace(config, estimator="isotropic", isotropic=isotropic),
+        "bytes": flat,
         "shorter": dataclasses.replace(config, length=32),
     }.items():
         (folder / name).mkdir()

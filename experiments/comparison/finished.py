@@ -32,7 +32,7 @@ class FinishedRun:
         return self.config.seed
 
     def value(self, key: str) -> float:
-        """A number in the summary; NaN if it is missing or null."""
+        """A number in the summary; NaN if it is missing or not a number."""
         value = self.summary.get(key)
         return float(value) if isinstance(value, int | float) else math.nan
 

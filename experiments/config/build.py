@@ -54,8 +54,8 @@ def build_chunker(config: RunConfig, level: LevelConfig, dim: int, key: PRNGKeyA
 
 
 def require_fit(config: RunConfig) -> None:
-    """Raise `ConfigError` if the chunkers or the estimators of a run cannot be built (estimators that need text first are left out).
-    Nothing is computed."""
+    """Raise `ConfigError` if the chunkers or the estimators of a run cannot be built. Estimators that need text first are left
+    out, and nothing is computed."""
     require(
         not config.pool_boundary or all(level.parts.pool.name != "last" for level in config.levels),
         "--pool-boundary adds the last position to a pool: name a --pool",

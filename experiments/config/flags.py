@@ -242,7 +242,8 @@ def _names_of(cls: type) -> list[str]:
 
 def _annotated(kind: object, text: str, short: bool) -> object:
     """A type with its help text."""
-    return Annotated.__class_getitem__((kind, tyro.conf.arg(help=_first_sentence(text) if short else text)))
+    argument = tyro.conf.arg(help=_first_sentence(text) if short else text)
+    return Annotated[kind, argument]  # type: ignore[not-a-type]  # a type that is known only at run time
 
 
 def _first_sentence(text: str) -> str:

@@ -125,13 +125,18 @@ def plain_values(section: object) -> dict[str, object]:
 def _sections_of(part: Part) -> Iterator[Section]:
     owner = f"{part.kind.flag} {part.name}"
     if own := settings_of(part):
-        fields = [(one.name, one.type, _field(one.default)) for one in own]
-        made = dataclasses.make_dataclass(part.cls.__name__, fields, frozen=True, kw_only=True)
+        needed = [(one.name, one.type) for one in own if one.default is dataclasses.MISSING]
+        others = [(one.name, one.type, _default(one)) for one in own if one.default is not dataclasses.MISSING]
+        made = dataclasses.make_dataclass(part.cls.__name__, [*needed, *others], frozen=True, kw_only=True)
         made.__doc__ = part.cls.__doc__
         yield Section(part.section, made, tuple(own), owner, {})
     if part.kind is ESTIMATORS:
         for name, cls in sections_of(part).items():
             yield _shared(name, cls)
+
+
+def _default(setting: Setting) -> object:
+    return dataclasses.field(default=setting.default)
 
 
 def _shared(name: str, cls: type) -> Section:
@@ -140,7 +145,3 @@ def _shared(name: str, cls: type) -> Section:
     settings = [Setting(one.name, hints[one.name], default_of(one), texts.get(one.name, "")) for one in fields]
     kinds = {one.name: kind for one in fields if isinstance(kind := one.metadata.get("kind"), Kind)}
     return Section(name, cls, tuple(settings), f"--{name}", kinds)
-
-
-def _field(default: object) -> "dataclasses.Field[object]":
-    return dataclasses.field() if default is dataclasses.MISSING else dataclasses.field(default=default)

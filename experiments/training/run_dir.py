@@ -122,8 +122,7 @@ def differing(run: RunConfig, saved: RunConfig, may_differ: Collection[str] = ()
 
 
 def read_config(folder: Path, plugins: Collection[str] = ()) -> RunConfig:
-    """The configuration of the run in `folder`; `plugins` are modules of others that it may name. Raises `ConfigError` if there is
-    none."""
+    """The configuration of the run in `folder`; `plugins` are modules that it may name. Raises `ConfigError` if there is none."""
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError(f"{folder} holds no run to resume: there is no {CONFIG} in it")
