@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import PRNGKeyArray, PyTree
 
@@ -57,13 +57,19 @@ class Context:
         }
 
 
-class TextBatches(Iterator[Layout], Protocol):
+@runtime_checkable
+class TextBatches(Protocol):
     """Batches of training text; `epochs` is how often the text has been read so far."""
 
     @property
     def epochs(self) -> float: ...
 
+    def __iter__(self) -> Iterator[Layout]: ...
 
+    def __next__(self) -> Layout: ...
+
+
+@runtime_checkable
 class TrainingText(Protocol):
     """What a configuration may ask for while it prepares: the text that a run trains on, and other models."""
 

@@ -247,8 +247,9 @@ def test_runs_made_elsewhere_are_told_from_those_of_a_byte_model(finished, launc
     values = json.loads((finished / "table.json").read_text())
     uniform, sfe = (method["runs"][0] for method in values["methods"])
     uniform["config"]["estimator"] = "isotropic"
+    uniform["config"]["settings"] = {}
     sfe["config"]["estimator"] = "entropy"
-    sfe["config"]["entropy"] |= {"model": "elsewhere/byte-model", "rule": "rise"}
+    sfe["config"]["settings"] = {"entropy": {"model": "elsewhere/byte-model", "rule": "rise"}}
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"methods": [{"runs": [uniform]}]}))
     common = ("--seeds", "0", "--tables", path, "--dataset", corpus, "--jobs", "2", *SMALL)
@@ -277,7 +278,7 @@ def test_flops_count_up_to_a_validation_between_records(finished, tmp_path):
 
 def test_every_run_sees_the_same_data(finished):
     configs = [json.loads((finished / f"{name}-1" / "config.json").read_text()) for name in ("uniform", "sfe")]
-    for key in ("estimator", "out"):
+    for key in ("estimator", "out", "settings"):
         assert configs[0].pop(key) != configs[1].pop(key)
     assert configs[0] == configs[1]
 
@@ -343,13 +344,16 @@ def test_an_unfinished_run_goes_on_with_the_cores_it_gets(launched, corpus, tmp_
 
 
 def test_settings_are_checked_for_what_is_compared(launched, corpus, tmp_path, capsys):
-    """Returns cannot be centred in a batch of one, and a policy that starts at .2 cannot have a cap of 1. Neither concerns
-    uniform boundaries."""
-    for number, changed in enumerate((("--batch", "1"), ("--policy.cap", "1"))):
-        given = ("--dataset", corpus, "--out", tmp_path / str(number), *SMALL, *changed)
-        assert start("--estimators", "uniform", "--seeds", "0", *given) == 0
-        assert start("--estimators", "uniform", "sfe", "--seeds", "0", *given) == 2
-        assert changed[0] in capsys.readouterr().err
+    """Returns cannot be centred in a batch of one, which does not concern uniform boundaries; a policy that starts at .2 cannot
+    have a cap of 1, and uniform boundaries have no policy."""
+    common = ("--dataset", corpus, "--out", tmp_path / "out", *SMALL)
+    assert start("--estimators", "uniform", "--seeds", "0", *common, "--batch", "1") == 0
+    assert start("--estimators", "uniform", "sfe", "--seeds", "0", *common, "--batch", "1") == 2
+    assert "use a larger --batch" in " ".join(capsys.readouterr().err.split())
+    assert start("--estimators", "uniform", "sfe", "--seeds", "0", *common, "--policy.cap", "1") == 2
+    assert "raise --policy.cap" in " ".join(capsys.readouterr().err.split())
+    assert start("--estimators", "uniform", "--seeds", "0", *common, "--policy.cap", "1") == 2
+    assert "which was not chosen" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

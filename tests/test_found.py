@@ -115,9 +115,9 @@ def test_a_vocabulary_that_misses_the_rate_is_used_and_its_rate_told(corpus, tmp
 def test_what_cannot_be_found_is_said_in_a_sentence(byte_run, corpus, tmp_path, capsys):
     pytest.importorskip("tokenizers")
     cases = {
-        "--bpe.text-bytes": ("--estimator", "bpe", "--bpe.text-bytes", "0"),
+        "--bpe: text-bytes": ("--estimator", "bpe", "--bpe.text-bytes", "0"),
         "--entropy.model": ("--estimator", "entropy"),
-        "no config.json": ("--estimator", "entropy", "--entropy.model", tmp_path),
+        "holds no model.safetensors": ("--estimator", "entropy", "--entropy.model", tmp_path),
     }
     for message, arguments in cases.items():
         assert start(*arguments, "--dataset", corpus, "--out", tmp_path / "out", *SMALL) == 2

@@ -114,10 +114,10 @@ def differing(run: RunConfig, saved: RunConfig, may_differ: Collection[str] = ()
     """The settings in which two runs differ, those of no effect and `may_differ` left aside."""
     aside = (*OF_NO_EFFECT, *may_differ, "settings")
     names = [field.name for field in dataclasses.fields(RunConfig) if field.name not in aside]
-    sections = sorted({*run.sections, *saved.sections})
+    new, old = run.resolved.settings, saved.resolved.settings
     return [
         *(name for name in names if getattr(run, name) != getattr(saved, name)),
-        *(name for name in sections if run.sections.get(name) != saved.sections.get(name)),
+        *(name for name in sorted({*new, *old}) if new.get(name) != old.get(name)),
     ]
 
 
