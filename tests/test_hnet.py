@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import BatchCentre, Discount, EarlyExit, NoObjective, ScoreFunction, WindowedPolicy, equations
+from estimators import (
+    BatchCentre,
+    Discount,
+    EarlyExit,
+    NoObjective,
+    ScoreFunction,
+    ScoreFunctionObjective,
+    WindowedPolicy,
+    equations,
+)
 from estimators.base import Estimator
 from experiments import export
 from experiments.config.errors import ConfigError
@@ -215,6 +224,18 @@ def test_the_early_head_learns_from_one_level_only():
     assert np.any(gradient(both) != 0)
     inside = eqx.tree_at(lambda m: m.stage.estimator, both, silent)
     assert np.any(gradient(inside) != 0)
+
+
+def test_the_loss_of_the_early_head_is_counted_once():
+    """Of two levels that need it, the outermost counts it, with its own weight."""
+    objectives = [
+        ScoreFunctionObjective((EarlyExit(weight),), 0.4, policy_weight=0.0, rate_weight=0.0) for weight in (0.5, 0.25)
+    ]
+    model = eqx.tree_at(
+        lambda m: [one.objective for one in m.stage.estimators], two_policies((EarlyExit(),)), objectives
+    )
+    output = losses(model, text_bytes(2, 8), key=jax.random.key(0))
+    np.testing.assert_allclose(output.loss, -output.log_prob - 0.5 * output.early_log_prob, rtol=1e-5)
 
 
 def test_layouts_are_read_as_they_are_published():

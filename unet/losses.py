@@ -114,12 +114,13 @@ def objective_inputs(
     deciding bytes. Policy losses take the mean over decisions, so a nat then has the same weight at every level: each policy
     gradient is that of the same sum of log-probabilities, divided by the same number of bytes.
 
-    Log-probabilities carry no gradient, so no objective can train the language model through them. Those of the early-exit head
-    carry one to the first level that needs them. They depend on no action of any level, so their sums are valid baselines.
+    Log-probabilities carry no gradient, so no objective can train the language model through them. The exception is the
+    early-exit head: the first level that needs its log-probabilities trains it (`trains_early_exit`). They depend on no action
+    of any level, so their sums are valid baselines.
     """
     inputs: list[ObjectiveInputs] = []
-    trains_early = reward.early_log_prob
-    reward = Reward(jax.lax.stop_gradient(reward.log_prob), trains_early, reward.scored)
+    reward = Reward(jax.lax.stop_gradient(reward.log_prob), reward.early_log_prob, reward.scored)
+    trains_early_exit = True
     target_rates = [target_rate, *[None] * len(levels)]
     for number, (level, objective) in enumerate(zip(levels, objectives, strict=True)):
         here = reward.scaled(_deciding(level) / _deciding(levels[0]))
@@ -133,10 +134,11 @@ def objective_inputs(
                 continues(level.layout),
                 target_rates[number],
                 samples,
+                trains_early_exit,
             )
         )
         if objective.needs_early_exit:
-            reward = jax.lax.stop_gradient(reward)
+            reward, trains_early_exit = jax.lax.stop_gradient(reward), False
         if number + 1 < len(levels):
             reward = reward.inside(level, levels[number + 1].hidden.shape[1])
     return inputs
