@@ -235,6 +235,7 @@ def test_the_loss_of_the_early_head_is_counted_once():
         lambda m: [one.objective for one in m.stage.estimators], two_policies((EarlyExit(),)), objectives
     )
     output = losses(model, text_bytes(2, 8), key=jax.random.key(0))
+    assert output.early_log_prob is not None
     np.testing.assert_allclose(output.loss, -output.log_prob - 0.5 * output.early_log_prob, rtol=1e-5)
 
 

@@ -33,10 +33,10 @@ class LossOutput(eqx.Module):
     numbers to log.
 
     `log_prob` is the mean log-probability per predicted byte, `early_log_prob` that of the early-exit head (None without one),
-    `rate` the fraction of valid bytes with a boundary, `overflow` the fraction of valid bytes whose boundary was dropped,
-    `padding` the fraction of the outermost token level's capacity that held no token. `metrics` holds what the objectives
-    report, by name. For inner levels its names begin with `level1_…`, and it also holds their `rate` and `overflow`, as
-    fractions of the positions of the level around.
+    `rate` the fraction of valid bytes with a boundary (0 without a token level), `overflow` the fraction of valid bytes whose
+    boundary was dropped, `padding` the fraction of the outermost token level's capacity that held no token. `metrics` holds
+    what the objectives report, by name. For inner levels its names begin with `level1_…`, and it also holds their `rate` and
+    `overflow`, as fractions of the positions of the level around.
     """
 
     loss: Float[Array, ""]
@@ -187,7 +187,8 @@ def _summary(
     positions = jnp.maximum(jnp.sum(layout.mask), 1).astype(jnp.float32)
     room = layout.bytes.shape[0] * (capacity or layout.bytes.shape[1])
     if not levels:
-        return LossOutput(loss, log_prob, early_log_prob, jnp.ones(()), jnp.zeros(()), jnp.zeros(()), {})
+        zero = jnp.zeros(())
+        return LossOutput(loss, log_prob, early_log_prob, rate=zero, overflow=zero, padding=zero, metrics={})
     metrics: dict[str, Float[Array, ""]] = {}
     for number, (level, output) in enumerate(zip(levels, outputs, strict=True)):
         tokens, dropped = (jnp.sum(part).astype(jnp.float32) for part in (level.lengths, level.overflow))

@@ -27,7 +27,7 @@ TRAINING = (
     Metric("loss", "nats per byte", "what the step minimises: all losses with their weights"),
     Metric("bpb", "bits per byte", "of the batch"),
     Metric("early_bpb", "bits per byte", "of the batch, predicted by the early head"),
-    Metric("rate", "fraction", "of the batch's bytes that close a token"),
+    Metric("rate", "fraction", "of the batch's bytes that close a token; 0 without a token level"),
     Metric(
         "level{n}_rate", "fraction", "of the tokens of the level around that close a token of this level, in the batch"
     ),
@@ -61,7 +61,7 @@ HELD_OUT = (
     Metric("val_early_bpb", "bits per byte", "predicted by the early head"),
     Metric("val_bpb_greedy", "bits per byte", "with greedy boundaries, where another router draws those of training"),
     Metric("val_bpb_as_trained", "bits per byte", "with the boundaries of that other router"),
-    Metric("val_rate", "fraction", "of bytes that close a token"),
+    Metric("val_rate", "fraction", "of bytes that close a token; 0 without a token level"),
     Metric("val_level{n}_rate", "fraction", "of the tokens of the level around that close a token of this level"),
     Metric("val_policy_entropy", "nats per decision", "of the policy"),
     Metric("val_overflow", "fraction", "of bytes whose boundary was dropped: 0 by construction"),
