@@ -150,6 +150,11 @@ def _deciding(level: Level) -> Float[Array, ""]:
     return jnp.maximum(jnp.where(decided > 0, decided, jnp.sum(level.layout.free)), 1).astype(jnp.float32)
 
 
+def level_prefix(level: int) -> str:
+    """What the names of a level's metrics begin with: `level1_` and so on inside, nothing for the outermost level (0)."""
+    return f"level{level}_" if level else ""
+
+
 def losses(
     prediction: Prediction,
     objectives: Sequence[AbstractObjective],
@@ -193,8 +198,7 @@ def _summary(
     for number, (level, output) in enumerate(zip(levels, outputs, strict=True)):
         tokens, dropped = (jnp.sum(part).astype(jnp.float32) for part in (level.lengths, level.overflow))
         shares = {"rate": tokens / positions, "overflow": dropped / positions}
-        prefix = f"level{number}_" if number else ""
-        metrics |= {prefix + name: value for name, value in {**output.metrics, **shares}.items()}
+        metrics |= {level_prefix(number) + name: value for name, value in {**output.metrics, **shares}.items()}
         positions = tokens
     padding = 1.0 - jnp.sum(levels[0].lengths).astype(jnp.float32) / room
     rate, overflow = metrics.pop("rate"), metrics.pop("overflow")

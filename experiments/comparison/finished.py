@@ -17,6 +17,7 @@ from experiments.reporting.summary import Summary
 from experiments.training.run_dir import SUMMARY, differing, read_config, read_metrics
 from unet.files.saving import load
 from unet.flops import matrix_flops
+from unet.losses import level_prefix
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def curve(folder: Path) -> Curve:
         read, rate = record["bytes"], record.get(f"{kind}rate")
         if not isinstance(read, int | float) or not isinstance(rate, float):
             continue
-        inside = [record.get(f"{kind}level{level}_rate") for level in range(1, len(config.levels))]
+        inside = [record.get(f"{kind}{level_prefix(level)}rate") for level in range(1, len(config.levels))]
         rates = [one for one in inside if isinstance(one, float)]
         if read > before:
             flops = matrix_flops(model, rate=rate, inner_rates=rates, samples=config.samples)
