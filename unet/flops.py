@@ -46,8 +46,8 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
 
     `rate` is in tokens per byte, each of `inner_rates` in tokens per token of the level around. All parameters count except the
     embedding, which counts only if it is tied; a frozen parameter counts 2, for the forward pass alone. With several `samples`
-    of boundaries, everything after the encoder runs that many times. `mid` includes everything inside the token level, further
-    levels too. Raises `ValueError` if rates of levels are missing.
+    of boundaries, everything after the encoder but the early-exit head runs that many times. `mid` includes everything inside
+    the token level, further levels too. Raises `ValueError` if rates of levels are missing.
     """
 
     def stage_cost(stage: AbstractStage, rates: Sequence[float]) -> float:
@@ -70,12 +70,8 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
         boundary=6.0 * trained + 2.0 * frozen,
         mid=0.0 if outer.inner is None else after * rate * stage_cost(outer.inner, inner_rates),
         decode=6.0 * after * _stack_size(outer.decoder, rate),
-        heads=6.0
-        * after
-        * (
-            _size((model.norm, model.output_head))
-            + model.early_exit_fraction * _size((model.early_norm, model.early_head))
-        ),
+        heads=6.0 * after * _size((model.norm, model.output_head))
+        + 6.0 * model.early_exit_fraction * _size((model.early_norm, model.early_head)),
     )
 
 
@@ -102,14 +98,14 @@ def layer_flops(model: UNet, *, length: int, rate: float, inner_rates: Sequence[
     outer, after = _outermost(model, inner_rates), float(samples)
     vocab, dim = model.embedding.shape
     trained, frozen = (0, 0) if outer.estimator is None else _sizes(outer.estimator)
-    heads = 1 + (0.0 if model.early_head is None else model.early_exit_fraction)
+    heads = after + (0.0 if model.early_head is None else model.early_exit_fraction)
     return Flops(
         embed=3 * 2.0 * vocab * dim,
         encode=3 * _stack_forward(outer.encoder, float(length)),
         boundary=3 * 2.0 * trained + 2.0 * frozen,
         mid=0.0 if outer.inner is None else after * rate * stage_cost(outer.inner, length * rate, inner_rates),
         decode=3 * after * _stack_forward(outer.decoder, float(length), rate),
-        heads=3 * after * heads * 2.0 * vocab * dim,
+        heads=3 * heads * 2.0 * vocab * dim,
     )
 
 

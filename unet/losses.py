@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from estimators.base import AbstractObjective, Layout, ObjectiveInputs, ObjectiveOutput
-from unet.hierarchy import Level
+from estimators.equations import masked_mean
+from unet.hierarchy import Level, repeated
 from unet.likelihood import continues, log_prob_of, next_logprobs
 from unet.ops import token_of
 from unet.ops.rows import add_at
@@ -19,11 +20,12 @@ from unet.ops.rows import add_at
 class Prediction(eqx.Module):
     """Logits of the next byte at each position, those of the early-exit head if there is one, and the levels of the hierarchy.
 
-    `early_positions`, if given: the positions of the early-exit logits, the same in every sequence.
+    `early_logits` depend on no boundary, so all samples of a sequence (adjacent in the batch) share one row of them.
+    `early_positions`, if given: their positions, the same in every sequence.
     """
 
     logits: Float[Array, "batch length vocab"]
-    early_logits: Float[Array, "batch positions vocab"] | None
+    early_logits: Float[Array, "sequences positions vocab"] | None
     levels: tuple[Level, ...]
     early_positions: Int[Array, " positions"] | None = None
 
@@ -56,13 +58,16 @@ def early_log_prob(prediction: Prediction, layout: Layout) -> Float[Array, "batc
     predicted ones, so the gradient of the early-exit head stays unbiased too (except that padding and packing make it a ratio
     of two random numbers).
     """
-    if prediction.early_logits is None or prediction.early_positions is None:
-        return None if prediction.early_logits is None else next_logprobs(prediction.early_logits, layout.bytes)
-    rows = prediction.early_positions
-    there = log_prob_of(prediction.early_logits, jnp.roll(layout.bytes, -1, axis=1)[:, rows])
-    scored = continues(layout)[:, rows]
-    mean = jnp.sum(jnp.where(scored, there, 0.0)) / jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
-    return jnp.broadcast_to(mean, layout.bytes.shape).at[:, rows].set(there)
+    logits, positions = prediction.early_logits, prediction.early_positions
+    if logits is None:
+        return None
+    samples = layout.bytes.shape[0] // logits.shape[0]
+    layout = jax.tree.map(lambda leaf: leaf[::samples], layout)
+    if positions is None:
+        return repeated(next_logprobs(logits, layout.bytes), samples)
+    log_prob = log_prob_of(logits, jnp.roll(layout.bytes, -1, axis=1)[:, positions])
+    mean = masked_mean(log_prob, continues(layout)[:, positions])
+    return repeated(jnp.broadcast_to(mean, layout.bytes.shape).at[:, positions].set(log_prob), samples)
 
 
 class Reward(eqx.Module):

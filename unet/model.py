@@ -171,7 +171,7 @@ class UNet(eqx.Module):
         layout = plain_layout(check_bytes(bytes), segments, mask)
         actions = (actions,) if isinstance(actions, jax.Array | np.ndarray) else tuple(actions)
         sampling = StageSampling(key, actions, target_rate, _bounds(capacities), samples, training)
-        return self.predict(self.stage(self.embed(layout), layout, sampling))
+        return self.predict(self.stage(self.embed(layout), layout, sampling), samples=samples)
 
     @own_promotion
     def init_state(self, batch: int, keys: Key[Array, " batch"] | None = None) -> TextState:
@@ -205,12 +205,16 @@ class UNet(eqx.Module):
         output = self.stage(self.embed(layout, state.recent), layout, sampling, state.stage)
         return Decoded(self.predict(output), TextUpdate(output.update, layout.bytes))
 
-    def predict(self, output: StageOutput, *, early_positions: Int[Array, " positions"] | None = None) -> Prediction:
-        """Apply the heads to the stage's output, the early-exit head only at `early_positions` if they are given."""
+    def predict(
+        self, output: StageOutput, *, samples: int = 1, early_positions: Int[Array, " positions"] | None = None
+    ) -> Prediction:
+        """Apply the heads to the stage's output for `samples` of each sequence, the early-exit head only at `early_positions` if
+        they are given."""
         early_logits = None
         with jax.named_scope("heads"):
             if self.early_head is not None and self.early_norm is not None:
-                hidden = output.levels[0].hidden
+                # The encoder's states, which all samples of a sequence share.
+                hidden = output.levels[0].hidden[::samples]
                 hidden = hidden if early_positions is None else hidden[:, early_positions]
                 early_logits = self.early_head.wide(self.early_norm(hidden))
             return Prediction(self.logits(output.hidden), early_logits, output.levels, early_positions)
@@ -271,7 +275,7 @@ class UNet(eqx.Module):
                 model, encoded, sampling, layout = operands
                 early = model.early_positions(layout.bytes.shape[1], sampling.key) if sampling.training else None
                 output = model.stage.decode(encoded, sampling, capacity=capacity)
-                prediction = model.predict(output, early_positions=early)
+                prediction = model.predict(output, samples=samples, early_positions=early)
                 with jax.named_scope("loss"):
                     found = model.losses(
                         prediction,
