@@ -108,6 +108,11 @@ def repeated(batched: Batched, samples: int) -> Batched:
     return batched if samples == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), batched)
 
 
+def without_copies(batched: Batched, samples: int) -> Batched:
+    """The inverse of `repeated`: the first of the copies of each sequence."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, samples, *leaf.shape[1:])[:, 0], batched)
+
+
 class Encoded(eqx.Module):
     """The first half of a stage: the encoder's states, the actions drawn, the boundaries truncated to capacity (both None if
     the stage has none), and the updates of the encoder's and the router's decode states."""

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from estimators.base import AbstractObjective, Layout, ObjectiveInputs, ObjectiveOutput
 from estimators.equations import masked_mean
-from unet.hierarchy import Level, repeated
+from unet.hierarchy import Level, repeated, without_copies
 from unet.likelihood import continues, log_prob_of, next_logprobs
 from unet.ops import token_of
 from unet.ops.rows import add_at
@@ -62,7 +62,7 @@ def early_log_prob(prediction: Prediction, layout: Layout) -> Float[Array, "batc
     if logits is None:
         return None
     samples = layout.bytes.shape[0] // logits.shape[0]
-    layout = jax.tree.map(lambda leaf: leaf[::samples], layout)
+    layout = without_copies(layout, samples)
     if positions is None:
         return repeated(next_logprobs(logits, layout.bytes), samples)
     log_prob = log_prob_of(logits, jnp.roll(layout.bytes, -1, axis=1)[:, positions])

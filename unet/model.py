@@ -16,7 +16,7 @@ from estimators.base import VOCAB, AbstractEstimator, Keys, Layout, uniforms_fro
 from estimators.decode_state import AbstractDecodeState, last_positions, update_state
 from unet.capacity import smallest_with_room, switch_with_gradient
 from unet.config import AbstractShape
-from unet.hierarchy import AbstractStage, Encoded, StageOutput, StageSampling, repeated
+from unet.hierarchy import AbstractStage, Encoded, StageOutput, StageSampling, repeated, without_copies
 from unet.layers import Linear, RMSNorm
 from unet.likelihood import plain_layout
 from unet.losses import LossOutput, Prediction, losses
@@ -214,7 +214,7 @@ class UNet(eqx.Module):
         with jax.named_scope("heads"):
             if self.early_head is not None and self.early_norm is not None:
                 # The encoder's states, which all samples of a sequence share.
-                hidden = output.levels[0].hidden[::samples]
+                hidden = without_copies(output.levels[0].hidden, samples)
                 hidden = hidden if early_positions is None else hidden[:, early_positions]
                 early_logits = self.early_head.wide(self.early_norm(hidden))
             return Prediction(self.logits(output.hidden), early_logits, output.levels, early_positions)
