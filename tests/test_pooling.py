@@ -93,6 +93,13 @@ def test_tokens_are_made_of_the_rows_that_their_boundary_closes(hidden, pool, ca
         np.testing.assert_array_equal(rows.values[sequence, len(groups) :], 0.0)
 
 
+@pytest.mark.parametrize("pool", POOLS, ids=NAMES)
+def test_groups_are_determined_once(hidden, pool):
+    """The only cumulative minimum is the one that finds the boundary which closes each position."""
+    program = jax.make_jaxpr(lambda h: pool(h, boundaries(), capacity=6).tokens)(hidden)
+    assert str(program).count("cummin[") == 1
+
+
 @pytest.mark.parametrize("pool", POOLS[:3], ids=["max", "mean", "attention"])
 def test_gradients_reach_the_rows_of_the_group_alone(hidden, pool):
     def token(h):

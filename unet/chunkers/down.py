@@ -20,7 +20,8 @@ from unet.cross import CrossLayer
 from unet.decoding.kv_cache import AnyCache, KVCache, KVCacheView, KVUpdate
 from unet.layers import Linear
 from unet.ops import Implementation, downsample, mean_pool
-from unet.ops.groups import groups_of
+from unet.ops.downsample import places_of
+from unet.ops.groups import Groups, groups_of
 
 
 class Select(AbstractDownsampler):
@@ -182,15 +183,26 @@ class MaxPool(AbstractDownsampler):
         mask: Bool[Array, "batch length"] | None = None,
         state: Float[Array, "batch 1 dim"] | None = None,
     ) -> Downsampled:
-        most, update = groups_of(boundaries, capacity, self.implementation).largest(hidden), None
-        if state is not None and mask is not None:
-            group, state = open_group(boundaries.actions, mask), state.astype(hidden.dtype)
-            inside = jnp.where(group.inside[..., None], hidden, jnp.asarray(-jnp.inf, hidden.dtype))
-            update = jnp.max(inside, axis=1, keepdims=True)
-            update = jnp.maximum(update, jnp.where(group.closed[:, None, None], -jnp.inf, state))
-            most = jnp.concatenate([jnp.maximum(most[:, :1], state), most[:, 1:]], axis=1)
-        tokens = downsample(hidden, boundaries.actions, capacity, implementation=self.implementation)
-        return Downsampled(tokens.replaced(jnp.where(jnp.isneginf(most), jnp.zeros((), hidden.dtype), most)), update)
+        return group_maxima(hidden, boundaries, groups_of(boundaries, capacity, self.implementation), mask, state)
+
+
+def group_maxima(
+    hidden: Float[Array, "batch length dim"],
+    boundaries: Boundaries,
+    groups: Groups,
+    mask: Bool[Array, "batch length"] | None,
+    state: Float[Array, "batch 1 dim"] | None,
+) -> Downsampled:
+    """The elementwise maximum of each group; `state` is the maximum of the group that was open before these positions."""
+    largest, update = groups.largest(hidden), None
+    if state is not None and mask is not None:
+        group, state = open_group(boundaries.actions, mask), state.astype(hidden.dtype)
+        inside = jnp.where(group.inside[..., None], hidden, jnp.asarray(-jnp.inf, hidden.dtype))
+        update = jnp.max(inside, axis=1, keepdims=True)
+        update = jnp.maximum(update, jnp.where(group.closed[:, None, None], -jnp.inf, state))
+        largest = jnp.concatenate([jnp.maximum(largest[:, :1], state), largest[:, 1:]], axis=1)
+    values = jnp.where(jnp.isneginf(largest), jnp.zeros((), hidden.dtype), largest)
+    return Downsampled(places_of(boundaries.actions, groups.tokens).tokens(values), update)
 
 
 class GroupUpdate(eqx.Module):
@@ -260,14 +272,13 @@ class AttentionPool(AbstractDownsampler):
         mask: Bool[Array, "batch length"] | None = None,
         state: GroupState | None = None,
     ) -> Downsampled:
-        largest = MaxPool(self.implementation)(
-            hidden, boundaries, capacity=capacity, mask=mask, state=None if state is None else state.largest
-        )
+        groups = groups_of(boundaries, capacity, self.implementation)
+        largest = group_maxima(hidden, boundaries, groups, mask, None if state is None else state.largest)
         # (b, tokens, vectors, d)
         first = self.unfold(largest.tokens.values).reshape(*largest.tokens.values.shape[:2], -1, hidden.shape[2])
         keys, values = jnp.split(self.cross.keys_values(hidden), 2, axis=-1)
         new = KVUpdate(self.cross.by_heads(keys), self.cross.by_heads(values))
-        mixed = self._mixed(self.cross.asked(first), new, boundaries, None if state is None else state.cache)
+        mixed = _within_groups(self.cross.asked(first), new, groups, None if state is None else state.cache)
         joined = self.cross.joined(first, mixed.astype(hidden.dtype)).reshape(*first.shape[:2], -1)
         tokens = largest.tokens.replaced(jnp.where(largest.tokens.mask[..., None], joined, jnp.zeros((), joined.dtype)))
         if state is None or mask is None:
@@ -278,38 +289,36 @@ class AttentionPool(AbstractDownsampler):
         shifted = jax.tree.map(lambda part: jnp.take_along_axis(part, place[..., None, None], axis=1, mode="clip"), new)
         return Downsampled(tokens, GroupUpdate(shifted, group.count, group.closed, largest.update))
 
-    def _mixed(
-        self,
-        query: Float[Array, "batch tokens vectors heads head_dim"],
-        new: KVUpdate,
-        boundaries: Boundaries,
-        cache: AnyCache | None,
-    ) -> Float[Array, "batch tokens vectors heads head_dim"]:
-        """The attention result of each query over its group, in float32: a softmax over groups of any size. The first group
-        also has the positions in the `cache`."""
-        groups, scale = groups_of(boundaries, query.shape[1], self.implementation), query.shape[-1] ** -0.5
-        wide = query.astype(jnp.float32) * scale
-        asked = groups.spread(wide.reshape(*wide.shape[:2], -1)).reshape(*new.keys.shape[:2], *query.shape[2:])
-        # (b, length, vectors, heads)
-        logits = jnp.sum(asked * new.keys[:, :, None].astype(jnp.float32), axis=-1)
-        most = groups.largest(logits)
-        before = None if cache is None or not cache.slots else _of_cache(wide[:, 0], cache)
-        if before is not None:
-            most = jnp.concatenate(
-                [jnp.maximum(most[:, :1], jnp.max(before.logits, axis=1)[:, None]), most[:, 1:]], axis=1
-            )
-        most = jax.lax.stop_gradient(jnp.where(jnp.isneginf(most), 0.0, most))
-        spread = groups.spread(most.reshape(*most.shape[:2], -1)).reshape(logits.shape)
-        # Logits outside of groups are unbounded, and an overflow there would make the gradient NaN.
-        inside = groups.inside[..., None, None]
-        weights = jnp.where(inside, jnp.exp(jnp.where(inside, logits - spread, 0.0)), 0.0)
-        total = groups.total(weights[..., None] * new.values[:, :, None].astype(jnp.float32))
-        norm = groups.total(weights)
-        if before is not None:
-            weights = jnp.exp(before.logits - most[:, :1])
-            total = total.at[:, 0].add(jnp.einsum("bsvh,bhsd->bvhd", weights, before.values))
-            norm = norm.at[:, 0].add(jnp.sum(weights, axis=1))
-        return total / jnp.where(norm > 0, norm, 1.0)[..., None]
+
+def _within_groups(
+    query: Float[Array, "batch tokens vectors heads head_dim"],
+    new: KVUpdate,
+    groups: Groups,
+    cache: AnyCache | None,
+) -> Float[Array, "batch tokens vectors heads head_dim"]:
+    """The attention result of each query over its group, in float32: a softmax over groups of any size. The first group also
+    has the positions in the `cache`."""
+    query = query.astype(jnp.float32) * query.shape[-1] ** -0.5
+    # Each position meets the queries of its own group: (b, length, vectors, heads, head_dim), then logits without the last axis.
+    own_query = groups.spread(query.reshape(*query.shape[:2], -1)).reshape(*new.keys.shape[:2], *query.shape[2:])
+    logits = jnp.sum(own_query * new.keys[:, :, None].astype(jnp.float32), axis=-1)
+    largest = groups.largest(logits)
+    cached = None if cache is None or not cache.slots else _of_cache(query[:, 0], cache)
+    if cached is not None:
+        first = jnp.maximum(largest[:, :1], jnp.max(cached.logits, axis=1)[:, None])
+        largest = jnp.concatenate([first, largest[:, 1:]], axis=1)
+    largest = jax.lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0.0, largest))
+    own_largest = groups.spread(largest.reshape(*largest.shape[:2], -1)).reshape(logits.shape)
+    # Logits outside of groups are unbounded, and an overflow there would make the gradient NaN.
+    inside = groups.inside[..., None, None]
+    weights = jnp.where(inside, jnp.exp(jnp.where(inside, logits - own_largest, 0.0)), 0.0)
+    total = groups.total(weights[..., None] * new.values[:, :, None].astype(jnp.float32))
+    norm = groups.total(weights)
+    if cached is not None:
+        weights = jnp.exp(cached.logits - largest[:, :1])
+        total = total.at[:, 0].add(jnp.einsum("bsvh,bhsd->bvhd", weights, cached.values))
+        norm = norm.at[:, 0].add(jnp.sum(weights, axis=1))
+    return total / jnp.where(norm > 0, norm, 1.0)[..., None]
 
 
 class _CachedGroup(eqx.Module):

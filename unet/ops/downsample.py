@@ -20,7 +20,7 @@ class Places(eqx.Module):
     lengths: Int[Array, " batch"]
     overflow: Int[Array, " batch"]
 
-    def rows(self, values: Float[Array, "batch tokens dim"]) -> Tokens:
+    def tokens(self, values: Float[Array, "batch tokens dim"]) -> Tokens:
         """Tokens with these `values`."""
         return Tokens(values, jnp.maximum(self.index, 0), self.lengths, self.overflow)
 
@@ -52,4 +52,4 @@ def downsample(
     Raises `ValueError` for a capacity below 1, and if a kernel requested by name cannot run.
     """
     places = places_of(actions, capacity)
-    return places.rows(pick_rows(hidden, places.index, places.back, implementation))
+    return places.tokens(pick_rows(hidden, places.index, places.back, implementation))
