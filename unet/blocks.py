@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from estimators.base import Layout
 from unet.attention import AbstractMixer, Attention, BlockContext, LayerOutput, Visibility
 from unet.cross import CrossLayer, VisibleTokens
-from unet.decoding.kv_cache import is_empty
+from unet.decoding.kv_cache import is_unallocated
 from unet.layers import ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU
 
 Attends = Literal["none", "first", "every"]
@@ -209,7 +209,7 @@ class Stack(eqx.Module):
         if rotary_dim is not None:
             rotary = Rotary(layout.positions, rotary_dim, self.rotary_base)
             # In decoding, positions also see the KV caches, which have their own mask.
-            visibility = Visibility(layout, self.window) if state is None or is_empty(state) else None
+            visibility = Visibility(layout, self.window) if state is None or is_unallocated(state) else None
         if self.unfold is not None:
             assert tokens is not None
             unfolded = tokens.replaced(self.unfold(tokens.outputs))

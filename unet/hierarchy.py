@@ -26,7 +26,7 @@ from estimators.decode_state import AbstractDecodeState, update_state
 from unet.blocks import Stack
 from unet.chunkers.up import last_output
 from unet.cross import visible_tokens
-from unet.decoding.kv_cache import is_empty
+from unet.decoding.kv_cache import is_unallocated
 from unet.decoding.sparse import for_closed
 from unet.ops import Implementation, boundary_scan
 
@@ -339,7 +339,7 @@ class Hierarchy(AbstractStage):
         state: PyTree[Array],
     ) -> StageOutput:
         """Run the inner stage; in decoding a single position, only for the sequences that close a token."""
-        if state is None or is_empty(state) or values.shape[1] > 1:
+        if state is None or is_unallocated(state) or values.shape[1] > 1:
             return self.inner(values, layout, sampling, state)
         return for_closed(self.inner, layout.mask[:, 0], (values, layout, sampling, state))
 

@@ -161,8 +161,9 @@ def attend_cached(
     return jnp.swapaxes(mixed, 1, 2)
 
 
-def is_empty(state: PyTree[Array]) -> bool:
-    """Whether any cache inside has no slots yet, that is, before the first position."""
+def is_unallocated(state: PyTree[Array]) -> bool:
+    """Whether a KV cache inside has no slots yet: there are no earlier positions, and the first update changes shapes. False for
+    a state without KV caches, such as that of Mamba-2 layers, whose shapes never change."""
     return any(not part.slots for part in _caches(state))
 
 
