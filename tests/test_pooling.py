@@ -157,6 +157,13 @@ def test_bytes_attend_to_the_vectors_of_their_token(hidden, which):
     np.testing.assert_allclose(back, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_stack_that_attends_needs_tokens():
+    stack = transformer(1, DIM, 2, DIM, window=4, key=jax.random.key(1))
+    stack = attending(stack, "first", dim=DIM, heads=2, vectors=2, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="attend to tokens, but there are none: it must be the decoder of a Hierarchy"):
+        stack(jnp.zeros((1, 4, DIM)), plain_layout(jnp.zeros((1, 4), jnp.int32)))
+
+
 def test_a_stack_that_attends_needs_blocks_and_vectors():
     with pytest.raises(ValueError, match="no block that could attend"):
         attending(Stack([]), "every", dim=DIM, heads=2, vectors=2, key=jax.random.key(0))

@@ -211,7 +211,10 @@ class Stack(eqx.Module):
             # In decoding, positions also see the KV caches, which have their own mask.
             visibility = Visibility(layout, self.window) if state is None or is_unallocated(state) else None
         if self.unfold is not None:
-            assert tokens is not None
+            if tokens is None:
+                raise ValueError(
+                    "the stack would attend to tokens, but there are none: it must be the decoder of a Hierarchy"
+                )
             unfolded = tokens.replaced(self.unfold(tokens.outputs))
         return BlockContext(layout, rotary, visibility, unfolded, str(x.dtype))
 
