@@ -13,11 +13,6 @@ from estimators.base import AbstractChunker, Boundaries, ChunkerState, Downsampl
 class AbstractDownsampler(eqx.Module):
     """Makes a token of the positions that a boundary closes."""
 
-    @property
-    def initial(self) -> Float[Array, " token_dim"] | None:
-        """What positions before the first token get instead of a token output; None for nothing."""
-        return None
-
     def token_dim(self, dim: int) -> int:
         """The width of tokens made of positions of width `dim`."""
         return dim
@@ -59,10 +54,9 @@ class AbstractUpsampler(eqx.Module):
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
         *,
-        initial: Float[Array, " token_dim"] | None = None,
         state: PyTree[Array] = None,
     ) -> Upsampled:
-        """See `AbstractChunker.up`; `initial`: see `AbstractDownsampler.initial`."""
+        """See `AbstractChunker.up`."""
 
 
 class Chunker(AbstractChunker):
@@ -109,5 +103,4 @@ class Chunker(AbstractChunker):
                 f"{type(self.upsampler).__name__} needs tokens as wide as positions; tokens of width "
                 f"{outputs.shape[-1]} at positions of width {hidden.shape[-1]} need LeaveToDecoder"
             )
-        initial = self.downsampler.initial
-        return self.upsampler(outputs, tokens, hidden, boundaries, initial=initial, state=state)
+        return self.upsampler(outputs, tokens, hidden, boundaries, state=state)

@@ -105,10 +105,6 @@ class MeanPool(AbstractDownsampler):
         self.null = jax.random.normal(key, (dim,), jnp.float32)
         self.implementation = implementation
 
-    @property
-    def initial(self) -> Float[Array, " token_dim"]:
-        return self.null
-
     def init_state(self, batch: int, dim: int) -> GroupSum:
         return GroupSum.empty(batch, dim)
 

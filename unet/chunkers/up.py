@@ -17,7 +17,7 @@ from unet.ops import Implementation, smooth, token_of, upsample
 def spread(
     outputs: Float[Array, "batch tokens dim"],
     actions: Bool[Array, "batch length"],
-    before: Float[Array, "#batch 1 dim"] | None,
+    before: Float[Array, "batch 1 dim"] | None,
     implementation: Implementation | None,
 ) -> Float[Array, "batch length dim"]:
     r"""$Y'_{\mathrm{token\_of}(i)}$, with `before` at the positions before the first token (None: zero)."""
@@ -55,11 +55,9 @@ class Distribute(AbstractUpsampler):
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
         *,
-        initial: Float[Array, " token_dim"] | None = None,
         state: Float[Array, "batch 1 dim"] | None = None,
     ) -> Upsampled:
-        before = state if state is not None or initial is None else initial[None, None]
-        back = hidden + spread(outputs, boundaries.actions, before, self.implementation)
+        back = hidden + spread(outputs, boundaries.actions, state, self.implementation)
         return Upsampled(back, None if state is None else last_output(outputs, tokens, state))
 
 
@@ -80,7 +78,6 @@ class Deviation(AbstractUpsampler):
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
         *,
-        initial: Float[Array, " token_dim"] | None = None,
         state: Float[Array, "batch 1 dim"] | None = None,
     ) -> Upsampled:
         # Before the first token there is no change.
@@ -132,12 +129,10 @@ class Smooth(AbstractUpsampler):
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
         *,
-        initial: Float[Array, " token_dim"] | None = None,
         state: Float[Array, "batch 1 dim"] | None = None,
     ) -> Upsampled:
-        before = state if state is not None or initial is None else initial[None, None]
         averages = self.averages(outputs if state is None else outputs.astype(jnp.float32), tokens, boundaries, state)
-        back = spread(averages.astype(outputs.dtype), boundaries.actions, before, self.implementation)
+        back = spread(averages.astype(outputs.dtype), boundaries.actions, state, self.implementation)
         update = None if state is None else last_output(averages, tokens, state)
         return Upsampled(self.joined(back, hidden, boundaries), update)
 
@@ -194,7 +189,6 @@ class LeaveToDecoder(AbstractUpsampler):
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
         *,
-        initial: Float[Array, " token_dim"] | None = None,
         state: None = None,
     ) -> Upsampled:
         return Upsampled(hidden, None)
