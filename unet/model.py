@@ -158,7 +158,7 @@ class UNet(eqx.Module):
         capacities: Sequence[int] | int = (),
         samples: int = 1,
         training: bool = False,
-    ) -> Prediction:
+    ) -> Prediction:  # Nine parameters: each is needed alone as often as not, and an object would hold the same names.
         """Predict the next byte at every position.
 
         `key` draws the boundaries (None: greedy; one key for all sequences, or one each: see `SamplingOptions`); `actions`

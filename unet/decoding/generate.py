@@ -242,7 +242,7 @@ class TextStream:
         greedy_boundaries: bool = False,
         endless: bool = False,
         chunk: int = CHUNK,
-    ):
+    ):  # Ten parameters: each option is needed alone as often as not, and an object would hold the same names.
         """Prefill the prompts.
 
         `max_bytes`: limit for each text, not counting its prompt. `key`: one for all texts, or one each. `stop`: strings that
@@ -353,7 +353,7 @@ def generate(
     greedy_boundaries: bool = False,
     endless: bool = False,
     chunk: int = CHUNK,
-) -> Generated:
+) -> Generated:  # Ten parameters, as `TextStream` has.
     """Generate the whole continuation of each prompt (or of a single one); arguments as in `TextStream`."""
     stream = TextStream(
         model,

@@ -104,7 +104,8 @@ def padded(texts: Sequence[bytes]) -> Int[np.ndarray, "batch length"]:
 
 
 def rate_of(model: UNet) -> float:
-    """The expected fraction of bytes at which the outermost level closes a token."""
+    """The expected number of token positions per byte: the rate of the outermost level, or 1 without a token level, where every
+    byte takes a slot of the KV caches."""
     rate = model.stage.estimators[0].router.rate if model.stage.estimators else 1.0
     return 0.25 if rate is None else rate
 

@@ -39,6 +39,7 @@ def for_closed(stage: Callable[..., Output], closed: Bool[Array, " batch"], oper
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: run(batch)))
 
     state = operands[-1]
+    # Not for a whole batch, such as a single text: it reads its caches in place, and copying the filled part saves nothing.
     parts = (2, 3, 4) if sizes[0] < batch and most_slots(state) >= LARGE else (4,)
     branches = [functools.partial(run, sizes[0], quarters) for quarters in parts]
     filled = jnp.clip(filled_quarters(state, first[: sizes[0]]) - 2, 0, len(branches) - 1)
