@@ -274,7 +274,8 @@ class TextStream:
         self._texts = tuple(_Text(tuple(stop)) for _ in prompts)
         # A full cache grows, but each new size compiles a new program. So reserve slots for the token rate of the prompts,
         # smoothed by the expected rate because short prompts say little, plus a margin.
-        rate = float(np.max(((depth > 0).sum(axis=1) + 64 * rate_of(model)) / (np.array(sizes) + 64)))
+        tokens = (depth > 0).sum(axis=1) if model.stage.estimators else np.array(sizes)
+        rate = float(np.max((tokens + 64 * rate_of(model)) / (np.array(sizes) + 64)))
         self._expected = math.ceil(1.2 * rate * max_bytes) + chunk
         self._state = DecodeState(
             with_room(ready.state, self._expected),
