@@ -295,7 +295,7 @@ def test_filled_quarters_are_those_of_the_fullest_cache_with_room_for_one_more()
 
 
 def test_levels_inside_levels_read_what_is_filled(monkeypatch):
-    monkeypatch.setattr("unet.decoding.sparse.LARGE", 1)
+    monkeypatch.setattr("unet.decoding.sparse.MIN_SLICED_SLOTS", 1)
     flat = Flat(transformer(1, SHAPE.dim, 2, 16, window=None, key=jax.random.key(1)))
     middle = hierarchy(WindowedPolicy(SHAPE.dim, window=2, target_rate=0.4), Chunker(Select(), Distribute()), flat, 20)
     outer = hierarchy(WindowedPolicy(SHAPE.dim, window=3, target_rate=0.6), Chunker(Select(), Distribute()), middle, 30)

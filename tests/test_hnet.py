@@ -205,7 +205,7 @@ def test_a_chunk_is_rewarded_with_the_predictions_made_while_it_is_the_last():
     actions = jnp.asarray([[1, 0, 1, 0, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0, 1]], bool)
     level = predict(model, bytes, actions=(actions,)).levels[0]
     values = jnp.arange(16, dtype=jnp.float32).reshape(2, 8)
-    inside = Reward(values, None, jnp.ones((2, 8), jnp.int32)).inside(level, 8)
+    inside = Reward(values, None, jnp.ones((2, 8), jnp.int32)).of_tokens(level, 8)
     np.testing.assert_array_equal(inside.log_prob[0, :4], [0 + 1, 2 + 3 + 4, 5 + 6 + 7, 0])
     np.testing.assert_array_equal(inside.scored, [[2, 3, 3, 0, 0, 0, 0, 0], [1, 6, 1, 0, 0, 0, 0, 0]])
     np.testing.assert_allclose(inside.log_prob.sum(axis=1), values.sum(axis=1))

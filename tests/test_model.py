@@ -66,7 +66,7 @@ def test_full_attention_in_turns_equals_the_square_in_value_and_gradient(length,
         return jax.jit(jax.value_and_grad(scored, argnums=(0, 1, 2), has_aux=True))(query, key, value)
 
     square = both()
-    monkeypatch.setattr("unet.attention.QUERIES", 8)
+    monkeypatch.setattr("unet.attention.BLOCK_QUERIES", 8)
     in_turns = both()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), in_turns, square)
 

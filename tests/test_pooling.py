@@ -69,7 +69,7 @@ def normed(norm, rows):
 def crossed(cross, x, rows):
     """What BLT's cross-attention makes of one query and the rows it sees."""
     query = (normed(cross.before_query, x) @ cross.query.weight).reshape(cross.heads, -1)
-    made = normed(cross.before_rows, rows) @ cross.key_value.weight
+    made = normed(cross.before_key_value, rows) @ cross.key_value.weight
     keys, values = (part.reshape(len(rows), cross.heads, -1) for part in jnp.split(made, 2, axis=-1))
     weights = jax.nn.softmax(jnp.einsum("hd,rhd->hr", query, keys) / keys.shape[-1] ** 0.5, axis=-1)
     return 2 * x + jnp.einsum("hr,rhd->hd", weights, values).ravel() @ cross.out.weight

@@ -129,11 +129,13 @@ class Attending(AbstractBlock):
         self, x: Float[Array, "batch length dim"], context: BlockContext, state: PyTree[Array] = None
     ) -> LayerOutput:
         assert context.tokens is not None
-        vectors = context.tokens.outputs
-        apart = vectors.reshape(*vectors.shape[:2], -1, x.shape[-1])
-        made = self.cross.keys_values(apart).reshape(*vectors.shape[:2], -1)
-        spread = context.tokens.spread(made).reshape(*x.shape[:2], -1, 2 * x.shape[-1])
-        return self.block(self.cross.over_vectors(x, spread, context.compute), context, state)
+        tokens, dim = context.tokens, x.shape[-1]
+        batch, count = tokens.outputs.shape[:2]
+        # (b, tokens, vectors, dim), then (b, tokens, vectors * 2 dim), then (b, length, vectors, 2 dim)
+        vectors = tokens.outputs.reshape(batch, count, -1, dim)
+        keys_values = self.cross.keys_values(vectors).reshape(batch, count, -1)
+        keys_values = tokens.spread(keys_values).reshape(*x.shape[:2], -1, 2 * dim)
+        return self.block(self.cross.attend_vectors(x, keys_values, context.compute), context, state)
 
 
 class Stack(eqx.Module):
@@ -187,7 +189,7 @@ class Stack(eqx.Module):
         tokens: VisibleTokens | None = None,
     ) -> LayerOutput:
         """The hidden states, and the updates of the blocks' states. `tokens`: those of the inner level, for a stack that
-        attends to them."""
+        attends to them. Raises `ValueError` if such a stack gets none."""
         context = self._context(x, layout, state, tokens)
         stream, updates = x if self.norm is None else x.astype(jnp.float32), []
         for block, kept in zip(self.blocks, (None,) * len(self.blocks) if state is None else state, strict=True):
@@ -230,9 +232,9 @@ def attending(stack: Stack, which: Attends, *, dim: int, heads: int, vectors: in
     unfold = Linear(dim, vectors * dim, key=key_unfold)
     changed = stack.blocks[:1] if which == "first" else stack.blocks
     keys = jax.random.split(key_blocks, len(changed))
-    made = [Attending(CrossLayer(dim, heads, key=one), block) for one, block in zip(keys, changed, strict=True)]
+    new = [Attending(CrossLayer(dim, heads, key=one), block) for one, block in zip(keys, changed, strict=True)]
     return Stack(
-        [*made, *stack.blocks[len(made) :]],
+        [*new, *stack.blocks[len(new) :]],
         window=stack.window,
         remat=stack.remat,
         norm=stack.norm,

@@ -114,7 +114,7 @@ def _stack_size(stack: Stack | None, rate: float) -> float:
     if stack is None:
         return 0.0
     attending = [block.cross for block in stack.blocks if isinstance(block, Attending)]
-    of_tokens = _size((stack.unfold, [(cross.before_rows, cross.key_value) for cross in attending]))
+    of_tokens = _size((stack.unfold, [(cross.before_key_value, cross.key_value) for cross in attending]))
     return _size(stack) - (1 - rate) * of_tokens
 
 

@@ -85,7 +85,7 @@ class StageSampling(eqx.Module):
     training: bool = eqx.field(static=True, default=False)
     noise: Float[Array, "batch length"] | None = None
 
-    def here(self, implementation: Implementation | None = None) -> SamplingOptions:
+    def router_options(self, implementation: Implementation | None = None) -> SamplingOptions:
         """The sampling options of the outermost level's router; `implementation` is that of the boundary scan."""
         actions = self.actions[0] if self.actions else None
         scan = functools.partial(boundary_scan, implementation=implementation)
@@ -291,7 +291,9 @@ class Hierarchy(AbstractStage):
             encoded = self.encoder(hidden, layout, kept.encoder)
             hidden, layout = repeated((encoded.hidden, layout), sampling.samples)
         with jax.named_scope("boundary"):
-            routed = self.estimator.router.route(hidden, layout, sampling.here(self.implementation), kept.router)
+            routed = self.estimator.router.route(
+                hidden, layout, sampling.router_options(self.implementation), kept.router
+            )
             boundaries = routed.boundaries.truncated(sampling.capacity(hidden.shape[1]))
         return Encoded(hidden, layout, routed.boundaries.actions, boundaries, encoded.update, routed.update)
 
@@ -347,7 +349,7 @@ class Hierarchy(AbstractStage):
         self, hidden: Float[Array, "batch length dim"], layout: Layout, sampling: StageSampling
     ) -> Boundaries:
         """The boundaries of this level, drawn from the encoder's states."""
-        return self.estimator.router(hidden, layout, sampling.here(self.implementation))
+        return self.estimator.router(hidden, layout, sampling.router_options(self.implementation))
 
     def token_layout(self, tokens: Tokens, layout: Layout, before: Int[Array, " batch"] | None = None) -> Layout:
         """The layout of the tokens; `before`: how many tokens each sequence had before these."""

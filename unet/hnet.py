@@ -29,7 +29,7 @@ STD = 0.02
 """Standard deviation of initial weights, as released."""
 
 
-MOST_LAYERS = 4096
+MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def _letters(part: object) -> str:
             f'a network of a layout must be letters of mMtT, each with a number, such as "T1m4"; got {json.dumps(part)}'
         )
     runs = [(letter, int(number)) for letter, number in re.findall(r"([mMtT])(\d+)", part)]
-    if sum(number for _, number in runs) > MOST_LAYERS:
-        raise ValueError(f"a network of a layout must have at most {MOST_LAYERS} layers; got {json.dumps(part)}")
+    if sum(number for _, number in runs) > MAX_LAYERS:
+        raise ValueError(f"a network of a layout must have at most {MAX_LAYERS} layers; got {json.dumps(part)}")
     return "".join(letter * number for letter, number in runs)
 
 

@@ -32,7 +32,7 @@ class Linear(eqx.Module):
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         return x @ self.weight.astype(x.dtype)
 
-    def wide(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
+    def in_float32(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         """The same product in float32, the dtype of its accumulation: for logits that enter a loss."""
         return jnp.matmul(x, self.weight.astype(x.dtype), preferred_element_type=jnp.float32)
 

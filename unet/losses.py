@@ -78,7 +78,7 @@ class Reward(eqx.Module):
     early_log_prob: Float[Array, "batch length"] | None
     scored: Int[Array, "batch length"]
 
-    def inside(self, level: Level, tokens: int) -> Reward:
+    def of_tokens(self, level: Level, tokens: int) -> Reward:
         """The rewards of the tokens that `level` makes of these positions: each the sum from the position that closed it to the
         one before the next token closes."""
         index = token_of(level.boundaries.actions)
@@ -145,7 +145,7 @@ def objective_inputs(
         if objective.needs_early_exit:
             reward, trains_early_exit = jax.lax.stop_gradient(reward), False
         if number + 1 < len(levels):
-            reward = reward.inside(level, levels[number + 1].hidden.shape[1])
+            reward = reward.of_tokens(level, levels[number + 1].hidden.shape[1])
     return inputs
 
 

@@ -21,7 +21,7 @@ from unet.layers import Linear, RMSNorm
 from unet.likelihood import plain_layout
 from unet.losses import LossOutput, Prediction, losses
 from unet.ngrams import HashedNgrams
-from unet.numerics import own_promotion
+from unet.numerics import with_rank_promotion
 
 
 class TextUpdate(eqx.Module):
@@ -117,7 +117,7 @@ class UNet(eqx.Module):
     early_exit_fraction: float = eqx.field(static=True)
     ngrams: HashedNgrams | None = None
 
-    @own_promotion
+    @with_rank_promotion
     def __init__(
         self,
         config: AbstractShape,
@@ -145,7 +145,7 @@ class UNet(eqx.Module):
         self.early_exit_fraction = config.early_exit_fraction
         self.ngrams = parts.ngrams
 
-    @own_promotion
+    @with_rank_promotion
     def __call__(
         self,
         bytes: Integer[Array, "batch length"],
@@ -173,14 +173,14 @@ class UNet(eqx.Module):
         sampling = StageSampling(key, actions, target_rate, _bounds(capacities), samples, training)
         return self.predict(self.stage(self.embed(layout), layout, sampling), samples=samples)
 
-    @own_promotion
+    @with_rank_promotion
     def init_state(self, batch: int, keys: Key[Array, " batch"] | None = None) -> TextState:
         """The decode state of `batch` texts before their first byte; `keys` draw their boundaries (None: greedy)."""
         recent = None if self.ngrams is None else jnp.zeros((batch, self.ngrams.reach), jnp.int32)
         stage = self.stage.init_state(batch, self.embedding.shape[1])
         return TextState(stage, jnp.zeros((batch,), jnp.int32), keys, recent)
 
-    @own_promotion
+    @with_rank_promotion
     def decode(
         self,
         bytes: Integer[Array, "batch length"],
@@ -216,7 +216,7 @@ class UNet(eqx.Module):
                 # The encoder's states, which all samples of a sequence share.
                 hidden = without_copies(output.levels[0].hidden, samples)
                 hidden = hidden if early_positions is None else hidden[:, early_positions]
-                early_logits = self.early_head.wide(self.early_norm(hidden))
+                early_logits = self.early_head.in_float32(self.early_norm(hidden))
             return Prediction(self.logits(output.hidden), early_logits, output.levels, early_positions)
 
     @property
@@ -226,7 +226,7 @@ class UNet(eqx.Module):
 
     def logits(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length vocab"]:
         """Final norm and output head, applied to the stage's hidden states."""
-        return self.output_head.wide(hidden if self.norm is None else self.norm(hidden))
+        return self.output_head.in_float32(hidden if self.norm is None else self.norm(hidden))
 
     def early_positions(self, length: int, key: PRNGKeyArray | None) -> Int[Array, " positions"] | None:
         """Random positions at which the early-exit head predicts in a training step. None means all, as without a key."""
@@ -246,7 +246,7 @@ class UNet(eqx.Module):
                 embedded = embedded + self.ngrams(layout.bytes, layout.document_positions, before)
             return embedded.astype(self.compute)
 
-    @own_promotion
+    @with_rank_promotion
     def loss(
         self,
         bytes: Integer[Array, "batch length"],
@@ -294,7 +294,7 @@ class UNet(eqx.Module):
         # `output.loss` comes from the auxiliary output and carries no gradient.
         return dataclasses.replace(output, loss=loss)
 
-    @own_promotion
+    @with_rank_promotion
     def losses(
         self,
         prediction: Prediction,

@@ -32,8 +32,8 @@ PRIMES = (
 OFFSET = 4
 """Number of special ids in BLT's code: byte b has the id b + 4."""
 
-LONGEST = 64
-MOST_OFFSET = 512
+MAX_NGRAM = 64
+MAX_OFFSET = 512
 """Limits within which sums of ids times 16-bit parts of powers fit into 32 bits."""
 
 
@@ -88,14 +88,14 @@ class HashedNgrams(eqx.Module):
         `std` should equal that of the byte embeddings: both are $d^{-1/2}$ in BLT and 1 in `UNet`. Raises `ValueError` for n
         below 2 or above 64, for tables with no rows or more than $2^{31}$, for no hash function or more than there are primes,
         and for an offset outside 0 … 512."""
-        if not sizes or min(sizes) < 2 or max(sizes) > LONGEST or not 1 <= buckets <= 2**31:
+        if not sizes or min(sizes) < 2 or max(sizes) > MAX_NGRAM or not 1 <= buckets <= 2**31:
             raise ValueError(
-                f"n-grams must have two bytes or more, at most {LONGEST}, tables one row or more, at most 2^31; got "
+                f"n-grams must have two bytes or more, at most {MAX_NGRAM}, tables one row or more, at most 2^31; got "
                 f"{tuple(sizes)} and {buckets}"
             )
-        if not 1 <= functions <= len(PRIMES) or not 0 <= offset <= MOST_OFFSET:
+        if not 1 <= functions <= len(PRIMES) or not 0 <= offset <= MAX_OFFSET:
             raise ValueError(
-                f"there must be 1 to {len(PRIMES)} hash functions, and an offset from 0 to {MOST_OFFSET}; got {functions} and "
+                f"there must be 1 to {len(PRIMES)} hash functions, and an offset from 0 to {MAX_OFFSET}; got {functions} and "
                 f"{offset}"
             )
         keys = jax.random.split(key, functions * len(sizes))

@@ -273,10 +273,10 @@ class AttentionPool(AbstractDownsampler):
         # (b, tokens, vectors, d)
         first = self.unfold(largest.tokens.values).reshape(*largest.tokens.values.shape[:2], -1, hidden.shape[2])
         keys, values = jnp.split(self.cross.keys_values(hidden), 2, axis=-1)
-        new = KVUpdate(self.cross.by_heads(keys), self.cross.by_heads(values))
-        mixed = _within_groups(self.cross.asked(first), new, groups, None if state is None else state.cache)
-        joined = self.cross.joined(first, mixed.astype(hidden.dtype)).reshape(*first.shape[:2], -1)
-        tokens = largest.tokens.replaced(jnp.where(largest.tokens.mask[..., None], joined, jnp.zeros((), joined.dtype)))
+        new = KVUpdate(self.cross.split_heads(keys), self.cross.split_heads(values))
+        attended = _attend_groups(self.cross.queries(first), new, groups, None if state is None else state.cache)
+        pooled = self.cross.output(first, attended.astype(hidden.dtype)).reshape(*first.shape[:2], -1)
+        tokens = largest.tokens.replaced(jnp.where(largest.tokens.mask[..., None], pooled, jnp.zeros((), pooled.dtype)))
         if state is None or mask is None:
             return Downsampled(tokens, None)
         group = open_group(boundaries.actions, mask)
@@ -286,7 +286,7 @@ class AttentionPool(AbstractDownsampler):
         return Downsampled(tokens, GroupUpdate(shifted, group.count, group.closed, largest.update))
 
 
-def _within_groups(
+def _attend_groups(
     query: Float[Array, "batch tokens vectors heads head_dim"],
     new: KVUpdate,
     groups: Groups,
@@ -299,7 +299,7 @@ def _within_groups(
     own_query = groups.spread(query.reshape(*query.shape[:2], -1)).reshape(*new.keys.shape[:2], *query.shape[2:])
     logits = jnp.sum(own_query * new.keys[:, :, None].astype(jnp.float32), axis=-1)
     largest = groups.largest(logits)
-    cached = None if cache is None or not cache.slots else _of_cache(query[:, 0], cache)
+    cached = None if cache is None or not cache.slots else _cached_group(query[:, 0], cache)
     if cached is not None:
         first = jnp.maximum(largest[:, :1], jnp.max(cached.logits, axis=1)[:, None])
         largest = jnp.concatenate([first, largest[:, 1:]], axis=1)
@@ -324,7 +324,7 @@ class _CachedGroup(eqx.Module):
     values: Float[Array, "batch heads slots head_dim"]
 
 
-def _of_cache(query: Float[Array, "batch vectors heads head_dim"], cache: AnyCache) -> _CachedGroup:
+def _cached_group(query: Float[Array, "batch vectors heads head_dim"], cache: AnyCache) -> _CachedGroup:
     """Logits are NaN if the cache had no slot for a position of the group."""
     cache = cache.copied() if isinstance(cache, KVCacheView) else cache
     logits = jnp.einsum("bvhd,bhsd->bsvh", query, cache.keys.astype(jnp.float32))

@@ -22,7 +22,7 @@ from unet.decoding.sampling import Sampling, draw
 from unet.decoding.score import drawing_keys, keys_of, prefill, rate_of, texts_as_bytes
 from unet.hierarchy import boundary_depth
 from unet.model import TextState, UNet
-from unet.numerics import own_promotion
+from unet.numerics import with_rank_promotion
 
 CHUNK = 64
 """Bytes decoded per compiled call."""
@@ -182,7 +182,7 @@ def decode_byte(
 
 
 @eqx.filter_jit(donate="all-except-first")
-@own_promotion
+@with_rank_promotion
 def decode_chunk(settings: DecodeSettings, state: DecodeState) -> DecodedChunk:
     """Decode up to `length` bytes of every text, fewer if all are done earlier."""
     batch, length = state.done.shape[0], settings.length

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from estimators.decode_state import AbstractDecodeState
 from estimators.equations import soft_cap
 
-LARGE = 128
+MIN_SLICED_SLOTS = 128
 """Slots from which on a token-level cache is worth compiling programs that read only its filled part."""
 
 
@@ -167,7 +167,7 @@ def is_unallocated(state: PyTree[Array]) -> bool:
     return any(not part.slots for part in _caches(state))
 
 
-def of_sequences(state: Tree, chosen: Int[Array, " some"], quarters: int = 4) -> Tree:
+def select_sequences(state: Tree, chosen: Int[Array, " some"], quarters: int = 4) -> Tree:
     """The `chosen` sequences of a tree of batch-major arrays, for reading. Each KV cache without a window becomes a view of the
     first `quarters`/4 of its slots (see `KVCacheView`), each windowed one a view of all."""
 

@@ -19,7 +19,7 @@ from unet.decoding.kv_cache import rounded_up
 from unet.hierarchy import boundary_depth
 from unet.likelihood import next_logprobs
 from unet.model import TextState, UNet
-from unet.numerics import own_promotion
+from unet.numerics import with_rank_promotion
 
 
 @runtime_checkable
@@ -55,7 +55,7 @@ class Prefilled(eqx.Module):
 
 
 @eqx.filter_jit
-@own_promotion
+@with_rank_promotion
 def _prefill(
     model: UNet,
     bytes: Int[Array, "batch length"],
@@ -212,7 +212,7 @@ class Likelihoods(eqx.Module):
 
 
 @eqx.filter_jit
-@own_promotion
+@with_rank_promotion
 def _likelihoods(
     model: UNet,
     bytes: Int[Array, "batch length"],

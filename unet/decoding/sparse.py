@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from unet.capacity import smallest_with_room
-from unet.decoding.kv_cache import LARGE, filled_quarters, most_slots, of_sequences
+from unet.decoding.kv_cache import MIN_SLICED_SLOTS, filled_quarters, most_slots, select_sequences
 
 Output = TypeVar("Output", bound=PyTree[Array])
 
@@ -32,7 +32,7 @@ def for_closed(stage: Callable[..., Output], closed: Bool[Array, " batch"], oper
         if size == batch:
             return stage(*operands)
         chosen = first[:size]
-        done = stage(*of_sequences(operands, chosen, quarters))
+        done = stage(*select_sequences(operands, chosen, quarters))
         return jax.tree.map(lambda leaf: jnp.zeros((batch, *leaf.shape[1:]), leaf.dtype).at[chosen].set(leaf), done)
 
     def skip() -> Output:
@@ -40,7 +40,7 @@ def for_closed(stage: Callable[..., Output], closed: Bool[Array, " batch"], oper
 
     state = operands[-1]
     # Not for a whole batch, such as a single text: it reads its caches in place, and copying the filled part saves nothing.
-    parts = (2, 3, 4) if sizes[0] < batch and most_slots(state) >= LARGE else (4,)
+    parts = (2, 3, 4) if sizes[0] < batch and most_slots(state) >= MIN_SLICED_SLOTS else (4,)
     branches = [functools.partial(run, sizes[0], quarters) for quarters in parts]
     filled = jnp.clip(filled_quarters(state, first[: sizes[0]]) - 2, 0, len(branches) - 1)
     which = smallest_with_room(jnp.sum(closed, dtype=jnp.int32), sizes)

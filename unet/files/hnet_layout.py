@@ -27,7 +27,7 @@ from unet.mamba import Mamba2
 from unet.model import UNet
 from unet.widened import Widened
 
-KEPT_WIDE = (
+FLOAT32_PARAMETERS = (
     ".A_log",
     ".D",
     ".dt_bias",
@@ -83,10 +83,10 @@ def from_reference(
     """The language model of a published configuration and its parameters.
 
     `model(input_ids)` has `logits`, and in `levels` the boundaries of every stage. `dtype` is that of weights and products
-    (`KEPT_WIDE` stay float32); `chunk_sizes` as in `new_hnet`. Parameters are read one at a time, so a mapping that reads them
-    from a file never holds two. If embeddings are tied, the embedding may be given by its own name, as the head, or as both.
-    Raises `LayoutError` for missing and unknown names, for another shape or dtype, and for a tied head that differs from the
-    embedding.
+    (`FLOAT32_PARAMETERS` stay float32); `chunk_sizes` as in `new_hnet`. Parameters are read one at a time, so a mapping that
+    reads them from a file never holds two. If embeddings are tied, the embedding may be given by its own name, as the head, or
+    as both. Raises `LayoutError` for missing and unknown names, for another shape or dtype, and for a tied head that differs
+    from the embedding.
     """
     shape = shape_of(config, compute=dtype)
     skeleton = eqx.filter_eval_shape(new_hnet, shape, chunk_sizes=chunk_sizes)
@@ -127,7 +127,7 @@ def _weight(place: Named, value: np.ndarray, dtype: WeightType) -> Array:
         raise LayoutError(f"{place.name} has shape {list(value.shape)}; the configuration asks for {list(place.shape)}")
     if value.dtype not in (np.float32, np.float16, jnp.bfloat16):
         raise LayoutError(f"{place.name} is {value.dtype}; weights must be float32, float16 or bfloat16")
-    wanted = jnp.float32 if place.name.endswith(KEPT_WIDE) else jnp.dtype(dtype)
+    wanted = jnp.float32 if place.name.endswith(FLOAT32_PARAMETERS) else jnp.dtype(dtype)
     value = value.T if place.transposed else value.reshape(place.leaf.shape)
     # Wait, or pending copies would pile up in memory.
     return jax.block_until_ready(jnp.asarray(value.astype(wanted, order="C")))

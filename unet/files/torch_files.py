@@ -19,10 +19,10 @@ from typing import IO, ClassVar, cast
 import jax.numpy as jnp
 import numpy as np
 
-LARGEST_PICKLE = 1 << 26
+MAX_PICKLE_BYTES = 1 << 26
 """Maximum size in bytes of the pickle of names and shapes."""
 
-MOST_DIMENSIONS = 16
+MAX_DIMENSIONS = 16
 """Maximum number of dimensions of a tensor."""
 
 PIECE = 1 << 20
@@ -34,15 +34,15 @@ class TorchFileError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class _StorageType:
     """A class of storages in a pickle, and its dtype."""
 
     name: str
     dtype: np.dtype
 
 
-_KINDS = {
-    f"{name}Storage": _Kind(f"{name}Storage", np.dtype(dtype))
+_STORAGE_TYPES = {
+    f"{name}Storage": _StorageType(f"{name}Storage", np.dtype(dtype))
     for name, dtype in {
         "Float": np.float32,
         "BFloat16": jnp.bfloat16,
@@ -62,7 +62,7 @@ _KINDS = {
 class _Storage:
     """One storage: the zip member with its data, and its number of elements."""
 
-    kind: _Kind
+    kind: _StorageType
     member: str
     size: int
 
@@ -93,7 +93,7 @@ def _rebuild_tensor(storage: object, offset: object, shape: object, strides: obj
     if not isinstance(storage, _Storage) or any(type(number) is not int or number < 0 for number in whole):
         raise pickle.UnpicklingError("a tensor has no sensible shape")
     place = TensorPlace(storage, cast(int, offset), _numbers(shape), _numbers(strides))
-    if len(place.shape) != len(place.strides) or len(place.shape) > MOST_DIMENSIONS:
+    if len(place.shape) != len(place.strides) or len(place.shape) > MAX_DIMENSIONS:
         raise pickle.UnpicklingError("a tensor has no sensible shape")
     # No element may be used twice, so that what is read is never larger than the file.
     if math.prod(size for size in place.shape if size) > storage.size:
@@ -114,7 +114,7 @@ def _parameter(data: object, *rest: object) -> object:
     return data
 
 
-_HARMLESS: Mapping[tuple[str, str], Callable[..., object]] = {
+_ALLOWED: Mapping[tuple[str, str], Callable[..., object]] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("collections", "defaultdict"): defaultdict,
     ("torch", "Size"): tuple,
@@ -153,15 +153,15 @@ class _Unpickler(pickle._Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> object:  # what a pickle calls or marks a storage with
-        if module == "torch" and name in _KINDS:
-            return _KINDS[name]
-        if (module, name) in _HARMLESS:
-            return _HARMLESS[module, name]
+        if module == "torch" and name in _STORAGE_TYPES:
+            return _STORAGE_TYPES[name]
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is neither a tensor nor a plain container")
 
     def persistent_load(self, pid: object) -> _Storage:
         match pid:
-            case ("storage", _Kind() as kind, str(member), str(), int(size)):
+            case ("storage", _StorageType() as kind, str(member), str(), int(size)):
                 return _Storage(kind, member, size)
         raise pickle.UnpicklingError("it refers to something that is not a storage")
 
@@ -181,9 +181,9 @@ class TorchFile(Mapping[str, np.ndarray]):
             if len(members) != 1:
                 raise TorchFileError(f"{path} is not a file of PyTorch weights: it has no data.pkl")
             self._folder = members[0].removesuffix("data.pkl")
-            if self._zip.getinfo(members[0]).file_size > LARGEST_PICKLE:
+            if self._zip.getinfo(members[0]).file_size > MAX_PICKLE_BYTES:
                 raise TorchFileError(
-                    f"{path} has a data.pkl of over {LARGEST_PICKLE} bytes, more than any weights need"
+                    f"{path} has a data.pkl of over {MAX_PICKLE_BYTES} bytes, more than any weights need"
                 )
             with self._zip.open(members[0]) as stream:
                 content: object = _Unpickler(stream).load()
@@ -229,7 +229,7 @@ class TorchFile(Mapping[str, np.ndarray]):
         storage, dtype = place.storage, place.dtype
         try:
             with self._zip.open(f"{self._folder}data/{storage.member}") as stream:
-                if place.strides == _plain_strides(place.shape):
+                if place.strides == _contiguous_strides(place.shape):
                     stream.seek(place.offset * dtype.itemsize)
                     return self._read(stream, dtype, math.prod(place.shape), name).reshape(place.shape)
                 block = self._read(stream, dtype, storage.size, name)
@@ -270,7 +270,7 @@ def _tensors(content: object, path: Path) -> dict[str, TensorPlace]:
     raise TorchFileError(f"{path} holds no dictionary of tensors")
 
 
-def _plain_strides(shape: Sequence[int]) -> tuple[int, ...]:
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of a contiguous tensor."""
     strides: list[int] = []
     step = 1
@@ -285,7 +285,7 @@ def write_torch_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
     Raises `ValueError` for a dtype that PyTorch has no storage for.
     """
-    kinds = {kind.dtype: kind.name for kind in _KINDS.values()}
+    kinds = {kind.dtype: kind.name for kind in _STORAGE_TYPES.values()}
     description = bytearray(b"\x80\x02ccollections\nOrderedDict\n)R(")
     temporary = path.with_name(f".{path.name}.tmp")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -306,7 +306,7 @@ def _text(text: str) -> bytes:
     return b"X" + struct.pack("<I", len(content)) + content
 
 
-def _whole(number: int) -> bytes:
+def _long(number: int) -> bytes:
     content = number.to_bytes(8, "little")
     return b"\x8a\x08" + content
 
@@ -314,8 +314,8 @@ def _whole(number: int) -> bytes:
 def _tensor(kind: str, member: str, shape: tuple[int, ...]) -> bytes:
     """The opcodes of `_rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`."""
     storage = b"(" + _text("storage") + f"ctorch\n{kind}\n".encode() + _text(member) + _text("cpu")
-    storage += _whole(math.prod(shape)) + b"tQ"
-    sizes = b"(" + b"".join(_whole(size) for size in shape) + b"t"
-    strides = b"(" + b"".join(_whole(step) for step in _plain_strides(shape)) + b"t"
-    arguments = b"(" + storage + _whole(0) + sizes + strides + b"\x89ccollections\nOrderedDict\n)Rt"
+    storage += _long(math.prod(shape)) + b"tQ"
+    sizes = b"(" + b"".join(_long(size) for size in shape) + b"t"
+    strides = b"(" + b"".join(_long(step) for step in _contiguous_strides(shape)) + b"t"
+    arguments = b"(" + storage + _long(0) + sizes + strides + b"\x89ccollections\nOrderedDict\n)Rt"
     return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"

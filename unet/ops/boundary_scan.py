@@ -11,7 +11,7 @@ from estimators.equations import soft_cap
 from estimators.sharding import varying_zeros
 from unet.ops.mosaic import AHEAD, LANES, Implementation, declare, dispatch, refusal
 
-MOST_TAPS = 17
+MAX_LAGS = 17
 """Lags that the kernel supports at most: its memory has one action less."""
 
 
@@ -70,8 +70,8 @@ def boundary_scan(
 def _refusal(projections: Array) -> str | None:
     if unable := refusal(LANES, projections.dtype):
         return unable
-    if projections.shape[-1] > MOST_TAPS:
-        return f"the window of {projections.shape[-1] - 1} actions is longer than {MOST_TAPS - 1}"
+    if projections.shape[-1] > MAX_LAGS:
+        return f"the window of {projections.shape[-1] - 1} actions is longer than {MAX_LAGS - 1}"
     if projections.dtype != jnp.float32:
         return f"projections are {projections.dtype.name}, not float32"
     return None
