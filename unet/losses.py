@@ -79,15 +79,15 @@ class Reward(eqx.Module):
     scored: Int[Array, "batch length"]
 
     def of_tokens(self, level: Level, tokens: int) -> Reward:
-        """The rewards of the tokens that `level` makes of these positions: each the sum from the position that closed it to the
-        one before the next token closes."""
+        """The rewards of the `tokens` tokens that `level` makes of these positions. Each is the sum from the position that closed
+        the token to the one before the next token closes."""
         index = token_of(level.boundaries.actions)
         # Positions before the first token belong to none.
         index = jnp.where(index < 0, tokens, index)
         return jax.tree.map(lambda values: add_at(index, values, tokens), self)
 
     def scaled(self, factor: Float[Array, ""]) -> Reward:
-        """With log-probabilities multiplied by a factor."""
+        """The same with log-probabilities multiplied by a factor."""
         early = None if self.early_log_prob is None else factor * self.early_log_prob
         return Reward(factor * self.log_prob, early, self.scored)
 
@@ -128,13 +128,13 @@ def objective_inputs(
     trains_early_exit = True
     target_rates = [target_rate, *[None] * len(levels)]
     for number, (level, objective) in enumerate(zip(levels, objectives, strict=True)):
-        here = reward.scaled(_deciding(level) / _deciding(levels[0]))
+        scaled = reward.scaled(_deciding(level) / _deciding(levels[0]))
         inputs.append(
             ObjectiveInputs(
                 level.boundaries,
                 level.hidden,
-                here.log_prob,
-                here.early_log_prob,
+                scaled.log_prob,
+                scaled.early_log_prob,
                 reward.scored > 0,
                 continues(level.layout),
                 target_rates[number],
@@ -195,16 +195,16 @@ def _summary(
 ) -> LossOutput:
     """The loss, and the numbers to log beside it."""
     positions = jnp.maximum(jnp.sum(layout.mask), 1).astype(jnp.float32)
-    room = layout.bytes.shape[0] * (capacity or layout.bytes.shape[1])
+    token_positions = layout.bytes.shape[0] * (capacity or layout.bytes.shape[1])
     if not levels:
         zero = jnp.zeros(())
         return LossOutput(loss, log_prob, early_log_prob, rate=zero, overflow=zero, padding=zero, metrics={})
     metrics: dict[str, Float[Array, ""]] = {}
     for number, (level, output) in enumerate(zip(levels, outputs, strict=True)):
         tokens, dropped = (jnp.sum(part).astype(jnp.float32) for part in (level.lengths, level.overflow))
-        shares = {"rate": tokens / positions, "overflow": dropped / positions}
-        metrics |= {level_prefix(number) + name: value for name, value in {**output.metrics, **shares}.items()}
+        fractions = {"rate": tokens / positions, "overflow": dropped / positions}
+        metrics |= {level_prefix(number) + name: value for name, value in {**output.metrics, **fractions}.items()}
         positions = tokens
-    padding = 1.0 - jnp.sum(levels[0].lengths).astype(jnp.float32) / room
+    padding = 1.0 - jnp.sum(levels[0].lengths).astype(jnp.float32) / token_positions
     rate, overflow = metrics.pop("rate"), metrics.pop("overflow")
     return LossOutput(loss, log_prob, early_log_prob, rate, overflow, padding, metrics)

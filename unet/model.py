@@ -64,7 +64,7 @@ class Decoded(eqx.Module):
 
 def check_bytes(bytes: Integer[Array, "batch length"]) -> Integer[Array, "batch length"]:
     """`bytes` unchanged. Raises `ValueError` unless it is an integer array with the axes batch and length, and for values
-    outside 0 … 255; the latter only outside of compiled functions, where values can be inspected."""
+    outside 0 … 255. Values are checked only outside of compiled functions, where they can be inspected."""
     if not hasattr(bytes, "dtype") or bytes.ndim != 2 or not jnp.issubdtype(bytes.dtype, jnp.integer):
         shape, dtype = getattr(bytes, "shape", type(bytes).__name__), getattr(bytes, "dtype", "")
         raise ValueError(f"bytes must be integers, batch x length (one text: text[None]); got {dtype} {shape}")
@@ -190,7 +190,7 @@ class UNet(eqx.Module):
         capacities: Sequence[int] | int = (),
         noise: Float[Array, "batch length"] | None = None,
     ) -> Decoded:
-        """Predict at the next bytes of each text; `mask` is True for the bytes that are there, which come first.
+        """Predict at the next bytes of each text; `mask` is True at bytes and False at padding, which comes last.
 
         From `init_state` this is prefill; one byte is a decoding step. A text gets the same predictions and boundaries however
         it is split into calls, and the same as from `__call__` with its key. KV caches of the token level get one slot for each
@@ -198,9 +198,9 @@ class UNet(eqx.Module):
         are NaN. If a level overflows `capacities`, the state must not be used. `noise`: what `TextState.noise` returns for
         these bytes, which is cheaper computed for many bytes at once.
         """
-        place = state.count[:, None] + jnp.arange(bytes.shape[1], dtype=jnp.int32)
+        positions = state.count[:, None] + jnp.arange(bytes.shape[1], dtype=jnp.int32)
         mask = jnp.ones(bytes.shape, bool) if mask is None else mask
-        layout = Layout(bytes.astype(jnp.int32), place, jnp.zeros_like(place), mask, state.count)
+        layout = Layout(bytes.astype(jnp.int32), positions, jnp.zeros_like(positions), mask, state.count)
         sampling = StageSampling(state.keys, capacities=_bounds(capacities), noise=noise)
         output = self.stage(self.embed(layout, state.recent), layout, sampling, state.stage)
         return Decoded(self.predict(output), TextUpdate(output.update, layout.bytes))
@@ -274,17 +274,17 @@ class UNet(eqx.Module):
             def branch(operands: tuple[UNet, Encoded, StageSampling, Layout]) -> tuple[Float[Array, ""], LossOutput]:
                 model, encoded, sampling, layout = operands
                 early = model.early_positions(layout.bytes.shape[1], sampling.key) if sampling.training else None
-                output = model.stage.decode(encoded, sampling, capacity=capacity)
-                prediction = model.predict(output, samples=samples, early_positions=early)
+                decoded = model.stage.decode(encoded, sampling, capacity=capacity)
+                prediction = model.predict(decoded, samples=samples, early_positions=early)
                 with jax.named_scope("loss"):
-                    found = model.losses(
+                    output = model.losses(
                         prediction,
                         repeated(layout, samples),
                         target_rate=sampling.target_rate,
                         samples=samples,
                         capacity=capacity,
                     )
-                return found.loss, found
+                return output.loss, output
 
             return branch
 
