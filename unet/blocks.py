@@ -192,10 +192,10 @@ class Stack(eqx.Module):
         attends to them. Raises `ValueError` if such a stack gets none."""
         context = self._context(x, layout, state, tokens)
         stream, updates = x if self.norm is None else x.astype(jnp.float32), []
-        for block, kept in zip(self.blocks, (None,) * len(self.blocks) if state is None else state, strict=True):
-            done = (eqx.filter_checkpoint(block) if self.remat else block)(stream, context, kept)
-            stream = done.hidden
-            updates.append(done.update)
+        for block, old in zip(self.blocks, (None,) * len(self.blocks) if state is None else state, strict=True):
+            output = (eqx.filter_checkpoint(block) if self.remat else block)(stream, context, old)
+            stream = output.hidden
+            updates.append(output.update)
         hidden = stream if self.norm is None else self.norm(stream).astype(x.dtype)
         return LayerOutput(hidden, None if state is None else tuple(updates))
 

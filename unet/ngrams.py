@@ -34,10 +34,10 @@ OFFSET = 4
 
 MAX_NGRAM = 64
 MAX_OFFSET = 512
-"""Limits within which sums of ids times 16-bit parts of powers fit into 32 bits."""
+"""Largest length of an n-gram and largest `offset` with which `rolling_hash` cannot overflow 32 bits."""
 
 
-def rolling_hash(ids: Int[Array, "*rows bytes"], buckets: int, prime: int = PRIMES[0]) -> Int[Array, "*rows"]:
+def rolling_hash(ids: Int[Array, "*shape bytes"], buckets: int, prime: int = PRIMES[0]) -> Int[Array, "*shape"]:
     r"""$\big(\sum_{j=0}^{n-1} t_j\, a^j\big) \bmod \mathrm{buckets}$ of n ids, the oldest first, a = `prime` (BLT).
 
     As in the released code, the sum is a signed 64-bit integer that wraps around, and the remainder is not negative. Ids lie in
@@ -46,8 +46,8 @@ def rolling_hash(ids: Int[Array, "*rows bytes"], buckets: int, prime: int = PRIM
     """
     parts = [jnp.zeros(ids.shape[:-1], jnp.uint32) for _ in range(4)]
     for place in range(ids.shape[-1]):
-        power, here = pow(prime, place, 2**64), ids[..., place].astype(jnp.uint32)
-        parts = [part + here * jnp.uint32(power >> 16 * number & 0xFFFF) for number, part in enumerate(parts)]
+        power, one = pow(prime, place, 2**64), ids[..., place].astype(jnp.uint32)
+        parts = [part + one * jnp.uint32(power >> 16 * number & 0xFFFF) for number, part in enumerate(parts)]
     for number in range(3):
         parts[number + 1] = parts[number + 1] + (parts[number] >> 16)
     parts = [part & 0xFFFF for part in parts]
@@ -118,9 +118,9 @@ class HashedNgrams(eqx.Module):
         if before is None:
             before = jnp.zeros((bytes.shape[0], self.reach), bytes.dtype)
         ids, length = jnp.concatenate([before, bytes], axis=1).astype(jnp.int32) + self.offset, bytes.shape[1]
-        # The ids that lie 0, 1, … positions back.
-        back = [ids[:, self.reach - far : self.reach - far + length] for far in range(self.reach + 1)]
-        back = [jnp.where(document_positions >= far, rows, 0) for far, rows in enumerate(back)]
+        # back[k] holds, for each position, the id that lies k positions back.
+        back = [ids[:, self.reach - k : self.reach - k + length] for k in range(self.reach + 1)]
+        back = [jnp.where(document_positions >= k, shifted, 0) for k, shifted in enumerate(back)]
         total = jnp.zeros((*bytes.shape, self.tables[0].shape[1]), self.tables[0].dtype)
         for (prime, size), table in zip(itertools.product(self.primes, self.sizes), self.tables, strict=True):
             window = jnp.stack(back[size - 1 :: -1], axis=-1)

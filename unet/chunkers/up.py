@@ -20,7 +20,7 @@ def spread(
     before: Float[Array, "batch 1 dim"] | None,
     implementation: Implementation | None,
 ) -> Float[Array, "batch length dim"]:
-    r"""$Y'_{\mathrm{token\_of}(i)}$, with `before` at the positions before the first token (None: zero)."""
+    r"""$Y'_{\mathrm{token\_of}(i)}$, with `before` at the positions before the first of these tokens (None: zero)."""
     back = upsample(outputs, actions, implementation=implementation)
     if before is None:
         return back
@@ -31,9 +31,9 @@ def last_output(
     outputs: Float[Array, "batch tokens dim"], tokens: Tokens, before: Float[Array, "batch 1 dim"]
 ) -> Float[Array, "batch 1 dim"]:
     """The output of the last token of each sequence, or `before` if there is none among these."""
-    last = (tokens.lengths - 1)[:, None, None]
-    found = jnp.take_along_axis(outputs, jnp.maximum(last, 0), axis=1, mode="clip")
-    return jnp.where(last >= 0, found, before.astype(outputs.dtype))
+    index = (tokens.lengths - 1)[:, None, None]
+    last = jnp.take_along_axis(outputs, jnp.maximum(index, 0), axis=1, mode="clip")
+    return jnp.where(index >= 0, last, before.astype(outputs.dtype))
 
 
 class Distribute(AbstractUpsampler):
@@ -134,7 +134,7 @@ class Smooth(AbstractUpsampler):
         averages = self.averages(outputs if state is None else outputs.astype(jnp.float32), tokens, boundaries, state)
         back = spread(averages.astype(outputs.dtype), boundaries.actions, state, self.implementation)
         update = None if state is None else last_output(averages, tokens, state)
-        return Upsampled(self.joined(back, hidden, boundaries), update)
+        return Upsampled(self.combined(back, hidden, boundaries), update)
 
     def averages(
         self,
@@ -148,29 +148,29 @@ class Smooth(AbstractUpsampler):
             return outputs
         probs = jnp.take_along_axis(boundaries.probs, tokens.positions, axis=1, mode="clip")
         starts = jnp.take_along_axis(boundaries.starts, tokens.positions, axis=1, mode="clip")
-        # A forced boundary is certain, whatever the policy thought of it (H-Net's router says so itself).
+        # A forced boundary is certain, whatever its probability under the policy. H-Net's own router already says 1.
         probs = jnp.where(starts, 1.0, probs)
         return smooth(outputs, probs, starts, initial=before, implementation=self.implementation)
 
-    def joined(
+    def combined(
         self,
         back: Float[Array, "batch length dim"],
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
     ) -> Float[Array, "batch length dim"]:
-        """Y, from the average at each position."""
+        """Y, from the average `back` at each position."""
         if self.projection is not None:
             back = back.astype(jnp.float32)
         if self.weighting != "none":
-            sure = boundaries.confidence
+            weight = boundaries.confidence
             if self.weighting == "straight-through":
-                sure = 1.0 + (sure - jax.lax.stop_gradient(sure))
-            back = back * sure.astype(back.dtype)[..., None]
+                weight = 1.0 + (weight - jax.lax.stop_gradient(weight))
+            back = back * weight.astype(back.dtype)[..., None]
         return (back + (hidden if self.projection is None else self.projection(hidden))).astype(hidden.dtype)
 
 
 class LeaveToDecoder(AbstractUpsampler):
-    """Returns the positions unchanged, since the decoder's blocks attend to the tokens themselves (BLT). $Y_i = X_i$.
+    """Leaves the positions unchanged: $Y_i = X_i$. The decoder's blocks attend to the tokens instead (BLT).
 
     For stages whose decoder has `Attending` blocks; without them the token level has no effect.
     """

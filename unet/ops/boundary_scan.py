@@ -12,7 +12,7 @@ from estimators.sharding import varying_zeros
 from unet.ops.mosaic import AHEAD, LANES, Implementation, declare, dispatch, refusal
 
 MAX_LAGS = 17
-"""Lags that the kernel supports at most: its memory has one action less."""
+"""Maximum number of lags in the kernel: 0 and those of the actions that it remembers."""
 
 
 def boundary_scan(

@@ -14,8 +14,8 @@ from unet.ops.rows import add_at, bounds_of, spread_rows
 
 
 class Groups(eqx.Module):
-    """Which group each position is in: `index`, equal to `tokens` if no boundary closes it. `upcoming` is the same, except that
-    those positions get the index of some other group, so that it never decreases. `tokens` is the capacity."""
+    """Which group each position is in: `index`, equal to `tokens`, the capacity, if it is in none. `upcoming` never decreases:
+    it is the same, except that positions in no group have the index of a neighbouring group."""
 
     index: Int[Array, "batch length"]
     upcoming: Int[Array, "batch length"]
