@@ -9,6 +9,18 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from estimators.base import AbstractChunker, Boundaries, ChunkerState, Downsampled, Tokens, Upsampled
 
+Hidden = Float[Array, "batch length dim"]
+"""The hidden states of the positions."""
+
+Outputs = Float[Array, "batch tokens token_dim"]
+"""The token level's outputs, or values made of them."""
+
+Mask = Bool[Array, "batch length"]
+"""One truth value for each position."""
+
+Vector = Float[Array, "batch 1 token_dim"]
+"""One vector for each sequence: what an upsampler keeps of the last token."""
+
 
 class AbstractDownsampler(eqx.Module):
     """Makes a token of the positions that a boundary closes."""
@@ -23,13 +35,7 @@ class AbstractDownsampler(eqx.Module):
 
     @abstractmethod
     def __call__(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
-        state: PyTree[Array] = None,
+        self, hidden: Hidden, boundaries: Boundaries, *, capacity: int, mask: Mask | None = None, state: PyTree = None
     ) -> Downsampled:
         """See `AbstractChunker.down`."""
 
@@ -48,13 +54,7 @@ class AbstractUpsampler(eqx.Module):
 
     @abstractmethod
     def __call__(
-        self,
-        outputs: Float[Array, "batch tokens token_dim"],
-        tokens: Tokens,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        state: PyTree[Array] = None,
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: PyTree = None
     ) -> Upsampled:
         """See `AbstractChunker.up`."""
 
@@ -76,26 +76,14 @@ class Chunker(AbstractChunker):
         return ChunkerState(self.downsampler.init_state(batch, dim), self.upsampler.init_state(batch, dim))
 
     def down(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
-        state: PyTree[Array] = None,
+        self, hidden: Hidden, boundaries: Boundaries, *, capacity: int, mask: Mask | None = None, state: PyTree = None
     ) -> Downsampled:
         if state is not None and mask is None:
             raise ValueError("a chunker with a decode state needs the mask of the positions that are there")
         return self.downsampler(hidden, boundaries, capacity=capacity, mask=mask, state=state)
 
     def up(
-        self,
-        outputs: Float[Array, "batch tokens token_dim"],
-        tokens: Tokens,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        state: PyTree[Array] = None,
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: PyTree = None
     ) -> Upsampled:
         """Raises `ValueError` if tokens are wider than positions and the upsampler cannot take them."""
         if outputs.shape[-1] != hidden.shape[-1] and not self.upsampler.widens:

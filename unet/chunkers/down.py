@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from estimators.base import Boundaries, Downsampled, Tokens
 from estimators.decode_state import AbstractDecodeState, update_state
-from unet.chunkers.chunker import AbstractDownsampler
+from unet.chunkers.chunker import AbstractDownsampler, Hidden, Mask
 from unet.cross import CrossLayer
 from unet.decoding.kv_cache import AnyCache, KVCache, KVCacheView, KVUpdate
 from unet.layers import Linear
@@ -33,13 +33,7 @@ class Select(AbstractDownsampler):
         return None
 
     def __call__(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
-        state: None = None,
+        self, hidden: Hidden, boundaries: Boundaries, *, capacity: int, mask: Mask | None = None, state: None = None
     ) -> Downsampled:
         return Downsampled(downsample(hidden, boundaries.actions, capacity, implementation=self.implementation), None)
 
@@ -48,7 +42,7 @@ class OpenGroup(eqx.Module):
     """The group that no boundary has closed yet: which of the new positions are in it (`inside`), and whether a boundary closed
     the group that was open before them (`closed`)."""
 
-    inside: Bool[Array, "batch length"]
+    inside: Mask
     closed: Bool[Array, " batch"]
 
     @property
@@ -57,7 +51,7 @@ class OpenGroup(eqx.Module):
         return jnp.sum(self.inside, axis=1, dtype=jnp.int32)
 
 
-def open_group(closes: Bool[Array, "batch length"], mask: Bool[Array, "batch length"]) -> OpenGroup:
+def open_group(closes: Mask, mask: Mask) -> OpenGroup:
     """The group that is open after these positions of one document; `closes` marks the positions that close a group."""
     place = jnp.arange(mask.shape[1], dtype=jnp.int32)
     last = jnp.max(jnp.where(closes, place, -1), axis=1)
@@ -82,7 +76,7 @@ class GroupSum(eqx.Module):
         first = first / (new + kept).astype(jnp.float32)
         return jnp.concatenate([jnp.where(kept > 0, first.astype(means.dtype), means[:, :1]), means[:, 1:]], axis=1)
 
-    def after(self, hidden: Float[Array, "batch length dim"], group: OpenGroup) -> GroupSum:
+    def after(self, hidden: Hidden, group: OpenGroup) -> GroupSum:
         """The sum of the group that is open after these positions."""
         new = jnp.sum(jnp.where(group.inside[..., None], hidden.astype(jnp.float32), 0.0), axis=1, keepdims=True)
         total = jnp.where(group.closed[:, None, None], 0.0, self.total) + new
@@ -110,11 +104,11 @@ class MeanPool(AbstractDownsampler):
 
     def __call__(
         self,
-        hidden: Float[Array, "batch length dim"],
+        hidden: Hidden,
         boundaries: Boundaries,
         *,
         capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Mask | None = None,
         state: GroupSum | None = None,
     ) -> Downsampled:
         actions, starts, relaxed = boundaries.actions, boundaries.starts, boundaries.relaxed
@@ -140,11 +134,11 @@ class AveragePool(AbstractDownsampler):
 
     def __call__(
         self,
-        hidden: Float[Array, "batch length dim"],
+        hidden: Hidden,
         boundaries: Boundaries,
         *,
         capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Mask | None = None,
         state: GroupSum | None = None,
     ) -> Downsampled:
         tokens = mean_pool(
@@ -172,21 +166,21 @@ class MaxPool(AbstractDownsampler):
 
     def __call__(
         self,
-        hidden: Float[Array, "batch length dim"],
+        hidden: Hidden,
         boundaries: Boundaries,
         *,
         capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Mask | None = None,
         state: Float[Array, "batch 1 dim"] | None = None,
     ) -> Downsampled:
         return group_maxima(hidden, boundaries, groups_of(boundaries, capacity, self.implementation), mask, state)
 
 
 def group_maxima(
-    hidden: Float[Array, "batch length dim"],
+    hidden: Hidden,
     boundaries: Boundaries,
     groups: Groups,
-    mask: Bool[Array, "batch length"] | None,
+    mask: Mask | None,
     state: Float[Array, "batch 1 dim"] | None,
 ) -> Downsampled:
     """The elementwise maximum of each group; `state` is the maximum of the group that was open before these positions."""
@@ -261,11 +255,11 @@ class AttentionPool(AbstractDownsampler):
 
     def __call__(
         self,
-        hidden: Float[Array, "batch length dim"],
+        hidden: Hidden,
         boundaries: Boundaries,
         *,
         capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Mask | None = None,
         state: GroupState | None = None,
     ) -> Downsampled:
         groups = groups_of(boundaries, capacity, self.implementation)
@@ -346,13 +340,7 @@ class WithBoundary(AbstractDownsampler):
         return self.pool.init_state(batch, dim)
 
     def __call__(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
-        state: PyTree[Array] = None,
+        self, hidden: Hidden, boundaries: Boundaries, *, capacity: int, mask: Mask | None = None, state: PyTree = None
     ) -> Downsampled:
         made = self.pool(hidden, boundaries, capacity=capacity, mask=mask, state=state)
         last = downsample(hidden, boundaries.actions, capacity, implementation=self.implementation)

@@ -7,19 +7,14 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import Boundaries, Tokens, Upsampled
-from unet.chunkers.chunker import AbstractUpsampler
+from unet.chunkers.chunker import AbstractUpsampler, Hidden, Mask, Outputs, Vector
 from unet.ops import Implementation, smooth, token_of, upsample
 
 
-def spread(
-    outputs: Float[Array, "batch tokens dim"],
-    actions: Bool[Array, "batch length"],
-    before: Float[Array, "batch 1 dim"] | None,
-    implementation: Implementation | None,
-) -> Float[Array, "batch length dim"]:
+def spread(outputs: Outputs, actions: Mask, before: Vector | None, implementation: Implementation | None) -> Hidden:
     r"""$Y'_{\mathrm{token\_of}(i)}$, with `before` at the positions before the first of these tokens (None: zero)."""
     back = upsample(outputs, actions, implementation=implementation)
     if before is None:
@@ -27,9 +22,7 @@ def spread(
     return jnp.where(token_of(actions)[..., None] >= 0, back, before.astype(back.dtype))
 
 
-def last_output(
-    outputs: Float[Array, "batch tokens dim"], tokens: Tokens, before: Float[Array, "batch 1 dim"]
-) -> Float[Array, "batch 1 dim"]:
+def last_output(outputs: Outputs, tokens: Tokens, before: Vector) -> Vector:
     """The output of the last token of each sequence, or `before` if there is none among these."""
     index = (tokens.lengths - 1)[:, None, None]
     last = jnp.take_along_axis(outputs, jnp.maximum(index, 0), axis=1, mode="clip")
@@ -44,18 +37,12 @@ class Distribute(AbstractUpsampler):
 
     implementation: Implementation | None = eqx.field(static=True, default=None)
 
-    def init_state(self, batch: int, dim: int) -> Float[Array, "batch 1 dim"]:
+    def init_state(self, batch: int, dim: int) -> Vector:
         """The last token's output."""
         return jnp.zeros((batch, 1, dim), jnp.float32)
 
     def __call__(
-        self,
-        outputs: Float[Array, "batch tokens token_dim"],
-        tokens: Tokens,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        state: Float[Array, "batch 1 dim"] | None = None,
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: Vector | None = None
     ) -> Upsampled:
         back = hidden + spread(outputs, boundaries.actions, state, self.implementation)
         return Upsampled(back, None if state is None else last_output(outputs, tokens, state))
@@ -67,18 +54,12 @@ class Deviation(AbstractUpsampler):
 
     implementation: Implementation | None = eqx.field(static=True, default=None)
 
-    def init_state(self, batch: int, dim: int) -> Float[Array, "batch 1 dim"]:
+    def init_state(self, batch: int, dim: int) -> Vector:
         """The change at the last token."""
         return Distribute().init_state(batch, dim)
 
     def __call__(
-        self,
-        outputs: Float[Array, "batch tokens token_dim"],
-        tokens: Tokens,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        state: Float[Array, "batch 1 dim"] | None = None,
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: Vector | None = None
     ) -> Upsampled:
         # Before the first token there is no change.
         changed = outputs - tokens.values
@@ -99,7 +80,7 @@ class Projection(eqx.Module):
             jnp.zeros(dim) if key is None else jax.random.uniform(key, (dim,), jnp.float32, minval=-bound, maxval=bound)
         )
 
-    def __call__(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
+    def __call__(self, hidden: Hidden) -> Hidden:
         """$Wx + b$ in float32."""
         return hidden.astype(jnp.float32) @ self.weight.T + self.bias
 
@@ -118,18 +99,12 @@ class Smooth(AbstractUpsampler):
     weighting: Literal["straight-through", "confidence", "none"] = eqx.field(static=True, default="straight-through")
     implementation: Implementation | None = eqx.field(static=True, default=None)
 
-    def init_state(self, batch: int, dim: int) -> Float[Array, "batch 1 dim"]:
+    def init_state(self, batch: int, dim: int) -> Vector:
         """The last average, in float32."""
         return jnp.zeros((batch, 1, dim), jnp.float32)
 
     def __call__(
-        self,
-        outputs: Float[Array, "batch tokens token_dim"],
-        tokens: Tokens,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        state: Float[Array, "batch 1 dim"] | None = None,
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: Vector | None = None
     ) -> Upsampled:
         averages = self.averages(outputs if state is None else outputs.astype(jnp.float32), tokens, boundaries, state)
         back = spread(averages.astype(outputs.dtype), boundaries.actions, state, self.implementation)
@@ -137,12 +112,8 @@ class Smooth(AbstractUpsampler):
         return Upsampled(self.combined(back, hidden, boundaries), update)
 
     def averages(
-        self,
-        outputs: Float[Array, "batch tokens dim"],
-        tokens: Tokens,
-        boundaries: Boundaries,
-        before: Float[Array, "batch 1 dim"] | None = None,
-    ) -> Float[Array, "batch tokens dim"]:
+        self, outputs: Outputs, tokens: Tokens, boundaries: Boundaries, before: Vector | None = None
+    ) -> Outputs:
         r"""$\bar z$, continuing from the average `before` these tokens."""
         if not self.smoothing:
             return outputs
@@ -152,12 +123,7 @@ class Smooth(AbstractUpsampler):
         probs = jnp.where(starts, 1.0, probs)
         return smooth(outputs, probs, starts, initial=before, implementation=self.implementation)
 
-    def combined(
-        self,
-        back: Float[Array, "batch length dim"],
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-    ) -> Float[Array, "batch length dim"]:
+    def combined(self, back: Hidden, hidden: Hidden, boundaries: Boundaries) -> Hidden:
         """Y, from the average `back` at each position."""
         if self.projection is not None:
             back = back.astype(jnp.float32)
@@ -183,12 +149,6 @@ class LeaveToDecoder(AbstractUpsampler):
         return None
 
     def __call__(
-        self,
-        outputs: Float[Array, "batch tokens token_dim"],
-        tokens: Tokens,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        state: None = None,
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: None = None
     ) -> Upsampled:
         return Upsampled(hidden, None)
