@@ -39,8 +39,8 @@ class Select(AbstractDownsampler):
 
 
 class OpenGroup(eqx.Module):
-    """The group that no boundary has closed yet: which of the new positions are in it (`inside`), and whether a boundary closed
-    the group that was open before them (`closed`)."""
+    """The group that no boundary has closed yet. `inside` marks those of the new positions that are in it; `closed` is True if
+    a boundary closed the group that was open before them."""
 
     inside: Mask
     closed: Bool[Array, " batch"]
@@ -53,9 +53,9 @@ class OpenGroup(eqx.Module):
 
 def open_group(closes: Mask, mask: Mask) -> OpenGroup:
     """The group that is open after these positions of one document; `closes` marks the positions that close a group."""
-    place = jnp.arange(mask.shape[1], dtype=jnp.int32)
-    last = jnp.max(jnp.where(closes, place, -1), axis=1)
-    return OpenGroup((place > last[:, None]) & mask, last >= 0)
+    positions = jnp.arange(mask.shape[1], dtype=jnp.int32)
+    last_boundary = jnp.max(jnp.where(closes, positions, -1), axis=1)
+    return OpenGroup((positions > last_boundary[:, None]) & mask, last_boundary >= 0)
 
 
 class GroupSum(eqx.Module):
@@ -69,12 +69,12 @@ class GroupSum(eqx.Module):
         """The sum of no positions."""
         return cls(jnp.zeros((batch, 1, dim), jnp.float32), jnp.zeros((batch,), jnp.int32))
 
-    def closed_by(self, means: Float[Array, "batch tokens dim"], tokens: Tokens) -> Float[Array, "batch tokens dim"]:
-        """The `means` of the groups of new positions, after adding the positions summed here to the first group."""
-        new, kept = tokens.positions[:, :1, None] + 1, self.count[:, None, None]
+    def completed(self, means: Float[Array, "batch tokens dim"], tokens: Tokens) -> Float[Array, "batch tokens dim"]:
+        """The `means` of groups of new positions, with the earlier positions of the first group, summed here, included."""
+        new, earlier = tokens.positions[:, :1, None] + 1, self.count[:, None, None]
         first = means[:, :1].astype(jnp.float32) * new.astype(jnp.float32) + self.total
-        first = first / (new + kept).astype(jnp.float32)
-        return jnp.concatenate([jnp.where(kept > 0, first.astype(means.dtype), means[:, :1]), means[:, 1:]], axis=1)
+        first = first / (new + earlier).astype(jnp.float32)
+        return jnp.concatenate([jnp.where(earlier > 0, first.astype(means.dtype), means[:, :1]), means[:, 1:]], axis=1)
 
     def after(self, hidden: Hidden, group: OpenGroup) -> GroupSum:
         """The sum of the group that is open after these positions."""
@@ -84,18 +84,19 @@ class GroupSum(eqx.Module):
 
 
 class MeanPool(AbstractDownsampler):
-    """The mean of each group; a learned null group comes before the first (DPT; authors' code).
+    """The mean of each group. A learned null group comes before the first (DPT; authors' code).
 
-    The null group is the token of the boundary forced at every document's start, whose position falls to the next group: bytes
-    see it before any boundary is drawn. Gradients reach the boundaries through the means, via `Boundaries.relaxed`.
+    The null group is the token of the boundary forced at every document's start; the position there belongs to the next group.
+    So bytes have a token before any boundary is drawn. Gradients reach the boundaries through the means, via
+    `Boundaries.relaxed`.
     """
 
     null: Float[Array, " dim"]
     implementation: Implementation | None = eqx.field(static=True)
 
     def __init__(self, dim: int, *, key: PRNGKeyArray, implementation: Implementation | None = None):
-        """The null group, of width `dim`, is drawn from a standard normal: from zero, its gradient would be amplified a
-        thousandfold by each norm where it stands alone, block after block."""
+        """The null group, of width `dim`, starts as a draw from a standard normal. If it started at zero, the norm of every block
+        would amplify its gradient a thousandfold."""
         self.null = jax.random.normal(key, (dim,), jnp.float32)
         self.implementation = implementation
 
@@ -117,7 +118,7 @@ class MeanPool(AbstractDownsampler):
         )
         values, update = tokens.values, None
         if state is not None and mask is not None:
-            values = state.closed_by(values, tokens)
+            values = state.completed(values, tokens)
             update = state.after(hidden, open_group(actions & ~starts, mask))
         first = jnp.take_along_axis(starts, tokens.positions, axis=1, mode="clip") & tokens.mask
         values = jnp.where(first[..., None], self.null.astype(hidden.dtype), values)
@@ -152,7 +153,7 @@ class AveragePool(AbstractDownsampler):
         if state is None or mask is None:
             return Downsampled(tokens, None)
         update = state.after(hidden, open_group(boundaries.actions, mask))
-        return Downsampled(tokens.replaced(state.closed_by(tokens.values, tokens)), update)
+        return Downsampled(tokens.replaced(state.completed(tokens.values, tokens)), update)
 
 
 class MaxPool(AbstractDownsampler):
@@ -196,8 +197,8 @@ def group_maxima(
 
 
 class GroupUpdate(eqx.Module):
-    """Keys and values of the new positions in the open group (they come first), their number, whether the group that was open
-    before is `closed`, and the new maximum."""
+    """Keys and values of the new positions in the open group (they come first), their number (`count`), whether the group that
+    was open before is `closed`, and the new maximum (`largest`)."""
 
     new: KVUpdate
     count: Int[Array, " batch"]
@@ -212,9 +213,11 @@ class GroupState(AbstractDecodeState):
     largest: Float[Array, "batch 1 dim"]
 
     def updated(self, update: GroupUpdate, lengths: Int[Array, " batch"]) -> GroupState:
-        some = lengths > 0
-        kept = jnp.where(some & update.closed, 0, self.cache.lengths)
-        cache = dataclasses.replace(self.cache, lengths=kept).updated(update.new, jnp.where(some, update.count, 0))
+        advances = lengths > 0
+        # A closed group leaves its slots to the next one.
+        earlier = jnp.where(advances & update.closed, 0, self.cache.lengths)
+        cache = dataclasses.replace(self.cache, lengths=earlier)
+        cache = cache.updated(update.new, jnp.where(advances, update.count, 0))
         return GroupState(cache, update_state(self.largest, update.largest, lengths))
 
 
@@ -264,20 +267,20 @@ class AttentionPool(AbstractDownsampler):
     ) -> Downsampled:
         groups = groups_of(boundaries, capacity, self.implementation)
         largest = group_maxima(hidden, boundaries, groups, mask, None if state is None else state.largest)
-        # (b, tokens, vectors, d)
-        first = self.unfold(largest.tokens.values).reshape(*largest.tokens.values.shape[:2], -1, hidden.shape[2])
+        # The vectors that queries are made of, (b, tokens, vectors, dim).
+        vectors = self.unfold(largest.tokens.values).reshape(*largest.tokens.values.shape[:2], -1, hidden.shape[2])
         keys, values = jnp.split(self.cross.keys_values(hidden), 2, axis=-1)
         new = KVUpdate(self.cross.split_heads(keys), self.cross.split_heads(values))
-        attended = _attend_groups(self.cross.queries(first), new, groups, None if state is None else state.cache)
-        pooled = self.cross.output(first, attended.astype(hidden.dtype)).reshape(*first.shape[:2], -1)
+        attended = _attend_groups(self.cross.queries(vectors), new, groups, None if state is None else state.cache)
+        pooled = self.cross.output(vectors, attended.astype(hidden.dtype)).reshape(*vectors.shape[:2], -1)
         tokens = largest.tokens.replaced(jnp.where(largest.tokens.mask[..., None], pooled, jnp.zeros((), pooled.dtype)))
         if state is None or mask is None:
             return Downsampled(tokens, None)
         group = open_group(boundaries.actions, mask)
-        # The open group's positions are the last valid ones.
-        place = (jnp.sum(mask, axis=1) - group.count)[:, None] + jnp.arange(mask.shape[1], dtype=jnp.int32)
-        shifted = jax.tree.map(lambda part: jnp.take_along_axis(part, place[..., None, None], axis=1, mode="clip"), new)
-        return Downsampled(tokens, GroupUpdate(shifted, group.count, group.closed, largest.update))
+        # The open group has the last valid positions; move them to the front.
+        index = (jnp.sum(mask, axis=1) - group.count)[:, None] + jnp.arange(mask.shape[1], dtype=jnp.int32)
+        moved = jax.tree.map(lambda part: jnp.take_along_axis(part, index[..., None, None], axis=1, mode="clip"), new)
+        return Downsampled(tokens, GroupUpdate(moved, group.count, group.closed, largest.update))
 
 
 def _attend_groups(
@@ -342,6 +345,6 @@ class WithBoundary(AbstractDownsampler):
     def __call__(
         self, hidden: Hidden, boundaries: Boundaries, *, capacity: int, mask: Mask | None = None, state: PyTree = None
     ) -> Downsampled:
-        made = self.pool(hidden, boundaries, capacity=capacity, mask=mask, state=state)
+        pooled = self.pool(hidden, boundaries, capacity=capacity, mask=mask, state=state)
         last = downsample(hidden, boundaries.actions, capacity, implementation=self.implementation)
-        return Downsampled(last.replaced(made.tokens.values + last.values), made.update)
+        return Downsampled(last.replaced(pooled.tokens.values + last.values), pooled.update)
