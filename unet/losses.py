@@ -135,11 +135,11 @@ def objective_inputs(
                 level.hidden,
                 scaled.log_prob,
                 scaled.early_log_prob,
-                reward.scored > 0,
-                continues(level.layout),
-                target_rates[number],
-                samples,
-                trains_early_exit,
+                mask=reward.scored > 0,
+                continues=continues(level.layout),
+                target_rate=target_rates[number],
+                samples=samples,
+                trains_early_exit=trains_early_exit,
             )
         )
         if objective.needs_early_exit:

@@ -78,11 +78,12 @@ def check_bytes(bytes: Integer[Array, "batch length"]) -> Integer[Array, "batch 
 
 def _at_most_float32(leaf: PyTree) -> PyTree:
     """Parameters stay float32 under `jax_enable_x64`."""
-    wide = isinstance(leaf, jax.Array) and leaf.dtype == jnp.float64
-    return leaf.astype(jnp.float32) if wide else leaf
+    is_float64 = isinstance(leaf, jax.Array) and leaf.dtype == jnp.float64
+    return leaf.astype(jnp.float32) if is_float64 else leaf
 
 
 def _bounds(capacities: Sequence[int] | int) -> tuple[int, ...]:
+    """Capacities as a tuple; a single one becomes a tuple of one."""
     return (capacities,) if isinstance(capacities, int) else tuple(capacities)
 
 
@@ -91,12 +92,12 @@ def _choices(capacities: Sequence[int | Sequence[int]] | int) -> tuple[tuple[int
 
     Raises `ValueError` if they do not ascend, or if an inner level has several.
     """
-    levels = [_bounds(one) for one in ([capacities] if isinstance(capacities, int) else capacities)]
-    if any(len(some) > 1 for some in levels[1:]):
+    levels = [_bounds(level) for level in ([capacities] if isinstance(capacities, int) else capacities)]
+    if any(len(level) > 1 for level in levels[1:]):
         raise ValueError("only the outermost level can choose between several capacities")
-    if any(not some or list(some) != sorted(set(some)) for some in levels):
+    if any(not level or list(level) != sorted(set(level)) for level in levels):
         raise ValueError(f"capacities to choose from must ascend; got {levels}")
-    return (levels[0] if levels else ()), tuple(some[-1] for some in levels)
+    return (levels[0] if levels else ()), tuple(level[-1] for level in levels)
 
 
 class UNet(eqx.Module):
@@ -132,10 +133,10 @@ class UNet(eqx.Module):
         """
         estimators = [estimator] if isinstance(estimator, AbstractEstimator) else list(estimator or ())
         parts = jax.tree.map(_at_most_float32, config.parts(estimators, key=key))
-        for number, (one, dim) in enumerate(zip(estimators, config.widths, strict=False)):
-            if one.router.dim not in (None, dim):
+        for number, (router, dim) in enumerate(zip((one.router for one in estimators), config.widths, strict=False)):
+            if router.dim not in (None, dim):
                 raise ValueError(
-                    f"the router of level {number} reads hidden states of width {one.router.dim}, but this shape has {dim} there"
+                    f"the router of level {number} reads hidden states of width {router.dim}, but this shape has {dim} there"
                 )
         self.embedding, self.stage, self.norm, self.head = parts.embedding, parts.stage, parts.norm, parts.head
         early = any(one.objective.needs_early_exit for one in estimators)
@@ -158,7 +159,7 @@ class UNet(eqx.Module):
         capacities: Sequence[int] | int = (),
         samples: int = 1,
         training: bool = False,
-    ) -> Prediction:  # Nine parameters: each is needed alone as often as not, and an object would hold the same names.
+    ) -> Prediction:  # Nine parameters, since few are used at once: an object would hold the same names.
         """Predict the next byte at every position.
 
         `key` draws the boundaries (None: greedy; one key for all sequences, or one each: see `SamplingOptions`); `actions`

@@ -244,7 +244,7 @@ class TextStream:
         greedy_boundaries: bool = False,
         endless: bool = False,
         chunk: int = CHUNK,
-    ):  # Ten parameters: each option is needed alone as often as not, and an object would hold the same names.
+    ):  # Ten parameters, since few are used at once: an object would hold the same names.
         """Prefill the prompts.
 
         `max_bytes`: limit for each text, not counting its prompt. `key`: one for all texts, or one each. `stop`: strings that

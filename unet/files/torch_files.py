@@ -141,11 +141,12 @@ _ALLOWED: Mapping[tuple[str, str], Callable[..., object]] = {
 class _Unpickler(pickle._Unpickler):
     """Builds tensors and plain containers and nothing else.
 
-    Based on Python's own implementation in Python: its memo is a dictionary, so large memo indices cost nothing, and its
-    opcodes can be replaced. BUILD would set attributes of any object on the stack, including tensors that were checked already.
+    Based on the pure-Python unpickler: its memo is a dictionary, so large memo indices cost nothing, and its opcodes can be
+    replaced.
     """
 
-    # No extensions, and no buffers of a size that the file chooses; BUILD only drops its argument.
+    # Without extensions, and without buffers of a size that the file chooses. BUILD would set attributes of any object on the
+    # stack, including tensors that were checked already; here it only drops its argument.
     dispatch: ClassVar = {
         code: pickle._Unpickler.dispatch[pickle.POP[0]] if code == pickle.BUILD[0] else load
         for code, load in pickle._Unpickler.dispatch.items()
@@ -240,16 +241,16 @@ class TorchFile(Mapping[str, np.ndarray]):
 
     def _read(self, stream: zipfile.ZipExtFile | IO[bytes], dtype: np.dtype, count: int, name: str) -> np.ndarray:
         """`count` elements, read piece by piece so that they are in memory only once."""
-        numbers = np.empty(count, dtype)
-        room = numbers.view(np.uint8).data
+        elements = np.empty(count, dtype)
+        buffer = elements.view(np.uint8).data
         done = 0
-        while done < len(room):
-            piece = stream.read(min(PIECE, len(room) - done))
+        while done < len(buffer):
+            piece = stream.read(min(PIECE, len(buffer) - done))
             if not piece:
                 raise TorchFileError(f"{self._path} is damaged: {name} has fewer elements than its shape says")
-            room[done : done + len(piece)] = piece
+            buffer[done : done + len(piece)] = piece
             done += len(piece)
-        return numbers
+        return elements
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -264,9 +265,9 @@ def _tensors(content: object, path: Path) -> dict[str, TensorPlace]:
         inside = [value for key, value in content.items() if key in ("state_dict", "model") and isinstance(value, dict)]
         content = inside[0] if len(inside) == 1 else content
     if isinstance(content, dict):
-        found = {name: value for name, value in content.items() if isinstance(value, TensorPlace)}
-        if found and all(isinstance(name, str) for name in found):
-            return found
+        tensors = {name: value for name, value in content.items() if isinstance(value, TensorPlace)}
+        if tensors and all(isinstance(name, str) for name in tensors):
+            return tensors
     raise TorchFileError(f"{path} holds no dictionary of tensors")
 
 
@@ -302,11 +303,13 @@ def write_torch_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _text(text: str) -> bytes:
+    """The opcode BINUNICODE."""
     content = text.encode()
     return b"X" + struct.pack("<I", len(content)) + content
 
 
 def _long(number: int) -> bytes:
+    """The opcode LONG1 with eight bytes."""
     content = number.to_bytes(8, "little")
     return b"\x8a\x08" + content
 
