@@ -129,12 +129,12 @@ def _stack_forward(stack: Stack | None, positions: float, rate: float = 0.0) -> 
     total = sum(_block_forward(block, seen) for block in stack.blocks)
     if stack.unfold is None:
         return total
-    wide = stack.unfold.weight.shape[1]
+    unfolded = stack.unfold.weight.shape[1]
     total += rate * 2.0 * stack.unfold.weight.size
     for block in stack.blocks:
         if isinstance(block, Attending):
             dim = block.cross.out.weight.shape[1]
-            vectors = wide / dim
+            vectors = unfolded / dim
             per_token = 2.0 * vectors * block.cross.key_value.weight.size
             total += 2.0 * 2 * dim * dim + 2 * 2 * vectors * dim + 3 * block.cross.heads * vectors + rate * per_token
     return total

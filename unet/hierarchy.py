@@ -285,8 +285,10 @@ class Hierarchy(AbstractStage):
         state: HierarchyState | None = None,
     ) -> Encoded:
         old = HierarchyState() if state is None else state
-        own = sampling.actions or sampling.noise is not None or (sampling.key is not None and has_many(sampling.key))
-        if sampling.samples > 1 and own:
+        per_sequence = (
+            sampling.actions or sampling.noise is not None or (sampling.key is not None and has_many(sampling.key))
+        )
+        if sampling.samples > 1 and per_sequence:
             raise ValueError("several samples share one key; got actions, noise or keys of each sequence")
         with jax.named_scope("encode"):
             encoded = self.encoder(hidden, layout, old.encoder)

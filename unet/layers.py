@@ -39,8 +39,8 @@ class Linear(eqx.Module):
 
 def unit_rms(x: Float[Array, "*shape dim"], epsilon: float) -> Float[Array, "*shape dim"]:
     r"""$x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$, in float32."""
-    wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
 
 
 class RMSNorm(eqx.Module):

@@ -34,8 +34,8 @@ class Sampling(eqx.Module):
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min-p must be a probability between 0 and 1; got {self.min_p}")
         top_k = None if self.top_k is None else jnp.asarray(self.top_k, jnp.int32)
-        wide = (None if value is None else jnp.asarray(value, jnp.float32) for value in (self.top_p, self.min_p))
-        return Sampling(jnp.asarray(self.temperature, jnp.float32), top_k, *wide)
+        top_p, min_p = (None if p is None else jnp.asarray(p, jnp.float32) for p in (self.top_p, self.min_p))
+        return Sampling(jnp.asarray(self.temperature, jnp.float32), top_k, top_p, min_p)
 
 
 def weight_of_more_likely(

@@ -360,12 +360,13 @@ def _stack_parameters(stack: Stack, prefix: str) -> Iterator[Parameter]:
             raise LayoutError(f"the released layout has no {type(block.mixer).__name__}")
         if block.mlp is not None and block.before_mlp is not None:
             yield _named(f"{layer}.norm2.weight", block.before_mlp.weight)
-            (dim, both), wide = block.mlp.value_gate.weight.shape, rounded(block.mlp.out.weight.shape[0])
-            assert both == 2 * block.mlp.out.weight.shape[0]
+            hidden, dim = block.mlp.out.weight.shape
+            padded = rounded(hidden)
+            assert block.mlp.value_gate.weight.shape == (dim, 2 * hidden)
             yield Parameter(
-                f"{layer}.mlp.fc1.weight", block.mlp.value_gate.weight, (2 * wide, dim), transposed=True, blocks=2
+                f"{layer}.mlp.fc1.weight", block.mlp.value_gate.weight, (2 * padded, dim), transposed=True, blocks=2
             )
-            yield Parameter(f"{layer}.mlp.fc2.weight", block.mlp.out.weight, (dim, wide), transposed=True)
+            yield Parameter(f"{layer}.mlp.fc2.weight", block.mlp.out.weight, (dim, padded), transposed=True)
     if stack.norm is not None:
         yield _named(f"{prefix}.rmsnorm.weight", stack.norm.weight)
 

@@ -61,8 +61,8 @@ def _with_gradient(forward: Callable[..., Array], backward: Callable[..., Array]
     def value(values: Array, where: Array, back: Array, implementation: Implementation | None) -> tuple[Array, Array]:
         return by_hand(values, where, back, implementation), back
 
-    def gradient(implementation: Implementation | None, back: Array, given: Array) -> tuple[Array, None, None]:
-        return backward(given, back, implementation=implementation), None, None
+    def gradient(implementation: Implementation | None, back: Array, cotangent: Array) -> tuple[Array, None, None]:
+        return backward(cotangent, back, implementation=implementation), None, None
 
     by_hand.defvjp(value, gradient)
 

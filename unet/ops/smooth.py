@@ -129,7 +129,7 @@ def _kernel(values: Array, scale: Array, keep: Array, *, reverse: bool, interpre
         b = jax.lax.axis_index("x")
         lanes = pl.ds(jax.lax.axis_index("y") * LANES, LANES)
 
-        def some(block, state):
+        def run_block(block, state):
             rows = [block * ahead + i for i in range(ahead)]
             if reverse:
                 rows = [tokens - 1 - row for row in rows]
@@ -139,7 +139,7 @@ def _kernel(values: Array, scale: Array, keep: Array, *, reverse: bool, interpre
                 out_ref[b, row, lanes] = state
             return state
 
-        jax.lax.fori_loop(0, tokens // ahead, some, jnp.zeros((LANES,), jnp.float32))
+        jax.lax.fori_loop(0, tokens // ahead, run_block, jnp.zeros((LANES,), jnp.float32))
 
     out = jax.ShapeDtypeStruct((batch, tokens, dim), jnp.float32)
     return declare(body, [out], (batch, dim // LANES), interpret=interpret)(values, scale, keep)[0]
