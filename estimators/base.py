@@ -375,7 +375,8 @@ class ObjectiveInputs(eqx.Module):
     if the objective needs it); `mask` is True where that prediction exists; `continues_i` is True where position i + 1
     belongs to the same document. `hidden` are the encoder's states, which do not depend on the actions. `target_rate`, if
     given, replaces the rate that the objective was built for. `samples` is the number of consecutive batch rows that are
-    draws for the same sequence.
+    draws for the same sequence. `trains_early_exit` is False if an objective of another level already counts the loss of the
+    early-exit head; `early_log_prob` then carries no gradient.
     """
 
     boundaries: Boundaries
@@ -386,6 +387,7 @@ class ObjectiveInputs(eqx.Module):
     continues: Bool[Array, "batch length"]
     target_rate: Float[Array, ""] | None = None
     samples: int = eqx.field(static=True, default=1)
+    trains_early_exit: bool = eqx.field(static=True, default=True)
 
 
 class ObjectiveOutput(eqx.Module):

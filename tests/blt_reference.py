@@ -85,7 +85,7 @@ def cross_layer(at: Layer, heads: int) -> CrossLayer:
         linear(at("o_proj")),
     )
     return eqx.tree_at(
-        lambda one: (one.before_query, one.before_rows, one.query, one.key_value, one.out),
+        lambda one: (one.before_query, one.before_key_value, one.query, one.key_value, one.out),
         CrossLayer(at("q_proj").shape[0], heads, key=KEY),
         parts,
     )

@@ -36,8 +36,8 @@ def test_unet_knows_only_the_abstract_kinds_of_estimators():
     names = {
         name for path, name in imports_of("unet") if name.split(".")[0] == "estimators" and path.stem != "hnet_layout"
     }
-    # Beside the abstract kinds, what is of no estimator: equations, decode states, how keys of random numbers are split, how parts
-    # are found by name.
+    # Beside the abstract kinds, what is of no estimator: equations, decode states, how keys of random numbers are split, how
+    # parts are found by name.
     assert names == {
         "estimators.base",
         "estimators.decode_state",

@@ -28,10 +28,20 @@ from unet import (
     Projection,
     Select,
     Smooth,
+    Widened,
     WithBoundary,
 )
-from unet.blocks import transformer
-from unet.decoding.kv_cache import KVCache, KVUpdate, cache_bytes, filled_quarters, rounded_up, with_room
+from unet.blocks import PreNorm, Stack, transformer
+from unet.decoding.kv_cache import (
+    KVCache,
+    KVUpdate,
+    cache_bytes,
+    filled_quarters,
+    is_unallocated,
+    rounded_up,
+    with_room,
+)
+from unet.mamba import Mamba2
 
 BOUNDED = {"rtol": 1e-4, "atol": 1e-4}
 LENGTHS = (1, 7, LENGTH - 1, 16)
@@ -182,6 +192,22 @@ def test_a_hierarchy_inside_a_hierarchy_decodes_in_pieces(chunker):
     assert 4 < tokens[1] < tokens[0] < 4 * LENGTH
 
 
+def test_a_recurrent_token_level_decodes_from_the_first_byte_on():
+    """Its state has no KV cache, so nothing is allocated, and a single first byte goes through the closed sequences."""
+    mixer = Mamba2(32, state=4, key=jax.random.key(1))
+    inner = Widened(jnp.ones(16), Flat(Stack([PreNorm(32, mixer, None)])))
+    outer = hierarchy(WindowedPolicy(SHAPE.dim, window=2, target_rate=0.4), Chunker(Select(), Distribute()), inner, 20)
+    model = eqx.tree_at(lambda m: m.stage, registered("sfe"), outer)
+    state, bytes = model.init_state(4, KEYS), text_bytes(4, 6)
+    assert not is_unallocated(state.stage.inner)
+    assert is_unallocated(state)
+    expected = whole(model, bytes, KEYS).logits
+    for place in range(6):
+        prediction, state = decode(model, bytes[:, place : place + 1], state, jnp.ones(4, jnp.int32))
+        np.testing.assert_allclose(prediction.logits[:, 0], expected[:, place], **BOUNDED)
+    assert not is_unallocated(state)
+
+
 def test_a_rule_that_looks_back_is_given_as_many_bytes_as_it_reaches():
     def after_two_vowels(layout: Layout):
         vowel = (layout.bytes[..., None] == jnp.asarray([*b"aeiou"])).any(-1)
@@ -270,7 +296,7 @@ def test_filled_quarters_are_those_of_the_fullest_cache_with_room_for_one_more()
 
 
 def test_levels_inside_levels_read_what_is_filled(monkeypatch):
-    monkeypatch.setattr("unet.decoding.sparse.LARGE", 1)
+    monkeypatch.setattr("unet.decoding.sparse.MIN_SLICED_SLOTS", 1)
     flat = Flat(transformer(1, SHAPE.dim, 2, 16, window=None, key=jax.random.key(1)))
     middle = hierarchy(WindowedPolicy(SHAPE.dim, window=2, target_rate=0.4), Chunker(Select(), Distribute()), flat, 20)
     outer = hierarchy(WindowedPolicy(SHAPE.dim, window=3, target_rate=0.6), Chunker(Select(), Distribute()), middle, 30)

@@ -119,7 +119,7 @@ def test_a_projected_residual_is_summed_in_float32(inputs):
     half = hidden.astype(jnp.bfloat16)
     back = Smooth(Projection(4))(outputs.astype(jnp.bfloat16), rows, half, boundaries).hidden
     assert back.dtype == jnp.bfloat16
-    joined = Smooth(projection).joined(back, half, boundaries)
+    joined = Smooth(projection).combined(back, half, boundaries)
     wanted = back.astype(jnp.float32) + projection(half.astype(jnp.float32))
     assert joined.dtype == jnp.bfloat16
     np.testing.assert_array_equal(joined, wanted.astype(jnp.bfloat16))

@@ -30,6 +30,10 @@ def test_several_samples_cost_everything_behind_the_encoder_again():
     assert three.encode == one.encode
     assert three.mid == pytest.approx(3 * one.mid)
     assert three.decode == 3 * one.decode
+    # Two heads of one size: the early one serves all samples.
+    assert three.heads == 2 * one.heads
+    one, three = (layer_flops(model, length=64, rate=0.2, samples=samples) for samples in (1, 3))
+    assert three.heads == 2 * one.heads
 
 
 def test_a_frozen_model_counts_its_forward_pass():

@@ -12,9 +12,11 @@ import pytest
 
 from estimators import BOS, EOS, EveryNth, RuleRouter
 from tests.compositions import config_of, registered
-from unet import Sampling, TextStream, generate, score, utf8
+from tests.conftest import small_model
+from unet import Flat, Sampling, TextStream, generate, score, utf8
+from unet.blocks import transformer
 from unet.decoding.generate import joined
-from unet.decoding.kv_cache import cache_bytes
+from unet.decoding.kv_cache import cache_bytes, most_slots
 from unet.decoding.sampling import draw, kept
 from unet.decoding.score import keys_of
 from unet.likelihood import next_logprobs
@@ -321,3 +323,10 @@ def test_a_model_without_tokens_writes_and_scores():
     assert not any(text.piece.boundaries.any() for text in written.texts)
     one = score(model, [written.texts[1].piece.bytes], contexts=[PROMPTS[1]], key=KEY)[0]
     assert one.log_prob == pytest.approx(float(written.texts[1].piece.logprobs.sum()), abs=1e-3)
+
+
+def test_a_model_without_tokens_has_slots_for_every_byte_from_the_start():
+    full = Flat(transformer(1, 16, 2, 16, window=None, key=jax.random.key(1)))
+    model = eqx.tree_at(lambda m: m.stage, small_model(), full)
+    stream = TextStream(model, [b"so it is " * 20], max_bytes=400, key=KEY)
+    assert most_slots(stream.state) >= 1 + 180 + 400

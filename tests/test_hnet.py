@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import BatchCentre, Discount, EarlyExit, NoObjective, ScoreFunction, WindowedPolicy, equations
+from estimators import (
+    BatchCentre,
+    Discount,
+    EarlyExit,
+    NoObjective,
+    ScoreFunction,
+    ScoreFunctionObjective,
+    WindowedPolicy,
+    equations,
+)
 from estimators.base import Estimator
 from estimators.registry import ESTIMATORS
 from experiments import export
@@ -197,7 +206,7 @@ def test_a_chunk_is_rewarded_with_the_predictions_made_while_it_is_the_last():
     actions = jnp.asarray([[1, 0, 1, 0, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0, 1]], bool)
     level = predict(model, bytes, actions=(actions,)).levels[0]
     values = jnp.arange(16, dtype=jnp.float32).reshape(2, 8)
-    inside = Reward(values, None, jnp.ones((2, 8), jnp.int32)).inside(level, 8)
+    inside = Reward(values, None, jnp.ones((2, 8), jnp.int32)).of_tokens(level, 8)
     np.testing.assert_array_equal(inside.log_prob[0, :4], [0 + 1, 2 + 3 + 4, 5 + 6 + 7, 0])
     np.testing.assert_array_equal(inside.scored, [[2, 3, 3, 0, 0, 0, 0, 0], [1, 6, 1, 0, 0, 0, 0, 0]])
     np.testing.assert_allclose(inside.log_prob.sum(axis=1), values.sum(axis=1))
@@ -216,6 +225,19 @@ def test_the_early_head_learns_from_one_level_only():
     assert np.any(gradient(both) != 0)
     inside = eqx.tree_at(lambda m: m.stage.estimator, both, silent)
     assert np.any(gradient(inside) != 0)
+
+
+def test_the_loss_of_the_early_head_is_counted_once():
+    """Of two levels that need it, the outermost counts it, with its own weight."""
+    objectives = [
+        ScoreFunctionObjective((EarlyExit(weight),), 0.4, policy_weight=0.0, rate_weight=0.0) for weight in (0.5, 0.25)
+    ]
+    model = eqx.tree_at(
+        lambda m: [one.objective for one in m.stage.estimators], two_policies((EarlyExit(),)), objectives
+    )
+    output = losses(model, text_bytes(2, 8), key=jax.random.key(0))
+    assert output.early_log_prob is not None
+    np.testing.assert_allclose(output.loss, -output.log_prob - 0.5 * output.early_log_prob, rtol=1e-5)
 
 
 def test_layouts_are_read_as_they_are_published():

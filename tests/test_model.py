@@ -10,7 +10,7 @@ import pytest
 
 from experiments.config.build import build_estimator
 from experiments.config.presets import PRESETS
-from tests.conftest import small_model, small_score_function, text_bytes
+from tests.conftest import predict, small_model, small_score_function, text_bytes
 from unet import Chunker, Deviation, Distribute, Select, UNet, UNetConfig, next_logprobs
 from unet.attention import Visibility, attend
 from unet.hierarchy import Flat, Hierarchy
@@ -66,7 +66,7 @@ def test_full_attention_in_turns_equals_the_square_in_value_and_gradient(length,
         return jax.jit(jax.value_and_grad(scored, argnums=(0, 1, 2), has_aux=True))(query, key, value)
 
     square = both()
-    monkeypatch.setattr("unet.attention.QUERIES", 8)
+    monkeypatch.setattr("unet.attention.BLOCK_QUERIES", 8)
     in_turns = both()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), in_turns, square)
 
@@ -140,6 +140,27 @@ def test_the_share_of_the_early_head_changes_neither_what_it_learns_on_average_n
         dataclasses.replace(config, early_exit_fraction=0.0)
 
 
+def test_samples_of_a_sequence_share_one_pass_of_the_early_head():
+    model, bytes, key = small_model(small_score_function()), text_bytes(2, 16), jax.random.key(1)
+    one, three = (predict(model, bytes, key=key, samples=samples).early_logits for samples in (1, 3))
+    assert one is not None
+    assert three is not None
+    np.testing.assert_allclose(three, one, rtol=1e-5, atol=1e-6)
+
+    def of_the_early_head(samples):
+        def early(model):
+            return model.loss(bytes, key=key, samples=samples).early_log_prob
+
+        value, gradient = eqx.filter_jit(eqx.filter_value_and_grad(early))(model)
+        return value, gradient.early_head.weight, gradient.embedding
+
+    jax.tree.map(
+        lambda one, three: np.testing.assert_allclose(one, three, rtol=1e-4, atol=1e-7),
+        of_the_early_head(1),
+        of_the_early_head(3),
+    )
+
+
 SIZES = {"18M": 18, "32M": 32, "73M": 73, "90M": 90, "130M": 130, "147M": 147}
 
 
@@ -171,7 +192,8 @@ def test_without_a_token_level_there_is_one_flat_stack():
     assert isinstance(model.stage, Flat)
     prediction = forward(model, text_bytes(2, 9))
     assert prediction.levels == ()
-    assert model.losses(prediction, plain_layout(text_bytes(2, 9))).rate == 1.0
+    output = model.losses(prediction, plain_layout(text_bytes(2, 9)))
+    assert (output.rate, output.overflow, output.padding) == (0.0, 0.0, 0.0)
 
 
 def test_bfloat16_computes_near_float32_and_keeps_losses_wide():

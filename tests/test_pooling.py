@@ -69,7 +69,7 @@ def normed(norm, rows):
 def crossed(cross, x, rows):
     """What BLT's cross-attention makes of one query and the rows it sees."""
     query = (normed(cross.before_query, x) @ cross.query.weight).reshape(cross.heads, -1)
-    made = normed(cross.before_rows, rows) @ cross.key_value.weight
+    made = normed(cross.before_key_value, rows) @ cross.key_value.weight
     keys, values = (part.reshape(len(rows), cross.heads, -1) for part in jnp.split(made, 2, axis=-1))
     weights = jax.nn.softmax(jnp.einsum("hd,rhd->hr", query, keys) / keys.shape[-1] ** 0.5, axis=-1)
     return 2 * x + jnp.einsum("hr,rhd->hd", weights, values).ravel() @ cross.out.weight
@@ -91,6 +91,13 @@ def test_tokens_are_made_of_the_rows_that_their_boundary_closes(hidden, pool, ca
             expected = by_hand(pool, hidden[sequence, jnp.asarray(group)])
             np.testing.assert_allclose(rows.values[sequence, token], expected, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(rows.values[sequence, len(groups) :], 0.0)
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=NAMES)
+def test_groups_are_determined_once(hidden, pool):
+    """The only cumulative minimum is the one that finds the boundary which closes each position."""
+    program = jax.make_jaxpr(lambda h: pool(h, boundaries(), capacity=6).tokens)(hidden)
+    assert str(program).count("cummin[") == 1
 
 
 @pytest.mark.parametrize("pool", POOLS[:3], ids=["max", "mean", "attention"])
@@ -148,6 +155,13 @@ def test_bytes_attend_to_the_vectors_of_their_token(hidden, which):
             expected, block = jnp.asarray(rows), block.block
         expected = Stack([block], window=4)(expected, layout).hidden
     np.testing.assert_allclose(back, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stack_that_attends_needs_tokens():
+    stack = transformer(1, DIM, 2, DIM, window=4, key=jax.random.key(1))
+    stack = attending(stack, "first", dim=DIM, heads=2, vectors=2, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="attend to tokens, but there are none: it must be the decoder of a Hierarchy"):
+        stack(jnp.zeros((1, 4, DIM)), plain_layout(jnp.zeros((1, 4), jnp.int32)))
 
 
 def test_a_stack_that_attends_needs_blocks_and_vectors():

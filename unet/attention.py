@@ -15,19 +15,19 @@ from unet.cross import VisibleTokens
 from unet.decoding.kv_cache import AnyCache, KVCache, KVUpdate, attend_cached
 from unet.layers import Linear, Rotary
 
-QUERIES = 2048
-"""Queries per block of full attention over longer texts, so that memory grows with the length and not its square."""
+BLOCK_QUERIES = 2048
+"""Queries per block of full attention over longer texts. Memory then grows with the length, not with its square."""
 
-STRIP = 128
-"""Minimum number of queries per strip of full attention over shorter texts. A strip leaves out the keys after it; there are at
-most four."""
+MIN_STRIP_QUERIES = 128
+"""Minimum number of queries per strip of full attention over shorter texts. There are at most four strips; each skips the keys
+after it."""
 
 
 class Visibility(eqx.Module):
     """Which keys each query sees, in the block form that `attend` uses.
 
     Positions are split into blocks of queries. With a window, a block is as long as the window and sees itself and the block
-    before it. Full attention has a single block up to a length of `QUERIES`; over longer texts `mask` is None, and `attend`
+    before it. Full attention has a single block up to a length of `BLOCK_QUERIES`; over longer texts `mask` is None, and `attend`
     computes the mask of each block when it needs it.
     """
 
@@ -46,29 +46,32 @@ class Visibility(eqx.Module):
         # A window over everything is full attention.
         self.window = None if window is not None and window >= length else window
         block = length if self.window is None else self.window
-        # For full attention over a long text, `_attend_in_turns` computes the mask block by block.
-        self.mask = self._blockwise(block) if self.window is not None or length <= QUERIES else None
+        # Over a longer text, `_attend_in_blocks` computes the mask of each block when it needs it.
+        self.mask = self._blockwise(block) if self.window is not None or length <= BLOCK_QUERIES else None
 
     def _blockwise(self, block: int) -> Bool[Array, "batch blocks block span"]:
         length = self.segments.shape[1]
-        place = jnp.broadcast_to(jnp.arange(length), self.segments.shape)
-        queries, keys = _blocks(self.segments, block, fill=-1), _spans(self.segments, block, self.window, fill=-2)
-        # The padding of the last block lies after every query, so no query sees it.
-        here, there = _blocks(place, block, fill=length), _spans(place, block, self.window, fill=length)
-        return visible(queries, here, keys, there, self.window)
+        positions = jnp.broadcast_to(jnp.arange(length), self.segments.shape)
+        # The padding of the last block has a position after every query, so no query sees it.
+        queries = Located(_blocks(self.segments, block, fill=-1), _blocks(positions, block, fill=length))
+        keys = Located(
+            _spans(self.segments, block, self.window, fill=-2), _spans(positions, block, self.window, fill=length)
+        )
+        return visible(queries, keys, self.window)
 
 
-def visible(
-    queries: Int[Array, "*rows block"],
-    here: Int[Array, "*rows block"],
-    keys: Int[Array, "*rows span"],
-    there: Int[Array, "*rows span"],
-    window: int | None,
-) -> Bool[Array, "*rows block span"]:
-    """Whether each query sees each key: `queries` and `keys` are their documents (negative for padding), `here` and `there`
-    their positions."""
-    distance = here[..., :, None] - there[..., None, :]
-    allowed = (queries[..., :, None] == keys[..., None, :]) & (distance >= 0) & (queries[..., :, None] >= 0)
+class Located(eqx.Module):
+    """The document (negative for padding) and the position of each of some queries or keys."""
+
+    segments: Int[Array, "*batch length"]
+    positions: Int[Array, "*batch length"]
+
+
+def visible(queries: Located, keys: Located, window: int | None) -> Bool[Array, "*batch queries keys"]:
+    """Whether each query sees each key."""
+    distance = queries.positions[..., :, None] - keys.positions[..., None, :]
+    same = queries.segments[..., :, None] == keys.segments[..., None, :]
+    allowed = same & (distance >= 0) & (queries.segments[..., :, None] >= 0)
     if window is not None:
         allowed = allowed & (distance < window)
     return allowed | (distance == 0)
@@ -85,33 +88,34 @@ def attend(
     r"""$\mathrm{softmax}\big(c\tanh(qk^\top/(c\sqrt{d}))\big)v$ over the visible keys (Gemma 2). Without a cap the logits are
     $qk^\top/\sqrt{d}$.
 
-    With a window, time and memory are `length · window`. For full attention, time is `length²` and memory `length · QUERIES`:
-    over longer texts, the weights of each block of queries are recomputed in the backward pass. Logits and softmax are float32,
-    the result has the dtype of `value`.
+    With a window, time and memory are `length · window`. For full attention, time is `length²` and memory `length ·
+    BLOCK_QUERIES`: over longer texts, the weights of each block of queries are recomputed in the backward pass. Logits and
+    softmax are float32, the result has the dtype of `value`.
     """
     length, head_dim = query.shape[1], query.shape[3]
     # Heads first, so that products are of whole matrices: twice as fast on a CPU.
-    query, key, value = (jnp.swapaxes(rows, 1, 2) for rows in (query, key, value))
+    query, key, value = (jnp.swapaxes(part, 1, 2) for part in (query, key, value))
     query = query * jnp.asarray(head_dim**-0.5, query.dtype)
     if visibility.mask is None:
-        mixed = _attend_in_turns(query, key, value, visibility.segments, cap)
+        mixed = _attend_in_blocks(query, key, value, visibility.segments, cap)
     elif visibility.window is None:
         mixed = _attend_in_strips(query, key, value, visibility.mask[:, 0], cap)
     else:
         block = visibility.mask.shape[2]
-        key, value = (_spans(rows, block, visibility.window, fill=0, axis=2) for rows in (key, value))
-        mixed = _mix(_blocks(query, block, fill=0, axis=2), key, value, visibility.mask[:, None], cap)
+        key, value = (_spans(part, block, visibility.window, fill=0, axis=2) for part in (key, value))
+        mixed = _attend_masked(_blocks(query, block, fill=0, axis=2), key, value, visibility.mask[:, None], cap)
         mixed = mixed.reshape(*query.shape[:2], -1, head_dim)[:, :, :length]
     return jnp.swapaxes(mixed, 1, 2)
 
 
-def _mix(
-    query: Float[Array, "*some block head_dim"],
-    key: Float[Array, "*some span head_dim"],
-    value: Float[Array, "*some span head_dim"],
-    mask: Bool[Array, "*#some block span"],
+def _attend_masked(
+    query: Float[Array, "*batch block head_dim"],
+    key: Float[Array, "*batch span head_dim"],
+    value: Float[Array, "*batch span head_dim"],
+    mask: Bool[Array, "*#batch block span"],
     cap: float | None,
-) -> Float[Array, "*some block head_dim"]:
+) -> Float[Array, "*batch block head_dim"]:
+    """Attention where `mask` is True; `query` is scaled already."""
     logits = jnp.matmul(query, jnp.swapaxes(key, -1, -2), preferred_element_type=jnp.float32)
     logits = jnp.where(mask, soft_cap(logits, cap), -jnp.inf)
     return jnp.matmul(jax.nn.softmax(logits, axis=-1).astype(value.dtype), value)
@@ -126,16 +130,16 @@ def _attend_in_strips(
 ) -> Float[Array, "batch heads length head_dim"]:
     """Full attention in a few strips of queries, each over the keys up to its end."""
     length = query.shape[2]
-    strip = -(-length // max(1, min(4, length // STRIP)))
+    strip = -(-length // max(1, min(4, length // MIN_STRIP_QUERIES)))
     strips = []
     for start in range(0, length, strip):
         end = min(start + strip, length)
         seen = mask[:, None, start:end, :end]
-        strips.append(_mix(query[:, :, start:end], key[:, :, :end], value[:, :, :end], seen, cap))
+        strips.append(_attend_masked(query[:, :, start:end], key[:, :, :end], value[:, :, :end], seen, cap))
     return jnp.concatenate(strips, axis=2)
 
 
-def _attend_in_turns(
+def _attend_in_blocks(
     query: Float[Array, "batch heads length head_dim"],
     key: Float[Array, "batch heads length head_dim"],
     value: Float[Array, "batch heads length head_dim"],
@@ -144,27 +148,27 @@ def _attend_in_turns(
 ) -> Float[Array, "batch heads length head_dim"]:
     """Full attention, one block of queries after another."""
     length = query.shape[2]
-    place = jnp.broadcast_to(jnp.arange(length), segments.shape)
+    keys = Located(segments, jnp.broadcast_to(jnp.arange(length), segments.shape))
 
     @jax.checkpoint
-    def one(block: tuple[Array, Array, Array]) -> Array:
-        query, queries, here = block
-        return _mix(query, key, value, visible(queries, here, segments, place, None)[:, None], cap)
+    def one_block(block: tuple[Array, Located]) -> Array:
+        query, queries = block
+        return _attend_masked(query, key, value, visible(queries, keys, None)[:, None], cap)
 
-    size = -(-length // -(-length // QUERIES))
+    size = -(-length // -(-length // BLOCK_QUERIES))
     # The padding of the last block belongs to no document; it sees the first position, since a softmax needs one key.
-    queries, here = _blocks(segments, size, fill=-1), _blocks(place, size, fill=0)
-    blocks = jnp.moveaxis(_blocks(query, size, fill=0, axis=2), 2, 0), *(jnp.moveaxis(a, 1, 0) for a in (queries, here))
-    mixed = jax.lax.map(one, blocks)
+    queries = Located(_blocks(segments, size, fill=-1), _blocks(keys.positions, size, fill=0))
+    queries = jax.tree.map(lambda part: jnp.moveaxis(part, 1, 0), queries)
+    mixed = jax.lax.map(one_block, (jnp.moveaxis(_blocks(query, size, fill=0, axis=2), 2, 0), queries))
     return jnp.moveaxis(mixed, 0, 2).reshape(*query.shape[:2], -1, query.shape[3])[:, :, :length]
 
 
 class BlockContext(eqx.Module):
     """What the blocks of a stack need beside the hidden states.
 
-    `layout`; for attention, the `rotary` embedding and the `visibility` of these positions to each other (None in decoding once
-    there is a KV cache to attend to as well); for stacks that attend to tokens, the unfolded `tokens` of the inner level.
-    Matrix products use the dtype `compute`.
+    For attention, `rotary` is the position embedding, and `visibility` says which of these positions see which; it is None in
+    decoding once there are KV caches to attend to as well. For stacks that attend to tokens, `tokens` are the unfolded tokens
+    of the inner level. Matrix products use the dtype `compute`.
     """
 
     layout: Layout
@@ -253,17 +257,18 @@ class Attention(AbstractMixer):
         return LayerOutput(self.out(mixed.reshape(x.shape)), None if state is None else update)
 
 
-def _blocks(rows: Array, block: int, *, fill: int, axis: int = 1) -> Array:
-    """`… length …` to `… blocks block …`; the last block is padded."""
-    widths = [(0, 0)] * rows.ndim
-    widths[axis] = (0, -rows.shape[axis] % block)
-    rows = jnp.pad(rows, widths, constant_values=fill)
-    return rows.reshape(*rows.shape[:axis], -1, block, *rows.shape[axis + 1 :])
+def _blocks(values: Array, block: int, *, fill: int, axis: int = 1) -> Array:
+    """`… length …` to `… blocks block …`; the last block is padded with `fill`."""
+    widths = [(0, 0)] * values.ndim
+    widths[axis] = (0, -values.shape[axis] % block)
+    values = jnp.pad(values, widths, constant_values=fill)
+    return values.reshape(*values.shape[:axis], -1, block, *values.shape[axis + 1 :])
 
 
-def _spans(rows: Array, block: int, window: int | None, *, fill: int, axis: int = 1) -> Array:
-    """`… length …` to the keys of each block, `… blocks span …`: the block itself, after the block before it if windowed."""
-    own = _blocks(rows, block, fill=fill, axis=axis)
+def _spans(values: Array, block: int, window: int | None, *, fill: int, axis: int = 1) -> Array:
+    """`… length …` to what each block of queries sees, `… blocks span …`: the block itself, with a window after the block
+    before it."""
+    own = _blocks(values, block, fill=fill, axis=axis)
     if window is None:
         return own
     widths = [(0, 0)] * own.ndim

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from estimators.base import Layout
 from unet.attention import AbstractMixer, Attention, BlockContext, LayerOutput, Visibility
 from unet.cross import CrossLayer, VisibleTokens
-from unet.decoding.kv_cache import is_empty
+from unet.decoding.kv_cache import is_unallocated
 from unet.layers import ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU
 
 Attends = Literal["none", "first", "every"]
@@ -129,11 +129,13 @@ class Attending(AbstractBlock):
         self, x: Float[Array, "batch length dim"], context: BlockContext, state: PyTree[Array] = None
     ) -> LayerOutput:
         assert context.tokens is not None
-        vectors = context.tokens.outputs
-        apart = vectors.reshape(*vectors.shape[:2], -1, x.shape[-1])
-        made = self.cross.keys_values(apart).reshape(*vectors.shape[:2], -1)
-        spread = context.tokens.spread(made).reshape(*x.shape[:2], -1, 2 * x.shape[-1])
-        return self.block(self.cross.over_vectors(x, spread, context.compute), context, state)
+        tokens, dim = context.tokens, x.shape[-1]
+        batch, count = tokens.outputs.shape[:2]
+        # (b, tokens, vectors, dim), then (b, tokens, vectors * 2 dim), then (b, length, vectors, 2 dim)
+        vectors = tokens.outputs.reshape(batch, count, -1, dim)
+        keys_values = self.cross.keys_values(vectors).reshape(batch, count, -1)
+        keys_values = tokens.spread(keys_values).reshape(*x.shape[:2], -1, 2 * dim)
+        return self.block(self.cross.attend_vectors(x, keys_values, context.compute), context, state)
 
 
 class Stack(eqx.Module):
@@ -187,13 +189,13 @@ class Stack(eqx.Module):
         tokens: VisibleTokens | None = None,
     ) -> LayerOutput:
         """The hidden states, and the updates of the blocks' states. `tokens`: those of the inner level, for a stack that
-        attends to them."""
+        attends to them. Raises `ValueError` if such a stack gets none."""
         context = self._context(x, layout, state, tokens)
         stream, updates = x if self.norm is None else x.astype(jnp.float32), []
-        for block, kept in zip(self.blocks, (None,) * len(self.blocks) if state is None else state, strict=True):
-            done = (eqx.filter_checkpoint(block) if self.remat else block)(stream, context, kept)
-            stream = done.hidden
-            updates.append(done.update)
+        for block, old in zip(self.blocks, (None,) * len(self.blocks) if state is None else state, strict=True):
+            output = (eqx.filter_checkpoint(block) if self.remat else block)(stream, context, old)
+            stream = output.hidden
+            updates.append(output.update)
         hidden = stream if self.norm is None else self.norm(stream).astype(x.dtype)
         return LayerOutput(hidden, None if state is None else tuple(updates))
 
@@ -209,9 +211,12 @@ class Stack(eqx.Module):
         if rotary_dim is not None:
             rotary = Rotary(layout.positions, rotary_dim, self.rotary_base)
             # In decoding, positions also see the KV caches, which have their own mask.
-            visibility = Visibility(layout, self.window) if state is None or is_empty(state) else None
+            visibility = Visibility(layout, self.window) if state is None or is_unallocated(state) else None
         if self.unfold is not None:
-            assert tokens is not None
+            if tokens is None:
+                raise ValueError(
+                    "the stack would attend to tokens, but there are none: it must be the decoder of a Hierarchy"
+                )
             unfolded = tokens.replaced(self.unfold(tokens.outputs))
         return BlockContext(layout, rotary, visibility, unfolded, str(x.dtype))
 
@@ -227,9 +232,9 @@ def attending(stack: Stack, which: Attends, *, dim: int, heads: int, vectors: in
     unfold = Linear(dim, vectors * dim, key=key_unfold)
     changed = stack.blocks[:1] if which == "first" else stack.blocks
     keys = jax.random.split(key_blocks, len(changed))
-    made = [Attending(CrossLayer(dim, heads, key=one), block) for one, block in zip(keys, changed, strict=True)]
+    new = [Attending(CrossLayer(dim, heads, key=one), block) for one, block in zip(keys, changed, strict=True)]
     return Stack(
-        [*made, *stack.blocks[len(made) :]],
+        [*new, *stack.blocks[len(new) :]],
         window=stack.window,
         remat=stack.remat,
         norm=stack.norm,

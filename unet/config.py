@@ -17,7 +17,7 @@ from estimators.keys import named_key
 from unet.blocks import Attends, Stack, attending, transformer
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.layers import Linear, RMSNorm
-from unet.ngrams import LONGEST, PRIMES, HashedNgrams
+from unet.ngrams import MAX_NGRAM, PRIMES, HashedNgrams
 from unet.ops import Implementation
 
 
@@ -74,9 +74,9 @@ class AbstractShape(ABC):
         )
 
     def __post_init__(self):
-        if not 1 <= self.ngram_buckets <= 2**31 or any(not 2 <= size <= LONGEST for size in self.ngrams):
+        if not 1 <= self.ngram_buckets <= 2**31 or any(not 2 <= size <= MAX_NGRAM for size in self.ngrams):
             raise ValueError(
-                f"ngrams must have two bytes or more, at most {LONGEST}, and tables one row or more, at most 2^31; got "
+                f"ngrams must have two bytes or more, at most {MAX_NGRAM}, and tables one row or more, at most 2^31; got "
                 f"{self.ngrams}, {self.ngram_buckets}"
             )
         if not 1 <= self.ngram_functions <= len(PRIMES):

@@ -19,11 +19,11 @@ class CrossLayer(eqx.Module):
     r"""$2x + W_o \sum_s w_s W_v N_y(y_s)$ per head, $w = \mathrm{softmax}_s(W_q N_x(x) \cdot W_k N_y(y_s) / \sqrt{d_h})$ (BLT).
 
     N are RMSNorms with a scale. The residual counts twice because BLT's code adds x inside the layer and again around it. The
-    caller selects the y that each x sees: call `asked` and `keys_values`, attend, then call `joined`.
+    caller selects the y that each x attends to: call `queries` and `keys_values`, attend, then call `output`.
     """
 
     before_query: ScaleNorm
-    before_rows: ScaleNorm
+    before_key_value: ScaleNorm
     query: Linear
     key_value: Linear
     out: Linear
@@ -33,43 +33,43 @@ class CrossLayer(eqx.Module):
         """Keys and values share one matrix, keys first. Raises `ValueError` if `heads` does not divide `dim`."""
         if heads < 1 or dim % heads:
             raise ValueError(f"{heads} heads do not divide a width of {dim}")
-        key_query, key_rows, key_out = jax.random.split(key, 3)
-        self.before_query, self.before_rows = ScaleNorm(dim), ScaleNorm(dim)
+        key_query, key_key_value, key_out = jax.random.split(key, 3)
+        self.before_query, self.before_key_value = ScaleNorm(dim), ScaleNorm(dim)
         self.query, self.out = Linear(dim, dim, key=key_query), Linear(dim, dim, key=key_out)
-        self.key_value, self.heads = Linear(dim, 2 * dim, key=key_rows), heads
+        self.key_value, self.heads = Linear(dim, 2 * dim, key=key_key_value), heads
 
-    def asked(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows heads head_dim"]:
+    def queries(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape heads head_dim"]:
         """The queries of x."""
-        return self.by_heads(self.query(self.before_query(x)))
+        return self.split_heads(self.query(self.before_query(x)))
 
-    def keys_values(self, y: Float[Array, "*rows dim"]) -> Float[Array, "*rows two_dims"]:
+    def keys_values(self, y: Float[Array, "*shape dim"]) -> Float[Array, "*shape two_dims"]:
         """The keys and values of y, concatenated."""
-        return self.key_value(self.before_rows(y))
+        return self.key_value(self.before_key_value(y))
 
-    def joined(
-        self, x: Float[Array, "*rows dim"], mixed: Float[Array, "*rows heads head_dim"]
-    ) -> Float[Array, "*rows dim"]:
-        """The layer's output for the attention result `mixed` of each x, in the dtype of x."""
-        return x + x + self.out(mixed.reshape(x.shape)).astype(x.dtype)
+    def output(
+        self, x: Float[Array, "*shape dim"], attended: Float[Array, "*shape heads head_dim"]
+    ) -> Float[Array, "*shape dim"]:
+        """The layer's output, in the dtype of x; `attended` are the weighted values of each x."""
+        return x + x + self.out(attended.reshape(x.shape)).astype(x.dtype)
 
-    def by_heads(self, rows: Float[Array, "*rows dim"]) -> Float[Array, "*rows heads head_dim"]:
+    def split_heads(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape heads head_dim"]:
         """The last axis split into heads."""
-        return rows.reshape(*rows.shape[:-1], self.heads, -1)
+        return x.reshape(*x.shape[:-1], self.heads, -1)
 
-    def over_vectors(
+    def attend_vectors(
         self,
         x: Float[Array, "batch length dim"],
         keys_values: Float[Array, "batch length vectors two_dims"],
         compute: str,
     ) -> Float[Array, "batch length dim"]:
-        """The layer for the case that every x sees a few vectors of its own. Products in `compute`, logits and softmax in
-        float32."""
-        query = self.asked(x.astype(compute))[:, :, None]
-        keys, values = (self.by_heads(part) for part in jnp.split(keys_values, 2, axis=-1))
+        """The layer where every x attends to a few vectors of its own. Products in `compute`, logits and softmax in float32."""
+        query = self.queries(x.astype(compute))[:, :, None]
+        keys, values = (self.split_heads(part) for part in jnp.split(keys_values, 2, axis=-1))
+        # (b, length, vectors, heads)
         logits = jnp.sum(query.astype(jnp.float32) * keys.astype(jnp.float32), axis=-1) * keys.shape[-1] ** -0.5
         weights = jax.nn.softmax(logits, axis=2)[..., None]
-        mixed = jnp.sum(weights * values.astype(jnp.float32), axis=2)
-        return self.joined(x, mixed.astype(compute))
+        attended = jnp.sum(weights * values.astype(jnp.float32), axis=2)
+        return self.output(x, attended.astype(compute))
 
 
 class VisibleTokens(eqx.Module):

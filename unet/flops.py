@@ -46,8 +46,8 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
 
     `rate` is in tokens per byte, each of `inner_rates` in tokens per token of the level around. All parameters count except the
     embedding, which counts only if it is tied; a frozen parameter counts 2, for the forward pass alone. With several `samples`
-    of boundaries, everything after the encoder runs that many times. `mid` includes everything inside the token level, further
-    levels too. Raises `ValueError` if rates of levels are missing.
+    of boundaries, everything after the encoder but the early-exit head runs that many times. `mid` includes everything inside
+    the token level, further levels too. Raises `ValueError` if rates of levels are missing.
     """
 
     def stage_cost(stage: AbstractStage, rates: Sequence[float]) -> float:
@@ -62,20 +62,16 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
             return outside + rates[0] * stage_cost(stage.inner, rates[1:])
         raise ValueError(f"the operations of a {type(stage).__name__} cannot be counted")
 
-    outer, after = _outermost(model, inner_rates), float(samples)
+    outer = _outermost(model, inner_rates)
     trained, frozen = (0, 0) if outer.estimator is None else _sizes(outer.estimator)
     return Flops(
         embed=0.0,
         encode=6.0 * _size(outer.encoder),
         boundary=6.0 * trained + 2.0 * frozen,
-        mid=0.0 if outer.inner is None else after * rate * stage_cost(outer.inner, inner_rates),
-        decode=6.0 * after * _stack_size(outer.decoder, rate),
-        heads=6.0
-        * after
-        * (
-            _size((model.norm, model.output_head))
-            + model.early_exit_fraction * _size((model.early_norm, model.early_head))
-        ),
+        mid=0.0 if outer.inner is None else samples * rate * stage_cost(outer.inner, inner_rates),
+        decode=6.0 * samples * _stack_size(outer.decoder, rate),
+        heads=6.0 * samples * _size((model.norm, model.output_head))
+        + 6.0 * model.early_exit_fraction * _size((model.early_norm, model.early_head)),
     )
 
 
@@ -87,29 +83,31 @@ def layer_flops(model: UNet, *, length: int, rate: float, inner_rates: Sequence[
     one-hot vectors. Everything else is as in `matrix_flops`.
     """
 
-    def stage_cost(stage: AbstractStage, rows: float, rates: Sequence[float]) -> float:
+    def stage_cost(stage: AbstractStage, positions: float, rates: Sequence[float]) -> float:
         if isinstance(stage, Widened):
-            return stage_cost(stage.stage, rows, rates)
+            return stage_cost(stage.stage, positions, rates)
         if isinstance(stage, Flat):
-            return 3 * _stack_forward(stage.stack, rows)
+            return 3 * _stack_forward(stage.stack, positions)
         if isinstance(stage, Hierarchy):
             trained, frozen = _sizes(stage.estimator)
-            outside = 3 * (_stack_forward(stage.encoder, rows) + _stack_forward(stage.decoder, rows, rates[0]))
-            inside = rates[0] * stage_cost(stage.inner, rows * rates[0], rates[1:])
+            outside = 3 * (
+                _stack_forward(stage.encoder, positions) + _stack_forward(stage.decoder, positions, rates[0])
+            )
+            inside = rates[0] * stage_cost(stage.inner, positions * rates[0], rates[1:])
             return outside + 3 * 2.0 * trained + 2.0 * frozen + inside
         raise ValueError(f"the operations of a {type(stage).__name__} cannot be counted")
 
-    outer, after = _outermost(model, inner_rates), float(samples)
+    outer = _outermost(model, inner_rates)
     vocab, dim = model.embedding.shape
     trained, frozen = (0, 0) if outer.estimator is None else _sizes(outer.estimator)
-    heads = 1 + (0.0 if model.early_head is None else model.early_exit_fraction)
+    heads = samples + (0.0 if model.early_head is None else model.early_exit_fraction)
     return Flops(
         embed=3 * 2.0 * vocab * dim,
         encode=3 * _stack_forward(outer.encoder, float(length)),
         boundary=3 * 2.0 * trained + 2.0 * frozen,
-        mid=0.0 if outer.inner is None else after * rate * stage_cost(outer.inner, length * rate, inner_rates),
-        decode=3 * after * _stack_forward(outer.decoder, float(length), rate),
-        heads=3 * after * heads * 2.0 * vocab * dim,
+        mid=0.0 if outer.inner is None else samples * rate * stage_cost(outer.inner, length * rate, inner_rates),
+        decode=3 * samples * _stack_forward(outer.decoder, float(length), rate),
+        heads=3 * heads * 2.0 * vocab * dim,
     )
 
 
@@ -118,25 +116,25 @@ def _stack_size(stack: Stack | None, rate: float) -> float:
     if stack is None:
         return 0.0
     attending = [block.cross for block in stack.blocks if isinstance(block, Attending)]
-    of_tokens = _size((stack.unfold, [(cross.before_rows, cross.key_value) for cross in attending]))
+    of_tokens = _size((stack.unfold, [(cross.before_key_value, cross.key_value) for cross in attending]))
     return _size(stack) - (1 - rate) * of_tokens
 
 
-def _stack_forward(stack: Stack | None, rows: float, rate: float = 0.0) -> float:
-    """Operations of a forward pass for each position of a stack over `rows` positions, of which a fraction `rate` close a token
-    that the stack attends to."""
+def _stack_forward(stack: Stack | None, positions: float, rate: float = 0.0) -> float:
+    """Operations of a forward pass for each position of a stack over `positions` positions, of which a fraction `rate` close a
+    token that the stack attends to."""
     if stack is None:
         return 0.0
-    seen = rows if stack.window is None else min(rows, float(stack.window))
+    seen = positions if stack.window is None else min(positions, float(stack.window))
     total = sum(_block_forward(block, seen) for block in stack.blocks)
     if stack.unfold is None:
         return total
-    wide = stack.unfold.weight.shape[1]
+    unfolded = stack.unfold.weight.shape[1]
     total += rate * 2.0 * stack.unfold.weight.size
     for block in stack.blocks:
         if isinstance(block, Attending):
             dim = block.cross.out.weight.shape[1]
-            vectors = wide / dim
+            vectors = unfolded / dim
             per_token = 2.0 * vectors * block.cross.key_value.weight.size
             total += 2.0 * 2 * dim * dim + 2 * 2 * vectors * dim + 3 * block.cross.heads * vectors + rate * per_token
     return total

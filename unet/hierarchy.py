@@ -26,9 +26,9 @@ from estimators.decode_state import AbstractDecodeState, update_state
 from unet.blocks import Stack
 from unet.chunkers.up import last_output
 from unet.cross import visible_tokens
-from unet.decoding.kv_cache import is_empty
+from unet.decoding.kv_cache import is_unallocated
 from unet.decoding.sparse import for_closed
-from unet.ops import Implementation, boundary_scan
+from unet.ops import Implementation, boundary_scan, token_of
 
 Batched = TypeVar("Batched")
 """Any tree of arrays whose first axis is the batch."""
@@ -36,7 +36,7 @@ Batched = TypeVar("Batched")
 
 class Level(eqx.Module):
     """What one level of a hierarchy computed: the encoder's `hidden` states, the actions `drawn`, the `boundaries` truncated to
-    capacity, the tokens of each sequence (`lengths`), and the boundaries dropped (`overflow`)."""
+    capacity, the number of tokens of each sequence (`lengths`), and the number of boundaries dropped (`overflow`)."""
 
     hidden: Float[Array, "batch length dim"]
     layout: Layout
@@ -49,14 +49,15 @@ class Level(eqx.Module):
 def boundary_depth(levels: Sequence[Level], mask: Bool[Array, "batch length"]) -> Int[Array, "batch length"]:
     """How many levels, counted from the outermost, closed a token at each position of the outermost level: 1 if only the
     outermost did, 2 if the next one did too, and so on."""
-    place = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
-    count, closed = jnp.zeros(mask.shape, jnp.int32), mask
+    # For each byte, its latest position at the level at hand.
+    index = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
+    depth, closed = jnp.zeros(mask.shape, jnp.int32), mask
     for level in levels:
         actions = level.boundaries.actions
-        closed = closed & jnp.take_along_axis(actions, place, axis=1, mode="clip")
-        count += closed.astype(jnp.int32)
-        place = jnp.take_along_axis(jnp.cumsum(actions, axis=1) - 1, place, axis=1, mode="clip")
-    return count
+        closed = closed & jnp.take_along_axis(actions, index, axis=1, mode="clip")
+        depth += closed.astype(jnp.int32)
+        index = jnp.take_along_axis(token_of(actions), index, axis=1, mode="clip")
+    return depth
 
 
 class StageOutput(eqx.Module):
@@ -85,7 +86,7 @@ class StageSampling(eqx.Module):
     training: bool = eqx.field(static=True, default=False)
     noise: Float[Array, "batch length"] | None = None
 
-    def here(self, implementation: Implementation | None = None) -> SamplingOptions:
+    def router_options(self, implementation: Implementation | None = None) -> SamplingOptions:
         """The sampling options of the outermost level's router; `implementation` is that of the boundary scan."""
         actions = self.actions[0] if self.actions else None
         scan = functools.partial(boundary_scan, implementation=implementation)
@@ -106,6 +107,11 @@ class StageSampling(eqx.Module):
 def repeated(batched: Batched, samples: int) -> Batched:
     """Each sequence `samples` times, the copies adjacent."""
     return batched if samples == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, axis=0), batched)
+
+
+def without_copies(batched: Batched, samples: int) -> Batched:
+    """The inverse of `repeated`: the first of the copies of each sequence."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, samples, *leaf.shape[1:])[:, 0], batched)
 
 
 class Encoded(eqx.Module):
@@ -129,7 +135,7 @@ class Encoded(eqx.Module):
 
 class AbstractStage(eqx.Module):
     """A causal map from hidden states to hidden states, in two parts: `encode` determines how many tokens there are, `decode`
-    does the rest.
+    does the rest. So `UNet.loss` can choose a capacity in between.
 
     One pass serves training (no decode state) and decoding, where the new positions of each sequence (as many as `layout.mask`
     marks) follow the `layout.before` positions of its state. With one key for each sequence, a text has the same boundaries and
@@ -199,8 +205,8 @@ class Flat(AbstractStage):
     def decode(
         self, encoded: Encoded, sampling: StageSampling, state: PyTree[Array] = None, *, capacity: int | None = None
     ) -> StageOutput:
-        done = self.stack(encoded.hidden, encoded.layout, state)
-        return StageOutput(done.hidden, (), done.update)
+        output = self.stack(encoded.hidden, encoded.layout, state)
+        return StageOutput(output.hidden, (), output.update)
 
 
 class HierarchyUpdate(eqx.Module):
@@ -216,7 +222,7 @@ class HierarchyUpdate(eqx.Module):
 
 
 class HierarchyState(AbstractDecodeState):
-    """Decode states of a hierarchy's parts, the number of `tokens` so far, and the output of the `last` one if the decoder
+    """Decode states of a hierarchy's parts, the number of `tokens` so far, and the output of the `last` token if the decoder
     attends to tokens. The inner stage advances only when a token closes."""
 
     encoder: PyTree[Array] = None
@@ -228,16 +234,16 @@ class HierarchyState(AbstractDecodeState):
     last: Float[Array, "batch 1 token_dim"] | None = None
 
     def updated(self, update: HierarchyUpdate, lengths: Int[Array, " batch"]) -> HierarchyState:
-        tokens = jnp.where(lengths > 0, update.tokens, 0)
         assert self.tokens is not None
+        tokens = jnp.where(lengths > 0, update.tokens, 0)
         return HierarchyState(
-            update_state(self.encoder, update.encoder, lengths),
-            update_state(self.router, update.router, lengths),
-            update_state(self.chunker, update.chunker, lengths),
-            update_state(self.inner, update.inner, tokens),
-            update_state(self.decoder, update.decoder, lengths),
-            self.tokens + tokens,
-            update_state(self.last, update.last, tokens),
+            encoder=update_state(self.encoder, update.encoder, lengths),
+            router=update_state(self.router, update.router, lengths),
+            chunker=update_state(self.chunker, update.chunker, lengths),
+            inner=update_state(self.inner, update.inner, tokens),
+            decoder=update_state(self.decoder, update.decoder, lengths),
+            tokens=self.tokens + tokens,
+            last=update_state(self.last, update.last, tokens),
         )
 
 
@@ -262,13 +268,13 @@ class Hierarchy(AbstractStage):
     def init_state(self, batch: int, dim: int) -> HierarchyState:
         chunker, unfold = self.estimator.chunker, self.decoder.unfold
         return HierarchyState(
-            self.encoder.init_state(batch),
-            self.estimator.router.init_state(batch),
-            chunker.init_state(batch, dim),
-            self.inner.init_state(batch, chunker.token_dim(dim)),
-            self.decoder.init_state(batch),
-            jnp.zeros((batch,), jnp.int32),
-            None if unfold is None else jnp.zeros((batch, 1, unfold.weight.shape[0]), jnp.float32),
+            encoder=self.encoder.init_state(batch),
+            router=self.estimator.router.init_state(batch),
+            chunker=chunker.init_state(batch, dim),
+            inner=self.inner.init_state(batch, chunker.token_dim(dim)),
+            decoder=self.decoder.init_state(batch),
+            tokens=jnp.zeros((batch,), jnp.int32),
+            last=None if unfold is None else jnp.zeros((batch, 1, unfold.weight.shape[0]), jnp.float32),
         )
 
     def encode(
@@ -278,15 +284,18 @@ class Hierarchy(AbstractStage):
         sampling: StageSampling,
         state: HierarchyState | None = None,
     ) -> Encoded:
-        kept = HierarchyState() if state is None else state
-        own = sampling.actions or sampling.noise is not None or (sampling.key is not None and has_many(sampling.key))
-        if sampling.samples > 1 and own:
+        old = HierarchyState() if state is None else state
+        per_sequence = (
+            sampling.actions or sampling.noise is not None or (sampling.key is not None and has_many(sampling.key))
+        )
+        if sampling.samples > 1 and per_sequence:
             raise ValueError("several samples share one key; got actions, noise or keys of each sequence")
         with jax.named_scope("encode"):
-            encoded = self.encoder(hidden, layout, kept.encoder)
+            encoded = self.encoder(hidden, layout, old.encoder)
             hidden, layout = repeated((encoded.hidden, layout), sampling.samples)
         with jax.named_scope("boundary"):
-            routed = self.estimator.router.route(hidden, layout, sampling.here(self.implementation), kept.router)
+            options = sampling.router_options(self.implementation)
+            routed = self.estimator.router.route(hidden, layout, options, old.router)
             boundaries = routed.boundaries.truncated(sampling.capacity(hidden.shape[1]))
         return Encoded(hidden, layout, routed.boundaries.actions, boundaries, encoded.update, routed.update)
 
@@ -298,23 +307,23 @@ class Hierarchy(AbstractStage):
         *,
         capacity: int | None = None,
     ) -> StageOutput:
-        kept = HierarchyState() if state is None else state
+        old = HierarchyState() if state is None else state
         hidden, layout, boundaries, chunker = encoded.hidden, encoded.layout, encoded.boundaries, self.estimator.chunker
         assert boundaries is not None
         assert encoded.drawn is not None
         with jax.named_scope("downsample"):
             capacity = capacity or sampling.capacity(hidden.shape[1])
-            down = chunker.down(hidden, boundaries, capacity=capacity, mask=layout.mask, state=kept.chunker.down)
-            token_layout = self.token_layout(down.tokens, layout, kept.tokens)
+            down = chunker.down(hidden, boundaries, capacity=capacity, mask=layout.mask, state=old.chunker.down)
+            token_layout = self.token_layout(down.tokens, layout, old.tokens)
         with jax.named_scope("mid"):
-            inner = self.run_inner(down.tokens.values, token_layout, sampling.inner(), kept.inner)
+            inner = self.run_inner(down.tokens.values, token_layout, sampling.inner(), old.inner)
         with jax.named_scope("upsample"):
-            up = chunker.up(inner.hidden, down.tokens, hidden, boundaries, state=kept.chunker.up)
+            up = chunker.up(inner.hidden, down.tokens, hidden, boundaries, state=old.chunker.up)
             tokens = None
             if self.decoder.unfold is not None:
-                tokens = visible_tokens(inner.hidden, boundaries.actions, self.implementation, kept.last)
+                tokens = visible_tokens(inner.hidden, boundaries.actions, self.implementation, old.last)
         with jax.named_scope("decode"):
-            decoded = self.decoder(up.hidden, layout, kept.decoder, tokens)
+            decoded = self.decoder(up.hidden, layout, old.decoder, tokens)
         lengths = jnp.sum(boundaries.actions, axis=1, dtype=jnp.int32)
         overflow = jnp.sum(encoded.drawn, axis=1, dtype=jnp.int32) - lengths
         level = Level(hidden, layout, encoded.drawn, boundaries, lengths, overflow)
@@ -322,8 +331,15 @@ class Hierarchy(AbstractStage):
         if state is None:
             return output
         last = None if state.last is None else last_output(inner.hidden, down.tokens, state.last)
-        chunked = ChunkerState(down.update, up.update)
-        update = HierarchyUpdate(encoded.encoder, encoded.router, chunked, inner.update, decoded.update, lengths, last)
+        update = HierarchyUpdate(
+            encoder=encoded.encoder,
+            router=encoded.router,
+            chunker=ChunkerState(down.update, up.update),
+            inner=inner.update,
+            decoder=decoded.update,
+            tokens=lengths,
+            last=last,
+        )
         return StageOutput(output.hidden, output.levels, update)
 
     def run_inner(
@@ -333,8 +349,8 @@ class Hierarchy(AbstractStage):
         sampling: StageSampling,
         state: PyTree[Array],
     ) -> StageOutput:
-        """Run the inner stage; in decoding a single position, only for the sequences that close a token."""
-        if state is None or is_empty(state) or values.shape[1] > 1:
+        """Run the inner stage. In a decoding step of one position it runs only for the sequences that close a token."""
+        if state is None or is_unallocated(state) or values.shape[1] > 1:
             return self.inner(values, layout, sampling, state)
         return for_closed(self.inner, layout.mask[:, 0], (values, layout, sampling, state))
 
@@ -342,7 +358,7 @@ class Hierarchy(AbstractStage):
         self, hidden: Float[Array, "batch length dim"], layout: Layout, sampling: StageSampling
     ) -> Boundaries:
         """The boundaries of this level, drawn from the encoder's states."""
-        return self.estimator.router(hidden, layout, sampling.here(self.implementation))
+        return self.estimator.router(hidden, layout, sampling.router_options(self.implementation))
 
     def token_layout(self, tokens: Tokens, layout: Layout, before: Int[Array, " batch"] | None = None) -> Layout:
         """The layout of the tokens; `before`: how many tokens each sequence had before these."""

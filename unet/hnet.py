@@ -29,13 +29,14 @@ STD = 0.02
 """Standard deviation of initial weights, as released."""
 
 
-MOST_LAYERS = 4096
+MAX_LAYERS = 4096
+"""Most layers of one network, so that a mistyped layout does not fill the memory."""
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The layers of one stage: of the `encoder` and the `decoder` around the stage `inside`, or only of the `main` network at
-    the innermost stage. A layer is one of the letters mMtT."""
+    """The layers of one stage: those of the `encoder` and the `decoder` around the stage `inside`, or at the innermost stage
+    those of the `main` network. A layer is one of the letters mMtT (see `read_layout`)."""
 
     encoder: str = ""
     inside: Networks | None = None
@@ -76,8 +77,8 @@ def _letters(part: object) -> str:
             f'a network of a layout must be letters of mMtT, each with a number, such as "T1m4"; got {json.dumps(part)}'
         )
     runs = [(letter, int(number)) for letter, number in re.findall(r"([mMtT])(\d+)", part)]
-    if sum(number for _, number in runs) > MOST_LAYERS:
-        raise ValueError(f"a network of a layout must have at most {MOST_LAYERS} layers; got {json.dumps(part)}")
+    if sum(number for _, number in runs) > MAX_LAYERS:
+        raise ValueError(f"a network of a layout must have at most {MAX_LAYERS} layers; got {json.dumps(part)}")
     return "".join(letter * number for letter, number in runs)
 
 
@@ -186,12 +187,13 @@ class HNetConfig(AbstractShape):
         estimators: tuple[AbstractEstimator, ...],
         key: PRNGKeyArray,
     ) -> AbstractStage:
+        # Residual additions of this stage and the stages around it.
         residuals += _residuals(networks.main + networks.encoder + networks.decoder)
         key_encoder, key_inside, key_decoder = (named_key(key, name) for name in ("encoder", "inside", "decoder"))
         if networks.inside is None:
-            made: AbstractStage = Flat(self._stack(networks.main, stage, residuals, key_encoder, last=stage == 0))
+            own: AbstractStage = Flat(self._stack(networks.main, stage, residuals, key_encoder, last=stage == 0))
         else:
-            made = Hierarchy(
+            own = Hierarchy(
                 self._stack(networks.encoder, stage, residuals, key_encoder),
                 estimators[0],
                 self._stage(networks.inside, stage + 1, residuals, estimators[1:], key_inside),
@@ -207,10 +209,11 @@ class HNetConfig(AbstractShape):
                 implementation=self.implementation,
             )
         wider = self.dims[stage] - self.dims[stage - 1] if stage else 0
-        return Widened(jnp.zeros((wider,)), made) if wider else made
+        return Widened(jnp.zeros((wider,)), own) if wider else own
 
     def _stack(self, letters: str, stage: int, residuals: int, key: PRNGKeyArray, *, last: bool = False) -> Stack:
-        """`last`: whether the output head follows."""
+        """The stack of a network. `last`: whether the output head follows, which needs a norm before it. `residuals`: see
+        `parts`."""
         keys = jax.random.split(key, len(letters))
         blocks = [self._block(letter, stage, residuals, one) for letter, one in zip(letters, keys, strict=True)]
         norm = ScaleNorm(self.dims[stage]) if self.network_norms or last else None
@@ -224,7 +227,7 @@ class HNetConfig(AbstractShape):
         else:
             mixer = Attention(dim, heads, cap=None, rotary_dim=rotary_dim, key=key_mixer)
         mlp = SwiGLU(dim, self.mlp_dims[stage], key=key_mlp) if letter in "MT" else None
-        return _drawn(PreNorm(dim, mixer, mlp), residuals, key_draw)
+        return _reinitialised(PreNorm(dim, mixer, mlp), residuals, key_draw)
 
 
 def _stages(networks: Networks) -> list[str]:
@@ -243,19 +246,18 @@ def _residuals(letters: str) -> int:
     return sum(2 if letter in "MT" else 1 for letter in letters)
 
 
-def _drawn(block: PreNorm, residuals: int, key: PRNGKeyArray) -> PreNorm:
-    """The block with its matrices drawn again, as in the released code."""
-    ending = {"out", "project_out"}
+def _reinitialised(block: PreNorm, residuals: int, key: PRNGKeyArray) -> PreNorm:
+    """The block with its matrices drawn as in the released code."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(block, is_leaf=lambda node: isinstance(node, Linear))
     drawn = []
     for number, (path, leaf) in enumerate(leaves):
         if isinstance(leaf, Linear):
             last = path[-1]
             assert isinstance(last, jax.tree_util.GetAttrKey)
-            std = STD / residuals**0.5 if last.name in ending else STD
-            fresh: Float[Array, "inputs outputs"] = jax.random.normal(
+            std = STD / residuals**0.5 if last.name in ("out", "project_out") else STD
+            normal: Float[Array, "inputs outputs"] = jax.random.normal(
                 jax.random.fold_in(key, number), leaf.weight.shape[::-1], jnp.float32
             ).T
-            leaf = Linear.of(std * fresh)
+            leaf = Linear.of(std * normal)
         drawn.append(leaf)
     return jax.tree_util.tree_unflatten(tree, drawn)

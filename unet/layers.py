@@ -14,8 +14,8 @@ ROTARY_BASE = 10_000.0
 class Linear(eqx.Module):
     r"""$y = xW$, no bias; the weight is cast to the input's dtype, products are accumulated in float32 or better."""
 
-    # Stored as (inputs, outputs): with the few rows of a decoding step, a CPU multiplies by it up to twice as fast as by the
-    # transpose.
+    # Stored as (inputs, outputs): in a decoding step, which has few positions, a CPU multiplies by it up to twice as fast as by
+    # the transpose.
     weight: Float[Array, "inputs outputs"]
 
     def __init__(self, inputs: int, outputs: int, *, key: PRNGKeyArray):
@@ -29,18 +29,18 @@ class Linear(eqx.Module):
         object.__setattr__(layer, "weight", weight)
         return layer
 
-    def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
+    def __call__(self, x: Float[Array, "*shape inputs"]) -> Float[Array, "*shape outputs"]:
         return x @ self.weight.astype(x.dtype)
 
-    def wide(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        """The same product in float32, the dtype of its accumulation: for logits that enter a loss."""
+    def in_float32(self, x: Float[Array, "*shape inputs"]) -> Float[Array, "*shape outputs"]:
+        """The same product, returned in float32, in which it is accumulated: for logits that enter a loss."""
         return jnp.matmul(x, self.weight.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def unit_rms(x: Float[Array, "*rows dim"], epsilon: float) -> Float[Array, "*rows dim"]:
+def unit_rms(x: Float[Array, "*shape dim"], epsilon: float) -> Float[Array, "*shape dim"]:
     r"""$x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$, in float32."""
-    wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
 
 
 class RMSNorm(eqx.Module):
@@ -53,7 +53,7 @@ class RMSNorm(eqx.Module):
         self.weight = jnp.zeros((dim,), jnp.float32)
         self.epsilon = epsilon
 
-    def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
+    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
         return (unit_rms(x, self.epsilon) * (1.0 + self.weight)).astype(x.dtype)
 
 
@@ -68,7 +68,7 @@ class ScaleNorm(eqx.Module):
         self.weight = jnp.ones((dim,), jnp.float32)
         self.epsilon = epsilon
 
-    def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
+    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
         return (unit_rms(x, self.epsilon) * self.weight.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -105,7 +105,7 @@ class GeGLU(eqx.Module):
         self.gate_up = Linear(dim, 2 * hidden, key=key_in)
         self.down = Linear(hidden, dim, key=key_out)
 
-    def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
+    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         return self.down(jax.nn.gelu(gate, approximate=True) * up)
 
@@ -121,6 +121,6 @@ class SwiGLU(eqx.Module):
         self.value_gate = Linear(dim, 2 * hidden, key=key_in)
         self.out = Linear(hidden, dim, key=key_out)
 
-    def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
+    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
         value, gate = jnp.split(self.value_gate(x), 2, axis=-1)
         return self.out(value * jax.nn.silu(gate))

@@ -31,8 +31,8 @@ def next_logprobs(
 
 
 def log_prob_of(
-    logits: Float[Array, "batch rows vocab"], targets: Int[Array, "batch rows"]
-) -> Float[Array, "batch rows"]:
+    logits: Float[Array, "batch positions vocab"], targets: Int[Array, "batch positions"]
+) -> Float[Array, "batch positions"]:
     """The log-probability of each target in nats, float32."""
     logits = logits.astype(jnp.float32)
     # A comparison instead of a gather, since it fuses in both passes.

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from estimators.base import AbstractObjective, Layout, ObjectiveInputs, ObjectiveOutput
-from unet.hierarchy import Level
+from estimators.equations import masked_mean
+from unet.hierarchy import Level, repeated, without_copies
 from unet.likelihood import continues, log_prob_of, next_logprobs
 from unet.ops import token_of
 from unet.ops.rows import add_at
@@ -19,11 +20,12 @@ from unet.ops.rows import add_at
 class Prediction(eqx.Module):
     """Logits of the next byte at each position, those of the early-exit head if there is one, and the levels of the hierarchy.
 
-    `early_positions`, if given: the positions of the early-exit logits, the same in every sequence.
+    `early_logits` depend on no boundary, so all samples of a sequence (adjacent in the batch) share one row of them.
+    `early_positions`, if given: their positions, the same in every sequence.
     """
 
     logits: Float[Array, "batch length vocab"]
-    early_logits: Float[Array, "batch positions vocab"] | None
+    early_logits: Float[Array, "sequences positions vocab"] | None
     levels: tuple[Level, ...]
     early_positions: Int[Array, " positions"] | None = None
 
@@ -33,10 +35,10 @@ class LossOutput(eqx.Module):
     numbers to log.
 
     `log_prob` is the mean log-probability per predicted byte, `early_log_prob` that of the early-exit head (None without one),
-    `rate` the fraction of valid bytes with a boundary, `overflow` the fraction of valid bytes whose boundary was dropped,
-    `padding` the fraction of the outermost token level's capacity that held no token. `metrics` holds what the objectives
-    report, by name. For inner levels its names begin with `level1_…`, and it also holds their `rate` and `overflow`, as
-    fractions of the positions of the level around.
+    `rate` the fraction of valid bytes with a boundary (0 without a token level), `overflow` the fraction of valid bytes whose
+    boundary was dropped, `padding` the fraction of the outermost token level's capacity that held no token. `metrics` holds
+    what the objectives report, by name. For inner levels its names begin with `level1_…`, and it also holds their `rate` and
+    `overflow`, as fractions of the positions of the level around.
     """
 
     loss: Float[Array, ""]
@@ -56,13 +58,16 @@ def early_log_prob(prediction: Prediction, layout: Layout) -> Float[Array, "batc
     predicted ones, so the gradient of the early-exit head stays unbiased too (except that padding and packing make it a ratio
     of two random numbers).
     """
-    if prediction.early_logits is None or prediction.early_positions is None:
-        return None if prediction.early_logits is None else next_logprobs(prediction.early_logits, layout.bytes)
-    rows = prediction.early_positions
-    there = log_prob_of(prediction.early_logits, jnp.roll(layout.bytes, -1, axis=1)[:, rows])
-    scored = continues(layout)[:, rows]
-    mean = jnp.sum(jnp.where(scored, there, 0.0)) / jnp.maximum(jnp.sum(scored), 1).astype(jnp.float32)
-    return jnp.broadcast_to(mean, layout.bytes.shape).at[:, rows].set(there)
+    logits, positions = prediction.early_logits, prediction.early_positions
+    if logits is None:
+        return None
+    samples = layout.bytes.shape[0] // logits.shape[0]
+    layout = without_copies(layout, samples)
+    if positions is None:
+        return repeated(next_logprobs(logits, layout.bytes), samples)
+    log_prob = log_prob_of(logits, jnp.roll(layout.bytes, -1, axis=1)[:, positions])
+    mean = masked_mean(log_prob, continues(layout)[:, positions])
+    return repeated(jnp.broadcast_to(mean, layout.bytes.shape).at[:, positions].set(log_prob), samples)
 
 
 class Reward(eqx.Module):
@@ -73,16 +78,16 @@ class Reward(eqx.Module):
     early_log_prob: Float[Array, "batch length"] | None
     scored: Int[Array, "batch length"]
 
-    def inside(self, level: Level, tokens: int) -> Reward:
-        """The rewards of the tokens that `level` makes of these positions: each the sum from the position that closed it to the
-        one before the next token closes."""
+    def of_tokens(self, level: Level, tokens: int) -> Reward:
+        """The rewards of the `tokens` tokens that `level` makes of these positions. Each is the sum from the position that closed
+        the token to the one before the next token closes."""
         index = token_of(level.boundaries.actions)
         # Positions before the first token belong to none.
         index = jnp.where(index < 0, tokens, index)
         return jax.tree.map(lambda values: add_at(index, values, tokens), self)
 
     def scaled(self, factor: Float[Array, ""]) -> Reward:
-        """With log-probabilities multiplied by a factor."""
+        """The same with log-probabilities multiplied by a factor."""
         early = None if self.early_log_prob is None else factor * self.early_log_prob
         return Reward(factor * self.log_prob, early, self.scored)
 
@@ -114,31 +119,33 @@ def objective_inputs(
     deciding bytes. Policy losses take the mean over decisions, so a nat then has the same weight at every level: each policy
     gradient is that of the same sum of log-probabilities, divided by the same number of bytes.
 
-    Log-probabilities carry no gradient, so no objective can train the language model through them. Those of the early-exit head
-    carry one to the first level that needs them. They depend on no action of any level, so their sums are valid baselines.
+    Log-probabilities carry no gradient, so no objective can train the language model through them. The exception is the
+    early-exit head: the first level that needs its log-probabilities trains it (`trains_early_exit`). They depend on no action
+    of any level, so their sums are valid baselines.
     """
     inputs: list[ObjectiveInputs] = []
-    trains_early = reward.early_log_prob
-    reward = Reward(jax.lax.stop_gradient(reward.log_prob), trains_early, reward.scored)
+    reward = Reward(jax.lax.stop_gradient(reward.log_prob), reward.early_log_prob, reward.scored)
+    trains_early_exit = True
     target_rates = [target_rate, *[None] * len(levels)]
     for number, (level, objective) in enumerate(zip(levels, objectives, strict=True)):
-        here = reward.scaled(_deciding(level) / _deciding(levels[0]))
+        scaled = reward.scaled(_deciding(level) / _deciding(levels[0]))
         inputs.append(
             ObjectiveInputs(
                 level.boundaries,
                 level.hidden,
-                here.log_prob,
-                here.early_log_prob,
-                reward.scored > 0,
-                continues(level.layout),
-                target_rates[number],
-                samples,
+                scaled.log_prob,
+                scaled.early_log_prob,
+                mask=reward.scored > 0,
+                continues=continues(level.layout),
+                target_rate=target_rates[number],
+                samples=samples,
+                trains_early_exit=trains_early_exit,
             )
         )
         if objective.needs_early_exit:
-            reward = jax.lax.stop_gradient(reward)
+            reward, trains_early_exit = jax.lax.stop_gradient(reward), False
         if number + 1 < len(levels):
-            reward = reward.inside(level, levels[number + 1].hidden.shape[1])
+            reward = reward.of_tokens(level, levels[number + 1].hidden.shape[1])
     return inputs
 
 
@@ -146,6 +153,11 @@ def _deciding(level: Level) -> Float[Array, ""]:
     """The number of positions at which a policy decides or, if a rule decides, that are free to close a token."""
     decided = jnp.sum(level.boundaries.decided)
     return jnp.maximum(jnp.where(decided > 0, decided, jnp.sum(level.layout.free)), 1).astype(jnp.float32)
+
+
+def level_prefix(level: int) -> str:
+    """What the names of a level's metrics begin with: `level1_` and so on inside, nothing for the outermost level (0)."""
+    return f"level{level}_" if level else ""
 
 
 def losses(
@@ -183,16 +195,16 @@ def _summary(
 ) -> LossOutput:
     """The loss, and the numbers to log beside it."""
     positions = jnp.maximum(jnp.sum(layout.mask), 1).astype(jnp.float32)
-    room = layout.bytes.shape[0] * (capacity or layout.bytes.shape[1])
+    token_positions = layout.bytes.shape[0] * (capacity or layout.bytes.shape[1])
     if not levels:
-        return LossOutput(loss, log_prob, early_log_prob, jnp.ones(()), jnp.zeros(()), jnp.zeros(()), {})
+        zero = jnp.zeros(())
+        return LossOutput(loss, log_prob, early_log_prob, rate=zero, overflow=zero, padding=zero, metrics={})
     metrics: dict[str, Float[Array, ""]] = {}
     for number, (level, output) in enumerate(zip(levels, outputs, strict=True)):
         tokens, dropped = (jnp.sum(part).astype(jnp.float32) for part in (level.lengths, level.overflow))
-        shares = {"rate": tokens / positions, "overflow": dropped / positions}
-        prefix = f"level{number}_" if number else ""
-        metrics |= {prefix + name: value for name, value in {**output.metrics, **shares}.items()}
+        fractions = {"rate": tokens / positions, "overflow": dropped / positions}
+        metrics |= {level_prefix(number) + name: value for name, value in {**output.metrics, **fractions}.items()}
         positions = tokens
-    padding = 1.0 - jnp.sum(levels[0].lengths).astype(jnp.float32) / room
+    padding = 1.0 - jnp.sum(levels[0].lengths).astype(jnp.float32) / token_positions
     rate, overflow = metrics.pop("rate"), metrics.pop("overflow")
     return LossOutput(loss, log_prob, early_log_prob, rate, overflow, padding, metrics)

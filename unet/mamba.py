@@ -121,12 +121,12 @@ class Mamba2(AbstractMixer):
         """The convolution, in float32 and within documents. `document_positions`: the index of each position in its document."""
         length, width = inputs.shape[1], self.conv_weight.shape[1]
         if before is None:
-            both = jnp.pad(inputs, ((0, 0), (width - 1, 0), (0, 0)))
+            padded = jnp.pad(inputs, ((0, 0), (width - 1, 0), (0, 0)))
         else:
-            both = jnp.concatenate([before.astype(inputs.dtype), inputs], axis=1)
+            padded = jnp.concatenate([before.astype(inputs.dtype), inputs], axis=1)
         mixed = jnp.zeros(inputs.shape, jnp.float32)
         for back in range(width):
-            shifted = both[:, width - 1 - back :][:, :length].astype(jnp.float32)
+            shifted = padded[:, width - 1 - back :][:, :length].astype(jnp.float32)
             weight = self.conv_weight[:, width - 1 - back].astype(jnp.float32)
             mixed = mixed + jnp.where((document_positions >= back)[..., None], shifted, 0.0) * weight
         return mixed + self.conv_bias.astype(jnp.float32)

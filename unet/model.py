@@ -16,12 +16,12 @@ from estimators.base import VOCAB, AbstractEstimator, Keys, Layout, uniforms_fro
 from estimators.decode_state import AbstractDecodeState, last_positions, update_state
 from unet.capacity import smallest_with_room, switch_with_gradient
 from unet.config import AbstractShape
-from unet.hierarchy import AbstractStage, Encoded, StageOutput, StageSampling, repeated
+from unet.hierarchy import AbstractStage, Encoded, StageOutput, StageSampling, repeated, without_copies
 from unet.layers import Linear, RMSNorm
 from unet.likelihood import plain_layout
 from unet.losses import LossOutput, Prediction, losses
 from unet.ngrams import HashedNgrams
-from unet.numerics import own_promotion
+from unet.numerics import with_rank_promotion
 
 
 class TextUpdate(eqx.Module):
@@ -64,7 +64,7 @@ class Decoded(eqx.Module):
 
 def check_bytes(bytes: Integer[Array, "batch length"]) -> Integer[Array, "batch length"]:
     """`bytes` unchanged. Raises `ValueError` unless it is an integer array with the axes batch and length, and for values
-    outside 0 … 255; the latter only outside of compiled functions, where values can be inspected."""
+    outside 0 … 255. Values are checked only outside of compiled functions, where they can be inspected."""
     if not hasattr(bytes, "dtype") or bytes.ndim != 2 or not jnp.issubdtype(bytes.dtype, jnp.integer):
         shape, dtype = getattr(bytes, "shape", type(bytes).__name__), getattr(bytes, "dtype", "")
         raise ValueError(f"bytes must be integers, batch x length (one text: text[None]); got {dtype} {shape}")
@@ -78,11 +78,12 @@ def check_bytes(bytes: Integer[Array, "batch length"]) -> Integer[Array, "batch 
 
 def _at_most_float32(leaf: PyTree) -> PyTree:
     """Parameters stay float32 under `jax_enable_x64`."""
-    wide = isinstance(leaf, jax.Array) and leaf.dtype == jnp.float64
-    return leaf.astype(jnp.float32) if wide else leaf
+    is_float64 = isinstance(leaf, jax.Array) and leaf.dtype == jnp.float64
+    return leaf.astype(jnp.float32) if is_float64 else leaf
 
 
 def _bounds(capacities: Sequence[int] | int) -> tuple[int, ...]:
+    """Capacities as a tuple; a single one becomes a tuple of one."""
     return (capacities,) if isinstance(capacities, int) else tuple(capacities)
 
 
@@ -91,12 +92,12 @@ def _choices(capacities: Sequence[int | Sequence[int]] | int) -> tuple[tuple[int
 
     Raises `ValueError` if they do not ascend, or if an inner level has several.
     """
-    levels = [_bounds(one) for one in ([capacities] if isinstance(capacities, int) else capacities)]
-    if any(len(some) > 1 for some in levels[1:]):
+    levels = [_bounds(level) for level in ([capacities] if isinstance(capacities, int) else capacities)]
+    if any(len(level) > 1 for level in levels[1:]):
         raise ValueError("only the outermost level can choose between several capacities")
-    if any(not some or list(some) != sorted(set(some)) for some in levels):
+    if any(not level or list(level) != sorted(set(level)) for level in levels):
         raise ValueError(f"capacities to choose from must ascend; got {levels}")
-    return (levels[0] if levels else ()), tuple(some[-1] for some in levels)
+    return (levels[0] if levels else ()), tuple(level[-1] for level in levels)
 
 
 class UNet(eqx.Module):
@@ -117,7 +118,7 @@ class UNet(eqx.Module):
     early_exit_fraction: float = eqx.field(static=True)
     ngrams: HashedNgrams | None = None
 
-    @own_promotion
+    @with_rank_promotion
     def __init__(
         self,
         config: AbstractShape,
@@ -132,10 +133,10 @@ class UNet(eqx.Module):
         """
         estimators = [estimator] if isinstance(estimator, AbstractEstimator) else list(estimator or ())
         parts = jax.tree.map(_at_most_float32, config.parts(estimators, key=key))
-        for number, (one, dim) in enumerate(zip(estimators, config.widths, strict=False)):
-            if one.router.dim not in (None, dim):
+        for number, (router, dim) in enumerate(zip((one.router for one in estimators), config.widths, strict=False)):
+            if router.dim not in (None, dim):
                 raise ValueError(
-                    f"the router of level {number} reads hidden states of width {one.router.dim}, but this shape has {dim} there"
+                    f"the router of level {number} reads hidden states of width {router.dim}, but this shape has {dim} there"
                 )
         self.embedding, self.stage, self.norm, self.head = parts.embedding, parts.stage, parts.norm, parts.head
         early = any(one.objective.needs_early_exit for one in estimators)
@@ -145,7 +146,7 @@ class UNet(eqx.Module):
         self.early_exit_fraction = config.early_exit_fraction
         self.ngrams = parts.ngrams
 
-    @own_promotion
+    @with_rank_promotion
     def __call__(
         self,
         bytes: Integer[Array, "batch length"],
@@ -158,7 +159,7 @@ class UNet(eqx.Module):
         capacities: Sequence[int] | int = (),
         samples: int = 1,
         training: bool = False,
-    ) -> Prediction:
+    ) -> Prediction:  # Nine parameters, since few are used at once: an object would hold the same names.
         """Predict the next byte at every position.
 
         `key` draws the boundaries (None: greedy; one key for all sequences, or one each: see `SamplingOptions`); `actions`
@@ -171,16 +172,16 @@ class UNet(eqx.Module):
         layout = plain_layout(check_bytes(bytes), segments, mask)
         actions = (actions,) if isinstance(actions, jax.Array | np.ndarray) else tuple(actions)
         sampling = StageSampling(key, actions, target_rate, _bounds(capacities), samples, training)
-        return self.predict(self.stage(self.embed(layout), layout, sampling))
+        return self.predict(self.stage(self.embed(layout), layout, sampling), samples=samples)
 
-    @own_promotion
+    @with_rank_promotion
     def init_state(self, batch: int, keys: Key[Array, " batch"] | None = None) -> TextState:
         """The decode state of `batch` texts before their first byte; `keys` draw their boundaries (None: greedy)."""
         recent = None if self.ngrams is None else jnp.zeros((batch, self.ngrams.reach), jnp.int32)
         stage = self.stage.init_state(batch, self.embedding.shape[1])
         return TextState(stage, jnp.zeros((batch,), jnp.int32), keys, recent)
 
-    @own_promotion
+    @with_rank_promotion
     def decode(
         self,
         bytes: Integer[Array, "batch length"],
@@ -190,7 +191,7 @@ class UNet(eqx.Module):
         capacities: Sequence[int] | int = (),
         noise: Float[Array, "batch length"] | None = None,
     ) -> Decoded:
-        """Predict at the next bytes of each text; `mask` is True for the bytes that are there, which come first.
+        """Predict at the next bytes of each text; `mask` is True at bytes and False at padding, which comes last.
 
         From `init_state` this is prefill; one byte is a decoding step. A text gets the same predictions and boundaries however
         it is split into calls, and the same as from `__call__` with its key. KV caches of the token level get one slot for each
@@ -198,21 +199,25 @@ class UNet(eqx.Module):
         are NaN. If a level overflows `capacities`, the state must not be used. `noise`: what `TextState.noise` returns for
         these bytes, which is cheaper computed for many bytes at once.
         """
-        place = state.count[:, None] + jnp.arange(bytes.shape[1], dtype=jnp.int32)
+        positions = state.count[:, None] + jnp.arange(bytes.shape[1], dtype=jnp.int32)
         mask = jnp.ones(bytes.shape, bool) if mask is None else mask
-        layout = Layout(bytes.astype(jnp.int32), place, jnp.zeros_like(place), mask, state.count)
+        layout = Layout(bytes.astype(jnp.int32), positions, jnp.zeros_like(positions), mask, state.count)
         sampling = StageSampling(state.keys, capacities=_bounds(capacities), noise=noise)
         output = self.stage(self.embed(layout, state.recent), layout, sampling, state.stage)
         return Decoded(self.predict(output), TextUpdate(output.update, layout.bytes))
 
-    def predict(self, output: StageOutput, *, early_positions: Int[Array, " positions"] | None = None) -> Prediction:
-        """Apply the heads to the stage's output, the early-exit head only at `early_positions` if they are given."""
+    def predict(
+        self, output: StageOutput, *, samples: int = 1, early_positions: Int[Array, " positions"] | None = None
+    ) -> Prediction:
+        """Apply the heads to the stage's output for `samples` of each sequence, the early-exit head only at `early_positions` if
+        they are given."""
         early_logits = None
         with jax.named_scope("heads"):
             if self.early_head is not None and self.early_norm is not None:
-                hidden = output.levels[0].hidden
+                # The encoder's states, which all samples of a sequence share.
+                hidden = without_copies(output.levels[0].hidden, samples)
                 hidden = hidden if early_positions is None else hidden[:, early_positions]
-                early_logits = self.early_head.wide(self.early_norm(hidden))
+                early_logits = self.early_head.in_float32(self.early_norm(hidden))
             return Prediction(self.logits(output.hidden), early_logits, output.levels, early_positions)
 
     @property
@@ -222,7 +227,7 @@ class UNet(eqx.Module):
 
     def logits(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length vocab"]:
         """Final norm and output head, applied to the stage's hidden states."""
-        return self.output_head.wide(hidden if self.norm is None else self.norm(hidden))
+        return self.output_head.in_float32(hidden if self.norm is None else self.norm(hidden))
 
     def early_positions(self, length: int, key: PRNGKeyArray | None) -> Int[Array, " positions"] | None:
         """Random positions at which the early-exit head predicts in a training step. None means all, as without a key."""
@@ -242,7 +247,7 @@ class UNet(eqx.Module):
                 embedded = embedded + self.ngrams(layout.bytes, layout.document_positions, before)
             return embedded.astype(self.compute)
 
-    @own_promotion
+    @with_rank_promotion
     def loss(
         self,
         bytes: Integer[Array, "batch length"],
@@ -270,17 +275,17 @@ class UNet(eqx.Module):
             def branch(operands: tuple[UNet, Encoded, StageSampling, Layout]) -> tuple[Float[Array, ""], LossOutput]:
                 model, encoded, sampling, layout = operands
                 early = model.early_positions(layout.bytes.shape[1], sampling.key) if sampling.training else None
-                output = model.stage.decode(encoded, sampling, capacity=capacity)
-                prediction = model.predict(output, early_positions=early)
+                decoded = model.stage.decode(encoded, sampling, capacity=capacity)
+                prediction = model.predict(decoded, samples=samples, early_positions=early)
                 with jax.named_scope("loss"):
-                    found = model.losses(
+                    output = model.losses(
                         prediction,
                         repeated(layout, samples),
                         target_rate=sampling.target_rate,
                         samples=samples,
                         capacity=capacity,
                     )
-                return found.loss, found
+                return output.loss, output
 
             return branch
 
@@ -290,7 +295,7 @@ class UNet(eqx.Module):
         # `output.loss` comes from the auxiliary output and carries no gradient.
         return dataclasses.replace(output, loss=loss)
 
-    @own_promotion
+    @with_rank_promotion
     def losses(
         self,
         prediction: Prediction,

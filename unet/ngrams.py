@@ -32,12 +32,12 @@ PRIMES = (
 OFFSET = 4
 """Number of special ids in BLT's code: byte b has the id b + 4."""
 
-LONGEST = 64
-MOST_OFFSET = 512
-"""Limits within which sums of ids times 16-bit parts of powers fit into 32 bits."""
+MAX_NGRAM = 64
+MAX_OFFSET = 512
+"""Largest length of an n-gram and largest `offset` with which `rolling_hash` cannot overflow 32 bits."""
 
 
-def rolling_hash(ids: Int[Array, "*rows bytes"], buckets: int, prime: int = PRIMES[0]) -> Int[Array, "*rows"]:
+def rolling_hash(ids: Int[Array, "*shape bytes"], buckets: int, prime: int = PRIMES[0]) -> Int[Array, "*shape"]:
     r"""$\big(\sum_{j=0}^{n-1} t_j\, a^j\big) \bmod \mathrm{buckets}$ of n ids, the oldest first, a = `prime` (BLT).
 
     As in the released code, the sum is a signed 64-bit integer that wraps around, and the remainder is not negative. Ids lie in
@@ -46,8 +46,8 @@ def rolling_hash(ids: Int[Array, "*rows bytes"], buckets: int, prime: int = PRIM
     """
     parts = [jnp.zeros(ids.shape[:-1], jnp.uint32) for _ in range(4)]
     for place in range(ids.shape[-1]):
-        power, here = pow(prime, place, 2**64), ids[..., place].astype(jnp.uint32)
-        parts = [part + here * jnp.uint32(power >> 16 * number & 0xFFFF) for number, part in enumerate(parts)]
+        power, one = pow(prime, place, 2**64), ids[..., place].astype(jnp.uint32)
+        parts = [part + one * jnp.uint32(power >> 16 * number & 0xFFFF) for number, part in enumerate(parts)]
     for number in range(3):
         parts[number + 1] = parts[number + 1] + (parts[number] >> 16)
     parts = [part & 0xFFFF for part in parts]
@@ -88,14 +88,14 @@ class HashedNgrams(eqx.Module):
         `std` should equal that of the byte embeddings: both are $d^{-1/2}$ in BLT and 1 in `UNet`. Raises `ValueError` for n
         below 2 or above 64, for tables with no rows or more than $2^{31}$, for no hash function or more than there are primes,
         and for an offset outside 0 … 512."""
-        if not sizes or min(sizes) < 2 or max(sizes) > LONGEST or not 1 <= buckets <= 2**31:
+        if not sizes or min(sizes) < 2 or max(sizes) > MAX_NGRAM or not 1 <= buckets <= 2**31:
             raise ValueError(
-                f"n-grams must have two bytes or more, at most {LONGEST}, tables one row or more, at most 2^31; got "
+                f"n-grams must have two bytes or more, at most {MAX_NGRAM}, tables one row or more, at most 2^31; got "
                 f"{tuple(sizes)} and {buckets}"
             )
-        if not 1 <= functions <= len(PRIMES) or not 0 <= offset <= MOST_OFFSET:
+        if not 1 <= functions <= len(PRIMES) or not 0 <= offset <= MAX_OFFSET:
             raise ValueError(
-                f"there must be 1 to {len(PRIMES)} hash functions, and an offset from 0 to {MOST_OFFSET}; got {functions} and "
+                f"there must be 1 to {len(PRIMES)} hash functions, and an offset from 0 to {MAX_OFFSET}; got {functions} and "
                 f"{offset}"
             )
         keys = jax.random.split(key, functions * len(sizes))
@@ -118,9 +118,9 @@ class HashedNgrams(eqx.Module):
         if before is None:
             before = jnp.zeros((bytes.shape[0], self.reach), bytes.dtype)
         ids, length = jnp.concatenate([before, bytes], axis=1).astype(jnp.int32) + self.offset, bytes.shape[1]
-        # The ids that lie 0, 1, … positions back.
-        back = [ids[:, self.reach - far : self.reach - far + length] for far in range(self.reach + 1)]
-        back = [jnp.where(document_positions >= far, rows, 0) for far, rows in enumerate(back)]
+        # back[k] holds, for each position, the id that lies k positions back.
+        back = [ids[:, self.reach - k : self.reach - k + length] for k in range(self.reach + 1)]
+        back = [jnp.where(document_positions >= k, shifted, 0) for k, shifted in enumerate(back)]
         total = jnp.zeros((*bytes.shape, self.tables[0].shape[1]), self.tables[0].dtype)
         for (prime, size), table in zip(itertools.product(self.primes, self.sizes), self.tables, strict=True):
             window = jnp.stack(back[size - 1 :: -1], axis=-1)

@@ -12,9 +12,9 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
-def own_promotion(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """The function with rank promotion allowed while it runs or is traced (`jax_numpy_rank_promotion="raise"` would refuse a
-    norm's weight)."""
+def with_rank_promotion(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """The function with implicit rank promotion allowed while it runs or is traced. Under `jax_numpy_rank_promotion="raise"`
+    JAX would otherwise refuse, say, to multiply hidden states by a norm's weight."""
 
     @functools.wraps(function)
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:

@@ -92,7 +92,8 @@ class EarlyExit(AbstractReduction):
     r"""Rewards relative to a prediction made without the token level (SFE eq. 11-12).
 
     $r_i = \log p(x_{i+1}) - \log p^{early}(x_{i+1})$. The early head is trained on $\lambda_{early}$ (`weight`) times its mean
-    negative log-likelihood (eq. 21-22). Unbiased: the early prediction at position $i + j$ does not depend on $a_i$.
+    negative log-likelihood (eq. 21-22), in a hierarchy by the outermost level that needs it. Unbiased: the early prediction at
+    position $i + j$ does not depend on $a_i$.
     """
 
     weight: float = eqx.field(static=True, default=0.1)
@@ -108,7 +109,8 @@ class EarlyExit(AbstractReduction):
             raise ValueError(
                 "EarlyExit needs early_log_prob in its ObjectiveInputs: build the model with an early head"
             )
-        loss = credit.loss - self.weight * masked_mean(early, inputs.mask)
+        weight = self.weight if inputs.trains_early_exit else 0.0
+        loss = credit.loss - weight * masked_mean(early, inputs.mask)
         return dataclasses.replace(credit, rewards=jnp.where(inputs.mask, rewards - early, 0.0), loss=loss)
 
 

@@ -16,6 +16,7 @@ from experiments.config.settings import RunConfig
 from experiments.reporting.summary import Summary
 from experiments.training.run_dir import SUMMARY, differing, read_config, read_metrics
 from unet.flops import matrix_flops
+from unet.losses import level_prefix
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def curve(folder: Path, config: RunConfig | None = None) -> Curve:
         bytes_so_far, rate = record["bytes"], record.get(f"{prefix}rate")
         if not isinstance(bytes_so_far, int | float) or not isinstance(rate, float):
             continue
-        inner = [record.get(f"{prefix}level{level}_rate") for level in range(1, len(config.levels))]
+        inner = [record.get(f"{prefix}{level_prefix(level)}rate") for level in range(1, len(config.levels))]
         inner_rates = [one for one in inner if isinstance(one, float)]
         if bytes_so_far > counted_bytes:
             per_byte = matrix_flops(model, rate=rate, inner_rates=inner_rates, samples=config.samples).total

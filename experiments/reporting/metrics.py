@@ -27,7 +27,7 @@ TRAINING = (
     Metric("loss", "nats per byte", "the minimised loss: the weighted sum of all losses"),
     Metric("bpb", "bits per byte", "of the batch"),
     Metric("early_bpb", "bits per byte", "of the batch, from the early head"),
-    Metric("rate", "fraction", "of the batch's bytes with a boundary"),
+    Metric("rate", "fraction", "of the batch's bytes with a boundary; 0 without a token level"),
     Metric(
         "level{n}_rate", "fraction", "of the tokens of the next outer level with a boundary of this level, in the batch"
     ),
@@ -63,7 +63,7 @@ HELD_OUT = (
     Metric("val_early_bpb", "bits per byte", "from the early head"),
     Metric("val_bpb_greedy", "bits per byte", "with greedy boundaries; only for off-policy routers"),
     Metric("val_bpb_as_trained", "bits per byte", "with boundaries drawn as in training; only for off-policy routers"),
-    Metric("val_rate", "fraction", "of bytes with a boundary"),
+    Metric("val_rate", "fraction", "of bytes with a boundary; 0 without a token level"),
     Metric("val_level{n}_rate", "fraction", "of the tokens of the next outer level with a boundary of this level"),
     Metric("val_policy_entropy", "nats per decision", "of the policy"),
     Metric("val_overflow", "fraction", "of bytes with a boundary that was dropped; 0 by construction"),

@@ -17,6 +17,7 @@ from experiments.config.settings import RunConfig
 from experiments.reporting.shading import Character, colour_of
 from experiments.reporting.summary import Summary
 from experiments.training.run_dir import read_metrics, write_atomically
+from unet.losses import level_prefix
 
 PICTURE_COLUMNS, PICTURE_LINES = 96, 26
 """Size of `boundaries.png`, in characters."""
@@ -221,7 +222,7 @@ def _result_rows(config: RunConfig, summary: Summary) -> Iterable[str]:
         *(
             (
                 f"… at inner level {level}, target",
-                f"{_number(summary[f'val_level{level}_rate'], digits=3)}, {settings.rate:g}",
+                f"{_number(summary[f'val_{level_prefix(level)}rate'], digits=3)}, {settings.rate:g}",
             )
             for level, settings in enumerate(config.levels)
             if level

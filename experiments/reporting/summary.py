@@ -8,6 +8,7 @@ from experiments.config.settings import RunConfig
 from experiments.training.records import held_out
 from experiments.training.train import Outcome
 from unet.flops import layer_flops, matrix_flops
+from unet.losses import level_prefix
 
 Summary = dict[str, float | int | str | None]
 
@@ -46,5 +47,5 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
     if outcome.prepared is not None:
         summary |= config.first.figures(outcome.prepared)
     for level, settings in enumerate(config.levels[1:], start=1):
-        summary[f"level{level}_target_rate"] = settings.rate
+        summary[f"{level_prefix(level)}target_rate"] = settings.rate
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in summary.items()}

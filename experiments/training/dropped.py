@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from unet.losses import level_prefix
+
 TOLERATED = 0.005
 """Fraction of the boundaries of a level that may be dropped without a warning."""
 FIRST_STEPS = 10
@@ -24,17 +26,19 @@ class DroppedBoundaries:
         """The counts that the last line of `metrics.jsonl` with a `record` has: those of a run that goes on."""
         counted = cls(levels)
         for record in records:
-            if isinstance(step := record.get("step"), int) and f"{_prefix(levels - 1)}drawn_so_far" in record:
+            if isinstance(step := record.get("step"), int) and f"{level_prefix(levels - 1)}drawn_so_far" in record:
                 counted._steps = step
-                counted._drawn = [float(record[f"{_prefix(level)}drawn_so_far"] or 0.0) for level in range(levels)]
-                counted._dropped = [float(record[f"{_prefix(level)}dropped_so_far"] or 0.0) for level in range(levels)]
+                counted._drawn = [float(record[f"{level_prefix(level)}drawn_so_far"] or 0.0) for level in range(levels)]
+                counted._dropped = [
+                    float(record[f"{level_prefix(level)}dropped_so_far"] or 0.0) for level in range(levels)
+                ]
         return counted
 
     def add(self, record: Record) -> None:
         """Count the boundaries of a step, in units of its bytes."""
         around = 1.0
         for level in range(len(self._drawn)):
-            rate, overflow = record[f"{_prefix(level)}rate"], record[f"{_prefix(level)}overflow"]
+            rate, overflow = record[f"{level_prefix(level)}rate"], record[f"{level_prefix(level)}overflow"]
             assert isinstance(rate, float)
             assert isinstance(overflow, float)
             self._drawn[level] += around * (rate + overflow)
@@ -47,7 +51,7 @@ class DroppedBoundaries:
         """The counts over all steps so far, for a line of `metrics.jsonl`, which need not have a line for every step."""
         counts: dict[str, float | int | None] = {}
         for level, (drawn, dropped) in enumerate(zip(self._drawn, self._dropped, strict=True)):
-            counts |= {f"{_prefix(level)}drawn_so_far": drawn, f"{_prefix(level)}dropped_so_far": dropped}
+            counts |= {f"{level_prefix(level)}drawn_so_far": drawn, f"{level_prefix(level)}dropped_so_far": dropped}
         return counts
 
     @property
@@ -71,8 +75,3 @@ class DroppedBoundaries:
     def early_warning(self) -> str | None:
         """The same while training goes on, once there have been a few steps."""
         return self.warning if self._steps >= FIRST_STEPS else None
-
-
-def _prefix(level: int) -> str:
-    """Of the names of what a line says of a level."""
-    return "" if level == 0 else f"level{level}_"

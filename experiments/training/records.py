@@ -7,6 +7,7 @@ import math
 
 from experiments.evaluation.evaluate import Validation
 from experiments.training.step import StepMetrics
+from unet.losses import level_prefix
 
 Record = dict[str, float | int | None]
 
@@ -41,7 +42,7 @@ def held_out(validation: Validation) -> Record:
         if isinstance(value, dict):
             record.update({f"val_{name}_{key}": number(inner) for key, inner in value.items()})
         elif isinstance(value, tuple):
-            record.update({f"val_level{level}_rate": number(rate) for level, rate in enumerate(value, start=1)})
+            record.update({f"val_{level_prefix(level)}rate": number(rate) for level, rate in enumerate(value, start=1)})
         else:
             record[f"val_{name}"] = number(value)
     return record

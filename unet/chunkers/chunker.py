@@ -9,6 +9,18 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from estimators.base import AbstractChunker, Boundaries, ChunkerState, Downsampled, Tokens, Upsampled
 
+Hidden = Float[Array, "batch length dim"]
+"""The hidden states of the positions."""
+
+Outputs = Float[Array, "batch tokens token_dim"]
+"""The token level's outputs, or values made of them."""
+
+Mask = Bool[Array, "batch length"]
+"""One truth value for each position."""
+
+Vector = Float[Array, "batch 1 token_dim"]
+"""One vector for each sequence: what an upsampler keeps of the last token."""
+
 
 class AbstractDownsampler(eqx.Module):
     """Makes a token of the positions that a boundary closes."""
@@ -17,11 +29,6 @@ class AbstractDownsampler(eqx.Module):
     def passes_gradient_to(self) -> frozenset[str]:
         """See `AbstractChunker.passes_gradient_to`."""
         return frozenset()
-
-    @property
-    def initial(self) -> Float[Array, " token_dim"] | None:
-        """What positions before the first token get instead of a token output; None for nothing."""
-        return None
 
     def token_dim(self, dim: int) -> int:
         """The width of tokens made of positions of width `dim`."""
@@ -33,13 +40,7 @@ class AbstractDownsampler(eqx.Module):
 
     @abstractmethod
     def __call__(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
-        state: PyTree[Array] = None,
+        self, hidden: Hidden, boundaries: Boundaries, *, capacity: int, mask: Mask | None = None, state: PyTree = None
     ) -> Downsampled:
         """See `AbstractChunker.down`."""
 
@@ -63,16 +64,9 @@ class AbstractUpsampler(eqx.Module):
 
     @abstractmethod
     def __call__(
-        self,
-        outputs: Float[Array, "batch tokens token_dim"],
-        tokens: Tokens,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        initial: Float[Array, " token_dim"] | None = None,
-        state: PyTree[Array] = None,
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: PyTree = None
     ) -> Upsampled:
-        """See `AbstractChunker.up`; `initial`: see `AbstractDownsampler.initial`."""
+        """See `AbstractChunker.up`."""
 
 
 class Chunker(AbstractChunker):
@@ -96,26 +90,14 @@ class Chunker(AbstractChunker):
         return ChunkerState(self.downsampler.init_state(batch, dim), self.upsampler.init_state(batch, dim))
 
     def down(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
-        state: PyTree[Array] = None,
+        self, hidden: Hidden, boundaries: Boundaries, *, capacity: int, mask: Mask | None = None, state: PyTree = None
     ) -> Downsampled:
         if state is not None and mask is None:
             raise ValueError("a chunker with a decode state needs the mask of the positions that are there")
         return self.downsampler(hidden, boundaries, capacity=capacity, mask=mask, state=state)
 
     def up(
-        self,
-        outputs: Float[Array, "batch tokens token_dim"],
-        tokens: Tokens,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        state: PyTree[Array] = None,
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: PyTree = None
     ) -> Upsampled:
         """Raises `ValueError` if tokens are wider than positions and the upsampler cannot take them."""
         if outputs.shape[-1] != hidden.shape[-1] and not self.upsampler.widens:
@@ -123,5 +105,4 @@ class Chunker(AbstractChunker):
                 f"{type(self.upsampler).__name__} needs tokens as wide as positions; tokens of width "
                 f"{outputs.shape[-1]} at positions of width {hidden.shape[-1]} need LeaveToDecoder"
             )
-        initial = self.downsampler.initial
-        return self.upsampler(outputs, tokens, hidden, boundaries, initial=initial, state=state)
+        return self.upsampler(outputs, tokens, hidden, boundaries, state=state)

@@ -15,12 +15,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from estimators.base import Boundaries, Downsampled, Tokens
 from estimators.decode_state import AbstractDecodeState, update_state
-from unet.chunkers.chunker import AbstractDownsampler
+from unet.chunkers.chunker import AbstractDownsampler, Hidden, Mask
 from unet.cross import CrossLayer
 from unet.decoding.kv_cache import AnyCache, KVCache, KVCacheView, KVUpdate
 from unet.layers import Linear
 from unet.ops import Implementation, downsample, mean_pool
-from unet.ops.groups import groups_of
+from unet.ops.downsample import places_of
+from unet.ops.groups import Groups, groups_of
 
 
 class Select(AbstractDownsampler):
@@ -32,22 +33,16 @@ class Select(AbstractDownsampler):
         return None
 
     def __call__(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
-        state: None = None,
+        self, hidden: Hidden, boundaries: Boundaries, *, capacity: int, mask: Mask | None = None, state: None = None
     ) -> Downsampled:
         return Downsampled(downsample(hidden, boundaries.actions, capacity, implementation=self.implementation), None)
 
 
 class OpenGroup(eqx.Module):
-    """The group that no boundary has closed yet: which of the new positions are in it (`inside`), and whether a boundary closed
-    the group that was open before them (`closed`)."""
+    """The group that no boundary has closed yet. `inside` marks those of the new positions that are in it; `closed` is True if
+    a boundary closed the group that was open before them."""
 
-    inside: Bool[Array, "batch length"]
+    inside: Mask
     closed: Bool[Array, " batch"]
 
     @property
@@ -56,11 +51,11 @@ class OpenGroup(eqx.Module):
         return jnp.sum(self.inside, axis=1, dtype=jnp.int32)
 
 
-def open_group(closes: Bool[Array, "batch length"], mask: Bool[Array, "batch length"]) -> OpenGroup:
+def open_group(closes: Mask, mask: Mask) -> OpenGroup:
     """The group that is open after these positions of one document; `closes` marks the positions that close a group."""
-    place = jnp.arange(mask.shape[1], dtype=jnp.int32)
-    last = jnp.max(jnp.where(closes, place, -1), axis=1)
-    return OpenGroup((place > last[:, None]) & mask, last >= 0)
+    positions = jnp.arange(mask.shape[1], dtype=jnp.int32)
+    last_boundary = jnp.max(jnp.where(closes, positions, -1), axis=1)
+    return OpenGroup((positions > last_boundary[:, None]) & mask, last_boundary >= 0)
 
 
 class GroupSum(eqx.Module):
@@ -74,14 +69,14 @@ class GroupSum(eqx.Module):
         """The sum of no positions."""
         return cls(jnp.zeros((batch, 1, dim), jnp.float32), jnp.zeros((batch,), jnp.int32))
 
-    def closed_by(self, means: Float[Array, "batch tokens dim"], tokens: Tokens) -> Float[Array, "batch tokens dim"]:
-        """The `means` of the groups of new positions, after adding the positions summed here to the first group."""
-        new, kept = tokens.positions[:, :1, None] + 1, self.count[:, None, None]
+    def completed(self, means: Float[Array, "batch tokens dim"], tokens: Tokens) -> Float[Array, "batch tokens dim"]:
+        """The `means` of groups of new positions, with the earlier positions of the first group, summed here, included."""
+        new, earlier = tokens.positions[:, :1, None] + 1, self.count[:, None, None]
         first = means[:, :1].astype(jnp.float32) * new.astype(jnp.float32) + self.total
-        first = first / (new + kept).astype(jnp.float32)
-        return jnp.concatenate([jnp.where(kept > 0, first.astype(means.dtype), means[:, :1]), means[:, 1:]], axis=1)
+        first = first / (new + earlier).astype(jnp.float32)
+        return jnp.concatenate([jnp.where(earlier > 0, first.astype(means.dtype), means[:, :1]), means[:, 1:]], axis=1)
 
-    def after(self, hidden: Float[Array, "batch length dim"], group: OpenGroup) -> GroupSum:
+    def after(self, hidden: Hidden, group: OpenGroup) -> GroupSum:
         """The sum of the group that is open after these positions."""
         new = jnp.sum(jnp.where(group.inside[..., None], hidden.astype(jnp.float32), 0.0), axis=1, keepdims=True)
         total = jnp.where(group.closed[:, None, None], 0.0, self.total) + new
@@ -89,10 +84,11 @@ class GroupSum(eqx.Module):
 
 
 class MeanPool(AbstractDownsampler):
-    """The mean of each group; a learned null group comes before the first (DPT; authors' code).
+    """The mean of each group. A learned null group comes before the first (DPT; authors' code).
 
-    The null group is the token of the boundary forced at every document's start, whose position falls to the next group: bytes
-    see it before any boundary is drawn. Gradients reach the boundaries through the means, via `Boundaries.relaxed`.
+    The null group is the token of the boundary forced at every document's start; the position there belongs to the next group.
+    So bytes have a token before any boundary is drawn. Gradients reach the boundaries through the means, via
+    `Boundaries.relaxed`.
     """
 
     null: Float[Array, " dim"]
@@ -103,25 +99,21 @@ class MeanPool(AbstractDownsampler):
         return frozenset({"relaxed"})
 
     def __init__(self, dim: int, *, key: PRNGKeyArray, implementation: Implementation | None = None):
-        """The null group, of width `dim`, is drawn from a standard normal: from zero, its gradient would be amplified a
-        thousandfold by each norm where it stands alone, block after block."""
+        """The null group, of width `dim`, starts as a draw from a standard normal. If it started at zero, the norm of every block
+        would amplify its gradient a thousandfold."""
         self.null = jax.random.normal(key, (dim,), jnp.float32)
         self.implementation = implementation
-
-    @property
-    def initial(self) -> Float[Array, " token_dim"]:
-        return self.null
 
     def init_state(self, batch: int, dim: int) -> GroupSum:
         return GroupSum.empty(batch, dim)
 
     def __call__(
         self,
-        hidden: Float[Array, "batch length dim"],
+        hidden: Hidden,
         boundaries: Boundaries,
         *,
         capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Mask | None = None,
         state: GroupSum | None = None,
     ) -> Downsampled:
         actions, starts, relaxed = boundaries.actions, boundaries.starts, boundaries.relaxed
@@ -130,7 +122,7 @@ class MeanPool(AbstractDownsampler):
         )
         values, update = tokens.values, None
         if state is not None and mask is not None:
-            values = state.closed_by(values, tokens)
+            values = state.completed(values, tokens)
             update = state.after(hidden, open_group(actions & ~starts, mask))
         first = jnp.take_along_axis(starts, tokens.positions, axis=1, mode="clip") & tokens.mask
         values = jnp.where(first[..., None], self.null.astype(hidden.dtype), values)
@@ -147,11 +139,11 @@ class AveragePool(AbstractDownsampler):
 
     def __call__(
         self,
-        hidden: Float[Array, "batch length dim"],
+        hidden: Hidden,
         boundaries: Boundaries,
         *,
         capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Mask | None = None,
         state: GroupSum | None = None,
     ) -> Downsampled:
         tokens = mean_pool(
@@ -165,7 +157,7 @@ class AveragePool(AbstractDownsampler):
         if state is None or mask is None:
             return Downsampled(tokens, None)
         update = state.after(hidden, open_group(boundaries.actions, mask))
-        return Downsampled(tokens.replaced(state.closed_by(tokens.values, tokens)), update)
+        return Downsampled(tokens.replaced(state.completed(tokens.values, tokens)), update)
 
 
 class MaxPool(AbstractDownsampler):
@@ -179,27 +171,38 @@ class MaxPool(AbstractDownsampler):
 
     def __call__(
         self,
-        hidden: Float[Array, "batch length dim"],
+        hidden: Hidden,
         boundaries: Boundaries,
         *,
         capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Mask | None = None,
         state: Float[Array, "batch 1 dim"] | None = None,
     ) -> Downsampled:
-        most, update = groups_of(boundaries, capacity, self.implementation).largest(hidden), None
-        if state is not None and mask is not None:
-            group, state = open_group(boundaries.actions, mask), state.astype(hidden.dtype)
-            inside = jnp.where(group.inside[..., None], hidden, jnp.asarray(-jnp.inf, hidden.dtype))
-            update = jnp.max(inside, axis=1, keepdims=True)
-            update = jnp.maximum(update, jnp.where(group.closed[:, None, None], -jnp.inf, state))
-            most = jnp.concatenate([jnp.maximum(most[:, :1], state), most[:, 1:]], axis=1)
-        tokens = downsample(hidden, boundaries.actions, capacity, implementation=self.implementation)
-        return Downsampled(tokens.replaced(jnp.where(jnp.isneginf(most), jnp.zeros((), hidden.dtype), most)), update)
+        return group_maxima(hidden, boundaries, groups_of(boundaries, capacity, self.implementation), mask, state)
+
+
+def group_maxima(
+    hidden: Hidden,
+    boundaries: Boundaries,
+    groups: Groups,
+    mask: Mask | None,
+    state: Float[Array, "batch 1 dim"] | None,
+) -> Downsampled:
+    """The elementwise maximum of each group; `state` is the maximum of the group that was open before these positions."""
+    largest, update = groups.largest(hidden), None
+    if state is not None and mask is not None:
+        group, state = open_group(boundaries.actions, mask), state.astype(hidden.dtype)
+        inside = jnp.where(group.inside[..., None], hidden, jnp.asarray(-jnp.inf, hidden.dtype))
+        update = jnp.max(inside, axis=1, keepdims=True)
+        update = jnp.maximum(update, jnp.where(group.closed[:, None, None], -jnp.inf, state))
+        largest = jnp.concatenate([jnp.maximum(largest[:, :1], state), largest[:, 1:]], axis=1)
+    values = jnp.where(jnp.isneginf(largest), jnp.zeros((), hidden.dtype), largest)
+    return Downsampled(places_of(boundaries.actions, groups.tokens).tokens(values), update)
 
 
 class GroupUpdate(eqx.Module):
-    """Keys and values of the new positions in the open group (they come first), their number, whether the group that was open
-    before is `closed`, and the new maximum."""
+    """Keys and values of the new positions in the open group (they come first), their number (`count`), whether the group that
+    was open before is `closed`, and the new maximum (`largest`)."""
 
     new: KVUpdate
     count: Int[Array, " batch"]
@@ -214,9 +217,11 @@ class GroupState(AbstractDecodeState):
     largest: Float[Array, "batch 1 dim"]
 
     def updated(self, update: GroupUpdate, lengths: Int[Array, " batch"]) -> GroupState:
-        some = lengths > 0
-        kept = jnp.where(some & update.closed, 0, self.cache.lengths)
-        cache = dataclasses.replace(self.cache, lengths=kept).updated(update.new, jnp.where(some, update.count, 0))
+        advances = lengths > 0
+        # A closed group leaves its slots to the next one.
+        earlier = jnp.where(advances & update.closed, 0, self.cache.lengths)
+        cache = dataclasses.replace(self.cache, lengths=earlier)
+        cache = cache.updated(update.new, jnp.where(advances, update.count, 0))
         return GroupState(cache, update_state(self.largest, update.largest, lengths))
 
 
@@ -257,63 +262,60 @@ class AttentionPool(AbstractDownsampler):
 
     def __call__(
         self,
-        hidden: Float[Array, "batch length dim"],
+        hidden: Hidden,
         boundaries: Boundaries,
         *,
         capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Mask | None = None,
         state: GroupState | None = None,
     ) -> Downsampled:
-        largest = MaxPool(self.implementation)(
-            hidden, boundaries, capacity=capacity, mask=mask, state=None if state is None else state.largest
-        )
-        # (b, tokens, vectors, d)
-        first = self.unfold(largest.tokens.values).reshape(*largest.tokens.values.shape[:2], -1, hidden.shape[2])
+        groups = groups_of(boundaries, capacity, self.implementation)
+        largest = group_maxima(hidden, boundaries, groups, mask, None if state is None else state.largest)
+        # The vectors that queries are made of, (b, tokens, vectors, dim).
+        vectors = self.unfold(largest.tokens.values).reshape(*largest.tokens.values.shape[:2], -1, hidden.shape[2])
         keys, values = jnp.split(self.cross.keys_values(hidden), 2, axis=-1)
-        new = KVUpdate(self.cross.by_heads(keys), self.cross.by_heads(values))
-        mixed = self._mixed(self.cross.asked(first), new, boundaries, None if state is None else state.cache)
-        joined = self.cross.joined(first, mixed.astype(hidden.dtype)).reshape(*first.shape[:2], -1)
-        tokens = largest.tokens.replaced(jnp.where(largest.tokens.mask[..., None], joined, jnp.zeros((), joined.dtype)))
+        new = KVUpdate(self.cross.split_heads(keys), self.cross.split_heads(values))
+        attended = _attend_groups(self.cross.queries(vectors), new, groups, None if state is None else state.cache)
+        pooled = self.cross.output(vectors, attended.astype(hidden.dtype)).reshape(*vectors.shape[:2], -1)
+        tokens = largest.tokens.replaced(jnp.where(largest.tokens.mask[..., None], pooled, jnp.zeros((), pooled.dtype)))
         if state is None or mask is None:
             return Downsampled(tokens, None)
         group = open_group(boundaries.actions, mask)
-        # The open group's positions are the last valid ones.
-        place = (jnp.sum(mask, axis=1) - group.count)[:, None] + jnp.arange(mask.shape[1], dtype=jnp.int32)
-        shifted = jax.tree.map(lambda part: jnp.take_along_axis(part, place[..., None, None], axis=1, mode="clip"), new)
-        return Downsampled(tokens, GroupUpdate(shifted, group.count, group.closed, largest.update))
+        # The open group has the last valid positions; move them to the front.
+        index = (jnp.sum(mask, axis=1) - group.count)[:, None] + jnp.arange(mask.shape[1], dtype=jnp.int32)
+        moved = jax.tree.map(lambda part: jnp.take_along_axis(part, index[..., None, None], axis=1, mode="clip"), new)
+        return Downsampled(tokens, GroupUpdate(moved, group.count, group.closed, largest.update))
 
-    def _mixed(
-        self,
-        query: Float[Array, "batch tokens vectors heads head_dim"],
-        new: KVUpdate,
-        boundaries: Boundaries,
-        cache: AnyCache | None,
-    ) -> Float[Array, "batch tokens vectors heads head_dim"]:
-        """The attention result of each query over its group, in float32: a softmax over groups of any size. The first group
-        also has the positions in the `cache`."""
-        groups, scale = groups_of(boundaries, query.shape[1], self.implementation), query.shape[-1] ** -0.5
-        wide = query.astype(jnp.float32) * scale
-        asked = groups.spread(wide.reshape(*wide.shape[:2], -1)).reshape(*new.keys.shape[:2], *query.shape[2:])
-        # (b, length, vectors, heads)
-        logits = jnp.sum(asked * new.keys[:, :, None].astype(jnp.float32), axis=-1)
-        most = groups.largest(logits)
-        before = None if cache is None or not cache.slots else _of_cache(wide[:, 0], cache)
-        if before is not None:
-            most = jnp.concatenate(
-                [jnp.maximum(most[:, :1], jnp.max(before.logits, axis=1)[:, None]), most[:, 1:]], axis=1
-            )
-        most = jax.lax.stop_gradient(jnp.where(jnp.isneginf(most), 0.0, most))
-        spread = groups.spread(most.reshape(*most.shape[:2], -1)).reshape(logits.shape)
-        # Logits outside of groups are unbounded, and an overflow there would make the gradient NaN.
-        inside = groups.inside[..., None, None]
-        weights = jnp.where(inside, jnp.exp(jnp.where(inside, logits - spread, 0.0)), 0.0)
-        total = groups.total(weights[..., None] * new.values[:, :, None].astype(jnp.float32))
-        norm = groups.total(weights)
-        if before is not None:
-            weights = jnp.exp(before.logits - most[:, :1])
-            total = total.at[:, 0].add(jnp.einsum("bsvh,bhsd->bvhd", weights, before.values))
-            norm = norm.at[:, 0].add(jnp.sum(weights, axis=1))
-        return total / jnp.where(norm > 0, norm, 1.0)[..., None]
+
+def _attend_groups(
+    query: Float[Array, "batch tokens vectors heads head_dim"],
+    new: KVUpdate,
+    groups: Groups,
+    cache: AnyCache | None,
+) -> Float[Array, "batch tokens vectors heads head_dim"]:
+    """The attention result of each query over its group, in float32: a softmax over groups of any size. The first group also
+    has the positions in the `cache`."""
+    query = query.astype(jnp.float32) * query.shape[-1] ** -0.5
+    # Each position meets the queries of its own group: (b, length, vectors, heads, head_dim), then logits without the last axis.
+    own_query = groups.spread(query.reshape(*query.shape[:2], -1)).reshape(*new.keys.shape[:2], *query.shape[2:])
+    logits = jnp.sum(own_query * new.keys[:, :, None].astype(jnp.float32), axis=-1)
+    largest = groups.largest(logits)
+    cached = None if cache is None or not cache.slots else _cached_group(query[:, 0], cache)
+    if cached is not None:
+        first = jnp.maximum(largest[:, :1], jnp.max(cached.logits, axis=1)[:, None])
+        largest = jnp.concatenate([first, largest[:, 1:]], axis=1)
+    largest = jax.lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0.0, largest))
+    own_largest = groups.spread(largest.reshape(*largest.shape[:2], -1)).reshape(logits.shape)
+    # Logits outside of groups are unbounded, and an overflow there would make the gradient NaN.
+    inside = groups.inside[..., None, None]
+    weights = jnp.where(inside, jnp.exp(jnp.where(inside, logits - own_largest, 0.0)), 0.0)
+    total = groups.total(weights[..., None] * new.values[:, :, None].astype(jnp.float32))
+    norm = groups.total(weights)
+    if cached is not None:
+        weights = jnp.exp(cached.logits - largest[:, :1])
+        total = total.at[:, 0].add(jnp.einsum("bsvh,bhsd->bvhd", weights, cached.values))
+        norm = norm.at[:, 0].add(jnp.sum(weights, axis=1))
+    return total / jnp.where(norm > 0, norm, 1.0)[..., None]
 
 
 class _CachedGroup(eqx.Module):
@@ -323,7 +325,7 @@ class _CachedGroup(eqx.Module):
     values: Float[Array, "batch heads slots head_dim"]
 
 
-def _of_cache(query: Float[Array, "batch vectors heads head_dim"], cache: AnyCache) -> _CachedGroup:
+def _cached_group(query: Float[Array, "batch vectors heads head_dim"], cache: AnyCache) -> _CachedGroup:
     """Logits are NaN if the cache had no slot for a position of the group."""
     cache = cache.copied() if isinstance(cache, KVCacheView) else cache
     logits = jnp.einsum("bvhd,bhsd->bsvh", query, cache.keys.astype(jnp.float32))
@@ -349,14 +351,8 @@ class WithBoundary(AbstractDownsampler):
         return self.pool.init_state(batch, dim)
 
     def __call__(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        capacity: int,
-        mask: Bool[Array, "batch length"] | None = None,
-        state: PyTree[Array] = None,
+        self, hidden: Hidden, boundaries: Boundaries, *, capacity: int, mask: Mask | None = None, state: PyTree = None
     ) -> Downsampled:
-        made = self.pool(hidden, boundaries, capacity=capacity, mask=mask, state=state)
+        pooled = self.pool(hidden, boundaries, capacity=capacity, mask=mask, state=state)
         last = downsample(hidden, boundaries.actions, capacity, implementation=self.implementation)
-        return Downsampled(last.replaced(made.tokens.values + last.values), made.update)
+        return Downsampled(last.replaced(pooled.tokens.values + last.values), pooled.update)

@@ -7,33 +7,26 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import Boundaries, Tokens, Upsampled
-from unet.chunkers.chunker import AbstractUpsampler
+from unet.chunkers.chunker import AbstractUpsampler, Hidden, Mask, Outputs, Vector
 from unet.ops import Implementation, smooth, token_of, upsample
 
 
-def spread(
-    outputs: Float[Array, "batch tokens dim"],
-    actions: Bool[Array, "batch length"],
-    before: Float[Array, "#batch 1 dim"] | None,
-    implementation: Implementation | None,
-) -> Float[Array, "batch length dim"]:
-    r"""$Y'_{\mathrm{token\_of}(i)}$, with `before` at the positions before the first token (None: zero)."""
+def spread(outputs: Outputs, actions: Mask, before: Vector | None, implementation: Implementation | None) -> Hidden:
+    r"""$Y'_{\mathrm{token\_of}(i)}$, with `before` at the positions before the first of these tokens (None: zero)."""
     back = upsample(outputs, actions, implementation=implementation)
     if before is None:
         return back
     return jnp.where(token_of(actions)[..., None] >= 0, back, before.astype(back.dtype))
 
 
-def last_output(
-    outputs: Float[Array, "batch tokens dim"], tokens: Tokens, before: Float[Array, "batch 1 dim"]
-) -> Float[Array, "batch 1 dim"]:
+def last_output(outputs: Outputs, tokens: Tokens, before: Vector) -> Vector:
     """The output of the last token of each sequence, or `before` if there is none among these."""
-    last = (tokens.lengths - 1)[:, None, None]
-    found = jnp.take_along_axis(outputs, jnp.maximum(last, 0), axis=1, mode="clip")
-    return jnp.where(last >= 0, found, before.astype(outputs.dtype))
+    index = (tokens.lengths - 1)[:, None, None]
+    last = jnp.take_along_axis(outputs, jnp.maximum(index, 0), axis=1, mode="clip")
+    return jnp.where(index >= 0, last, before.astype(outputs.dtype))
 
 
 class Distribute(AbstractUpsampler):
@@ -44,22 +37,14 @@ class Distribute(AbstractUpsampler):
 
     implementation: Implementation | None = eqx.field(static=True, default=None)
 
-    def init_state(self, batch: int, dim: int) -> Float[Array, "batch 1 dim"]:
+    def init_state(self, batch: int, dim: int) -> Vector:
         """The last token's output."""
         return jnp.zeros((batch, 1, dim), jnp.float32)
 
     def __call__(
-        self,
-        outputs: Float[Array, "batch tokens token_dim"],
-        tokens: Tokens,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        initial: Float[Array, " token_dim"] | None = None,
-        state: Float[Array, "batch 1 dim"] | None = None,
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: Vector | None = None
     ) -> Upsampled:
-        before = state if state is not None or initial is None else initial[None, None]
-        back = hidden + spread(outputs, boundaries.actions, before, self.implementation)
+        back = hidden + spread(outputs, boundaries.actions, state, self.implementation)
         return Upsampled(back, None if state is None else last_output(outputs, tokens, state))
 
 
@@ -69,19 +54,12 @@ class Deviation(AbstractUpsampler):
 
     implementation: Implementation | None = eqx.field(static=True, default=None)
 
-    def init_state(self, batch: int, dim: int) -> Float[Array, "batch 1 dim"]:
+    def init_state(self, batch: int, dim: int) -> Vector:
         """The change at the last token."""
         return Distribute().init_state(batch, dim)
 
     def __call__(
-        self,
-        outputs: Float[Array, "batch tokens token_dim"],
-        tokens: Tokens,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        initial: Float[Array, " token_dim"] | None = None,
-        state: Float[Array, "batch 1 dim"] | None = None,
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: Vector | None = None
     ) -> Upsampled:
         # Before the first token there is no change.
         changed = outputs - tokens.values
@@ -102,7 +80,7 @@ class Projection(eqx.Module):
             jnp.zeros(dim) if key is None else jax.random.uniform(key, (dim,), jnp.float32, minval=-bound, maxval=bound)
         )
 
-    def __call__(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
+    def __call__(self, hidden: Hidden) -> Hidden:
         """$Wx + b$ in float32."""
         return hidden.astype(jnp.float32) @ self.weight.T + self.bias
 
@@ -125,61 +103,44 @@ class Smooth(AbstractUpsampler):
     def passes_gradient_to(self) -> frozenset[str]:
         return frozenset({"probs"} if self.smoothing or self.weighting != "none" else ())
 
-    def init_state(self, batch: int, dim: int) -> Float[Array, "batch 1 dim"]:
+    def init_state(self, batch: int, dim: int) -> Vector:
         """The last average, in float32."""
         return jnp.zeros((batch, 1, dim), jnp.float32)
 
     def __call__(
-        self,
-        outputs: Float[Array, "batch tokens token_dim"],
-        tokens: Tokens,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        initial: Float[Array, " token_dim"] | None = None,
-        state: Float[Array, "batch 1 dim"] | None = None,
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: Vector | None = None
     ) -> Upsampled:
-        before = state if state is not None or initial is None else initial[None, None]
         averages = self.averages(outputs if state is None else outputs.astype(jnp.float32), tokens, boundaries, state)
-        back = spread(averages.astype(outputs.dtype), boundaries.actions, before, self.implementation)
+        back = spread(averages.astype(outputs.dtype), boundaries.actions, state, self.implementation)
         update = None if state is None else last_output(averages, tokens, state)
-        return Upsampled(self.joined(back, hidden, boundaries), update)
+        return Upsampled(self.combined(back, hidden, boundaries), update)
 
     def averages(
-        self,
-        outputs: Float[Array, "batch tokens dim"],
-        tokens: Tokens,
-        boundaries: Boundaries,
-        before: Float[Array, "batch 1 dim"] | None = None,
-    ) -> Float[Array, "batch tokens dim"]:
+        self, outputs: Outputs, tokens: Tokens, boundaries: Boundaries, before: Vector | None = None
+    ) -> Outputs:
         r"""$\bar z$, continuing from the average `before` these tokens."""
         if not self.smoothing:
             return outputs
         probs = jnp.take_along_axis(boundaries.probs, tokens.positions, axis=1, mode="clip")
         starts = jnp.take_along_axis(boundaries.starts, tokens.positions, axis=1, mode="clip")
-        # A forced boundary is certain, whatever the policy thought of it (H-Net's router says so itself).
+        # A forced boundary is certain, whatever its probability under the policy. H-Net's own router already says 1.
         probs = jnp.where(starts, 1.0, probs)
         return smooth(outputs, probs, starts, initial=before, implementation=self.implementation)
 
-    def joined(
-        self,
-        back: Float[Array, "batch length dim"],
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-    ) -> Float[Array, "batch length dim"]:
-        """Y, from the average at each position."""
+    def combined(self, back: Hidden, hidden: Hidden, boundaries: Boundaries) -> Hidden:
+        """Y, from the average `back` at each position."""
         if self.projection is not None:
             back = back.astype(jnp.float32)
         if self.weighting != "none":
-            sure = boundaries.confidence
+            weight = boundaries.confidence
             if self.weighting == "straight-through":
-                sure = 1.0 + (sure - jax.lax.stop_gradient(sure))
-            back = back * sure.astype(back.dtype)[..., None]
+                weight = 1.0 + (weight - jax.lax.stop_gradient(weight))
+            back = back * weight.astype(back.dtype)[..., None]
         return (back + (hidden if self.projection is None else self.projection(hidden))).astype(hidden.dtype)
 
 
 class LeaveToDecoder(AbstractUpsampler):
-    """Returns the positions unchanged, since the decoder's blocks attend to the tokens themselves (BLT). $Y_i = X_i$.
+    """Leaves the positions unchanged: $Y_i = X_i$. The decoder's blocks attend to the tokens instead (BLT).
 
     For stages whose decoder has `Attending` blocks; without them the token level has no effect.
     """
@@ -192,13 +153,6 @@ class LeaveToDecoder(AbstractUpsampler):
         return None
 
     def __call__(
-        self,
-        outputs: Float[Array, "batch tokens token_dim"],
-        tokens: Tokens,
-        hidden: Float[Array, "batch length dim"],
-        boundaries: Boundaries,
-        *,
-        initial: Float[Array, " token_dim"] | None = None,
-        state: None = None,
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: None = None
     ) -> Upsampled:
         return Upsampled(hidden, None)

@@ -22,7 +22,7 @@ from unet.decoding.sampling import Sampling, draw
 from unet.decoding.score import drawing_keys, keys_of, prefill, rate_of, texts_as_bytes
 from unet.hierarchy import boundary_depth
 from unet.model import TextState, UNet
-from unet.numerics import own_promotion
+from unet.numerics import with_rank_promotion
 
 CHUNK = 64
 """Bytes decoded per compiled call."""
@@ -164,29 +164,30 @@ def decode_byte(
     valid = ~state.done
     byte = draw(jnp.where(allowed_bytes(state, settings), state.logits, -jnp.inf), settings.sampling, choice)
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(state.logits, axis=-1), byte[:, None], axis=1)
-    goes_on = valid & (byte != EOS)
+    active = valid & (byte != EOS)
     decoded = settings.model.decode(
-        byte[:, None], state.state, mask=goes_on[:, None], noise=None if noise is None else noise[:, None]
+        byte[:, None], state.state, mask=active[:, None], noise=None if noise is None else noise[:, None]
     )
-    depth, left = boundary_depth(decoded.prediction.levels, goes_on[:, None]), state.left - goes_on.astype(jnp.int32)
-    after = DecodeState(
-        update_state(state.state, decoded.update, goes_on.astype(jnp.int32)),
-        jnp.where(goes_on[:, None], decoded.logits[:, 0], state.logits),
+    depth, left = boundary_depth(decoded.prediction.levels, active[:, None]), state.left - active.astype(jnp.int32)
+    next_state = DecodeState(
+        update_state(state.state, decoded.update, active.astype(jnp.int32)),
+        jnp.where(active[:, None], decoded.logits[:, 0], state.logits),
         state.keys,
         left,
         utf8.next_state(state.character, byte),
         state.done | (byte == EOS) | (left <= 0),
     )
-    ran = jnp.any(depth > 0).astype(jnp.int32)
-    return DecodedChunk(Chunk(byte[:, None], logprobs, depth, valid[:, None], jnp.ones((), jnp.int32), ran), after)
+    token_steps = jnp.any(depth > 0).astype(jnp.int32)
+    chunk = Chunk(byte[:, None], logprobs, depth, valid[:, None], jnp.ones((), jnp.int32), token_steps)
+    return DecodedChunk(chunk, next_state)
 
 
 @eqx.filter_jit(donate="all-except-first")
-@own_promotion
+@with_rank_promotion
 def decode_chunk(settings: DecodeSettings, state: DecodeState) -> DecodedChunk:
     """Decode up to `length` bytes of every text, fewer if all are done earlier."""
     batch, length = state.done.shape[0], settings.length
-    blank = Chunk(
+    empty = Chunk(
         jnp.zeros((batch, length), jnp.int32),
         jnp.zeros((batch, length), jnp.float32),
         jnp.zeros((batch, length), jnp.int32),
@@ -195,27 +196,28 @@ def decode_chunk(settings: DecodeSettings, state: DecodeState) -> DecodedChunk:
         jnp.zeros((), jnp.int32),
     )
 
-    # Texts that are not done have all decoded the same number of bytes in this chunk, so one index serves all of them.
+    # Random numbers for all steps at once. All texts that are not done are at the same step, so one index serves them.
     choices, noise = uniforms_from(state.keys, state.state.count, length), state.state.noise(length)
 
-    def goes_on(carry: DecodedChunk) -> Bool[Array, ""]:
+    def unfinished(carry: DecodedChunk) -> Bool[Array, ""]:
         return (carry.chunk.steps < length) & ~jnp.all(carry.state.done)
 
-    def more(carry: DecodedChunk) -> DecodedChunk:
-        so_far = carry.chunk
-        here = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, so_far.steps, 1, False), (choices, noise))
-        one = decode_byte(settings, carry.state, *here)
+    def step(carry: DecodedChunk) -> DecodedChunk:
+        place = carry.chunk.steps
+        choice, byte_noise = jax.tree.map(
+            lambda uniforms: jax.lax.dynamic_index_in_dim(uniforms, place, 1, False), (choices, noise)
+        )
+        decoded = decode_byte(settings, carry.state, choice, byte_noise)
 
-        def put(new: Array, part: Array) -> Array:
-            return (
-                part + new
-                if part.ndim == 0
-                else jax.lax.dynamic_update_slice(part, new, (jnp.zeros_like(so_far.steps), so_far.steps))
-            )
+        def add(new: Array, so_far: Array) -> Array:
+            """Counts are summed, bytes written at their place."""
+            if so_far.ndim == 0:
+                return so_far + new
+            return jax.lax.dynamic_update_slice(so_far, new, (jnp.zeros_like(place), place))
 
-        return DecodedChunk(jax.tree.map(put, one.chunk, so_far), one.state)
+        return DecodedChunk(jax.tree.map(add, decoded.chunk, carry.chunk), decoded.state)
 
-    return jax.lax.while_loop(goes_on, more, DecodedChunk(blank, state))
+    return jax.lax.while_loop(unfinished, step, DecodedChunk(empty, state))
 
 
 class TextStream:
@@ -242,7 +244,7 @@ class TextStream:
         greedy_boundaries: bool = False,
         endless: bool = False,
         chunk: int = CHUNK,
-    ):
+    ):  # Ten parameters, since few are used at once: an object would hold the same names.
         """Prefill the prompts.
 
         `max_bytes`: limit for each text, not counting its prompt. `key`: one for all texts, or one each. `stop`: strings that
@@ -274,7 +276,8 @@ class TextStream:
         self._texts = tuple(_Text(tuple(stop)) for _ in prompts)
         # A full cache grows, but each new size compiles a new program. So reserve slots for the token rate of the prompts,
         # smoothed by the expected rate because short prompts say little, plus a margin.
-        rate = float(np.max(((depth > 0).sum(axis=1) + 64 * rate_of(model)) / (np.array(sizes) + 64)))
+        tokens = (depth > 0).sum(axis=1) if model.stage.estimators else np.array(sizes)
+        rate = float(np.max((tokens + 64 * rate_of(model)) / (np.array(sizes) + 64)))
         self._expected = math.ceil(1.2 * rate * max_bytes) + chunk
         self._state = DecodeState(
             with_room(ready.state, self._expected),
@@ -288,10 +291,11 @@ class TextStream:
         self.throughput = Throughput(time.perf_counter() - started)
 
     def __iter__(self) -> Iterator[tuple[Piece | None, ...]]:
-        """Bytes that may begin a stop string are held back until that is decided."""
+        """The next pieces. Bytes that may begin a stop string are held back until it is complete or ruled out."""
         while not all(text.finished for text in self._texts):
             started, texts = time.perf_counter(), self._texts
-            decoded = decode_chunk(self._settings, eqx.tree_at(lambda one: one.state, self._state, self._roomy()))
+            ready = eqx.tree_at(lambda one: one.state, self._state, self._state_with_room())
+            decoded = decode_chunk(self._settings, ready)
             chunk, state = jax.tree.map(np.array, decoded.chunk), decoded.state
             ended = np.array(state.done)
             pieces = tuple(
@@ -308,9 +312,11 @@ class TextStream:
         """The model's decode state after the texts so far. Continuing to iterate overwrites its buffers."""
         return self._state.state
 
-    def _roomy(self) -> TextState:
-        roomy = with_room(self._state.state, self._settings.length)
-        return roomy if roomy is self._state.state else with_room(self._state.state, self._expected)
+    def _state_with_room(self) -> TextState:
+        """The state with slots for another chunk; if caches must grow for it, they get the expected number of slots again."""
+        state = self._state.state
+        grown = with_room(state, self._settings.length)
+        return grown if grown is state else with_room(state, self._expected)
 
 
 class _Text:
@@ -322,16 +328,17 @@ class _Text:
         self._bytes, self._logprobs, self._depth = b"", np.zeros(0, np.float32), np.zeros(0, np.int32)
 
     def piece(self, chunk: Chunk, row: int, *, ended: bool) -> Piece:
+        """The next piece, from row `row` of a chunk; `ended`: whether the text can get no more bytes."""
         valid = chunk.valid[row] & (chunk.bytes[row] != EOS)
         finish = "eos" if np.any(chunk.valid[row] & (chunk.bytes[row] == EOS)) else "length" if ended else None
         self._bytes += chunk.bytes[row][valid].astype(np.uint8).tobytes()
         self._logprobs = np.concatenate([self._logprobs, chunk.logprobs[row][valid]])
         self._depth = np.concatenate([self._depth, chunk.depth[row][valid]])
-        found = [place for stop in self._stop if (place := self._bytes.find(stop)) >= 0]
-        if found:
+        stops = [place for stop in self._stop if (place := self._bytes.find(stop)) >= 0]
+        if stops:
             finish = "stop"
         self.finished = finish is not None
-        size = min(found) if found else len(self._bytes) if self.finished else len(self._bytes) - self._held_back()
+        size = min(stops) if stops else len(self._bytes) if self.finished else len(self._bytes) - self._held_back()
         piece = Piece(self._bytes[:size], self._logprobs[:size], self._depth[:size], finish)
         self._bytes, self._logprobs, self._depth = self._bytes[size:], self._logprobs[size:], self._depth[size:]
         return piece
@@ -353,7 +360,7 @@ def generate(
     greedy_boundaries: bool = False,
     endless: bool = False,
     chunk: int = CHUNK,
-) -> Generated:
+) -> Generated:  # Ten parameters, as `TextStream` has.
     """Generate the whole continuation of each prompt (or of a single one); arguments as in `TextStream`."""
     stream = TextStream(
         model,
@@ -368,9 +375,9 @@ def generate(
         chunk=chunk,
     )
     pieces: list[list[Piece]] = [[] for _ in stream.prompts]
-    for now in stream:
-        for mine, piece in zip(pieces, now, strict=True):
-            mine += [] if piece is None else [piece]
+    for new_pieces in stream:
+        for so_far, piece in zip(pieces, new_pieces, strict=True):
+            so_far += [] if piece is None else [piece]
     whole = map(joined, pieces)
     return Generated(tuple(map(Generation, stream.prompts, stream.prompt_boundary_depth, whole)), stream.throughput)
 

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from estimators.decode_state import AbstractDecodeState
 from estimators.equations import soft_cap
 
-LARGE = 128
-"""Slots from which on a token-level cache is worth compiling programs that read only its filled part."""
+MIN_SLICED_SLOTS = 128
+"""Slots from which on programs are compiled that read only the filled part of a token-level cache."""
 
 
 class KVUpdate(eqx.Module):
@@ -54,35 +54,35 @@ class KVCache(AbstractDecodeState):
         if self.window is None:
             seen = slot < self.lengths[:, None]
             return jnp.broadcast_to(seen[:, None], (seen.shape[0], length, self.slots))
-        position = _position_in(slot, self.lengths, self.window)
-        here = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
-        return (position >= 0)[:, None] & (here[..., None] - position[:, None] < self.window)
+        queries = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+        keys = _position_in(slot, self.lengths, self.window)
+        return (keys >= 0)[:, None] & (queries[..., None] - keys[:, None] < self.window)
 
     def updated(self, update: KVUpdate, lengths: Int[Array, " batch"]) -> KVCache:
-        """Positions beyond the last slot are not stored."""
+        """The cache with the first `lengths` new positions of each sequence; those beyond the last slot are not stored."""
         if not self.slots:
             keys, values = (jnp.swapaxes(part, 1, 2) for part in (update.keys, update.values))
             return _filled(keys, values, lengths.astype(jnp.int32), self.window)
         new = jnp.arange(update.keys.shape[1], dtype=jnp.int32)
-        slot, written = self.lengths[:, None] + new, new < lengths[:, None]
+        slot, stored = self.lengths[:, None] + new, new < lengths[:, None]
         if self.window is not None:
             # If there are more new positions than slots, the last ones are kept.
-            slot, written = slot % self.slots, written & (new >= lengths[:, None] - self.slots)
-        slot = jnp.where(written, slot, self.slots)
+            slot, stored = slot % self.slots, stored & (new >= lengths[:, None] - self.slots)
+        slot = jnp.where(stored, slot, self.slots)
         sequence = jnp.arange(self.lengths.shape[0])[:, None]
 
-        def put(kept: Array, new: Array) -> Array:
-            return kept.at[sequence, :, slot].set(new.astype(kept.dtype), mode="drop")
+        def store(cached: Array, new: Array) -> Array:
+            return cached.at[sequence, :, slot].set(new.astype(cached.dtype), mode="drop")
 
         return KVCache(
-            put(self.keys, update.keys),
-            put(self.values, update.values),
+            store(self.keys, update.keys),
+            store(self.values, update.values),
             self.lengths + lengths.astype(jnp.int32),
             self.window,
         )
 
     def with_slots(self, slots: int) -> KVCache:
-        """Grown to at least `slots` slots; a windowed cache never needs to grow."""
+        """The cache grown to at least `slots` slots; a windowed cache never needs to grow."""
         more = 0 if self.window is not None else max(0, slots - self.slots)
         if not more:
             return self
@@ -91,9 +91,9 @@ class KVCache(AbstractDecodeState):
 
 
 class KVCacheView(eqx.Module):
-    """The first `slots` slots of the `chosen` sequences of a `cache`, copied only where they are read.
+    """The first `slots` slots of the `chosen` sequences of a `cache`. Nothing is copied until it is read.
 
-    There is room for one more position of each as long as none of them has `slots` positions or more.
+    `slots` must be greater than the length of each of these sequences: one more position must fit.
     """
 
     cache: KVCache
@@ -115,11 +115,11 @@ class KVCacheView(eqx.Module):
     def copied(self) -> KVCache:
         """A copy, as a cache of these sequences alone."""
 
-        def some(kept: Float[Array, "batch heads slots head_dim"]) -> Float[Array, "some heads first head_dim"]:
-            size = (1, kept.shape[1], self.slots, kept.shape[3])
-            return jax.vmap(lambda one: jax.lax.dynamic_slice(kept, (one, 0, 0, 0), size)[0])(self.chosen)
+        def copy(part: Float[Array, "batch heads slots head_dim"]) -> Float[Array, "some heads first head_dim"]:
+            size = (1, part.shape[1], self.slots, part.shape[3])
+            return jax.vmap(lambda one: jax.lax.dynamic_slice(part, (one, 0, 0, 0), size)[0])(self.chosen)
 
-        return KVCache(some(self.cache.keys), some(self.cache.values), self.lengths, self.window)
+        return KVCache(copy(self.cache.keys), copy(self.cache.values), self.lengths, self.window)
 
 
 AnyCache = KVCache | KVCacheView
@@ -145,9 +145,9 @@ def attend_cached(
     # Heads first, so that a CPU multiplies whole matrices without transposing the cache.
     query, keys, values = (jnp.swapaxes(part, 1, 2) for part in (query, new.keys, new.values))
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
-    before = jnp.matmul(query, jnp.swapaxes(cache.keys, -1, -2), preferred_element_type=jnp.float32)
-    among = jnp.matmul(query, jnp.swapaxes(keys, -1, -2), preferred_element_type=jnp.float32)
-    logits = soft_cap(jnp.concatenate([before, among], axis=-1), cap)
+    cached_logits = jnp.matmul(query, jnp.swapaxes(cache.keys, -1, -2), preferred_element_type=jnp.float32)
+    new_logits = jnp.matmul(query, jnp.swapaxes(keys, -1, -2), preferred_element_type=jnp.float32)
+    logits = soft_cap(jnp.concatenate([cached_logits, new_logits], axis=-1), cap)
     distance = jnp.arange(length)[:, None] - jnp.arange(length)
     causal = (distance >= 0) & (True if cache.window is None else distance < cache.window)
     causal = jnp.broadcast_to(causal, (query.shape[0], length, length))
@@ -155,39 +155,39 @@ def attend_cached(
     weights = jax.nn.softmax(jnp.where(visible[:, None], logits, -jnp.inf), axis=-1).astype(values.dtype)
     mixed = jnp.matmul(weights[..., : cache.slots], cache.values) + jnp.matmul(weights[..., cache.slots :], values)
     if cache.window is None:
-        place = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
-        lost = mask & (place >= cache.slots)
+        positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+        lost = mask & (positions >= cache.slots)
         mixed = jnp.where(lost[:, None, :, None], jnp.asarray(jnp.nan, mixed.dtype), mixed)
     return jnp.swapaxes(mixed, 1, 2)
 
 
-def is_empty(state: PyTree[Array]) -> bool:
-    """Whether any cache inside has no slots yet, that is, before the first position."""
+def is_unallocated(state: PyTree[Array]) -> bool:
+    """Whether a KV cache inside has no slots yet: there are no earlier positions, and the first update changes shapes. False for
+    a state without KV caches, such as that of Mamba-2 layers, whose shapes never change."""
     return any(not part.slots for part in _caches(state))
 
 
-def of_sequences(state: Tree, chosen: Int[Array, " some"], quarters: int = 4) -> Tree:
-    """The `chosen` sequences of a tree of batch-major arrays, for reading. Each KV cache without a window becomes a view of the
-    first `quarters`/4 of its slots (see `KVCacheView`), each windowed one a view of all."""
+def select_sequences(state: Tree, chosen: Int[Array, " some"], quarters: int = 4) -> Tree:
+    """The `chosen` sequences of a tree of batch-major arrays, for reading. A KV cache becomes a view (see `KVCacheView`) of the
+    first `quarters`/4 of its slots, or of all slots if it has a window."""
 
-    def some(part: Array | AnyCache) -> Array | KVCacheView:
+    def select(part: Array | AnyCache) -> Array | KVCacheView:
         if not isinstance(part, AnyCache):
             return part.at[chosen].get(mode="promise_in_bounds")
         slots = part.slots if part.window is not None else _slots(part, quarters)
         return KVCacheView(part, chosen, slots) if isinstance(part, KVCache) else part.of(chosen, slots)
 
-    return jax.tree.map(some, state, is_leaf=_is_cache)
+    return jax.tree.map(select, state, is_leaf=_is_cache)
 
 
 def filled_quarters(state: PyTree[Array], chosen: Int[Array, " some"]) -> Int[Array, ""]:
-    """The fewest quarters of the slots in which every cache inside has room for one more position of each chosen sequence; 4 if
-    three are not enough."""
+    """How many quarters of its slots the fullest cache needs for the chosen sequences and one more position of each: 1 to 4."""
     most = jnp.ones((), jnp.int32)
     for part in _caches(state):
         if part.window is None:
             needed = 1 + jnp.max(part.lengths.at[chosen].get(mode="promise_in_bounds"))
-            fewer = jnp.asarray([_slots(part, quarters) for quarters in (1, 2, 3)], jnp.int32)
-            most = jnp.maximum(most, 1 + jnp.sum(needed > fewer, dtype=jnp.int32))
+            sizes = jnp.asarray([_slots(part, quarters) for quarters in (1, 2, 3)], jnp.int32)
+            most = jnp.maximum(most, 1 + jnp.sum(needed > sizes, dtype=jnp.int32))
     return most
 
 
@@ -206,12 +206,12 @@ def with_room(state: Tree, positions: int) -> Tree:
     def needed(part: AnyCache) -> int:
         return 0 if part.window is not None else int(np.max(np.asarray(part.lengths))) + positions
 
-    def widened(part: Array | AnyCache) -> Array | AnyCache:
+    def grown(part: Array | AnyCache) -> Array | AnyCache:
         return part.with_slots(rounded_up(needed(part))) if isinstance(part, KVCache) else part
 
     if all(needed(part) <= part.slots for part in _caches(state)):
         return state
-    return jax.tree.map(widened, state, is_leaf=_is_cache)
+    return jax.tree.map(grown, state, is_leaf=_is_cache)
 
 
 def rounded_up(size: int) -> int:
@@ -226,6 +226,7 @@ def cache_bytes(state: PyTree[Array]) -> int:
 
 
 def _slots(part: AnyCache, quarters: int) -> int:
+    """The number of slots in `quarters`/4 of a cache, rounded up."""
     return -(-part.slots * quarters // 4)
 
 
@@ -253,8 +254,8 @@ def _filled(
         return KVCache(keys, values, lengths, None)
     position = _position_in(jnp.arange(window, dtype=jnp.int32), lengths, window)
 
-    def last(kept: Array) -> Array:
-        found = jnp.take_along_axis(kept, jnp.maximum(position, 0)[:, None, :, None], axis=2, mode="clip")
-        return jnp.where((position >= 0)[:, None, :, None], found, jnp.zeros((), kept.dtype))
+    def by_slot(part: Array) -> Array:
+        stored = jnp.take_along_axis(part, jnp.maximum(position, 0)[:, None, :, None], axis=2, mode="clip")
+        return jnp.where((position >= 0)[:, None, :, None], stored, jnp.zeros((), part.dtype))
 
-    return KVCache(last(keys), last(values), lengths, window)
+    return KVCache(by_slot(keys), by_slot(values), lengths, window)

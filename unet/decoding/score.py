@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from unet.decoding.kv_cache import rounded_up
 from unet.hierarchy import boundary_depth
 from unet.likelihood import next_logprobs
 from unet.model import TextState, UNet
-from unet.numerics import own_promotion
+from unet.numerics import with_rank_promotion
 
 
 @runtime_checkable
@@ -34,8 +35,8 @@ Result = TypeVar("Result", bound=HasOverflow)
 
 
 def with_enough_capacity(length: int, rate: float, compute: Callable[[int], Result]) -> Result:
-    """`compute(capacity)` for texts of `length` bytes, of which a fraction of about `rate` close a token. If boundaries are
-    dropped, it is computed again with twice the capacity."""
+    """`compute(capacity)` for texts of `length` bytes, of which a fraction of about `rate` close a token. As long as boundaries
+    are dropped, it is computed again with twice the capacity."""
     capacity = min(length, rounded_up(math.ceil(1.3 * rate * length)))
     while True:
         result = compute(capacity)
@@ -55,7 +56,7 @@ class Prefilled(eqx.Module):
 
 
 @eqx.filter_jit
-@own_promotion
+@with_rank_promotion
 def _prefill(
     model: UNet,
     bytes: Int[Array, "batch length"],
@@ -83,6 +84,7 @@ def prefill(model: UNet, texts: Sequence[bytes], keys: Key[Array, " batch"] | No
 
 
 def _mask(texts: Sequence[bytes]) -> Bool[np.ndarray, "batch length"]:
+    """True at the bytes that `padded` takes from the texts, BOS included."""
     lengths = np.array([1 + len(text) for text in texts])
     return np.arange(rounded_up(int(lengths.max()))) < lengths[:, None]
 
@@ -104,7 +106,8 @@ def padded(texts: Sequence[bytes]) -> Int[np.ndarray, "batch length"]:
 
 
 def rate_of(model: UNet) -> float:
-    """The expected fraction of bytes at which the outermost level closes a token."""
+    """The expected number of token positions per byte: the rate of the outermost level, or 1 without a token level, where every
+    byte takes a slot of the KV caches."""
     rate = model.stage.estimators[0].router.rate if model.stage.estimators else 1.0
     return 0.25 if rate is None else rate
 
@@ -166,52 +169,49 @@ def score(
     contains the byte BOS or EOS.
     """
     texts = texts_as_bytes(texts)
-    before = [b""] * len(texts) if contexts is None else texts_as_bytes(contexts)
-    if len(before) != len(texts):
-        raise ValueError(f"there are {len(before)} contexts for {len(texts)} texts")
+    prefixes = [b""] * len(texts) if contexts is None else texts_as_bytes(contexts)
+    if len(prefixes) != len(texts):
+        raise ValueError(f"there are {len(prefixes)} contexts for {len(texts)} texts")
     if batch < 1:
         raise ValueError(f"batch must be at least 1 text; got {batch}")
     keys = None if key is None else drawing_keys(keys_of(key, len(texts)))
-    whole = [context + text for context, text in zip(before, texts, strict=True)]
+    whole = [context + text for context, text in zip(prefixes, texts, strict=True)]
     order = sorted(range(len(texts)), key=lambda number: len(whole[number]), reverse=True)
     scored: dict[int, Scored] = {}
     for start in range(0, len(order), batch):
         numbers = order[start : start + batch]
         # The last batch is filled with empty texts, so that one program serves all batches of a length.
-        some = [whole[number] for number in numbers] + [b""] * (batch - len(numbers))
-        own = None if keys is None else keys[jnp.asarray(numbers + numbers[:1] * (batch - len(numbers)))]
-        bytes, mask = jnp.asarray(padded(some)), jnp.asarray(_mask(some))
-        likelihoods = with_enough_capacity(
-            bytes.shape[1],
-            rate_of(model),
-            lambda capacity, bytes=bytes, mask=mask, own=own: _likelihoods(model, bytes, mask, own, capacity),
-        )
+        filled = [whole[number] for number in numbers] + [b""] * (batch - len(numbers))
+        own_keys = None if keys is None else keys[jnp.asarray(numbers + numbers[:1] * (batch - len(numbers)))]
+        bytes, mask = jnp.asarray(padded(filled)), jnp.asarray(_mask(filled))
+        compute = functools.partial(_likelihoods, model, bytes, mask, own_keys)
+        likelihoods = with_enough_capacity(bytes.shape[1], rate_of(model), compute)
         results = jax.tree.map(np.asarray, likelihoods)
         for row, number in enumerate(numbers):
-            part = slice(len(before[number]), len(whole[number]))
+            part = slice(len(prefixes[number]), len(whole[number]))
             log_prob = results.log_prob[row, part]
             scored[number] = Scored(
                 float(log_prob.sum(dtype=np.float64)),
                 log_prob.size,
                 log_prob,
-                bool(np.all(results.likeliest[row, part])),
+                bool(np.all(results.most_likely[row, part])),
                 results.depth[row, 1:][part],
             )
     return tuple(scored[number] for number in range(len(texts)))
 
 
 class Likelihoods(eqx.Module):
-    """Of the byte after each position: its log-probability in nats, and whether it is the most likely one. The boundary `depth`
-    at each position, and the number of boundaries that the outermost level dropped."""
+    """The log-probability in nats of the byte after each position, and whether it is the most likely one; the boundary `depth`
+    at each position; the number of boundaries that the outermost level dropped (`overflow`, None without a token level)."""
 
     log_prob: Float[Array, "batch length"]
-    likeliest: Bool[Array, "batch length"]
+    most_likely: Bool[Array, "batch length"]
     depth: Int[Array, "batch length"]
     overflow: Int[Array, " batch"] | None
 
 
 @eqx.filter_jit
-@own_promotion
+@with_rank_promotion
 def _likelihoods(
     model: UNet,
     bytes: Int[Array, "batch length"],
@@ -220,9 +220,10 @@ def _likelihoods(
     capacity: int,
 ) -> Likelihoods:
     prediction = model(bytes, key=keys, mask=mask, capacities=(capacity,))
-    likeliest, levels = jnp.argmax(prediction.logits, axis=-1) == jnp.roll(bytes, -1, axis=1), prediction.levels
+    levels, logits = prediction.levels, prediction.logits
+    most_likely = jnp.argmax(logits, axis=-1) == jnp.roll(bytes, -1, axis=1)
     overflow = levels[0].overflow if levels else None
-    return Likelihoods(next_logprobs(prediction.logits, bytes), likeliest, boundary_depth(levels, mask), overflow)
+    return Likelihoods(next_logprobs(logits, bytes), most_likely, boundary_depth(levels, mask), overflow)
 
 
 def texts_as_bytes(texts: Sequence[str | bytes] | str | bytes) -> list[bytes]:

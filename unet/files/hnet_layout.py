@@ -27,7 +27,7 @@ from unet.mamba import Mamba2
 from unet.model import UNet
 from unet.widened import Widened
 
-KEPT_WIDE = (
+FLOAT32_PARAMETERS = (
     ".A_log",
     ".D",
     ".dt_bias",
@@ -44,7 +44,7 @@ EMBEDDING, HEAD = "embeddings.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class Named:
+class Parameter:
     """A parameter of a model, or its shape, with its published `name`. `shape` is the published one, of the transpose if
     `transposed`. If that is larger, each of `blocks` blocks of rows is padded with zeros."""
 
@@ -83,15 +83,15 @@ def from_reference(
     """The language model of a published configuration and its parameters.
 
     `model(input_ids)` has `logits`, and in `levels` the boundaries of every stage. `dtype` is that of weights and products
-    (`KEPT_WIDE` stay float32); `chunk_sizes` as in `new_hnet`. Parameters are read one at a time, so a mapping that reads them
-    from a file never holds two. If embeddings are tied, the embedding may be given by its own name, as the head, or as both.
-    Raises `LayoutError` for missing and unknown names, for another shape or dtype, and for a tied head that differs from the
-    embedding.
+    (`FLOAT32_PARAMETERS` stay float32); `chunk_sizes` as in `new_hnet`. Parameters are read one at a time, so a mapping that
+    reads them from a file never holds two. If embeddings are tied, the embedding may be given by its own name, as the head, or
+    as both. Raises `LayoutError` for missing and unknown names, for another shape or dtype, and for a tied head that differs
+    from the embedding.
     """
     shape = shape_of(config, compute=dtype)
     skeleton = eqx.filter_eval_shape(new_hnet, shape, chunk_sizes=chunk_sizes)
-    places = list(named_parameters(skeleton))
-    sources, given = {place.name: place.name for place in places}, set(params)
+    parameters = list(named_parameters(skeleton))
+    sources, given = {parameter.name: parameter.name for parameter in parameters}, set(params)
     if shape.tie_embeddings:
         _check_tied(params)
         if EMBEDDING in given:
@@ -102,12 +102,14 @@ def from_reference(
     if names != given:
         missing, surplus = sorted(names - given), sorted(given - names)
         raise LayoutError(
-            f"parameters do not fit the configuration: {len(missing)} missing{_first(missing)}, "
-            f"{len(surplus)} unknown{_first(surplus)}"
+            f"parameters do not fit the configuration: {len(missing)} missing{_example(missing)}, "
+            f"{len(surplus)} unknown{_example(surplus)}"
         )
-    filled = {id(place.leaf): _weight(place, params[sources[place.name]], dtype) for place in places}
-    assert len(filled) == len(places)
-    return jax.tree.map(lambda leaf: filled.get(id(leaf), leaf), skeleton)
+    weights = {
+        id(parameter.leaf): _weight(parameter, params[sources[parameter.name]], dtype) for parameter in parameters
+    }
+    assert len(weights) == len(parameters)
+    return jax.tree.map(lambda leaf: weights.get(id(leaf), leaf), skeleton)
 
 
 def _check_tied(params: Mapping[str, np.ndarray]) -> None:
@@ -118,17 +120,19 @@ def _check_tied(params: Mapping[str, np.ndarray]) -> None:
         )
 
 
-def _first(names: Sequence[str]) -> str:
+def _example(names: Sequence[str]) -> str:
     return f" (such as {names[0]})" if names else ""
 
 
-def _weight(place: Named, value: np.ndarray, dtype: WeightType) -> Array:
-    if value.shape != place.shape:
-        raise LayoutError(f"{place.name} has shape {list(value.shape)}; the configuration asks for {list(place.shape)}")
+def _weight(parameter: Parameter, value: np.ndarray, dtype: WeightType) -> Array:
+    if value.shape != parameter.shape:
+        raise LayoutError(
+            f"{parameter.name} has shape {list(value.shape)}; the configuration asks for {list(parameter.shape)}"
+        )
     if value.dtype not in (np.float32, np.float16, jnp.bfloat16):
-        raise LayoutError(f"{place.name} is {value.dtype}; weights must be float32, float16 or bfloat16")
-    wanted = jnp.float32 if place.name.endswith(KEPT_WIDE) else jnp.dtype(dtype)
-    value = value.T if place.transposed else value.reshape(place.leaf.shape)
+        raise LayoutError(f"{parameter.name} is {value.dtype}; weights must be float32, float16 or bfloat16")
+    wanted = jnp.float32 if parameter.name.endswith(FLOAT32_PARAMETERS) else jnp.dtype(dtype)
+    value = value.T if parameter.transposed else value.reshape(parameter.leaf.shape)
     # Wait, or pending copies would pile up in memory.
     return jax.block_until_ready(jnp.asarray(value.astype(wanted, order="C")))
 
@@ -145,7 +149,7 @@ class ReferenceParams(Mapping[str, np.ndarray]):
         one = self._named[name]
         assert isinstance(one.leaf, jax.Array)
         value = np.asarray(one.leaf)
-        return _filled(np.ascontiguousarray(value.T), one) if one.transposed else value.reshape(one.shape)
+        return _padded(np.ascontiguousarray(value.T), one) if one.transposed else value.reshape(one.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._named)
@@ -154,13 +158,13 @@ class ReferenceParams(Mapping[str, np.ndarray]):
         return len(self._named)
 
 
-def _filled(value: np.ndarray, place: Named) -> np.ndarray:
+def _padded(value: np.ndarray, parameter: Parameter) -> np.ndarray:
     """A matrix, padded with zeros to its published shape."""
-    if value.shape == place.shape:
+    if value.shape == parameter.shape:
         return value
-    parts = value.reshape(place.blocks, -1, value.shape[1])
-    rows, columns = place.shape[0] // place.blocks - parts.shape[1], place.shape[1] - parts.shape[2]
-    return np.pad(parts, ((0, 0), (0, rows), (0, columns))).reshape(place.shape)
+    parts = value.reshape(parameter.blocks, -1, value.shape[1])
+    rows, columns = parameter.shape[0] // parameter.blocks - parts.shape[1], parameter.shape[1] - parts.shape[2]
+    return np.pad(parts, ((0, 0), (0, rows), (0, columns))).reshape(parameter.shape)
 
 
 def to_reference(model: UNet) -> Mapping[str, np.ndarray]:
@@ -283,7 +287,7 @@ def _letters(stack: Stack) -> str:
     return "".join(f"{letter}{count}" for letter, count in runs)
 
 
-def named_parameters(model: UNet) -> Iterator[Named]:
+def named_parameters(model: UNet) -> Iterator[Parameter]:
     """Every parameter of a model with its published name (the first, for tied ones). Raises `LayoutError` as `to_reference`."""
     if model.norm is not None or model.early_head is not None or model.ngrams is not None:
         raise LayoutError(
@@ -295,15 +299,15 @@ def named_parameters(model: UNet) -> Iterator[Named]:
         yield _matrix(HEAD, model.head)
 
 
-def _named(name: str, leaf: Array | jax.ShapeDtypeStruct) -> Named:
-    return Named(name, leaf, tuple(leaf.shape))
+def _named(name: str, leaf: Array | jax.ShapeDtypeStruct) -> Parameter:
+    return Parameter(name, leaf, tuple(leaf.shape))
 
 
-def _matrix(name: str, layer: Linear) -> Named:
-    return Named(name, layer.weight, tuple(layer.weight.shape[::-1]), transposed=True)
+def _matrix(name: str, layer: Linear) -> Parameter:
+    return Parameter(name, layer.weight, tuple(layer.weight.shape[::-1]), transposed=True)
 
 
-def _stage_parameters(stage: AbstractStage, prefix: str) -> Iterator[Named]:
+def _stage_parameters(stage: AbstractStage, prefix: str) -> Iterator[Parameter]:
     if isinstance(stage, Widened):
         yield _named(f"{prefix}.pad_dimension", stage.padding)
         stage = stage.stage
@@ -342,7 +346,7 @@ def _routing(stage: Hierarchy) -> tuple[CosineRouter, Smooth]:
     return router, up
 
 
-def _stack_parameters(stack: Stack, prefix: str) -> Iterator[Named]:
+def _stack_parameters(stack: Stack, prefix: str) -> Iterator[Parameter]:
     _width(stack)
     for number, block in enumerate(_blocks(stack)):
         layer = f"{prefix}.layers.{number}"
@@ -356,23 +360,24 @@ def _stack_parameters(stack: Stack, prefix: str) -> Iterator[Named]:
             raise LayoutError(f"the released layout has no {type(block.mixer).__name__}")
         if block.mlp is not None and block.before_mlp is not None:
             yield _named(f"{layer}.norm2.weight", block.before_mlp.weight)
-            (dim, both), wide = block.mlp.value_gate.weight.shape, rounded(block.mlp.out.weight.shape[0])
-            assert both == 2 * block.mlp.out.weight.shape[0]
-            yield Named(
-                f"{layer}.mlp.fc1.weight", block.mlp.value_gate.weight, (2 * wide, dim), transposed=True, blocks=2
+            hidden, dim = block.mlp.out.weight.shape
+            padded = rounded(hidden)
+            assert block.mlp.value_gate.weight.shape == (dim, 2 * hidden)
+            yield Parameter(
+                f"{layer}.mlp.fc1.weight", block.mlp.value_gate.weight, (2 * padded, dim), transposed=True, blocks=2
             )
-            yield Named(f"{layer}.mlp.fc2.weight", block.mlp.out.weight, (dim, wide), transposed=True)
+            yield Parameter(f"{layer}.mlp.fc2.weight", block.mlp.out.weight, (dim, padded), transposed=True)
     if stack.norm is not None:
         yield _named(f"{prefix}.rmsnorm.weight", stack.norm.weight)
 
 
-def _mamba_parameters(mamba: Mamba2, prefix: str) -> Iterator[Named]:
+def _mamba_parameters(mamba: Mamba2, prefix: str) -> Iterator[Parameter]:
     channels, conv_width = mamba.conv_weight.shape
     yield _named(f"{prefix}.dt_bias", mamba.dt_bias)
     yield _named(f"{prefix}.A_log", mamba.A_log)
     yield _named(f"{prefix}.D", mamba.D)
     yield _matrix(f"{prefix}.in_proj.weight", mamba.project_in)
-    yield Named(f"{prefix}.conv1d.weight", mamba.conv_weight, (channels, 1, conv_width))
+    yield Parameter(f"{prefix}.conv1d.weight", mamba.conv_weight, (channels, 1, conv_width))
     yield _named(f"{prefix}.conv1d.bias", mamba.conv_bias)
     yield _named(f"{prefix}.norm.weight", mamba.norm.weight)
     yield _matrix(f"{prefix}.out_proj.weight", mamba.project_out)

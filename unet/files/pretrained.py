@@ -137,11 +137,11 @@ def parameter_count(model: UNet) -> int:
 
 
 def _only_weights(folder: Path) -> Path:
-    found = sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
-    if len(found) != 1:
-        named = ", ".join(path.name for path in found) or "none"
-        raise LoadError(f"{folder} must hold one file of weights (.pt or .safetensors); it holds {named}")
-    return found[0]
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files) or "none"
+        raise LoadError(f"{folder} must hold one file of weights (.pt or .safetensors); it holds {names}")
+    return files[0]
 
 
 def _config(weights: Path, path: Path | None) -> Mapping[str, object]:

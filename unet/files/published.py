@@ -22,15 +22,13 @@ def shape_of(config: Mapping[str, object], *, compute: WeightType = "float32") -
     """The shape that a published configuration describes. Raises `LayoutError` if it is invalid, or has parts that no published
     model has."""
     try:
-        layout, ssm, attention = json.dumps(config["arch_layout"]), config["ssm_cfg"], config["attn_cfg"]
-        assert isinstance(ssm, Mapping)
-        assert isinstance(attention, Mapping)
+        layout = json.dumps(config["arch_layout"])
+        ssm = _settings(config, "ssm_cfg", ("d_conv", "expand", "d_state", "chunk_size"))
+        attention = _settings(config, "attn_cfg", ("num_heads", "rotary_emb_dim", "window_size"))
         depth = read_layout(layout).depth + 1
         tied = config.get("tie_embeddings", False)
         if not isinstance(tied, bool):
             raise LayoutError(f"tie_embeddings must be true or false; got {tied!r}")
-        _check_known(ssm, ("d_conv", "expand", "d_state", "chunk_size"), "ssm_cfg")
-        _check_known(attention, ("num_heads", "rotary_emb_dim", "window_size"), "attn_cfg")
         if config.get("vocab_size", 256) != 256:
             raise LayoutError(f"vocab_size must be 256, the number of bytes; got {config['vocab_size']}")
         dims = _several(config["d_model"], "d_model", depth)
@@ -48,10 +46,8 @@ def shape_of(config: Mapping[str, object], *, compute: WeightType = "float32") -
             tie_embeddings=tied,
             compute=compute,
         )
-    except (KeyError, AssertionError) as error:
-        raise LayoutError(
-            f"this is not the configuration of a published H-Net: {error} is missing or not an object"
-        ) from None
+    except KeyError as error:
+        raise LayoutError(f"this is not the configuration of a published H-Net: {error.args[0]} is missing") from None
     except ValueError as error:
         raise LayoutError(f"this configuration is not a valid H-Net: {error}") from None
 
@@ -63,10 +59,15 @@ def _several(value: object, name: str, stages: int) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _check_known(settings: Mapping[str, object], known: Sequence[str], name: str) -> None:
+def _settings(config: Mapping[str, object], name: str, known: Sequence[str]) -> Mapping[str, object]:
+    """The object `name` of a configuration, which may have only the `known` settings."""
+    settings = config[name]
+    if not isinstance(settings, Mapping):
+        raise LayoutError(f"{name} must be an object with settings; got {settings!r}")
     surplus = sorted(settings.keys() - set(known))
     if surplus:
         raise LayoutError(f"{name} has {surplus[0]}, which the released code does not know: it has {', '.join(known)}")
+    return settings
 
 
 def _mlp_dims(value: object, dims: tuple[int, ...]) -> tuple[int, ...]:

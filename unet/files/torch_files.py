@@ -19,10 +19,10 @@ from typing import IO, ClassVar, cast
 import jax.numpy as jnp
 import numpy as np
 
-LARGEST_PICKLE = 1 << 26
+MAX_PICKLE_BYTES = 1 << 26
 """Maximum size in bytes of the pickle of names and shapes."""
 
-MOST_DIMENSIONS = 16
+MAX_DIMENSIONS = 16
 """Maximum number of dimensions of a tensor."""
 
 PIECE = 1 << 20
@@ -34,15 +34,15 @@ class TorchFileError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
+class _StorageType:
     """A class of storages in a pickle, and its dtype."""
 
     name: str
     dtype: np.dtype
 
 
-_KINDS = {
-    f"{name}Storage": _Kind(f"{name}Storage", np.dtype(dtype))
+_STORAGE_TYPES = {
+    f"{name}Storage": _StorageType(f"{name}Storage", np.dtype(dtype))
     for name, dtype in {
         "Float": np.float32,
         "BFloat16": jnp.bfloat16,
@@ -62,7 +62,7 @@ _KINDS = {
 class _Storage:
     """One storage: the zip member with its data, and its number of elements."""
 
-    kind: _Kind
+    kind: _StorageType
     member: str
     size: int
 
@@ -93,7 +93,7 @@ def _rebuild_tensor(storage: object, offset: object, shape: object, strides: obj
     if not isinstance(storage, _Storage) or any(type(number) is not int or number < 0 for number in whole):
         raise pickle.UnpicklingError("a tensor has no sensible shape")
     place = TensorPlace(storage, cast(int, offset), _numbers(shape), _numbers(strides))
-    if len(place.shape) != len(place.strides) or len(place.shape) > MOST_DIMENSIONS:
+    if len(place.shape) != len(place.strides) or len(place.shape) > MAX_DIMENSIONS:
         raise pickle.UnpicklingError("a tensor has no sensible shape")
     # No element may be used twice, so that what is read is never larger than the file.
     if math.prod(size for size in place.shape if size) > storage.size:
@@ -114,7 +114,7 @@ def _parameter(data: object, *rest: object) -> object:
     return data
 
 
-_HARMLESS: Mapping[tuple[str, str], Callable[..., object]] = {
+_ALLOWED: Mapping[tuple[str, str], Callable[..., object]] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("collections", "defaultdict"): defaultdict,
     ("torch", "Size"): tuple,
@@ -141,11 +141,12 @@ _HARMLESS: Mapping[tuple[str, str], Callable[..., object]] = {
 class _Unpickler(pickle._Unpickler):
     """Builds tensors and plain containers and nothing else.
 
-    Based on Python's own implementation in Python: its memo is a dictionary, so large memo indices cost nothing, and its
-    opcodes can be replaced. BUILD would set attributes of any object on the stack, including tensors that were checked already.
+    Based on the pure-Python unpickler: its memo is a dictionary, so large memo indices cost nothing, and its opcodes can be
+    replaced.
     """
 
-    # No extensions, and no buffers of a size that the file chooses; BUILD only drops its argument.
+    # Without extensions, and without buffers of a size that the file chooses. BUILD would set attributes of any object on the
+    # stack, including tensors that were checked already; here it only drops its argument.
     dispatch: ClassVar = {
         code: pickle._Unpickler.dispatch[pickle.POP[0]] if code == pickle.BUILD[0] else load
         for code, load in pickle._Unpickler.dispatch.items()
@@ -153,15 +154,15 @@ class _Unpickler(pickle._Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> object:  # what a pickle calls or marks a storage with
-        if module == "torch" and name in _KINDS:
-            return _KINDS[name]
-        if (module, name) in _HARMLESS:
-            return _HARMLESS[module, name]
+        if module == "torch" and name in _STORAGE_TYPES:
+            return _STORAGE_TYPES[name]
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is neither a tensor nor a plain container")
 
     def persistent_load(self, pid: object) -> _Storage:
         match pid:
-            case ("storage", _Kind() as kind, str(member), str(), int(size)):
+            case ("storage", _StorageType() as kind, str(member), str(), int(size)):
                 return _Storage(kind, member, size)
         raise pickle.UnpicklingError("it refers to something that is not a storage")
 
@@ -181,9 +182,9 @@ class TorchFile(Mapping[str, np.ndarray]):
             if len(members) != 1:
                 raise TorchFileError(f"{path} is not a file of PyTorch weights: it has no data.pkl")
             self._folder = members[0].removesuffix("data.pkl")
-            if self._zip.getinfo(members[0]).file_size > LARGEST_PICKLE:
+            if self._zip.getinfo(members[0]).file_size > MAX_PICKLE_BYTES:
                 raise TorchFileError(
-                    f"{path} has a data.pkl of over {LARGEST_PICKLE} bytes, more than any weights need"
+                    f"{path} has a data.pkl of over {MAX_PICKLE_BYTES} bytes, more than any weights need"
                 )
             with self._zip.open(members[0]) as stream:
                 content: object = _Unpickler(stream).load()
@@ -229,7 +230,7 @@ class TorchFile(Mapping[str, np.ndarray]):
         storage, dtype = place.storage, place.dtype
         try:
             with self._zip.open(f"{self._folder}data/{storage.member}") as stream:
-                if place.strides == _plain_strides(place.shape):
+                if place.strides == _contiguous_strides(place.shape):
                     stream.seek(place.offset * dtype.itemsize)
                     return self._read(stream, dtype, math.prod(place.shape), name).reshape(place.shape)
                 block = self._read(stream, dtype, storage.size, name)
@@ -240,16 +241,16 @@ class TorchFile(Mapping[str, np.ndarray]):
 
     def _read(self, stream: zipfile.ZipExtFile | IO[bytes], dtype: np.dtype, count: int, name: str) -> np.ndarray:
         """`count` elements, read piece by piece so that they are in memory only once."""
-        numbers = np.empty(count, dtype)
-        room = numbers.view(np.uint8).data
+        elements = np.empty(count, dtype)
+        buffer = elements.view(np.uint8).data
         done = 0
-        while done < len(room):
-            piece = stream.read(min(PIECE, len(room) - done))
+        while done < len(buffer):
+            piece = stream.read(min(PIECE, len(buffer) - done))
             if not piece:
                 raise TorchFileError(f"{self._path} is damaged: {name} has fewer elements than its shape says")
-            room[done : done + len(piece)] = piece
+            buffer[done : done + len(piece)] = piece
             done += len(piece)
-        return numbers
+        return elements
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -264,13 +265,13 @@ def _tensors(content: object, path: Path) -> dict[str, TensorPlace]:
         inside = [value for key, value in content.items() if key in ("state_dict", "model") and isinstance(value, dict)]
         content = inside[0] if len(inside) == 1 else content
     if isinstance(content, dict):
-        found = {name: value for name, value in content.items() if isinstance(value, TensorPlace)}
-        if found and all(isinstance(name, str) for name in found):
-            return found
+        tensors = {name: value for name, value in content.items() if isinstance(value, TensorPlace)}
+        if tensors and all(isinstance(name, str) for name in tensors):
+            return tensors
     raise TorchFileError(f"{path} holds no dictionary of tensors")
 
 
-def _plain_strides(shape: Sequence[int]) -> tuple[int, ...]:
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of a contiguous tensor."""
     strides: list[int] = []
     step = 1
@@ -285,7 +286,7 @@ def write_torch_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
     Raises `ValueError` for a dtype that PyTorch has no storage for.
     """
-    kinds = {kind.dtype: kind.name for kind in _KINDS.values()}
+    kinds = {kind.dtype: kind.name for kind in _STORAGE_TYPES.values()}
     description = bytearray(b"\x80\x02ccollections\nOrderedDict\n)R(")
     temporary = path.with_name(f".{path.name}.tmp")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -302,11 +303,13 @@ def write_torch_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _text(text: str) -> bytes:
+    """The opcode BINUNICODE."""
     content = text.encode()
     return b"X" + struct.pack("<I", len(content)) + content
 
 
-def _whole(number: int) -> bytes:
+def _long(number: int) -> bytes:
+    """The opcode LONG1 with eight bytes."""
     content = number.to_bytes(8, "little")
     return b"\x8a\x08" + content
 
@@ -314,8 +317,8 @@ def _whole(number: int) -> bytes:
 def _tensor(kind: str, member: str, shape: tuple[int, ...]) -> bytes:
     """The opcodes of `_rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict())`."""
     storage = b"(" + _text("storage") + f"ctorch\n{kind}\n".encode() + _text(member) + _text("cpu")
-    storage += _whole(math.prod(shape)) + b"tQ"
-    sizes = b"(" + b"".join(_whole(size) for size in shape) + b"t"
-    strides = b"(" + b"".join(_whole(step) for step in _plain_strides(shape)) + b"t"
-    arguments = b"(" + storage + _whole(0) + sizes + strides + b"\x89ccollections\nOrderedDict\n)Rt"
+    storage += _long(math.prod(shape)) + b"tQ"
+    sizes = b"(" + b"".join(_long(size) for size in shape) + b"t"
+    strides = b"(" + b"".join(_long(step) for step in _contiguous_strides(shape)) + b"t"
+    arguments = b"(" + storage + _long(0) + sizes + strides + b"\x89ccollections\nOrderedDict\n)Rt"
     return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"

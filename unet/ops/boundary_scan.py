@@ -11,8 +11,8 @@ from estimators.equations import soft_cap
 from estimators.sharding import varying_zeros
 from unet.ops.mosaic import AHEAD, LANES, Implementation, declare, dispatch, refusal
 
-MOST_TAPS = 17
-"""Lags that the kernel supports at most: its memory has one action less."""
+MAX_LAGS = 17
+"""Maximum number of lags in the kernel: 0 and those of the actions that it remembers."""
 
 
 def boundary_scan(
@@ -46,16 +46,16 @@ def boundary_scan(
         return BoundaryScan(*decide(projections[..., 0], uniforms, starts))
 
     def xla(projections: Array, uniforms: Array, starts: Array) -> tuple[Array, Array]:
-        def step(memory, row):
-            lags, uniform, start = row
+        def step(memory, inputs):
+            lags, uniform, start = inputs
             memory = memory & ~start[:, None]
             action, logits = decide(lags[:, 0] + jnp.sum(jnp.where(memory, lags[:, 1:], 0.0), axis=1), uniform, start)
             return jnp.concatenate([action[:, None], memory[:, :-1]], axis=1), (action, logits)
 
         batch, _, lags = projections.shape
-        along = (jnp.swapaxes(projections, 0, 1), uniforms.T, starts.T)
-        nothing = varying_zeros(projections, (batch, lags - 1), bool)
-        _, (actions, logits) = jax.lax.scan(step, nothing, along)
+        inputs = (jnp.swapaxes(projections, 0, 1), uniforms.T, starts.T)
+        no_actions = varying_zeros(projections, (batch, lags - 1), bool)
+        _, (actions, logits) = jax.lax.scan(step, no_actions, inputs)
         return actions.T, logits.T
 
     def kernel(interpret: bool):
@@ -70,8 +70,8 @@ def boundary_scan(
 def _refusal(projections: Array) -> str | None:
     if unable := refusal(LANES, projections.dtype):
         return unable
-    if projections.shape[-1] > MOST_TAPS:
-        return f"the window of {projections.shape[-1] - 1} actions is longer than {MOST_TAPS - 1}"
+    if projections.shape[-1] > MAX_LAGS:
+        return f"the window of {projections.shape[-1] - 1} actions is longer than {MAX_LAGS - 1}"
     if projections.dtype != jnp.float32:
         return f"projections are {projections.dtype.name}, not float32"
     return None
@@ -95,7 +95,7 @@ def _scan_kernel(
     def body(q_ref, u_ref, s_ref, action_ref, logit_ref):
         lanes = pl.ds(jax.lax.axis_index("x") * LANES, LANES)
 
-        def some(block, memory):
+        def run_block(block, memory):
             first = block * AHEAD
             loaded = [
                 ([q_ref[first + i, j, lanes] for j in range(lags)], u_ref[first + i, lanes], s_ref[first + i, lanes])
@@ -116,7 +116,7 @@ def _scan_kernel(
                 memory = ((memory * 2) | action) & remembered
             return memory
 
-        jax.lax.fori_loop(0, shape[0] // AHEAD, some, jnp.zeros((LANES,), jnp.int32))
+        jax.lax.fori_loop(0, shape[0] // AHEAD, run_block, jnp.zeros((LANES,), jnp.int32))
 
     out = [jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)]
     actions, logits = declare(body, out, (shape[1] // LANES,), interpret=interpret)(q, u, s)

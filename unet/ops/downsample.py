@@ -13,14 +13,14 @@ from unet.ops.rows import add_at, pick_rows
 
 class Places(eqx.Module):
     """Where tokens close: the position of each token (`index`, -1 past the last), the token that closes at each position
-    (`back`, -1 for none), the tokens of each sequence (`lengths`), and the boundaries dropped (`overflow`)."""
+    (`back`, -1 for none), the number of tokens of each sequence (`lengths`), and of boundaries dropped (`overflow`)."""
 
     index: Int[Array, "batch tokens"]
     back: Int[Array, "batch length"]
     lengths: Int[Array, " batch"]
     overflow: Int[Array, " batch"]
 
-    def rows(self, values: Float[Array, "batch tokens dim"]) -> Tokens:
+    def tokens(self, values: Float[Array, "batch tokens dim"]) -> Tokens:
         """Tokens with these `values`."""
         return Tokens(values, jnp.maximum(self.index, 0), self.lengths, self.overflow)
 
@@ -32,11 +32,12 @@ def places_of(actions: Bool[Array, "batch length"], capacity: int) -> Places:
     length = actions.shape[1]
     total = jnp.sum(actions, axis=1, dtype=jnp.int32)
     number = jnp.cumsum(actions, axis=1, dtype=jnp.int32) - 1
-    row = jnp.where(actions, number, capacity)
-    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), actions.shape)
-    index = add_at(row, place + 1, capacity) - 1
+    token = jnp.where(actions, number, capacity)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), actions.shape)
+    # Each sum has one term, or none: 1 is added and subtracted so that an empty sum becomes -1.
+    index = add_at(token, positions + 1, capacity) - 1
     lengths = jnp.minimum(total, capacity)
-    return Places(index, jnp.where(row < capacity, row, -1), lengths, total - lengths)
+    return Places(index, jnp.where(token < capacity, token, -1), lengths, total - lengths)
 
 
 def downsample(
@@ -52,4 +53,4 @@ def downsample(
     Raises `ValueError` for a capacity below 1, and if a kernel requested by name cannot run.
     """
     places = places_of(actions, capacity)
-    return places.rows(pick_rows(hidden, places.index, places.back, implementation))
+    return places.tokens(pick_rows(hidden, places.index, places.back, implementation))

@@ -14,8 +14,8 @@ from unet.ops.rows import add_at, bounds_of, spread_rows
 
 
 class Groups(eqx.Module):
-    """Which group each position is in: `index`, equal to `tokens` if no boundary closes it. `upcoming` is the same, except that
-    those positions get the index of some other group, so that it never decreases. `tokens` is the capacity."""
+    """Which group each position is in: `index`, equal to `tokens`, the capacity, if it is in none. `upcoming` never decreases:
+    it is the same, except that positions in no group have the index of a neighbouring group."""
 
     index: Int[Array, "batch length"]
     upcoming: Int[Array, "batch length"]
@@ -34,11 +34,11 @@ class Groups(eqx.Module):
     def largest(self, values: Float[Array, "batch length *rest"]) -> Float[Array, "batch tokens *rest"]:
         """The elementwise maximum of each group; -inf for a group without positions."""
 
-        def most(index: Array, values: Array) -> Array:
+        def maxima(index: Array, values: Array) -> Array:
             empty = jnp.full((self.tokens, *values.shape[1:]), -jnp.inf, values.dtype)
             return empty.at[index].max(values, mode="drop")
 
-        return jax.vmap(most)(self.index, values)
+        return jax.vmap(maxima)(self.index, values)
 
     def spread(self, values: Float[Array, "batch tokens dim"]) -> Float[Array, "batch length dim"]:
         """Each group's values, copied to all its positions; positions of no group get those of another."""

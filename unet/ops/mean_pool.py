@@ -49,9 +49,9 @@ def mean_pool(
     span = jnp.where(group < places.lengths[:, None], group, -1)
     sums = pool_rows(weights[..., None] * hidden.astype(jnp.float32), bounds, span, implementation)
     counts = pool_rows(weights[..., None], bounds, span, "native" if implementation == "native" else "xla")
-    rows, taken = places.rows(sums), counts[..., 0] > 0
+    tokens, nonempty = places.tokens(sums), counts[..., 0] > 0
     if not own_start:
         # Unclosed positions of the previous document end up in the group of the boundary at a start, which must stay empty.
-        taken = taken & ~jnp.take_along_axis(starts, rows.positions, axis=1, mode="clip")
-    means = jnp.where(taken[..., None], sums / jnp.where(taken[..., None], counts, 1.0), 0.0)
-    return rows.replaced(means.astype(hidden.dtype))
+        nonempty = nonempty & ~jnp.take_along_axis(starts, tokens.positions, axis=1, mode="clip")
+    means = jnp.where(nonempty[..., None], sums / jnp.where(nonempty[..., None], counts, 1.0), 0.0)
+    return tokens.replaced(means.astype(hidden.dtype))

@@ -25,7 +25,7 @@ If an argument is None, the kernel runs on CUDA if it supports the shapes, and X
 LANES = 128
 """Threads of a warpgroup, and the number of columns that kernels process at a time."""
 
-OLDEST = 9.0
+MIN_CAPABILITY = 9.0
 """Minimum compute capability of the kernels (Hopper)."""
 
 AHEAD = 8
@@ -43,13 +43,13 @@ def _unable() -> str | None:
         importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     except ImportError as error:
         return f"this build of jax has no Mosaic GPU ({error})"
-    if jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < OLDEST:
-        return f"the GPU has compute capability {jax.devices()[0].compute_capability}, below {OLDEST}"
+    if jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < MIN_CAPABILITY:
+        return f"the GPU has compute capability {jax.devices()[0].compute_capability}, below {MIN_CAPABILITY}"
     return None
 
 
 def refusal(dim: int, dtype: jnp.dtype) -> str | None:
-    """Why kernels cannot process rows of `dim` values of `dtype`, or not run in this process; None if they can."""
+    """Why kernels cannot process rows of `dim` values of `dtype`, or cannot run in this process; None if they can."""
     if dim % LANES:
         return f"rows of {dim} values are not a multiple of {LANES}"
     if dtype not in (jnp.float32, jnp.bfloat16):

@@ -1,7 +1,7 @@
 """Gathering rows by index, and summing spans of neighbouring rows.
 
-Each is the other's backward pass, so gradients are float32 sums: in a fixed order in the kernels and on a CPU, in any order in
-XLA on a GPU.
+Each is the other's backward pass. So gradients are float32 sums, in a fixed order in the kernels and on a CPU, in no fixed order
+in XLA on a GPU.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ Move = Callable[
 """`(values, where, back, implementation)`: `where` indexes the forward pass, `back` the backward pass."""
 
 
-def _moving(forward: Callable[..., Array], backward: Callable[..., Array]) -> Move:
-    """`forward` with its first index; its gradient is `backward` with the second."""
+def _with_gradient(forward: Callable[..., Array], backward: Callable[..., Array]) -> Move:
+    """`forward` of the index `where`, whose gradient is `backward` of the index `back`."""
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
     def by_hand(values: Array, where: Array, back: Array, implementation: Implementation | None) -> Array:
@@ -61,8 +61,8 @@ def _moving(forward: Callable[..., Array], backward: Callable[..., Array]) -> Mo
     def value(values: Array, where: Array, back: Array, implementation: Implementation | None) -> tuple[Array, Array]:
         return by_hand(values, where, back, implementation), back
 
-    def gradient(implementation: Implementation | None, back: Array, given: Array) -> tuple[Array, None, None]:
-        return backward(given, back, implementation=implementation), None, None
+    def gradient(implementation: Implementation | None, back: Array, cotangent: Array) -> tuple[Array, None, None]:
+        return backward(cotangent, back, implementation=implementation), None, None
 
     by_hand.defvjp(value, gradient)
 
@@ -74,13 +74,13 @@ def _moving(forward: Callable[..., Array], backward: Callable[..., Array]) -> Mo
     return move
 
 
-spread_rows = _moving(gather_rows, sum_spans)
+spread_rows = _with_gradient(gather_rows, sum_spans)
 """`gather_rows` with an index that never decreases; `back` is its `bounds_of`."""
 
-pick_rows = _moving(gather_rows, gather_rows)
+pick_rows = _with_gradient(gather_rows, gather_rows)
 """`gather_rows` with an index that takes no row twice; `back` is the inverse, -1 for rows not taken."""
 
-pool_rows = _moving(sum_spans, gather_rows)
+pool_rows = _with_gradient(sum_spans, gather_rows)
 """`sum_spans`; `back` is the span of each row, -1 for none."""
 
 
@@ -104,8 +104,8 @@ def add_at(
 
 
 def _gather_xla(values: Array, index: Array) -> Array:
-    found = jnp.take_along_axis(values, jnp.maximum(index, 0)[..., None], axis=1, mode="clip")
-    return jnp.where(index[..., None] >= 0, found, jnp.zeros((), values.dtype))
+    rows = jnp.take_along_axis(values, jnp.maximum(index, 0)[..., None], axis=1, mode="clip")
+    return jnp.where(index[..., None] >= 0, rows, jnp.zeros((), values.dtype))
 
 
 def _sum_xla(values: Array, bounds: Array) -> Array:
@@ -127,13 +127,13 @@ def _gather_kernel(interpret: bool):
         def body(values_ref, index_ref, out_ref):
             b, i = jax.lax.axis_index("x"), jax.lax.axis_index("y")
             row = index_ref[b, i]
-            there = jnp.minimum(row, rows - 1)
+            clipped = jnp.minimum(row, rows - 1)
             for column in range(0, dim, LANES):
                 lanes = pl.ds(column, LANES)
 
                 @pl.when(row >= 0)
                 def _(lanes=lanes):
-                    out_ref[b, i, lanes] = values_ref[b, there, lanes]
+                    out_ref[b, i, lanes] = values_ref[b, clipped, lanes]
 
                 @pl.when(row < 0)
                 def _(lanes=lanes):

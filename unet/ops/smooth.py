@@ -49,16 +49,16 @@ def recurrence(
     """$h_m = k_m h_{m-1} + s_m x_m$ from zero, in float32; `scale` s and `keep` k are one number for each token."""
     if implementation == "native":
         return _recur(values, scale, keep, False, implementation)
-    return _by_hand(values, scale, keep, implementation)
+    return _recurrence(values, scale, keep, implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _by_hand(values: Array, scale: Array, keep: Array, implementation: Implementation | None) -> Array:
+def _recurrence(values: Array, scale: Array, keep: Array, implementation: Implementation | None) -> Array:
     return _recur(values, scale, keep, False, implementation)
 
 
 def _forward(values, scale, keep, implementation):
-    states = _by_hand(values, scale, keep, implementation)
+    states = _recurrence(values, scale, keep, implementation)
     return states, (values, scale, keep, states)
 
 
@@ -72,7 +72,7 @@ def _backward(implementation, saved, gradient):
     return (scale[..., None] * total).astype(values.dtype), d_scale, jnp.sum(total * before, axis=2)
 
 
-_by_hand.defvjp(_forward, _backward)
+_recurrence.defvjp(_forward, _backward)
 
 
 def _recur(
@@ -92,12 +92,12 @@ def _xla(values: Array, scale: Array, keep: Array, *, reverse: bool) -> Array:
     return jax.lax.platform_dependent(
         keep[..., None],
         inputs,
-        cpu=functools.partial(_one_by_one, reverse=reverse),
-        default=functools.partial(_by_halves, reverse=reverse),
+        cpu=functools.partial(_sequential, reverse=reverse),
+        default=functools.partial(_associative, reverse=reverse),
     )
 
 
-def _one_by_one(keep: Array, inputs: Array, *, reverse: bool) -> Array:
+def _sequential(keep: Array, inputs: Array, *, reverse: bool) -> Array:
     def step(state: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
         kept, value = row
         state = kept * state + value
@@ -109,7 +109,7 @@ def _one_by_one(keep: Array, inputs: Array, *, reverse: bool) -> Array:
     )
 
 
-def _by_halves(keep: Array, inputs: Array, *, reverse: bool) -> Array:
+def _associative(keep: Array, inputs: Array, *, reverse: bool) -> Array:
     def compose(earlier, later):
         keep_earlier, sum_earlier = earlier
         keep_later, sum_later = later
@@ -129,7 +129,7 @@ def _kernel(values: Array, scale: Array, keep: Array, *, reverse: bool, interpre
         b = jax.lax.axis_index("x")
         lanes = pl.ds(jax.lax.axis_index("y") * LANES, LANES)
 
-        def some(block, state):
+        def run_block(block, state):
             rows = [block * ahead + i for i in range(ahead)]
             if reverse:
                 rows = [tokens - 1 - row for row in rows]
@@ -139,7 +139,7 @@ def _kernel(values: Array, scale: Array, keep: Array, *, reverse: bool, interpre
                 out_ref[b, row, lanes] = state
             return state
 
-        jax.lax.fori_loop(0, tokens // ahead, some, jnp.zeros((LANES,), jnp.float32))
+        jax.lax.fori_loop(0, tokens // ahead, run_block, jnp.zeros((LANES,), jnp.float32))
 
     out = jax.ShapeDtypeStruct((batch, tokens, dim), jnp.float32)
     return declare(body, [out], (batch, dim // LANES), interpret=interpret)(values, scale, keep)[0]

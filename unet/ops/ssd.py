@@ -70,8 +70,8 @@ def ssd(
         log_remains, added = one
         return jnp.exp(log_remains)[..., None, None] * h + added, h
 
-    along = jnp.moveaxis(log_remains, 1, 0), jnp.moveaxis(states, 1, 0)
-    h, before = jax.lax.scan(step, initial, along)
+    chunks = jnp.moveaxis(log_remains, 1, 0), jnp.moveaxis(states, 1, 0)
+    h, before = jax.lax.scan(step, initial, chunks)
 
     # 4. The contribution of the state before each chunk: the off-diagonal blocks.
     decay_from_start = jnp.exp(jnp.where((document == 0)[:, :, None], L, -jnp.inf))
@@ -121,11 +121,11 @@ def ssd_sequential(
 
     def step(h: Array, position: tuple[Array, ...]) -> tuple[Array, Array]:
         x, log_decay, B, C, start = position
-        done = ssd_step(x, log_decay, B, C, jnp.where(start[:, None, None, None], 0.0, h))
-        return done.h, done.y[:, 0]
+        output = ssd_step(x, log_decay, B, C, jnp.where(start[:, None, None, None], 0.0, h))
+        return output.h, output.y[:, 0]
 
-    along = tuple(jnp.swapaxes(part, 0, 1) for part in (x, log_decay, B, C, starts))
-    h, y = jax.lax.scan(step, _or_zero(initial, x, B), along)
+    positions = tuple(jnp.swapaxes(part, 0, 1) for part in (x, log_decay, B, C, starts))
+    h, y = jax.lax.scan(step, _or_zero(initial, x, B), positions)
     return SSDOutput(jnp.swapaxes(y, 0, 1), h)
 
 

@@ -30,8 +30,7 @@ class Gated(AbstractUpsampler):
         hidden: Float[Array, "batch length dim"],
         boundaries: Boundaries,
         *,
-        initial: Float[Array, " token_dim"] | None = None,
         state: Float[Array, "batch 1 dim"] | None = None,
     ) -> Upsampled:
         gated = outputs * self.gate.astype(outputs.dtype)
-        return Distribute()(gated, tokens, hidden, boundaries, initial=initial, state=state)
+        return Distribute()(gated, tokens, hidden, boundaries, state=state)
