@@ -1,0 +1,220 @@
+"""What is checked: an estimator inside a small model, on a few rows of text; and how a difference is put into words."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ParamSpec, Protocol, TypeVar, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key, PRNGKeyArray, PyTree, Shaped
+
+from estimators.base import BOS, AbstractChunker, AbstractEstimator, Layout, trainable
+from unet.chunkers import Chunker, Distribute, Select
+from unet.config import UNetConfig
+from unet.likelihood import plain_layout
+from unet.model import UNet
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+Tree = TypeVar("Tree", bound=PyTree)
+
+LENGTH = 24
+"""Bytes of each row."""
+SECOND = 11
+"""Where the second document of row 1 begins."""
+ROWS = 3
+SAMPLE = "So, on 3 May, Ann said: über 漢字 is a naïve idea!\nI am not; he is (at 10 to 1) the one in it. "
+
+
+class ContractError(AssertionError):
+    """A clause of the contract that does not hold: what the contract is, and what was seen."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How something is tried.
+
+    `dim`: the width of hidden states; None is the width that an estimator's router was built for, or else 32. `chunker` and
+    `rate` go to what is still to be built. `text` is what rows are cut from: give one in which a rule finds boundaries. `samples`
+    is the number of draws for each sequence, if an objective compares several. `seed` is that of everything random.
+    """
+
+    dim: int | None = None
+    chunker: AbstractChunker | None = None
+    rate: float = 0.3
+    text: str = SAMPLE
+    samples: int = 1
+    seed: int = 0
+
+    def key(self, number: int) -> PRNGKeyArray:
+        """One of several keys."""
+        return jax.random.fold_in(jax.random.key(self.seed), number)
+
+    @property
+    def keys(self) -> Key[Array, " batch"]:
+        """One key for each row."""
+        return jax.random.split(self.key(0), ROWS)
+
+
+DEFAULT = Setup()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an estimator's settings are built from: the width `dim` of the hidden states, the target `rate`, the `chunker`, a
+    `key`, and what was `prepared` from data (None here)."""
+
+    dim: int
+    rate: float
+    chunker: AbstractChunker
+    key: PRNGKeyArray
+    prepared: None = None
+
+
+@runtime_checkable
+class Builds(Protocol):
+    """Settings of an estimator, which know how to build it."""
+
+    def build(self, context: Context) -> AbstractEstimator: ...
+
+
+Subject = AbstractEstimator | Builds | Callable[[int, PRNGKeyArray], AbstractEstimator] | UNet
+"""What can be checked: an estimator; settings with a method `build(context)`; a function of the width and a key that returns an
+estimator; or a whole model, whose outermost estimator is checked."""
+
+
+# ---- How settings become an estimator: the one place that knows about objects with `build`. ----
+def _built(subject: AbstractEstimator | Builds | Callable[[int, PRNGKeyArray], AbstractEstimator], setup: Setup):
+    """The estimator of a subject. Raises `TypeError` for anything else."""
+    dim, key = setup.dim or 32, setup.key(1)
+    if isinstance(subject, AbstractEstimator):
+        return subject
+    if isinstance(subject, Builds):
+        made = subject.build(Context(dim, setup.rate, setup.chunker or Chunker(Select(), Distribute()), key))
+    else:
+        made = subject(dim, key)
+    if not isinstance(made, AbstractEstimator):
+        raise TypeError(f"what is checked must be or build an AbstractEstimator; got a {type(made).__name__}")
+    return made
+
+
+def model_of(subject: Subject, setup: Setup) -> UNet:
+    """A small model with the estimator, one block in each stack; a model is returned as it is.
+
+    Parameters that are zero are moved a little: what they multiply would have no effect, and its faults would not show. Raises
+    `TypeError` for what is no estimator, and for a model without a token level.
+    """
+    if isinstance(subject, UNet):
+        if not subject.stage.estimators:
+            raise TypeError("this model has no token level, so that there is no estimator to check")
+        return subject
+    estimator = _built(subject, setup)
+    dim = setup.dim or estimator.router.dim or 32
+    shape = UNetConfig(dim, 1 if dim % 4 else 2, 1, 1, 1, window=4)
+    return UNet(shape, moved(estimator, setup.key(2)), key=setup.key(3))
+
+
+def moved(tree: Tree, key: PRNGKeyArray) -> Tree:
+    """The tree with every trainable array that is zero everywhere drawn from a normal of standard deviation 0.3."""
+    trains, fixed = eqx.partition(tree, trainable(tree))
+    leaves, structure = jax.tree.flatten(trains)
+    keys = jax.random.split(key, max(1, len(leaves)))
+    lively = [
+        leaf if np.any(np.asarray(leaf)) else 0.3 * jax.random.normal(one, leaf.shape, leaf.dtype)
+        for leaf, one in zip(leaves, keys, strict=False)
+    ]
+    return eqx.combine(jax.tree.unflatten(structure, lively), fixed)
+
+
+class Text(eqx.Module):
+    """Three rows: one document, two documents (the second from `SECOND` on), one document and padding."""
+
+    bytes: Int[Array, "batch length"]
+    segments: Int[Array, "batch length"]
+    mask: Bool[Array, "batch length"]
+
+    @classmethod
+    def cut(cls, setup: Setup, number: int = 0) -> Text:
+        """Rows cut from the text of the setup. Raises `ValueError` for less than a row of it."""
+        found, dice = np.frombuffer(setup.text.encode(), np.uint8), np.random.default_rng([setup.seed, number])
+        if len(found) < LENGTH:
+            raise ValueError(f"a text to cut rows from must have at least {LENGTH} bytes; got {len(found)}")
+        begin = dice.choice(len(found) - LENGTH + 1, ROWS, replace=len(found) < LENGTH + ROWS)
+        rows = np.stack([found[first : first + LENGTH] for first in begin]).astype(np.int32)
+        rows[:, 0], rows[1, SECOND] = BOS, BOS
+        segments, mask = np.zeros((ROWS, LENGTH), np.int32), np.ones((ROWS, LENGTH), bool)
+        segments[1, SECOND:], mask[2, 15:] = 1, False
+        return cls(jnp.asarray(rows), jnp.asarray(segments), jnp.asarray(mask))
+
+    @property
+    def plain(self) -> Text:
+        """The same bytes as one document a row, without padding."""
+        return Text(self.bytes, jnp.zeros_like(self.segments), jnp.ones_like(self.mask))
+
+    @property
+    def second_alone(self) -> Text:
+        """With the second document of row 1 alone in row 0."""
+        size = LENGTH - SECOND
+        bytes = self.bytes.at[0, :size].set(self.bytes[1, SECOND:])
+        return Text(bytes, self.segments, self.mask.at[0, size:].set(False))
+
+    @property
+    def some_actions(self) -> Bool[Array, "batch length"]:
+        """Actions to give: every fourth position, and what is forced."""
+        return ((jnp.arange(LENGTH) % 4 == 0) | self.layout.starts) & self.mask
+
+    @property
+    def layout(self) -> Layout:
+        return plain_layout(self.bytes, self.segments, self.mask)
+
+
+def program(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """The function compiled, once for all checks; float32 products are float32 products on any device."""
+
+    @functools.wraps(function)
+    def run(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return eqx.filter_jit(run)
+
+
+def require(holds: bool | Array | np.bool_, contract: str, seen: str = "") -> None:
+    """Raises `ContractError` unless it holds."""
+    if not bool(holds):
+        raise ContractError(f"{contract} {seen}".strip())
+
+
+def alike(
+    contract: str,
+    seen: str,
+    expected: Shaped[Array | np.ndarray, rows * rest],
+    got: Shaped[Array | np.ndarray, rows * rest],
+    where: Shaped[Array | np.ndarray, rows * rest] | None = None,
+    *,
+    atol: float = 1e-5,
+) -> None:
+    """Raises `ContractError` where two arrays, rows x positions, differ; `seen` says what `got` is."""
+    one, other = np.asarray(expected, np.float64), np.asarray(got, np.float64)
+    differ = ~np.isclose(one, other, rtol=1e-4, atol=atol, equal_nan=True)
+    if where is not None:
+        differ = differ & np.asarray(where).reshape(*np.shape(where), *[1] * (differ.ndim - np.ndim(where)))
+    if differ.any():
+        place = tuple(int(index) for index in np.argwhere(differ)[0])
+        raise ContractError(f"{contract} {seen} {at(place)}: {one[place]:.6g} against {other[place]:.6g}.")
+
+
+def at(place: tuple[int, ...]) -> str:
+    """A place among rows and positions, in words."""
+    return f"in row {place[0]}" + (f" at position {place[1]}" if len(place) > 1 else "")
+
+
+def first(wrong: Shaped[Array | np.ndarray, rows * rest]) -> str:
+    """The first place at which an array is true, in words."""
+    places = np.argwhere(np.asarray(wrong))
+    return at(tuple(int(index) for index in places[0])) if len(places) else "nowhere"
