@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from estimators.base import AbstractChunker, Boundaries, ChunkerState, Downsampled, Tokens
 from estimators.decode_state import update_state
 from estimators.equations import start_of
-from estimators.testing.subject import alike, first, program, require
+from estimators.testing.subject import alike, carries, first, program, require
 from unet.decoding.kv_cache import with_room
 
 BATCH, LENGTH, SECOND, PADDED = 3, 12, 7, 9
@@ -76,20 +76,21 @@ def step(
 def pulls(
     chunker: AbstractChunker, hidden: Float[Array, "batch length dim"], boundaries: Boundaries
 ) -> Float[Array, "places batch length"]:
-    """The absolute gradient of each place of the result with respect to each place of hidden states and probabilities."""
+    """The absolute gradient of each place of the result with respect to each place of states, probabilities and boundaries."""
 
-    def result(hidden: Float[Array, "batch length dim"], probs: Float[Array, "batch length"]):
-        drawn = eqx.tree_at(lambda one: one.probs, boundaries, probs)
-        return jnp.sum(use(chunker, hidden, drawn, _layout()[1])[0], axis=-1).ravel()
+    def result(hidden: Float[Array, "batch length dim"], *drawn: Float[Array, "batch length"] | None):
+        given = eqx.tree_at(lambda one: (one.probs, one.relaxed), boundaries, drawn)
+        return jnp.sum(use(chunker, hidden, given, _layout()[1])[0], axis=-1).ravel()
 
-    by_hidden, by_probs = jax.jacrev(result, argnums=(0, 1))(hidden, boundaries.probs)
-    return jnp.sum(jnp.abs(by_hidden), axis=-1) + jnp.abs(by_probs)
+    found = jax.jacrev(result, argnums=(0, 1, 2))(hidden, boundaries.probs, boundaries.relaxed)
+    return jnp.sum(jnp.abs(found[0]), axis=-1) + jnp.abs(found[1]) + jnp.abs(found[2])
 
 
 def _layout() -> tuple[Bool[Array, "batch length"], Bool[Array, "batch length"]]:
     """Starts and mask: one document, two documents, one document and padding."""
-    starts = jnp.zeros((BATCH, LENGTH), bool).at[:, 0].set(True).at[1, SECOND].set(True)
-    return starts, jnp.ones((BATCH, LENGTH), bool).at[2, PADDED:].set(False)
+    starts, mask = np.zeros((BATCH, LENGTH), bool), np.ones((BATCH, LENGTH), bool)
+    starts[:, 0], starts[1, SECOND], mask[2, PADDED:] = True, True, False
+    return jnp.asarray(starts), jnp.asarray(mask)
 
 
 def _drawn(seed: int, starts: Bool[Array, "batch length"], mask: Bool[Array, "batch length"]) -> Boundaries:
@@ -166,18 +167,19 @@ def _check_reach(chunker: AbstractChunker, hidden: Float[Array, "batch length di
     contract = "A position may depend on positions up to it only, of its own document and row."
     before = whole(chunker, hidden, boundaries, mask)
     require(jnp.all(jnp.isfinite(before)), "What comes up is finite.")
-    other = _drawn(17, starts, mask)
+    other, own = _drawn(17, starts, mask), np.asarray(hidden)
     for place in range(1, LENGTH):
-        states = hidden.at[:, place:].set(jnp.flip(hidden, 0)[:, place:] + 0.5)
-        drawn = jax.tree.map(lambda own, new, place=place: own.at[:, place:].set(new[:, place:]), boundaries, other)
+        kept = np.arange(LENGTH) < place
+        states = jnp.asarray(np.where(kept[:, None], own, np.flip(own, 0) + 0.5))
+        drawn = jax.tree.map(lambda old, new, kept=kept: jnp.asarray(np.where(kept, old, new)), boundaries, other)
         after = whole(chunker, states, drawn, mask)
-        alike(contract, f"Other states from {place} on moved it", before[:, :place], after[:, :place], mask[:, :place])
+        alike(contract, f"Other states from {place} on moved it", before, after, mask & kept)
     gradient = np.asarray(pulls(chunker, hidden, boundaries)).reshape(BATCH, LENGTH, BATCH, LENGTH)
     begin = np.asarray(start_of(starts))
     for row, place in itertools.product(range(BATCH), range(LENGTH)):
         if not mask[row, place]:
             continue
-        reached = gradient[row, place] != 0
+        reached = carries(gradient[row, place])
         reached[row, begin[row, place] : place + 1] = False
         seen = f"The gradient of position {place} in row {row} reached one {first(reached)}."
         require(not reached.any(), contract, seen)

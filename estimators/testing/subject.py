@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree, Shaped
 
 from estimators.base import BOS, AbstractChunker, AbstractEstimator, Layout, trainable
 from unet.chunkers import Chunker, Distribute, Select
@@ -193,9 +193,9 @@ def require(holds: bool | Array | np.bool_, contract: str, seen: str = "") -> No
 def alike(
     contract: str,
     seen: str,
-    expected: Shaped[Array | np.ndarray, rows * rest],
-    got: Shaped[Array | np.ndarray, rows * rest],
-    where: Shaped[Array | np.ndarray, rows * rest] | None = None,
+    expected: Shaped[Array | np.ndarray, "*shape"],
+    got: Shaped[Array | np.ndarray, "*shape"],
+    where: Shaped[Array | np.ndarray, "*leading"] | None = None,
     *,
     atol: float = 1e-5,
 ) -> None:
@@ -209,12 +209,17 @@ def alike(
         raise ContractError(f"{contract} {seen} {at(place)}: {one[place]:.6g} against {other[place]:.6g}.")
 
 
+def carries(gradient: Float[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
+    """Where a gradient is more than rounding: above a millionth of its largest value. What cancels does so up to rounding."""
+    return np.abs(gradient) > 1e-6 * np.max(np.abs(gradient), initial=0.0)
+
+
 def at(place: tuple[int, ...]) -> str:
     """A place among rows and positions, in words."""
     return f"in row {place[0]}" + (f" at position {place[1]}" if len(place) > 1 else "")
 
 
-def first(wrong: Shaped[Array | np.ndarray, rows * rest]) -> str:
+def first(wrong: Shaped[Array | np.ndarray, "*shape"]) -> str:
     """The first place at which an array is true, in words."""
     places = np.argwhere(np.asarray(wrong))
     return at(tuple(int(index) for index in places[0])) if len(places) else "nowhere"
