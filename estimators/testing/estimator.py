@@ -234,7 +234,7 @@ def check_packing(subject: Subject, setup: Setup = DEFAULT) -> None:
 
 def check_decoding(subject: Subject, setup: Setup = DEFAULT) -> None:
     """Prefill and steps, however a text is split, draw and predict what one pass over the whole text does."""
-    model, bytes = model_of(subject, setup), np.asarray(Text.cut(setup).bytes)
+    model, bytes = model_of(subject, setup), np.asarray(Text.cut(setup).plain.bytes)
     expected, dice = fields(predict(model, Text.cut(setup).plain, setup.keys)), np.random.default_rng(setup.seed)
     require(
         expected["actions"][:, 1:].any(),

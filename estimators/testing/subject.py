@@ -153,8 +153,9 @@ class Text(eqx.Module):
 
     @property
     def plain(self) -> Text:
-        """The same bytes as one document a row, without padding."""
-        return Text(self.bytes, jnp.zeros_like(self.segments), jnp.ones_like(self.mask))
+        """The same rows as one document each, without padding."""
+        bytes = self.bytes.at[1, SECOND].set(self.bytes[1, SECOND - 1])
+        return Text(bytes, jnp.zeros_like(self.segments), jnp.ones_like(self.mask))
 
     @property
     def second_alone(self) -> Text:
