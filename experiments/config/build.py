@@ -8,8 +8,9 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from estimators import AbstractChunker, AbstractEstimator
 from estimators.keys import named_key
+from estimators.lookup import PartError
 from estimators.settings import Context
-from experiments.config.errors import ConfigError, require
+from experiments.config.errors import ConfigError, PluginError, refused, require
 from experiments.config.settings import LevelConfig, RunConfig
 from unet import UNet
 from unet.chunkers.named import ChunkerNames
@@ -70,5 +71,14 @@ def require_fit(config: RunConfig) -> None:
 
     try:
         eqx.filter_eval_shape(build)
+    except PartError as error:
+        raise refused(error) from error.__cause__
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    except Exception as error:
+        others = [f"{part.kind.flag} {part.name}" for part in config.chosen if part.name not in part.kind.house]
+        if not others:
+            raise
+        raise PluginError(
+            f"{' with '.join(others)} failed while it was built ({type(error).__name__}: {error})"
+        ) from error

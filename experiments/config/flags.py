@@ -17,7 +17,7 @@ from estimators.lookup import Kind, Part, PartError, Setting, default_of, field_
 from estimators.registry import ESTIMATORS
 from estimators.sections import REDUCTIONS
 from experiments.config.build import require_fit
-from experiments.config.errors import ConfigError
+from experiments.config.errors import ConfigError, refused
 from experiments.config.parts import Names, Section, Values, levels_of, sections_in
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
@@ -53,7 +53,7 @@ def parse_run(arguments: Sequence[str], default: RunConfig, *, program: str) -> 
         parsed = _parsed(given, default, sections, values, program, short=not everything)
         config = _built(parsed, default, sections)
     except PartError as error:
-        raise ConfigError(str(error)) from error.__cause__
+        raise refused(error) from error.__cause__
     require_fit(config)
     return config.resolved
 
@@ -64,7 +64,7 @@ def shared_out(arguments: Sequence[str], estimators: Sequence[str]) -> dict[str,
     try:
         own = {name: _section_names([*arguments, "--estimator", name]) for name in estimators}
     except PartError as error:
-        raise ConfigError(str(error)) from error.__cause__
+        raise refused(error) from error.__cause__
     everything = set().union(*own.values())
     given: dict[str, list[str]] = {name: [] for name in estimators}
     for group in _groups(arguments):

@@ -73,27 +73,27 @@ def levels_of(names: Names) -> tuple[Level, ...]:
     return tuple(levels)
 
 
-def sections_in(parts: Iterable[Part], values: Values) -> dict[str, Section]:
-    """The sections of these parts and of those that their settings name, by name; `values` may say which these are.
-
-    Raises `ConfigError` for two sections of one name.
-    """
-    sections: dict[str, Section] = {}
-    waiting = list(parts)
-    seen: set[type] = set()
+def chosen(parts: Iterable[Part], values: Values) -> list[Part]:
+    """These parts, and those that their settings name, such as variance reductions; `values` may say which these are."""
+    waiting, found = list(parts), dict[type, Part]()
     while waiting:
         part = waiting.pop(0)
-        if part.cls in seen:
-            continue
-        seen.add(part.cls)
-        for section in _sections_of(part):
-            there = sections.setdefault(section.name, section)
-            if there.settings != section.settings:
-                raise ConfigError(
-                    f"both {there.owner} and {section.owner} have settings called {section.name}: give one of the classes "
-                    "another `section`"
-                )
-            waiting.extend(find(kind, name) for kind, name in named_in(section, values))
+        if part.cls not in found:
+            found[part.cls] = part
+            waiting += [find(*named) for section in _sections_of(part) for named in named_in(section, values)]
+    return list(found.values())
+
+
+def sections_in(parts: Iterable[Part], values: Values) -> dict[str, Section]:
+    """The sections of everything that is `chosen`, by name. Raises `ConfigError` for two different ones of one name."""
+    sections: dict[str, Section] = {}
+    for section in (section for part in chosen(parts, values) for section in _sections_of(part)):
+        there = sections.setdefault(section.name, section)
+        if there.settings != section.settings:
+            raise ConfigError(
+                f"both {there.owner} and {section.owner} have settings called {section.name}: give one of the classes another "
+                "`section`"
+            )
     return sections
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from estimators.lookup import Kind, PartError, imported
 from estimators.registry import ESTIMATORS
 from estimators.sections import REDUCTIONS
-from experiments.config.errors import ConfigError
+from experiments.config.errors import ConfigError, refused
 from experiments.config.settings import RunConfig
 from unet.chunkers.named import CHUNKERS, POOLS
 from unet.files.saving import Loaded, UnknownClass, load
@@ -30,7 +30,7 @@ def import_plugins(names: Sequence[str]) -> tuple[types.ModuleType, ...]:
     try:
         return tuple(imported("--plugin", name, name) for name in names)
     except PartError as error:
-        raise ConfigError(str(error)) from error.__cause__
+        raise refused(error) from error.__cause__
 
 
 def announced() -> tuple[types.ModuleType, ...]:
@@ -57,8 +57,8 @@ _CLASS = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):[^\W\d]\w*")
 
 def modules_of(config: RunConfig) -> tuple[types.ModuleType, ...]:
     """The modules of the parts of a run that are not this library's own."""
-    parts = [part for level in config.parts for part in level.all]
-    return tuple({sys.modules[part.cls.__module__]: None for part in parts if part.name not in part.kind.house})
+    parts = [part for part in config.chosen if part.name not in part.kind.house]
+    return tuple({sys.modules[part.cls.__module__]: None for part in parts})
 
 
 def load_model(where: str | Path, plugins: Sequence[types.ModuleType] = ()) -> Loaded:

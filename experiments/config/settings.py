@@ -11,11 +11,11 @@ from pathlib import Path
 
 import tyro
 
-from estimators.lookup import PartError
+from estimators.lookup import Part, PartError
 from estimators.registry import DEFAULT, WITHOUT_TOKENS
 from estimators.settings import EstimatorConfig
-from experiments.config.errors import ConfigError, require
-from experiments.config.parts import Level, Names, estimator_config, levels_of, plain_values, sections_in
+from experiments.config.errors import ConfigError, refused, require
+from experiments.config.parts import Level, Names, chosen, estimator_config, levels_of, plain_values, sections_in
 from experiments.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -142,10 +142,14 @@ class RunConfig:
         return levels_of(Names(tuple(names), self.chunker, self.pool))
 
     @functools.cached_property
+    def chosen(self) -> tuple[Part, ...]:
+        """All parts, those that settings name included."""
+        return tuple(chosen([part for level in self.parts for part in level.all], self.settings))
+
+    @functools.cached_property
     def sections(self) -> Mapping[str, object]:
         """The settings of everything that was chosen, by section."""
-        parts = [part for level in self.parts for part in level.all]
-        sections = sections_in(parts, self.settings)
+        sections = sections_in(self.chosen, self.settings)
         return {name: section.read(self.settings) for name, section in sections.items()}
 
     @functools.cached_property
@@ -239,7 +243,7 @@ def _require_parts(config: RunConfig) -> None:
     try:
         levels = config.levels
     except PartError as error:
-        raise ConfigError(str(error)) from error.__cause__
+        raise refused(error) from error.__cause__
     first = config.first
     require(
         config.unet.levels > 0 or not first.makes_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 from data import DataError
-from experiments.config.errors import ConfigError
+from experiments.config.errors import ConfigError, PluginError
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
 from experiments.reporting.shading import Character, colour_of
@@ -115,6 +116,8 @@ def exit_code(display: Display, command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except (ConfigError, DataError, LoadError) as error:
+        if isinstance(error, PluginError):
+            traceback.print_exception(error.__cause__)
         display.note(f"error: {error}")
         return 2
 
