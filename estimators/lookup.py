@@ -151,7 +151,11 @@ def settings_of(part: Part) -> list[Setting]:
         fields = [one for one in dataclasses.fields(cls) if one.init and one.name not in shared_sections(cls)]
         found = [Setting(one.name, hints[one.name], default_of(one), texts.get(one.name, "")) for one in fields]
     else:
-        found = [_of_argument(part, one, texts.get(one.name, "")) for one in _arguments(part) if one.name not in GIVEN]
+        found = [
+            _of_argument(part, one, texts.get(one.name) or argument_help(cls, one.name))
+            for one in _arguments(part)
+            if one.name not in GIVEN
+        ]
     for setting in found:
         if not _fits_a_flag(setting.type):
             raise PartError(
@@ -203,6 +207,15 @@ def field_help(cls: type) -> dict[str, str]:
             ):
                 texts[field.target.id] = " ".join(str(text.value.value).split())
     return texts
+
+
+def argument_help(cls: type, name: str) -> str:
+    """The first sentence of the docstring of a constructor, or else of its class, that has the argument's name in backticks."""
+    for text in (cls.__init__.__doc__, cls.__doc__):
+        for sentence in re.split(r"(?<=[.;]) +", " ".join((text or "").split())):
+            if f"`{name}`" in sentence:
+                return sentence
+    return ""
 
 
 def _arguments(part: Part) -> list[inspect.Parameter]:

@@ -245,7 +245,7 @@ class AttentionPool(AbstractDownsampler):
         implementation: Implementation | None = None,
         key: PRNGKeyArray,
     ):
-        """Tokens are `vectors` (k) times as wide as `dim`. Raises `ValueError` if `heads` does not divide `dim`, or `vectors`
+        """`heads`: the number of attention heads. Tokens are `vectors` (k) times as wide as `dim`. Raises `ValueError` if `heads` does not divide `dim`, or `vectors`
         is below 1."""
         if vectors < 1:
             raise ValueError(f"a token must have at least one vector; got {vectors}")

@@ -7,11 +7,11 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from estimators import AbstractReduction, Credit, ObjectiveInputs
-from estimators.equations import masked_mean
+from estimators.equations import batch_centred
 
 
 class Standardise(AbstractReduction):
-    """Returns minus the batch mean, divided by the batch standard deviation. Biased: both depend on the actions."""
+    """Returns minus the batch mean at the same position, divided by the standard deviation there. Biased: it depends on actions."""
 
     floor: float = eqx.field(static=True, default=1e-3)
     """The smallest standard deviation to divide by."""
@@ -21,7 +21,6 @@ class Standardise(AbstractReduction):
         return False
 
     def __call__(self, credit: Credit, inputs: ObjectiveInputs) -> Credit:
-        returns = credit.summed(inputs)
-        centred = returns - masked_mean(returns, inputs.mask)
-        spread = jnp.sqrt(masked_mean(centred**2, inputs.mask))
-        return credit.compared("Standardise", centred / jnp.maximum(spread, self.floor))
+        centred = batch_centred(credit.summed(inputs), inputs.mask, leave_one_out=False)
+        variance = jnp.sum(centred**2, axis=0) / jnp.maximum(jnp.sum(inputs.mask, axis=0), 1)
+        return credit.compared("Standardise", centred / jnp.maximum(jnp.sqrt(variance), self.floor))

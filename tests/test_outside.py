@@ -1,0 +1,243 @@
+"""Somebody else's package: found by name, used in every command, and named in a sentence where something is wrong with it."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from estimators.lookup import settings_of
+from estimators.registry import ESTIMATORS, configuration, sections_of
+from estimators.sections import REDUCTIONS
+from estimators.settings import EstimatorConfig
+from estimators.testing import check_chunker, check_estimator, check_reduction
+from experiments.config.errors import ConfigError, PluginError
+from experiments.config.parts import find
+from experiments.run import parse
+from tests.test_run import SMALL
+from tests.test_run import corpus as corpus
+from tests.test_run import usual_promotion as usual_promotion
+from unet.chunkers import Chunker, Select
+from unet.chunkers.named import CHUNKERS, POOLS
+
+ROOT = Path(__file__).parent.parent
+OUTSIDE = ROOT / "tests" / "outside"
+FILES = sorted((OUTSIDE / "my_tokens").glob("*.py"))
+
+
+@pytest.fixture
+def outside(monkeypatch):
+    """The package without its entry points: it can be imported, and nothing announces it."""
+    monkeypatch.syspath_prepend(str(OUTSIDE))
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **chosen: [])
+
+
+def command(folder, path, module, *arguments):
+    """A command of this library in a fresh process, in another folder."""
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{path}", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_each_example_is_short_and_shown_in_the_documentation():
+    text = (ROOT / "docs" / "extending.md").read_text()
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 60
+        assert path.name == "__init__.py" or path.read_text() in text
+
+
+def test_classes_named_by_module_work_in_one_command_after_another(corpus, tmp_path):
+    package = tmp_path / "path"
+    shutil.copytree(OUTSIDE / "my_tokens", package / "my_tokens")
+    chosen = (
+        *("--estimator", "my_tokens.router:NormRouter", "--norm-router.start", "0.5"),
+        *("--sfe.reductions", "discount", "my_tokens.reduction:Standardise"),
+        *("--chunker", "my_tokens.chunker:Gated", "--dataset", corpus, "--out", "run"),
+    )
+    done = command(tmp_path, package, "run", *chosen, *SMALL)
+    assert done.returncode == 0, done.stderr
+    refused = command(tmp_path, package, "generate", "run", "--max-bytes", "4")
+    assert refused.returncode == 2
+    assert "--plugin my_tokens." in refused.stderr
+    assert "Traceback" not in refused.stderr
+    modules = ("--plugin", *(f"my_tokens.{name}" for name in ("router", "chunker", "reduction")))
+    written = command(tmp_path, package, "generate", "run", "--max-bytes", "4", *modules)
+    assert written.returncode == 0, written.stderr
+    refused = command(tmp_path, package, "run", "--resume", "--out", "run")
+    assert refused.returncode == 2
+    assert "was made with my_tokens.router:NormRouter" in refused.stderr
+    resumed = command(tmp_path, package, "run", "--resume", "--out", "run", "--plugin", "my_tokens")
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def test_an_installed_package_is_a_full_citizen(corpus, tmp_path):
+    given = ("--seeds", "0", "--dataset", corpus, "--out", "all", *SMALL)
+    done = command(tmp_path, OUTSIDE, "compare", "--estimators", "exploring", "norm", *given, "--policy.window", "1")
+    assert done.returncode == 0, done.stderr
+    assert "`exploring` below `norm`" in done.stderr
+    exported = command(tmp_path, OUTSIDE, "export", "all/exploring-0", "--to", "mine")
+    assert exported.returncode == 0, exported.stderr
+    given = ("--policy.window", "1", "--dataset", corpus, "--out", "more", *SMALL)
+    started = command(tmp_path, OUTSIDE, "run", "--estimator", "exploring", "--init", "mine", *given)
+    assert started.returncode == 0, started.stderr
+    written = command(tmp_path, OUTSIDE, "generate", "mine", "--max-bytes", "4")
+    assert written.returncode == 0, written.stderr
+
+
+def test_the_examples_keep_the_contract(outside):
+    from my_tokens.chunker import Gated
+    from my_tokens.objective import ExploringConfig
+    from my_tokens.reduction import Standardise
+    from my_tokens.router import NormRouter
+
+    check_estimator(NormRouter, dim=16)
+    check_estimator(ExploringConfig(), dim=16)
+    check_chunker(Chunker(Select(), Gated(16)), dim=16)
+    check_reduction(Standardise(), dim=16)
+
+
+BROKEN = {
+    "raises.py": "raise RuntimeError('broken on purpose')",
+    "needs.py": "import a_package_that_nobody_has",
+    "untyped.py": """
+from estimators import UniformRouter
+class Untyped(UniformRouter):
+    def __init__(self, slope): super().__init__(0.2)
+class Any(UniformRouter):
+    def __init__(self, *slopes: float): super().__init__(0.2)
+class Table(UniformRouter):
+    def __init__(self, slopes: dict): super().__init__(0.2)
+class Fails(UniformRouter):
+    def __init__(self, rate: float): raise KeyError("fails on purpose")
+""",
+    "twins.py": """
+from dataclasses import dataclass
+from estimators.fixed import StrideConfig
+@dataclass(frozen=True)
+class OtherConfig(StrideConfig):
+    section = "policy"
+""",
+}
+
+WRONG = [
+    (("--estimator", "sef"), "--estimator sef: did you mean sfe? There are", None),
+    (("--estimator", "nowhere:Mine"), "there is no module nowhere", None),
+    (("--estimator", "untyped:Mine"), "untyped has no Mine", None),
+    (("--estimator", "estimators:Discount"), "the class Discount is no EstimatorConfig or", None),
+    (("--estimator", "estimators:AbstractRouter"), "is abstract", None),
+    (("--estimator", "os:getcwd"), "is no EstimatorConfig", None),
+    (("--estimator", "needs:Mine"), "needs a_package_that_nobody_has, which is not installed", ModuleNotFoundError),
+    (("--estimator", "raises:Mine"), "importing raises failed (RuntimeError: broken on purpose)", RuntimeError),
+    (("--estimator", "untyped:Untyped"), "the argument slope of Untyped has no type", None),
+    (("--estimator", "untyped:Any"), "takes any arguments", None),
+    (("--estimator", "untyped:Table"), "slopes of Table can be no flag", None),
+    (("--estimator", "untyped:Fails"), "failed while it was built (KeyError", KeyError),
+    (("--inner-estimators", "sef"), "--estimator sef: did you mean sfe?", None),
+    (("--chunker", "estimators:UniformRouter"), "the class UniformRouter is no ChunkerConfig or", None),
+    (("--pool", "larst"), "--pool larst: did you mean last?", None),
+    (("--sfe.reductions", "discout"), "--sfe.reductions discout: did you mean discount?", None),
+    (("--hnet.routing", "direct"), "--hnet.routing is a setting of --estimator hnet, which was not chosen", None),
+    (("--critic.loss-weight", "1"), "is a setting of --sfe.reductions critic, which was not chosen", None),
+    (("--plugin", "raises"), "importing raises failed", RuntimeError),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence", "cause"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_is_wrong_with_a_plugin_is_said_in_one_sentence(
+    tmp_path, outside, monkeypatch, arguments, sentence, cause
+):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, text in BROKEN.items():
+        (tmp_path / name).write_text(text)
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+    with pytest.raises(ConfigError) as refused:
+        parse(arguments)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert isinstance(refused.value, PluginError) == (cause is not None)
+    assert cause is None or isinstance(refused.value.__cause__, cause)
+
+
+def test_two_sections_of_one_name_are_refused(tmp_path, outside, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "twins.py").write_text(BROKEN["twins.py"])
+    with pytest.raises(ConfigError, match="have settings called policy"):
+        parse(["--model", "hnet-2stage-tiny", "--estimator", "sfe", "--inner-estimators", "twins:OtherConfig"])
+
+
+def test_a_name_that_two_packages_announce_is_refused(tmp_path, monkeypatch):
+    for number in (1, 2):
+        folder = tmp_path / str(number) / f"one_{number}-1.0.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: one-{number}\nVersion: 1.0\n")
+        (folder / "entry_points.txt").write_text(f"[caesura.estimators]\ntwice = package_{number}:Mine\n")
+        monkeypatch.syspath_prepend(str(folder.parent))
+    with pytest.raises(ConfigError, match=r"announce it \(package_1:Mine and package_2:Mine\)"):
+        parse(["--estimator", "twice"])
+
+
+def test_nothing_is_imported_because_a_file_names_it(tmp_path, outside, monkeypatch):
+    from experiments.config.files import from_values, to_json
+    from experiments.config.presets import PRESETS
+
+    (tmp_path / "evil.py").write_text("raise SystemError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    values = json.loads(to_json(PRESETS["tiny"]))
+    for field in ("estimator", "chunker", "pool"):
+        with pytest.raises(ConfigError, match="was made with evil:Mine"):
+            from_values({**values, field: "evil:Mine"}, "config.json")
+    with pytest.raises(ConfigError, match="was made with evil:Mine"):
+        from_values({**values, "inner_estimators": ["evil:Mine"]}, "config.json")
+
+
+def test_every_setting_has_a_help_text_and_the_house_is_short():
+    for kind in (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS):
+        for name in kind.house:
+            part = find(kind, name)
+            assert all(setting.help for setting in settings_of(part)), name
+    for name in ESTIMATORS.house:
+        part = find(ESTIMATORS, name)
+        defaults = {one.name: one.default for one in settings_of(part)}
+        shared = {key: cls() for key, cls in sections_of(part).items()}
+        assert isinstance(configuration(part, defaults, shared), EstimatorConfig)
+
+
+def test_experiments_and_unet_name_no_estimator():
+    """But for words that mean something else there: columns, metrics, kinds of entropy."""
+    other_meanings = {"entropy", "uniform", "characters", "whitespace", "stride"}
+    names = set(ESTIMATORS.house) - other_meanings
+    found = [
+        (path.relative_to(ROOT).as_posix(), node.value)
+        for package in ("experiments", "unet")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    assert found == []
+    text = "".join(path.read_text() for path in (ROOT / "experiments").rglob("*.py"))
+    assert not re.search(r"estimator (==|!=) \"|estimator (not )?in \(|estimator\.startswith", text)
+
+
+def test_help_has_the_flags_of_what_is_chosen_and_no_others(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments in ((), ("--estimator", "hnet"), ("--estimator", "bpe-distilled")):
+        with pytest.raises(SystemExit):
+            parse([*arguments, "--help"])
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) < 140
+        assert ("--hnet.routing" in text) == ("hnet" in arguments)
+        assert ("--policy.window" in text) == ("hnet" not in arguments)
+    with pytest.raises(SystemExit):
+        parse(["--help-all"])
+    assert "--hnet.routing" in capsys.readouterr().out
