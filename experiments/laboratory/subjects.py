@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -103,11 +104,28 @@ def train_subject(
     objective = ScoreFunctionObjective((EarlyExit(),), RATE, policy_weight=0.0, rate_weight=0.0)
     estimator = Estimator(TabularRouter(jnp.zeros((64, length))), chunker, objective)
     model = UNet(SHAPE, estimator, key=jax.random.fold_in(key, 0))
+    return train(model, split, optimizer=optimizer, seed=seed, key=key, at_step=_with_random_logits)
+
+
+def train(
+    model: UNet,
+    split: Split,
+    *,
+    optimizer: Optimizer,
+    seed: int,
+    key: PRNGKeyArray,
+    samples: int = 1,
+    at_step: Callable[[UNet, int, PRNGKeyArray], UNet] | None = None,
+) -> UNet:
+    """The model after `optimizer.steps` steps of 64 texts on its own training loss. `seed` orders the texts.
+
+    `at_step(model, length, key)`, if given, is the model that a step trains.
+    """
     batches = open_batches(split, batch=64, seed=seed)
     state = optimizer.rule.init(eqx.filter(model, eqx.is_inexact_array))
     for number in range(optimizer.steps):
-        bytes = jnp.asarray(next(batches)["bytes"], jnp.int32)
-        model, state = _train_step(model, state, bytes, jax.random.fold_in(key, number + 1), optimizer.rule)
+        bytes, own = jnp.asarray(next(batches)["bytes"], jnp.int32), jax.random.fold_in(key, number + 1)
+        model, state = _train_step(model, state, bytes, own, optimizer.rule, samples, at_step)
     batches.close()
     return model
 
@@ -131,15 +149,21 @@ def _train_step(
     bytes: Int[Array, "batch length"],
     key: PRNGKeyArray,
     rule: optax.GradientTransformation,
+    samples: int,
+    at_step: Callable[[UNet, int, PRNGKeyArray], UNet] | None,
 ) -> tuple[UNet, optax.OptState]:
-    key_logits, key_draw = jax.random.split(key)
-    logits = jax.scipy.special.logit(RATE) + 2.0 * jax.random.normal(key_logits, bytes.shape)
+    key_step, key_draw = jax.random.split(key)
 
     def loss(model: UNet) -> Float[Array, ""]:
-        return with_logits(model, logits).loss(bytes, key=key_draw).loss
+        changed = model if at_step is None else at_step(model, bytes.shape[1], key_step)
+        return changed.loss(bytes, key=key_draw, samples=samples).loss
 
     updates, state = rule.update(eqx.filter_grad(loss)(model), state)
     return eqx.apply_updates(model, updates), state
+
+
+def _with_random_logits(model: UNet, length: int, key: PRNGKeyArray) -> UNet:
+    return with_logits(model, jax.scipy.special.logit(RATE) + 2.0 * jax.random.normal(key, (64, length)))
 
 
 def held_out_texts(split: Split, *, count: int, length: int) -> Int[Array, "count length"]:
