@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import EarlyExit, Estimator, ImportanceWeight, NoObjective
+from estimators import Discount, EarlyExit, Estimator, NoObjective
 from estimators import equations as eq
 from experiments import lab
 from experiments.comparison.intervals import Interval
@@ -19,16 +19,12 @@ from experiments.laboratory import greedy
 from experiments.laboratory.fields import Drawn, Exact, ExpectedScore, SampledScore, landscape, place_of
 from experiments.laboratory.greedy import fixed_gradient, jumps
 from experiments.laboratory.moments import (
-    credit,
+    credited,
     disarm_moments,
     exact_gradient,
-    given_critic,
-    moments_of,
-    off_policy_returns,
     relaxed_moments,
     sample_moments,
     score_moments,
-    score_of,
     string_probs,
 )
 from experiments.laboratory.results import Flow, Noise, summarise_flows, summarise_noise
@@ -64,12 +60,16 @@ def tables():
     )
 
 
+def returns_of(logits, tables, *reductions):
+    return credited(reductions, logits, STRINGS, tables)
+
+
 def test_unbiased_estimators_have_the_exact_gradient(logits, tables):
     exact = exact_gradient(logits, tables, STRINGS)
-    returns = credit(tables.log_prob - tables.early_log_prob[:, None], 1.0)
+    returns = returns_of(logits, tables, EarlyExit())
     baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
     for moments in (
-        score_moments(logits, STRINGS, credit(tables.log_prob, 1.0)),
+        score_moments(logits, STRINGS, returns_of(logits, tables)),
         score_moments(logits, STRINGS, returns),
         score_moments(logits, STRINGS, returns, baseline=baseline),
         score_moments(logits, STRINGS, returns, centring="leave-one-out"),
@@ -79,45 +79,6 @@ def test_unbiased_estimators_have_the_exact_gradient(logits, tables):
         np.testing.assert_allclose(moments.mean, exact, **CLOSE)
     batch = score_moments(logits, STRINGS, returns, centring="batch")
     np.testing.assert_allclose(batch.mean, exact * (TEXTS - 1) / TEXTS, **CLOSE)
-
-
-def by_hand(logits, behaviour, tables, clip):
-    """The mean gradient under another policy's draws, summed string by string in plain numpy."""
-    policy, other = (1 / (1 + np.exp(-np.asarray(part, np.float64))) for part in (logits, behaviour))
-    rewards = np.asarray(tables.log_prob - tables.early_log_prob[:, None], np.float64)
-    gradient = np.zeros(logits.shape)
-    for text in range(TEXTS):
-        for number, string in enumerate(np.asarray(STRINGS)[:, 1:]):
-            own, theirs = (np.where(string, part[text], 1 - part[text]) for part in (policy, other))
-            # Prediction j follows the decisions before it.
-            weights = [min(np.prod(own[:j] / theirs[:j]), clip) for j in range(DECISIONS)]
-            for d in range(DECISIONS):
-                score = string[d] - policy[text, d]
-                later = sum(weights[j] * rewards[text, number, j] for j in range(d + 1, DECISIONS))
-                gradient[text, d] -= np.prod(theirs) * score * later / DECISIONS
-    return gradient
-
-
-def test_weights_of_another_policy_are_unbiased_until_they_are_clipped(logits, tables):
-    """With a baseline and without; and clipping at 1 changes nothing where the policy itself drew."""
-    baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
-
-    def mean(clip, behaviour, *more):
-        reductions = EarlyExit(), ImportanceWeight(clip), *more
-        returns = off_policy_returns(reductions, logits, behaviour, STRINGS, tables, baseline)
-        return moments_of(score_of(logits, STRINGS) * returns, behaviour, STRINGS).mean
-
-    exact, other = exact_gradient(logits, tables, STRINGS), 0.5 * logits - 0.7
-    for unbiased in (
-        mean(None, other),
-        mean(None, other, given_critic()),
-        mean(1.0, logits),
-        mean(1.0, logits, given_critic()),
-    ):
-        np.testing.assert_allclose(unbiased, exact, **CLOSE)
-    np.testing.assert_allclose(mean(1.0, other), by_hand(logits, other, tables, 1.0), **CLOSE)
-    assert float(jnp.linalg.norm(mean(1.0, other) - exact)) > 0.05 * float(jnp.linalg.norm(exact))
-    assert not np.allclose(mean(1.0, other, given_critic()), mean(1.0, other), rtol=0.01)
 
 
 def test_probabilities_of_strings_sum_to_one(logits):
@@ -136,7 +97,7 @@ def variance_of(samples):
 
 @pytest.mark.parametrize("centring", ["none", "leave-one-out", "batch"])
 def test_exact_variances_are_those_of_samples(logits, tables, centring):
-    returns = credit(tables.log_prob, 0.9)
+    returns = returns_of(logits, tables, Discount(0.9))
     actions, index = drawn(logits, jax.random.key(2), 40_000)
     chosen = jnp.take_along_axis(returns[None], index[..., None, None], axis=2)[:, :, 0]
     if centring != "none":
@@ -148,7 +109,7 @@ def test_exact_variances_are_those_of_samples(logits, tables, centring):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_variance_of_several_samples_is_that_of_samples(logits, tables, count):
-    returns = credit(tables.log_prob, 1.0)
+    returns = returns_of(logits, tables)
     actions, index = drawn(logits, jax.random.key(3), 40_000)
     chosen = jnp.take_along_axis(returns[None], index[..., None, None], axis=2)[:, :, 0]
     score = actions - jax.nn.sigmoid(logits)
@@ -179,7 +140,7 @@ def test_relaxed_moments_are_those_of_samples(logits, tables):
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_gradient_descent_follows_the_mean_of_its_estimator(logits, tables, centred):
-    returns = credit(tables.log_prob, 0.9)
+    returns = returns_of(logits, tables, Discount(0.9))
     baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
     field = SampledScore(returns, baseline, centred)
     samples = jax.vmap(field, (None, 0))(logits, jax.random.split(jax.random.key(6), 40_000))
@@ -223,7 +184,7 @@ def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, table
 
     ground = landscape(tables.log_prob, STRINGS)
     keys = jax.random.key(0), jax.random.key(0), jax.random.key(1)
-    field = SampledScore(credit(tables.log_prob, 1.0), jnp.zeros_like(logits), False)
+    field = SampledScore(returns_of(logits, tables), jnp.zeros_like(logits), False)
     pace = Pace.of(0.5, 100.0)
     times, (one, again, other) = descend(field, ground, logits, pace, jnp.stack(keys))
     np.testing.assert_array_equal(one, again)
@@ -233,7 +194,7 @@ def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, table
     assert float(times[-1]) == 100.0
     # As small steps along the expectation the same field is the flow of the exact gradient.
     with jax.numpy_dtype_promotion("standard"):
-        _, path = follow(ExpectedScore(credit(tables.log_prob, 1.0), STRINGS), ground, logits, 20.0)
+        _, path = follow(ExpectedScore(returns_of(logits, tables), STRINGS), ground, logits, 20.0)
     _, (small,) = descend(Exact(tables, STRINGS), ground, logits, Pace.of(0.02, 20.0), jnp.stack(keys[:1]))
     np.testing.assert_allclose(path[-1], small[-1], rtol=0.02, atol=0.02)
     losses, rate, greedy = judged(Drawn(), ground, path)

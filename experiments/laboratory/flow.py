@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
+from estimators import AbstractReduction, Discount, EarlyExit
 from experiments.laboratory.fields import (
     AbstractField,
     AbstractJudge,
@@ -36,7 +37,7 @@ from experiments.laboratory.fields import (
 )
 from experiments.laboratory.gradients import Subjects, linear_critic, without_weights
 from experiments.laboratory.greedy import greedy_start
-from experiments.laboratory.moments import credit
+from experiments.laboratory.moments import credited
 from experiments.laboratory.results import Flow
 from experiments.laboratory.subjects import RATE, PerDecision, PerString, Subject, tabulate, with_logits
 from unet import next_logprobs
@@ -71,15 +72,15 @@ def flows(subjects: Subjects, *, time: float, key: PRNGKeyArray) -> tuple[list[F
     start = start_of(subjects.distribute)
     plain, pooled = tabulate(subjects.distribute, start), tabulate(subjects.mean, start)
     strings = subjects.distribute.strings
-    early, early_pooled = (tables.log_prob - tables.early_log_prob[:, None] for tables in (plain, pooled))
     reference = "exact gradient"
     courses = [Course(reference, "distribute", "drawn", Exact(plain, strings), Drawn(), reference)]
     for discount in (1.0, 0.99, 0.9, 0.5):
-        field = ExpectedScore(credit(early, discount), strings)
+        returns = credited((EarlyExit(), Discount(discount)), start, strings, plain)
+        field = ExpectedScore(returns, strings)
         courses.append(Course(f"score function, γ = {discount:g}", "distribute", "drawn", field, Drawn(), reference))
     fields = {
         reference: Exact(pooled, strings),
-        "score function, γ = 1": ExpectedScore(credit(early_pooled, 1.0), strings),
+        "score function, γ = 1": ExpectedScore(credited((EarlyExit(),), start, strings, pooled), strings),
         "straight-through Gumbel, τ = .5": ExpectedRelaxed(pooled, strings, 0.5),
         "straight-through Bernoulli": ExpectedRelaxed(pooled, strings, None),
         "the price alone": NoField(),
@@ -244,14 +245,18 @@ def noisy_flows(
     start = start_of(subject)
     plain, strings = tabulate(subject, start), subject.strings
     ground = landscape(plain.log_prob, strings)
-    early = plain.log_prob - plain.early_log_prob[:, None]
-    far, zero = credit(early, 0.99), jnp.zeros_like(start)
+    zero = jnp.zeros_like(start)
+
+    def returns(*reductions: AbstractReduction) -> PerString:
+        return credited(reductions, start, strings, plain)
+
+    far = returns(EarlyExit(), Discount(0.99))
     paper = "early exit, γ = .99, batch centring"
     fields = {
-        "nothing": SampledScore(credit(plain.log_prob, 1.0), zero, False),
-        "early exit": SampledScore(credit(early, 1.0), zero, False),
+        "nothing": SampledScore(returns(), zero, False),
+        "early exit": SampledScore(returns(EarlyExit()), zero, False),
         paper: SampledScore(far, zero, True),
-        "early exit, γ = .9, batch centring": SampledScore(credit(early, 0.9), zero, True),
+        "early exit, γ = .9, batch centring": SampledScore(returns(EarlyExit(), Discount(0.9)), zero, True),
         "early exit, γ = .99, linear critic": SampledScore(far, linear_critic(start, plain, strings, far), False),
     }
     found, against = [], []

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from estimators import AbstractReduction, Boundaries, Critic, ObjectiveInputs, ScoreFunctionObjective
-from estimators.equations import action_log_prob, discounted_returns
+from estimators import AbstractReduction, Boundaries, ObjectiveInputs, ScoreFunctionObjective
+from estimators.equations import action_log_prob
 from experiments.laboratory.subjects import RATE, PerDecision, PerString, Strings, Tables
 
 
@@ -63,15 +63,43 @@ def exact_gradient(logits: PerDecision, tables: Tables, strings: Strings) -> Per
 
 
 @eqx.filter_jit
-def credit(rewards: PerString, discount: float) -> PerString:
-    """Returns of decisions: row i of the result belongs to the decision at row i + 1, whose first reward is that of the
-    prediction made there; 0 for the last, which is followed by none."""
+def credited(
+    reductions: tuple[AbstractReduction, ...],
+    logits: PerDecision,
+    strings: Strings,
+    tables: Tables,
+    *,
+    behaviour: PerDecision | None = None,
+    hidden: Float[Array, "texts decisions some_dim"] | None = None,
+) -> PerString:
+    """The returns that the shipped objective gives each decision of each string after `reductions`.
 
-    def one(rows: Float[Array, "strings decisions"]) -> Float[Array, "strings decisions"]:
-        returns = discounted_returns(rows, discount)
-        return jnp.pad(returns[:, 1:], ((0, 0), (0, 1)))
+    `behaviour`, if given, are the logits of the policy that draws. `hidden`, if given, are the states that critics read; those
+    of the forced first position are 0. The strings of one text are evaluated as one batch, so no reduction may compare the
+    sequences of a batch.
+    """
+    shape, length = strings.shape, strings.shape[1]
+    starts, scored = (
+        jnp.broadcast_to(part, shape) for part in (jnp.arange(length) == 0, jnp.arange(length) < length - 1)
+    )
+    objective = ScoreFunctionObjective(reductions, RATE)
+    hidden = jnp.zeros((*logits.shape, 1)) if hidden is None else hidden
 
-    return jax.vmap(one)(rewards)
+    def rows(values: Float[Array, " decisions"]) -> Float[Array, "strings length"]:
+        return jnp.broadcast_to(jnp.pad(values, (1, 0)), shape)
+
+    def one(part: tuple[Array, Array | None, Tables, Array]) -> Float[Array, "strings decisions"]:
+        row, drawn_by, text, states = part
+        drawn_by = None if drawn_by is None else action_log_prob(rows(drawn_by), strings)
+        boundaries = Boundaries(
+            strings, rows(row), jax.nn.sigmoid(rows(row)), ~starts, starts, behaviour_log_prob=drawn_by
+        )
+        states = jnp.broadcast_to(jnp.pad(states, ((1, 0), (0, 0))), (*shape, states.shape[1]))
+        log_prob = jnp.pad(text.log_prob, ((0, 0), (0, 1)))
+        early = jnp.broadcast_to(jnp.pad(text.early_log_prob, (0, 1)), shape)
+        return objective.advantages(ObjectiveInputs(boundaries, states, log_prob, early, scored, scored))[:, 1:]
+
+    return jax.lax.map(one, (logits, behaviour, tables, hidden))
 
 
 @eqx.filter_jit
@@ -128,46 +156,6 @@ def sample_moments(logits: PerDecision, strings: Strings, returns: PerString, sa
     variance = 2 / (samples * (samples - 1)) * (2 * (samples - 2) * first + second)
     diagonal = jax.vmap(jnp.diag)(variance + mean**2)
     return _as_loss(mean, diagonal, 1.0, logits.shape[1], diagonal_only=True)
-
-
-@eqx.filter_jit
-def off_policy_returns(
-    reductions: tuple[AbstractReduction, ...],
-    logits: PerDecision,
-    behaviour: PerDecision,
-    strings: Strings,
-    tables: Tables,
-    values: PerDecision,
-) -> PerString:
-    """What the library itself credits decisions with after `reductions`, for all strings as if `behaviour` had drawn them.
-
-    The strings of a text stand for the sequences of a batch, so no reduction may look from one sequence at another. The
-    encoder's states are `values` alone, so that `given_critic` among the reductions expects just these.
-    """
-    starts = jnp.broadcast_to(jnp.arange(strings.shape[1]) == 0, strings.shape)
-    scored = jnp.broadcast_to(jnp.arange(strings.shape[1]) < strings.shape[1] - 1, strings.shape)
-    objective = ScoreFunctionObjective(reductions, RATE)
-
-    def rows(values: Float[Array, " decisions"]) -> Float[Array, "strings length"]:
-        return jnp.broadcast_to(jnp.pad(values, (1, 0)), strings.shape)
-
-    def one(part: tuple[Array, Array, Tables, Array]) -> Float[Array, "strings decisions"]:
-        row, drawn_by, text, state = part
-        log_prob = action_log_prob(rows(drawn_by), strings)
-        boundaries = Boundaries(
-            strings, rows(row), jax.nn.sigmoid(rows(row)), ~starts, starts, behaviour_log_prob=log_prob
-        )
-        hidden = rows(state)[..., None]
-        log_prob = jnp.pad(text.log_prob, ((0, 0), (0, 1)))
-        early = jnp.broadcast_to(jnp.pad(text.early_log_prob, (0, 1)), strings.shape)
-        return objective.advantages(ObjectiveInputs(boundaries, hidden, log_prob, early, scored, scored))[:, 1:]
-
-    return jax.lax.map(one, (logits, behaviour, tables, values))
-
-
-def given_critic() -> Critic:
-    """A critic that expects what the states of width 1 say."""
-    return eqx.tree_at(lambda critic: critic.weight, Critic(1), jnp.ones(1))
 
 
 @eqx.filter_jit
