@@ -33,7 +33,7 @@ OUTCOMES = 2**14
 """The largest number of outcomes of one training step that are summed."""
 BLOCK = 2**10
 """Outcomes whose gradients are held at once."""
-STEP = 0.1
+STEP = 0.03
 """Distance in logits over which likelihoods are differentiated numerically."""
 
 
