@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from experiments.comparison.intervals import Interval
 from experiments.config.presets import PRESETS
 from experiments.config.settings import transformer_shape
 from experiments.laboratory import greedy
-from experiments.laboratory.fields import Drawn, Exact, ExpectedScore, SampledScore, landscape, place_of
+from experiments.laboratory.fields import drawn_loss, exact, expected_score, landscape, place_of, sampled_score
 from experiments.laboratory.greedy import fixed_gradient, jumps
 from experiments.laboratory.moments import (
     credited,
@@ -142,7 +143,7 @@ def test_relaxed_moments_are_those_of_samples(logits, tables):
 def test_gradient_descent_follows_the_mean_of_its_estimator(logits, tables, centred):
     returns = returns_of(logits, tables, Discount(0.9))
     baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
-    field = SampledScore(returns, baseline, centred)
+    field = eqx.Partial(sampled_score, returns, baseline, centred)
     samples = jax.vmap(field, (None, 0))(logits, jax.random.split(jax.random.key(6), 40_000))
     exact = score_moments(logits, STRINGS, returns, baseline=baseline, centring="batch" if centred else "none")
     np.testing.assert_allclose(jnp.mean(samples, axis=0), exact.mean, atol=1e-2)
@@ -184,7 +185,7 @@ def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, table
 
     ground = landscape(tables.log_prob, STRINGS)
     keys = jax.random.key(0), jax.random.key(0), jax.random.key(1)
-    field = SampledScore(returns_of(logits, tables), jnp.zeros_like(logits), False)
+    field = eqx.Partial(sampled_score, returns_of(logits, tables), jnp.zeros_like(logits), False)
     pace = Pace.of(0.5, 100.0)
     times, (one, again, other) = descend(field, ground, logits, pace, jnp.stack(keys))
     np.testing.assert_array_equal(one, again)
@@ -194,10 +195,10 @@ def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, table
     assert float(times[-1]) == 100.0
     # As small steps along the expectation the same field is the flow of the exact gradient.
     with jax.numpy_dtype_promotion("standard"):
-        _, path = follow(ExpectedScore(returns_of(logits, tables), STRINGS), ground, logits, 20.0)
-    _, (small,) = descend(Exact(tables, STRINGS), ground, logits, Pace.of(0.02, 20.0), jnp.stack(keys[:1]))
+        _, path = follow(eqx.Partial(expected_score, returns_of(logits, tables), STRINGS), ground, logits, 20.0)
+    _, (small,) = descend(eqx.Partial(exact, tables, STRINGS), ground, logits, Pace.of(0.02, 20.0), jnp.stack(keys[:1]))
     np.testing.assert_allclose(path[-1], small[-1], rtol=0.02, atol=0.02)
-    losses, rate, greedy = judged(Drawn(), ground, path)
+    losses, rate, greedy = judged(eqx.Partial(drawn_loss, None), ground, path)
     assert losses[-1] < losses[0]
     assert 0.0 < float(rate) < 1.0
     assert float(greedy) >= float(jnp.mean(ground.best))

@@ -14,26 +14,26 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from equinox import Partial
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from estimators import AbstractReduction, Discount, EarlyExit
 from experiments.laboratory.fields import (
-    AbstractField,
-    AbstractJudge,
-    Drawn,
-    Exact,
-    ExactSmooth,
-    ExpectedChunking,
-    ExpectedRelaxed,
-    ExpectedScore,
-    Greedy,
-    GreedyChunking,
-    GreedyNeighbourhood,
+    Field,
+    Judge,
     Landscape,
-    NoField,
-    SampledScore,
+    drawn_loss,
+    exact,
+    exact_smooth,
+    expected_chunking,
+    expected_relaxed,
+    expected_score,
+    greedy_chunking,
+    greedy_loss,
+    greedy_neighbourhood,
     landscape,
     place_of,
+    sampled_score,
 )
 from experiments.laboratory.gradients import Subjects, linear_critic, without_weights
 from experiments.laboratory.greedy import greedy_start
@@ -56,8 +56,8 @@ class Course:
     name: str
     model: str
     objective: str
-    field: AbstractField
-    judge: AbstractJudge
+    field: Field
+    judge: Judge
     against: str
 
 
@@ -73,19 +73,29 @@ def flows(subjects: Subjects, *, time: float, key: PRNGKeyArray) -> tuple[list[F
     plain, pooled = tabulate(subjects.distribute, start), tabulate(subjects.mean, start)
     strings = subjects.distribute.strings
     reference = "exact gradient"
-    courses = [Course(reference, "distribute", "drawn", Exact(plain, strings), Drawn(), reference)]
+    courses = [
+        Course(reference, "distribute", "drawn", Partial(exact, plain, strings), Partial(drawn_loss, None), reference)
+    ]
     for discount in (1.0, 0.99, 0.9, 0.5):
         returns = credited((EarlyExit(), Discount(discount)), start, strings, plain)
-        field = ExpectedScore(returns, strings)
-        courses.append(Course(f"score function, γ = {discount:g}", "distribute", "drawn", field, Drawn(), reference))
+        field = Partial(expected_score, returns, strings)
+        courses.append(
+            Course(
+                f"score function, γ = {discount:g}", "distribute", "drawn", field, Partial(drawn_loss, None), reference
+            )
+        )
+    # Without likelihoods only the price is left; as tables, so that no further program is compiled.
+    flat = jax.tree.map(jnp.zeros_like, pooled)
     fields = {
-        reference: Exact(pooled, strings),
-        "score function, γ = 1": ExpectedScore(credited((EarlyExit(),), start, strings, pooled), strings),
-        "straight-through Gumbel, τ = .5": ExpectedRelaxed(pooled, strings, 0.5),
-        "straight-through Bernoulli": ExpectedRelaxed(pooled, strings, None),
-        "the price alone": NoField(),
+        reference: Partial(exact, pooled, strings),
+        "score function, γ = 1": Partial(expected_score, credited((EarlyExit(),), start, strings, pooled), strings),
+        "straight-through Gumbel, τ = .5": Partial(expected_relaxed, pooled, strings, 0.5),
+        "straight-through Bernoulli": Partial(expected_relaxed, pooled, strings, None),
+        "the price alone": Partial(exact, flat, strings),
     }
-    courses += [Course(name, "mean", "drawn", field, Drawn(), reference) for name, field in fields.items()]
+    courses += [
+        Course(name, "mean", "drawn", field, Partial(drawn_loss, None), reference) for name, field in fields.items()
+    ]
     grounds = {
         "distribute": landscape(plain.log_prob, strings),
         "mean": landscape(pooled.log_prob, strings),
@@ -107,12 +117,12 @@ def _smooth_flows(subject: Subject, time: float, key: PRNGKeyArray) -> tuple[lis
     # Certain boundaries smooth nothing: what a string is worth once a policy has settled on it.
     ground = landscape(certain_log_prob(unweighted), subject.strings)
     reference, around = "exact gradient", "gradient averaged over s = 1"
-    drawn, greedy = Drawn(subject), Greedy(unweighted)
+    drawn, greedy = Partial(drawn_loss, subject), Partial(greedy_loss, unweighted)
     courses = [
-        Course(reference, "smooth", "drawn", ExactSmooth(subject), drawn, reference),
-        Course("dynamic chunking, drawn", "smooth", "drawn", ExpectedChunking(subject), drawn, reference),
-        Course(around, "smooth", "greedy", GreedyNeighbourhood(subject, jnp.ones(()), 4), greedy, around),
-        Course("dynamic chunking, greedy", "smooth", "greedy", GreedyChunking(subject), greedy, around),
+        Course(reference, "smooth", "drawn", Partial(exact_smooth, subject), drawn, reference),
+        Course("dynamic chunking, drawn", "smooth", "drawn", Partial(expected_chunking, subject), drawn, reference),
+        Course(around, "smooth", "greedy", Partial(greedy_neighbourhood, subject, jnp.ones(()), 4), greedy, around),
+        Course("dynamic chunking, greedy", "smooth", "greedy", Partial(greedy_chunking, subject), greedy, around),
     ]
     start = start_of(subject)
     starts = {"drawn": start, "greedy": greedy_start(jax.random.fold_in(key, 0), start.shape)}
@@ -139,7 +149,7 @@ def certain_log_prob(subject: Subject) -> PerString:
 
 @eqx.filter_jit
 def follow(
-    field: AbstractField, ground: Landscape, start: PerDecision, time: float
+    field: Field, ground: Landscape, start: PerDecision, time: float
 ) -> tuple[Float[Array, " saved"], Float[Array, "saved texts decisions"]]:
     """Integrate a smooth field with adaptive steps: times and logits, the start included."""
     unused = jax.random.key(0)
@@ -179,7 +189,7 @@ class Pace:
 
 
 def descend(
-    field: AbstractField, ground: Landscape, start: PerDecision, pace: Pace, keys: Key[Array, " paths"]
+    field: Field, ground: Landscape, start: PerDecision, pace: Pace, keys: Key[Array, " paths"]
 ) -> tuple[Float[Array, " saved"], Float[Array, "paths saved texts decisions"]]:
     """Gradient descent, once for every key: times and logits, the start included."""
     return pace.times, _descended(field, ground, start, jnp.asarray(pace.rate), jnp.asarray(pace.steps), keys)
@@ -187,7 +197,7 @@ def descend(
 
 @eqx.filter_jit
 def _descended(
-    field: AbstractField,
+    field: Field,
     ground: Landscape,
     start: PerDecision,
     rate: Float[Array, ""],
@@ -209,7 +219,7 @@ def _descended(
 
 @eqx.filter_jit
 def judged(
-    judge: AbstractJudge, ground: Landscape, path: Float[Array, "saved texts decisions"]
+    judge: Judge, ground: Landscape, path: Float[Array, "saved texts decisions"]
 ) -> tuple[Float[Array, " saved"], Float[Array, ""], Float[Array, ""]]:
     """The losses along a path, the rate at its end, and the loss of the greedy string there, taken for certain."""
     losses, rates = jax.lax.map(lambda logits: judge(logits, ground), path)
@@ -253,18 +263,20 @@ def noisy_flows(
     far = returns(EarlyExit(), Discount(0.99))
     paper = "early exit, γ = .99, batch centring"
     fields = {
-        "nothing": SampledScore(returns(), zero, False),
-        "early exit": SampledScore(returns(EarlyExit()), zero, False),
-        paper: SampledScore(far, zero, True),
-        "early exit, γ = .9, batch centring": SampledScore(returns(EarlyExit(), Discount(0.9)), zero, True),
-        "early exit, γ = .99, linear critic": SampledScore(far, linear_critic(start, plain, strings, far), False),
+        "nothing": Partial(sampled_score, returns(), zero, False),
+        "early exit": Partial(sampled_score, returns(EarlyExit()), zero, False),
+        paper: Partial(sampled_score, far, zero, True),
+        "early exit, γ = .9, batch centring": Partial(sampled_score, returns(EarlyExit(), Discount(0.9)), zero, True),
+        "early exit, γ = .99, linear critic": Partial(
+            sampled_score, far, linear_critic(start, plain, strings, far), False
+        ),
     }
     found, against = [], []
     for rate in rates:
         against += [len(found) + list(fields).index(paper)] * len(fields)
         for number, (name, field) in enumerate(fields.items()):
             keys = jax.random.split(jax.random.fold_in(key, number), paths)
-            course = Course(f"{name}, η = {rate:g}", "distribute", "drawn", field, Drawn(), paper)
+            course = Course(f"{name}, η = {rate:g}", "distribute", "drawn", field, Partial(drawn_loss, None), paper)
             times, trajectories = descend(field, ground, start, Pace.of(rate, time), keys)
             found.append(_mean_flow([_read_off(course, ground, times, path) for path in trajectories]))
     return found, against

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from data import Split, open_batches
 from estimators import (
@@ -26,6 +25,7 @@ from estimators import (
     ScoreFunctionObjective,
 )
 from experiments.config.errors import ConfigError
+from experiments.laboratory.measure import Strings, all_strings, with_router
 from unet import UNet, UNetConfig, next_logprobs
 
 SHAPE = UNetConfig(dim=32, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=8)
@@ -35,8 +35,6 @@ RATE = 0.2
 
 PerDecision = Float[Array, "texts decisions"]
 """A number for each decision of each text."""
-Strings = Bool[Array, "strings length"]
-"""All boundary strings of a length."""
 PerString = Float[Array, "texts strings decisions"]
 """A number for each decision of each string of each text."""
 
@@ -72,9 +70,8 @@ class Subject(eqx.Module):
 
     @property
     def strings(self) -> Strings:
-        """All boundary strings: the first action is forced, the others run through all values."""
-        rest = np.array(list(itertools.product([False, True], repeat=self.texts.shape[1] - 1)))
-        return jnp.asarray(np.concatenate([np.ones((len(rest), 1), bool), rest], axis=1))
+        """All boundary strings of the texts' length."""
+        return all_strings(self.texts.shape[1] - 1)
 
 
 class Tables(eqx.Module):
@@ -182,7 +179,7 @@ def with_logits(
     model: UNet, logits: Float[Array, "batch length"], relaxed: Float[Array, "batch length"] | None = None
 ) -> UNet:
     """The model with another table in its router."""
-    return eqx.tree_at(lambda m: m.stage.estimator.router, model, TabularRouter(logits, relaxed))
+    return with_router(model, TabularRouter(logits, relaxed))
 
 
 def with_chunker(subject: Subject, chunker: AbstractChunker) -> Subject:
