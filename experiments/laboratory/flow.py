@@ -114,7 +114,7 @@ def flows(subjects: Subjects, *, time: float, key: PRNGKeyArray) -> tuple[list[F
 def _smooth_flows(subject: Subject, time: float, key: PRNGKeyArray) -> tuple[list[Course], list[Flow]]:
     """Dynamic chunking: drawn boundaries from `start_of`, greedy ones from a start where they come at the same rate."""
     unweighted = without_weights(subject)
-    # Certain boundaries smooth nothing: what a string is worth once a policy has settled on it.
+    # With probabilities of 0 and 1 nothing is smoothed: the losses that a policy approaches as it becomes deterministic.
     ground = landscape(certain_log_prob(unweighted), subject.strings)
     reference, around = "exact gradient", "gradient averaged over s = 1"
     drawn, greedy = Partial(drawn_loss, subject), Partial(greedy_loss, unweighted)
@@ -136,7 +136,7 @@ def _smooth_flows(subject: Subject, time: float, key: PRNGKeyArray) -> tuple[lis
 
 @eqx.filter_jit
 def certain_log_prob(subject: Subject) -> PerString:
-    """Log-likelihoods of a chunker that reads probabilities, every string read as certain of itself."""
+    """Log-likelihoods of a chunker that reads probabilities, for probabilities that equal the actions of each string."""
     strings = subject.strings
 
     def one(text: Array) -> Array:
@@ -221,7 +221,7 @@ def _descended(
 def judged(
     judge: Judge, ground: Landscape, path: Float[Array, "saved texts decisions"]
 ) -> tuple[Float[Array, " saved"], Float[Array, ""], Float[Array, ""]]:
-    """The losses along a path, the rate at its end, and the loss of the greedy string there, taken for certain."""
+    """The losses along a path, the rate at its end, and the loss of the greedy string there as `Landscape` has it."""
     losses, rates = jax.lax.map(lambda logits: judge(logits, ground), path)
     greedy = jnp.take_along_axis(ground.losses, place_of(path[-1] > 0)[:, None], axis=1)
     return losses, rates[-1], jnp.mean(greedy)

@@ -86,7 +86,7 @@ def findings(subjects: Subjects, logits: PerDecision, greedy_logits: PerDecision
 
 
 def score_functions(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
-    """The score function with every set of variance reductions worth a look, and its cost; DisARM; other behaviours."""
+    """The score function with sets of variance reductions, on-policy and off-policy, and DisARM; each with its cost."""
     exit, far = EarlyExit(), Discount(0.99)
     critic = linear_critic(logits, tables, strings, credited((exit, far), logits, strings, tables))
 
@@ -154,7 +154,7 @@ def given_critic() -> Critic:
 
 
 def straight_through(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
-    """Estimators through the derivative with respect to the actions, and the score function beside them."""
+    """Straight-through estimators, and the score function for comparison."""
     return [
         *_on_policy(logits, tables, strings),
         ("straight-through Gumbel, τ = .5", relaxed_moments(logits, strings, tables, 0.5), 1.0),
@@ -164,7 +164,7 @@ def straight_through(logits: PerDecision, tables: Tables, strings: Strings) -> l
 
 
 def _chunking(subject: Subject, logits: PerDecision, strings: Strings) -> list[Finding]:
-    """Dynamic chunking against the loss of drawn boundaries, whatever boundaries it takes itself."""
+    """Dynamic chunking with drawn and with greedy boundaries, against the gradient of the loss of drawn ones."""
     weighted = tabulate(subject, logits)
     unweighted = tabulate(without_weights(subject), logits)
     exact = exact_gradient(logits, unweighted, strings)
@@ -184,7 +184,7 @@ def _chunking(subject: Subject, logits: PerDecision, strings: Strings) -> list[F
 
 
 def _greedy(subject: Subject, logits: PerDecision, key: PRNGKeyArray) -> list[Finding]:
-    """Greedy dynamic chunking against the loss that it is paid for, that of greedy boundaries."""
+    """Greedy dynamic chunking against gradients of the loss of greedy boundaries."""
     unweighted, name = without_weights(subject), "dynamic chunking, greedy"
     here = at_a_point(subject, logits)
     tried = [Tried(name, "smooth", "greedy, boundaries fixed", here, None, at_a_point(unweighted, logits), 1.0)]
@@ -220,7 +220,7 @@ def linear_critic(logits: PerDecision, tables: Tables, strings: Strings, returns
 
 
 def _on_policy(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
-    """The paper's estimator and the unbiased one, beside which others are shown."""
+    """The paper's estimator and the unbiased one, for comparison."""
     early = credited((EarlyExit(),), logits, strings, tables)
     far = credited((EarlyExit(), Discount(0.99)), logits, strings, tables)
     return [

@@ -119,7 +119,7 @@ def measure(
         return GradientReport(none, none, none, 0.0, rate, "fixed" if _all_alike(drawn) else "sampled")
     if rows * decisions > math.log2(OUTCOMES):
         raise ValueError(
-            f"{rows} rows of {decisions} decisions have 2^{rows * decisions} outcomes, and at most {OUTCOMES} are summed: "
+            f"{rows} sequences of {decisions} decisions have 2^{rows * decisions} outcomes, and at most {OUTCOMES} are summed: "
             "measure fewer or shorter texts"
         )
     strings, first = all_strings(decisions), jnp.asarray(drawn[:8])
@@ -152,7 +152,7 @@ def _moments(
     model: UNet,
     texts: Int[Array, "texts length"],
     samples: int,
-    outcomes: Bool[Array, "outcomes rows length"] | Key[Array, " outcomes"],
+    outcomes: Bool[Array, "outcomes batch length"] | Key[Array, " outcomes"],
     weights: Float[np.ndarray, " outcomes"],
 ) -> tuple[Float[np.ndarray, "2 parameters"], Float[np.ndarray, 2]]:
     """The means of the two gradients, and the variances of the first and of their difference."""
@@ -168,12 +168,12 @@ def _moments(
     return mean, np.where(squares - means > 1e-10 * means, squares - means, 0.0)
 
 
-def _all_alike(drawn: Bool[np.ndarray, "draws rows length"]) -> bool:
+def _all_alike(drawn: Bool[np.ndarray, "draws batch length"]) -> bool:
     return bool(np.all(drawn == drawn[:1]))
 
 
-def _drawn_with(probs: Float[np.ndarray, "rows strings"], drawn: Bool[np.ndarray, "draws rows length"]) -> bool:
-    r"""Whether rows could have been drawn with these probabilities: the frequencies f of n draws have
+def _drawn_with(probs: Float[np.ndarray, "batch strings"], drawn: Bool[np.ndarray, "draws batch length"]) -> bool:
+    r"""Whether sequences could have been drawn with these probabilities: the frequencies f of n draws have
     $P(\lVert f - p\rVert_2 > (1 + \sqrt{2 \ln(1/\delta)}) / \sqrt n) < \delta$ (McDiarmid's inequality), here with δ = 1e-6."""
     place = drawn[:, :, 1:] @ (2 ** np.arange(drawn.shape[2] - 1)[::-1])
     count = len(drawn)
@@ -230,14 +230,14 @@ def _losses(model: UNet, prediction: Prediction, layout: Layout, samples: int) -
 def _gradients(
     model: UNet,
     texts: Int[Array, "texts length"],
-    outcomes: Bool[Array, "outcomes rows length"] | Key[Array, " outcomes"],
+    outcomes: Bool[Array, "outcomes batch length"] | Key[Array, " outcomes"],
     samples: int,
 ) -> Float[Array, "outcomes 2 parameters"]:
     """The gradients of the two `_losses`, for boundaries that are given or drawn with keys."""
     layout, parameters = repeated(plain_layout(texts), samples), _Parameters(model)
     drawn = jnp.issubdtype(outcomes.dtype, jax.dtypes.prng_key)
 
-    def losses(vector: Float[Array, " parameters"], outcome: Bool[Array, "rows length"] | PRNGKeyArray):
+    def losses(vector: Float[Array, " parameters"], outcome: Bool[Array, "batch length"] | PRNGKeyArray):
         changed = parameters.at(vector)
         if drawn:
             prediction = changed(texts, key=outcome, samples=samples, training=True)
@@ -251,10 +251,10 @@ def _gradients(
 @eqx.filter_jit
 def _drawn(
     model: UNet, texts: Int[Array, "texts length"], keys: Key[Array, " draws"], samples: int
-) -> Bool[Array, "draws rows length"]:
+) -> Bool[Array, "draws batch length"]:
     """The boundaries that training draws with these keys."""
 
-    def one(key: PRNGKeyArray) -> Bool[Array, "rows length"]:
+    def one(key: PRNGKeyArray) -> Bool[Array, "batch length"]:
         return model(texts, key=key, samples=samples, training=True).levels[0].drawn
 
     return jax.lax.map(one, keys, batch_size=64)

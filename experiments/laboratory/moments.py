@@ -1,8 +1,12 @@
 """Exact means and covariances of gradient estimators, by summing over all boundary strings.
 
-One index convention throughout: `length` rows make `length - 1` decisions, those of rows 1 to length - 1, and `length - 1`
-predictions, those made at rows 0 to length - 2. The decision at the last row has no prediction after it and no gradient. All
-gradients are of the mean negative log-likelihood per predicted byte, in nats, with respect to the logits of the decisions.
+A text of `length` bytes has `length - 1` decisions, at positions 1 to length - 1, and `length - 1` predictions, made at
+positions 0 to length - 2. No prediction follows the last decision, so it has no gradient. All gradients are of the mean negative
+log-likelihood per predicted byte, in nats, with respect to the logits of the decisions.
+
+`experiments.laboratory.measure` obtains the same numbers from the shipped router, chunker and objective alone. These formulas
+remain for what enumeration cannot reach: returns compared over a batch of long texts, continuous noise, DisARM (which the library
+does not have), and gradients that a flow evaluates thousands of times.
 """
 
 from __future__ import annotations
@@ -52,9 +56,9 @@ def expected_loss(logits: PerDecision, tables: Tables, strings: Strings) -> Floa
 
 @eqx.filter_jit
 def exact_gradient(logits: PerDecision, tables: Tables, strings: Strings) -> PerDecision:
-    """The derivative of J by differentiating the enumeration itself; no score function is involved.
+    """The derivative of J, by automatic differentiation of the sum over strings.
 
-    Where the likelihood depends on the probabilities beside the actions, its own derivative is added.
+    Where the likelihood also depends on the probabilities, its derivative with respect to them is added.
     """
     through_draws = jax.grad(lambda row: jnp.sum(expected_loss(row, tables, strings)))(logits)
     probs = jax.nn.sigmoid(logits)
@@ -85,14 +89,14 @@ def credited(
     objective = ScoreFunctionObjective(reductions, RATE)
     hidden = jnp.zeros((*logits.shape, 1)) if hidden is None else hidden
 
-    def rows(values: Float[Array, " decisions"]) -> Float[Array, "strings length"]:
+    def spread(values: Float[Array, " decisions"]) -> Float[Array, "strings length"]:
         return jnp.broadcast_to(jnp.pad(values, (1, 0)), shape)
 
     def one(part: tuple[Array, Array | None, Tables, Array]) -> Float[Array, "strings decisions"]:
         row, drawn_by, text, states = part
-        drawn_by = None if drawn_by is None else action_log_prob(rows(drawn_by), strings)
+        drawn_by = None if drawn_by is None else action_log_prob(spread(drawn_by), strings)
         boundaries = Boundaries(
-            strings, rows(row), jax.nn.sigmoid(rows(row)), ~starts, starts, behaviour_log_prob=drawn_by
+            strings, spread(row), jax.nn.sigmoid(spread(row)), ~starts, starts, behaviour_log_prob=drawn_by
         )
         states = jnp.broadcast_to(jnp.pad(states, ((1, 0), (0, 0))), (*shape, states.shape[1]))
         log_prob = jnp.pad(text.log_prob, ((0, 0), (0, 1)))
@@ -163,8 +167,8 @@ def disarm_moments(logits: PerDecision, strings: Strings, tables: Tables) -> Mom
     r"""DisARM (Dong, Mnih and Tucker 2020): two antithetic draws, both forward passes, unbiased.
 
     $\hat g_i = \tfrac12 (f(a) - f(\tilde a))\,(-1)^{\tilde a_i}\,1[a_i \ne \tilde a_i]\,\sigma(|l_i|)$ with $a_i = 1[u_i < p_i]$,
-    $\tilde a_i = 1[1 - u_i < p_i]$. A pair differs, one way or the other, with probability min(p, 1 - p) each, and is
-    otherwise the likelier value twice: three outcomes a decision, all of them summed.
+    $\tilde a_i = 1[1 - u_i < p_i]$. A decision has three outcomes: (1, 0) and (0, 1), each with probability
+    min(p, 1 - p), and otherwise the more probable value twice. All combinations are summed.
     """
     decisions = logits.shape[1]
     outcomes = jnp.stack(jnp.meshgrid(*[jnp.arange(3)] * decisions, indexing="ij"), axis=-1).reshape(-1, decisions)
@@ -173,9 +177,9 @@ def disarm_moments(logits: PerDecision, strings: Strings, tables: Tables) -> Mom
     def one(pair: tuple[Float[Array, " decisions"], Float[Array, " strings"]]):
         row, value = pair
         probs = jax.nn.sigmoid(row)
-        differs, likelier = jnp.minimum(probs, 1.0 - probs), probs > 0.5
-        first = jnp.where(outcomes == 2, likelier, outcomes == 1)
-        other = jnp.where(outcomes == 2, likelier, outcomes == 0)
+        differs, probable = jnp.minimum(probs, 1.0 - probs), probs > 0.5
+        first = jnp.where(outcomes == 2, probable, outcomes == 1)
+        other = jnp.where(outcomes == 2, probable, outcomes == 0)
         prob = jnp.prod(jnp.where(outcomes == 2, 1.0 - 2.0 * differs, differs), axis=1)
         values = [value[jnp.sum(jnp.where(bits, place, 0), axis=1)] for bits in (first, other)]
         sign = jnp.where(outcomes == 2, 0.0, jnp.where(other, -1.0, 1.0))

@@ -98,9 +98,9 @@ def _compared(
         gradients = _gradients(objective, router, signals, bytes, samples)
         variance = float(jnp.sum(jnp.var(gradients, axis=0, ddof=1)))
         # The mean of few draws is itself noisy: what noise adds to its square is taken off.
-        inputs = float(jnp.sum(jnp.mean(gradients, axis=0) ** 2)) - variance / len(gradients)
+        signal = float(jnp.sum(jnp.mean(gradients, axis=0) ** 2)) - variance / len(gradients)
         flops = matrix_flops(model, rate=config.rate, samples=samples).total / once
-        found.append(Noise(name, variance, inputs, flops))
+        found.append(Noise(name, variance, signal, flops))
     return found
 
 

@@ -40,9 +40,9 @@ PerString = Float[Array, "texts strings decisions"]
 
 
 class TabularRouter(AbstractPositionwiseRouter):
-    """A boundary logit of its own for every row of every text, so that any policy without memory can be written down.
+    """A table with one boundary logit for each position of each sequence of a batch.
 
-    `relaxed` are the actions as numbers, for gradients with respect to them; None leaves them out.
+    `relaxed`, if given, are the actions as numbers, for gradients with respect to them.
     """
 
     logits: Float[Array, "batch length"]
@@ -63,7 +63,7 @@ class TabularRouter(AbstractPositionwiseRouter):
 
 
 class Subject(eqx.Module):
-    """A trained model and the texts it is examined on, one a row."""
+    """A trained model and the texts it is examined on."""
 
     model: UNet
     texts: Int[Array, "texts length"]
@@ -75,10 +75,10 @@ class Subject(eqx.Module):
 
 
 class Tables(eqx.Module):
-    """What every string does to every text.
+    """What every boundary string does to the likelihood of every text.
 
     Log-likelihoods of the `length - 1` predictions in nats, with the token level and without; the encoder's states at the
-    rows that decide; the derivative of the summed log-likelihood with respect to the actions as numbers (0 where a chunker
+    deciding positions; the derivative of the summed log-likelihood with respect to the actions as numbers (0 where a chunker
     has none) and with respect to the probabilities that a chunker reads.
     """
 
