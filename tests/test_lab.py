@@ -302,6 +302,39 @@ def test_the_command_leaves_tables_and_a_figure(corpus, tmp_path):
     assert lab.main(arguments) == 2
 
 
+def test_the_command_measures_estimators_by_name(corpus, tmp_path, capsys):
+    out = tmp_path / "named"
+    settings = ("--length", 3, "--models", 2, "--sets", 1, "--steps", 1)
+    arguments = [str(argument) for argument in ("--dataset", corpus, "--out", out, *settings, "--estimators")]
+    with jax.numpy_dtype_promotion("standard"):
+        assert lab.main([*arguments, "sfe", "whitespace"]) == 0
+    found = json.loads((out / "estimators.json").read_text())
+    policy, rule = found["estimators"]
+    assert (policy["name"], policy["draws"], rule["name"], rule["parameters"]) == ("sfe", "enumerated", "whitespace", 0)
+    assert policy["cosine"]["mean"] > 0.9
+    assert policy["variance"]["mean"] > 0.0
+    assert policy["error"]["mean"] == 0.0
+    assert rule["cosine"]["mean"] is None
+    assert [len(models) for models in found["models"]] == [2, 2]
+    assert "| whitespace | 0 |" in (page := (out / "estimators.md").read_text())
+    assert "no parameters to train" in page
+    assert lab.main([*arguments, "sfe"]) == 2, "results are not written over"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nothing-of-the-sort",), "there is no estimator nothing-of-the-sort; there are sfe, "),
+        (("sfe", "--length", "9"), "have 65536 outcomes, and at most 16384 are tried: lower --length or --texts"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_sentence(corpus, tmp_path, capsys, arguments, sentence):
+    settings = ("--dataset", corpus, "--out", tmp_path / "out", "--models", 2, "--sets", 1, "--estimators")
+    assert lab.main([*map(str, settings), *arguments]) == 2
+    assert sentence in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -45,8 +45,9 @@ class Flow:
 
     The loss is that of the flow's `objective`: the expected loss of drawn boundaries, or the loss of greedy ones. `start` and
     `end` are its first and last values, `best` the loss of the best string of each text, found by trying all, `greedy` that of
-    the string of greedy actions at the end, with probabilities of 0 and 1; `rate` the rate there. `closed` is the share of the way
-    from the start to the best that the greedy string has gone: 1 for the best policy, below 0 for one worse than the start.
+    the string of greedy actions at the end, with probabilities of 0 and 1, and `rate` the rate there. `closed` is the share of
+    the way from the start to the best that the greedy string has gone: 1 for the best policy, below 0 for one worse than the
+    start.
     """
 
     name: str
