@@ -114,7 +114,7 @@ def measured_table(found: Sequence[Measured[Interval]]) -> str:
             rows.append((one.name, "0", plus_minus(one.rate), *[ABSENT] * 6, "no parameters to train"))
             continue
         numbers = [plus_minus(value) for value in (one.rate, one.bias, one.scale, one.cosine)]
-        how = one.draws if one.error.mean == 0.0 else f"{one.draws}, error {bounds(one.error)}"
+        how = f"{one.draws}, error {bounds(one.error)}" if one.error.mean > 0.0 else one.draws
         factors = [bounds(value) for value in (one.variance, one.snr)]
         rows.append((one.name, str(one.parameters), *numbers, *factors, plus_minus(one.regulariser), how))
     return table(head.split(", "), rows)
