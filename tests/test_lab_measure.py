@@ -242,11 +242,16 @@ def test_a_rule_has_nothing_to_train():
 
 
 def test_draws_are_compared_with_the_probabilities_that_a_router_states():
-    probs = np.array([[0.1, 0.2, 0.3, 0.4]])
-    place = np.random.default_rng(0).choice(4, 4096, p=probs[0])
-    drawn = np.stack([np.ones(4096, bool), place >= 2, place % 2 == 1], axis=1)[:, None]
-    assert _drawn_with(probs, drawn)
-    assert not _drawn_with(probs[:, ::-1], drawn)
+    """Sequences that are drawn alike have the right probabilities each, and are not independent."""
+    probs, rng = np.array([[0.1, 0.2, 0.3, 0.4]] * 2), np.random.default_rng(0)
+    places = rng.choice(4, (4096, 2), p=probs[0])
+
+    def drawn(places):
+        return np.stack([np.ones(places.shape, bool), places >= 2, places % 2 == 1], axis=2)
+
+    assert _drawn_with(probs, drawn(places))
+    assert not _drawn_with(probs[:, ::-1], drawn(places))
+    assert not _drawn_with(probs, drawn(places[:, [0, 0]]))
 
 
 @pytest.mark.parametrize(("texts", "estimator"), [((2, 9), True), ((1, 3), False)])

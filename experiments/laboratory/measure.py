@@ -31,8 +31,8 @@ Strings = Bool[Array, "strings length"]
 """All boundary strings of a length: the first action is forced, the others take all values."""
 OUTCOMES = 2**14
 """The largest number of outcomes of one training step that are summed."""
-BLOCK = 2**10
-"""Outcomes whose gradients are held at once."""
+BLOCK = 64
+"""Outcomes whose gradients are computed at once, so that one compiled program serves any number of them."""
 STEP = 0.03
 """Distance in logits over which likelihoods are differentiated numerically."""
 
@@ -122,11 +122,12 @@ def measure(
             f"{rows} sequences of {decisions} decisions have 2^{rows * decisions} outcomes, and at most {OUTCOMES} are summed: "
             "measure fewer or shorter texts"
         )
-    strings, first = all_strings(decisions), jnp.asarray(drawn[:8])
+    strings, some = all_strings(decisions), np.arange(BLOCK) % draws
+    first = jnp.asarray(drawn[some])
     exact, probs = (np.asarray(part, np.float64) for part in _exact(model, texts, strings))
     probs = np.repeat(probs, samples, axis=0)
     again = np.asarray(_gradients(model, texts, first, samples))
-    by_key = _gradients(model, texts, keys[:8], samples)
+    by_key = _gradients(model, texts, keys[some], samples)
     follows_actions = np.allclose(again, by_key, rtol=1e-3, atol=1e-4 * np.max(np.abs(again)))
     kind: Draws = "sampled"
     outcomes, weights = keys, np.full(draws, 1 / draws)
@@ -158,11 +159,13 @@ def _moments(
     """The means of the two gradients, and the variances of the first and of their difference."""
     mean, squares = np.zeros(()), np.zeros(2)
     for start in range(0, len(weights), BLOCK):
-        block = slice(start, start + BLOCK)
-        found = np.asarray(_gradients(model, texts, outcomes[block], samples), np.float64)
-        mean = mean + np.tensordot(weights[block], found, 1)
+        # The last block is filled up with outcomes of weight 0.
+        share = np.pad(weights[start : start + BLOCK], (0, max(start + BLOCK - len(weights), 0)))
+        block = outcomes[np.arange(start, start + BLOCK) % len(weights)]
+        found = np.asarray(_gradients(model, texts, block, samples), np.float64)
+        mean = mean + np.tensordot(share, found, 1)
         own = found[:, 0] - found[:, 1]
-        squares += weights[block] @ np.stack([np.sum(part**2, axis=1) for part in (found[:, 0], own)], axis=1)
+        squares += share @ np.stack([np.sum(part**2, axis=1) for part in (found[:, 0], own)], axis=1)
     means = np.array([np.sum(mean[0] ** 2), np.sum((mean[0] - mean[1]) ** 2)])
     # Differences of rounding are no variance.
     return mean, np.where(squares - means > 1e-10 * means, squares - means, 0.0)
@@ -173,13 +176,21 @@ def _all_alike(drawn: Bool[np.ndarray, "draws batch length"]) -> bool:
 
 
 def _drawn_with(probs: Float[np.ndarray, "batch strings"], drawn: Bool[np.ndarray, "draws batch length"]) -> bool:
-    r"""Whether sequences could have been drawn with these probabilities: the frequencies f of n draws have
-    $P(\lVert f - p\rVert_2 > (1 + \sqrt{2 \ln(1/\delta)}) / \sqrt n) < \delta$ (McDiarmid's inequality), here with δ = 1e-6."""
-    place = drawn[:, :, 1:] @ (2 ** np.arange(drawn.shape[2] - 1)[::-1])
-    count = len(drawn)
-    found = np.stack([np.bincount(row, minlength=probs.shape[1]) / count for row in place.T])
+    r"""Whether the sequences could have been drawn with these probabilities, and independently of each other.
+
+    The frequencies f of n draws have $P(\lVert f - p\rVert_2 > (1 + \sqrt{2 \ln(1/\delta)}) / \sqrt n) < \delta$ (McDiarmid's
+    inequality), here with δ = 1e-6, for the strings of each sequence and for the outcomes of the batch.
+    """
+    count, strings = len(drawn), probs.shape[1]
+    places = drawn[:, :, 1:] @ (2 ** np.arange(drawn.shape[2] - 1)[::-1])
+    outcome, joint = np.zeros(count, int), np.ones(1)
+    for place, own in zip(places.T, probs, strict=True):
+        outcome, joint = strings * outcome + place, np.outer(joint, own).ravel()
     bound = (1 + math.sqrt(2 * math.log(1e6))) / math.sqrt(count)
-    return bool(np.all(np.linalg.norm(found - probs, axis=1) <= bound))
+    return all(
+        np.linalg.norm(np.bincount(found, minlength=len(stated)) / count - stated) <= bound
+        for found, stated in [*zip(places.T, probs, strict=True), (outcome, joint)]
+    )
 
 
 def _length(vector: np.ndarray) -> float:
@@ -245,7 +256,7 @@ def _gradients(
             prediction = changed(layout.bytes, actions=(outcome,), training=True)
         return _losses(changed, prediction, layout, samples)
 
-    return jax.lax.map(lambda outcome: jax.jacrev(losses)(parameters.vector, outcome), outcomes, batch_size=64)
+    return jax.vmap(jax.jacrev(losses), (None, 0))(parameters.vector, outcomes)
 
 
 @eqx.filter_jit
