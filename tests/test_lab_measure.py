@@ -93,7 +93,7 @@ class OneOf(AbstractObjective):
         return ObjectiveOutput(self.weights @ losses, {})
 
 
-def measured(router, chunker, objectives, texts=TEXTS, **settings):
+def measured(router, chunker, objectives, texts=TEXTS, draws=2**10, **settings):
     """A model, and one report for each of the objectives."""
     choice = OneOf(tuple(objectives), jnp.zeros(len(objectives)))
     model = UNet(SHAPE, Estimator(router, chunker, choice), key=jax.random.key(0))
@@ -104,7 +104,7 @@ def measured(router, chunker, objectives, texts=TEXTS, **settings):
         weights = jnp.arange(len(objectives)) == number
         return eqx.tree_at(lambda m: m.stage.estimator.objective.weights, model, weights.astype(jnp.float32))
 
-    return model, [measure(chosen(number), texts, KEY, **settings) for number in range(len(objectives))]
+    return model, [measure(chosen(number), texts, KEY, draws=draws, **settings) for number in range(len(objectives))]
 
 
 def score(*reductions):
@@ -182,7 +182,7 @@ def test_several_samples_have_the_moments_of_the_formula(logits):
 def test_relaxed_draws_are_sampled_and_agree_with_quadrature(logits):
     own, router = logits
     chunker = Chunker(MeanPool(DIM, key=jax.random.key(2)), Distribute())
-    model, (report,) = measured(dataclasses.replace(router, temperature=0.5), chunker, [NoObjective()])
+    model, (report,) = measured(dataclasses.replace(router, temperature=0.5), chunker, [NoObjective()], draws=2**13)
     tables, strings = tabulate(Subject(model, TEXTS), own), all_strings(3)
     moments = relaxed_moments(own, strings, tables, 0.5)
     assert report.draws == "sampled"
