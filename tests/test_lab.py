@@ -18,6 +18,7 @@ from experiments.config.presets import PRESETS
 from experiments.config.settings import transformer_shape
 from experiments.laboratory import greedy
 from experiments.laboratory.fields import drawn_loss, exact, expected_score, landscape, place_of, sampled_score
+from experiments.laboratory.gradients import given_critic
 from experiments.laboratory.greedy import fixed_gradient, jumps
 from experiments.laboratory.moments import (
     credited,
@@ -65,14 +66,19 @@ def returns_of(logits, tables, *reductions):
     return credited(reductions, logits, STRINGS, tables)
 
 
+def valued(logits, tables, *reductions):
+    """Returns relative to a critic that expects what the states of width 1 say."""
+    values = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS, 1))
+    return credited((*reductions, given_critic()), logits, STRINGS, tables, hidden=values)
+
+
 def test_unbiased_estimators_have_the_exact_gradient(logits, tables):
     exact = exact_gradient(logits, tables, STRINGS)
     returns = returns_of(logits, tables, EarlyExit())
-    baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
     for moments in (
         score_moments(logits, STRINGS, returns_of(logits, tables)),
         score_moments(logits, STRINGS, returns),
-        score_moments(logits, STRINGS, returns, baseline=baseline),
+        score_moments(logits, STRINGS, valued(logits, tables, EarlyExit())),
         score_moments(logits, STRINGS, returns, centring="leave-one-out"),
         sample_moments(logits, STRINGS, returns, 3),
         disarm_moments(logits, STRINGS, tables),
@@ -141,11 +147,10 @@ def test_relaxed_moments_are_those_of_samples(logits, tables):
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_gradient_descent_follows_the_mean_of_its_estimator(logits, tables, centred):
-    returns = returns_of(logits, tables, Discount(0.9))
-    baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
-    field = eqx.Partial(sampled_score, returns, baseline, centred)
+    returns = valued(logits, tables, Discount(0.9))
+    field = eqx.Partial(sampled_score, returns, centred)
     samples = jax.vmap(field, (None, 0))(logits, jax.random.split(jax.random.key(6), 40_000))
-    exact = score_moments(logits, STRINGS, returns, baseline=baseline, centring="batch" if centred else "none")
+    exact = score_moments(logits, STRINGS, returns, centring="batch" if centred else "none")
     np.testing.assert_allclose(jnp.mean(samples, axis=0), exact.mean, atol=1e-2)
     assert variance_of(samples) == pytest.approx(float(exact.variance), rel=0.05)
 
@@ -185,7 +190,7 @@ def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, table
 
     ground = landscape(tables.log_prob, STRINGS)
     keys = jax.random.key(0), jax.random.key(0), jax.random.key(1)
-    field = eqx.Partial(sampled_score, returns_of(logits, tables), jnp.zeros_like(logits), False)
+    field = eqx.Partial(sampled_score, returns_of(logits, tables), False)
     pace = Pace.of(0.5, 100.0)
     times, (one, again, other) = descend(field, ground, logits, pace, jnp.stack(keys))
     np.testing.assert_array_equal(one, again)

@@ -103,13 +103,11 @@ def greedy_neighbourhood(
     return neighbourhood(subject, unweighted, logits, key, scale=scale, samples=samples).gradient
 
 
-def sampled_score(
-    returns: PerString, baseline: PerDecision, centred: bool, logits: PerDecision, key: PRNGKeyArray
-) -> PerDecision:
-    """The score function on one drawn string for each text, with returns minus a `baseline`, `centred` over texts or not."""
+def sampled_score(returns: PerString, centred: bool, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
+    """The score function on one drawn string for each text, with returns `centred` over texts or not."""
     probs = jax.nn.sigmoid(logits)
     actions = jax.random.bernoulli(key, probs)
-    chosen = jnp.take_along_axis(returns, place_of(actions)[:, None, None], axis=1)[:, 0] - baseline
+    chosen = jnp.take_along_axis(returns, place_of(actions)[:, None, None], axis=1)[:, 0]
     if centred:
         chosen = batch_centred(chosen, None, leave_one_out=False)
     return -(actions.astype(jnp.float32) - probs) * chosen / logits.shape[1]

@@ -35,7 +35,7 @@ from experiments.laboratory.fields import (
     place_of,
     sampled_score,
 )
-from experiments.laboratory.gradients import Subjects, linear_critic, without_weights
+from experiments.laboratory.gradients import Subjects, given_critic, linear_critic, without_weights
 from experiments.laboratory.greedy import greedy_start
 from experiments.laboratory.moments import credited
 from experiments.laboratory.results import Flow
@@ -255,21 +255,19 @@ def noisy_flows(
     start = start_of(subject)
     plain, strings = tabulate(subject, start), subject.strings
     ground = landscape(plain.log_prob, strings)
-    zero = jnp.zeros_like(start)
 
-    def returns(*reductions: AbstractReduction) -> PerString:
-        return credited(reductions, start, strings, plain)
+    def field(*reductions: AbstractReduction, centred: bool = False, hidden: Array | None = None) -> Field:
+        return Partial(sampled_score, credited(reductions, start, strings, plain, hidden=hidden), centred)
 
-    far = returns(EarlyExit(), Discount(0.99))
+    exit, far = EarlyExit(), Discount(0.99)
+    critic = linear_critic(start, plain, strings, credited((exit, far), start, strings, plain))
     paper = "early exit, γ = .99, batch centring"
     fields = {
-        "nothing": Partial(sampled_score, returns(), zero, False),
-        "early exit": Partial(sampled_score, returns(EarlyExit()), zero, False),
-        paper: Partial(sampled_score, far, zero, True),
-        "early exit, γ = .9, batch centring": Partial(sampled_score, returns(EarlyExit(), Discount(0.9)), zero, True),
-        "early exit, γ = .99, linear critic": Partial(
-            sampled_score, far, linear_critic(start, plain, strings, far), False
-        ),
+        "nothing": field(),
+        "early exit": field(exit),
+        paper: field(exit, far, centred=True),
+        "early exit, γ = .9, batch centring": field(exit, Discount(0.9), centred=True),
+        "early exit, γ = .99, linear critic": field(exit, far, given_critic(), hidden=critic[..., None]),
     }
     found, against = [], []
     for rate in rates:

@@ -112,10 +112,9 @@ def score_moments(
     strings: Strings,
     returns: PerString,
     *,
-    baseline: PerDecision | None = None,
     centring: str = "none",
 ) -> Moments:
-    """The score function with these returns, minus a `baseline` that no action changes; `centring` over the texts.
+    """The score function with these returns; `centring` over the texts.
 
     The mean of the other texts' returns is independent of a text's own draws, so that only its mean and covariance enter;
     the batch mean is the same times (B - 1)/B.
@@ -123,14 +122,13 @@ def score_moments(
     texts, _, decisions = returns.shape
     prob = string_probs(logits, strings)
     score = score_of(logits, strings)
-    centre = jnp.zeros((texts, decisions)) if baseline is None else baseline
+    centre = jnp.zeros((texts, decisions))
     noise = jnp.zeros((texts, decisions, decisions))
     shrink = 1.0
     if centring != "none":
-        own = returns - centre[:, None]
-        mean = jnp.einsum("ts,tsd->td", prob, own)
-        spread = jnp.einsum("ts,tsd,tse->tde", prob, own, own) - mean[:, :, None] * mean[:, None, :]
-        centre = centre + (jnp.sum(mean, axis=0) - mean) / (texts - 1)
+        mean = jnp.einsum("ts,tsd->td", prob, returns)
+        spread = jnp.einsum("ts,tsd,tse->tde", prob, returns, returns) - mean[:, :, None] * mean[:, None, :]
+        centre = (jnp.sum(mean, axis=0) - mean) / (texts - 1)
         noise = (jnp.sum(spread, axis=0) - spread) / (texts - 1) ** 2
         shrink = (texts - 1) / texts if centring == "batch" else 1.0
     sample = score * (returns - centre[:, None])
