@@ -1,8 +1,13 @@
-"""How biased and how noisy every estimator is, and where each leads: `python -m experiments.lab --out DIR`."""
+"""How biased and how noisy gradient estimators are, and where each leads.
+
+`python -m experiments.lab --out DIR` does the experiments of docs/laboratory.md. `python -m experiments.lab --out DIR
+--estimators sfe gumbel` trains a small model with each of these estimators and measures the gradient of its router.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from data import load, open_source
+from data import Split, load, open_source
 from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
+from experiments.config.registry import REGISTRY, build_model
 from experiments.laboratory.gradients import Subjects, findings
 from experiments.laboratory.greedy import SPREAD, greedy_start
+from experiments.laboratory.measure import OUTCOMES
+from experiments.laboratory.named import Candidate, examine, measured_table, summarise
 from experiments.laboratory.report import flow_picture, flow_table, gradient_table, noise_table
 from experiments.laboratory.results import (
     Finding,
@@ -31,10 +39,12 @@ from experiments.laboratory.scale import noise
 from experiments.laboratory.subjects import RATE, SHAPE, Subject, held_out_texts, make_optimizer, train_subject
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, command_line
+from experiments.training.prepared import prepare
 from experiments.training.run_dir import json_text, refuse_existing, write_atomically
 from unet import Chunker, Distribute, MeanPool, Select, Smooth
 
 FILES = ("lab.md", "lab.json", "lab.png")
+ESTIMATOR_FILES = ("estimators.md", "estimators.json")
 
 
 @dataclass(frozen=True)
@@ -42,19 +52,21 @@ class LabConfig:
     """Examine gradient estimators on models small enough to try every boundary string."""
 
     out: Path
-    """Folder for the table (lab.md, lab.json) and the figure (lab.png)."""
+    """Folder for the tables (lab.md, lab.json) and the figure (lab.png); with --estimators estimators.md and .json."""
+    estimators: tuple[str, ...] = ()
+    """Measure the router's gradient under these estimators, each on models trained with it, and do nothing else."""
     dataset: str = "docs"
     """Text to train the small models on: anything that --dataset of experiments.run takes."""
-    length: int = 10
-    """Bytes of a text; 2 to the power of length - 1 strings are tried."""
+    length: int | None = None
+    """Bytes of a text, of which 2 to the power of length - 1 boundary strings are tried: by default 10, with --estimators 6."""
     models: int = 5
     """Small models of different seeds for each chunker, and runs of `tiny`: intervals are over these."""
     sets: int = 2
     """Sets of texts that the gradients of each model are averaged over; its flows use the first."""
-    texts: int = 6
-    """Texts of a set."""
+    texts: int | None = None
+    """Texts of a set: by default 6, with --estimators 2, which are the batch of a training step."""
     steps: int = 400
-    """Training steps of the small models."""
+    """Training steps of the small models, of 64 texts each."""
     time: float = 3000.0
     """Time for which the gradient flows run."""
     learning_rates: tuple[float, ...] = (1.0, 8.0)
@@ -72,15 +84,15 @@ class LabConfig:
 
     def __post_init__(self):
         require(
-            3 <= self.length <= 12,
-            f"--length lies between 3 and 12, since every boundary string is tried; got {self.length}",
+            3 <= self.bytes <= 12,
+            f"--length lies between 3 and 12, since every boundary string is tried; got {self.bytes}",
         )
         require(self.models >= 2, f"--models must be at least 2, since intervals are over models; got {self.models}")
         require(
             self.sets >= 1 and self.paths >= 1,
             f"--sets and --paths must be at least 1; got {self.sets} and {self.paths}",
         )
-        require(self.texts >= 2, f"--texts must be at least 2, since returns are centred over them; got {self.texts}")
+        require(self.batch >= 2, f"--texts must be at least 2, since returns are centred over them; got {self.batch}")
         require(self.steps >= 1 and self.time > 0, "--steps must be at least 1 and --time positive")
         require(self.draws >= 8 and self.draws % 4 == 0, f"--draws is a multiple of 4 and at least 8; got {self.draws}")
         require(
@@ -88,9 +100,64 @@ class LabConfig:
             "--learning-rates must be positive and --after not negative",
         )
 
+    @property
+    def bytes(self) -> int:
+        """The length of a text."""
+        return self.length or (6 if self.estimators else 10)
+
+    @property
+    def batch(self) -> int:
+        """The texts of a set."""
+        return self.texts or (2 if self.estimators else 6)
+
 
 def run(config: LabConfig, display: Display) -> None:
-    """Do all experiments and write their results. Raises `ConfigError` and `DataError`."""
+    """Do what is asked for and write the results. Raises `ConfigError` and `DataError`."""
+    if config.estimators:
+        _measure_named(config, display)
+    else:
+        _do_all(config, display)
+
+
+def find(config: LabConfig, name: str, split: Split) -> Candidate:
+    """The estimator of that name, with the settings of `tiny`, in the laboratory's small model. Raises `ConfigError` if there
+    is none, or if it cannot be measured on these texts."""
+    if name not in REGISTRY:
+        raise ConfigError(f"--estimators: there is no estimator {name}; there are {', '.join(REGISTRY)}")
+    run = dataclasses.replace(PRESETS["tiny"], unet=SHAPE, estimator=name, dataset=config.dataset, rate=RATE)
+    require(len(run.levels) == 1, f"--estimators {name}: without a level of tokens there is no router to measure")
+    outcomes = 2 ** (config.batch * run.samples * (config.bytes - 1))
+    require(
+        outcomes <= OUTCOMES,
+        f"--estimators {name}: {config.batch * run.samples} boundary strings of {config.bytes} bytes have {outcomes} outcomes, "
+        f"and at most {OUTCOMES} are tried: lower --length or --texts",
+    )
+    prepared = prepare(run, split)
+    return Candidate(name, lambda key: build_model(run, key, prepared), run.samples)
+
+
+def _measure_named(config: LabConfig, display: Display) -> None:
+    """Measure the estimators that are named, and write and show their table."""
+    refuse_existing(config.out, ESTIMATOR_FILES, overwrite=config.overwrite)
+    split = _split(config)
+    texts = _texts(config, split)
+    candidates = [find(config, name, split) for name in config.estimators]
+    config.out.mkdir(parents=True, exist_ok=True)
+    models = []
+    for candidate in candidates:
+        display.note(f"{candidate.name}: {config.models} models")
+        models.append(examine(candidate, split, texts, steps=config.steps, seed=config.seed))
+    found = [summarise(of) for of in models]
+    page = f"Means over {config.models} models with 95 % intervals.\n\n{measured_table(found)}"
+    write_atomically(
+        config.out / "estimators.json", json_text({"settings": config, "estimators": found, "models": models})
+    )
+    write_atomically(config.out / "estimators.md", page)
+    display.note(page)
+
+
+def _do_all(config: LabConfig, display: Display) -> None:
+    """All experiments of the laboratory's page."""
     refuse_existing(config.out, FILES, overwrite=config.overwrite)
     try:
         from experiments.laboratory.flow import flows, noisy_flows
@@ -175,19 +242,23 @@ def _write(
     return page
 
 
+def _split(config: LabConfig) -> Split:
+    """Text to train the small models on, and enough to examine them on."""
+    source = open_source(config.dataset, text_field=None, cache=None, cache_bytes=8 << 30)
+    held_out = 16 * config.models * config.sets * config.batch * config.bytes
+    return load(source, length=config.bytes, protocol="crop", held_out_share=0.05, held_out_bytes=held_out)
+
+
+def _texts(config: LabConfig, split: Split) -> Int[Array, "models sets texts length"]:
+    """Texts that no model is trained on; none comes twice."""
+    shape = (config.models, config.sets, config.batch, config.bytes)
+    return held_out_texts(split, count=math.prod(shape[:3]), length=config.bytes).reshape(shape)
+
+
 def _subjects(config: LabConfig, key: PRNGKeyArray) -> Iterator[list[Subjects]]:
     """For each model seed its three models, with every set of texts; no text comes twice."""
-    source = open_source(config.dataset, text_field=None, cache=None, cache_bytes=8 << 30)
-    count = config.models * config.sets * config.texts
-    split = load(
-        source,
-        length=config.length,
-        protocol="crop",
-        held_out_share=0.05,
-        held_out_bytes=16 * count * config.length,
-    )
-    shape = (config.models, config.sets, config.texts, config.length)
-    texts = held_out_texts(split, count=count, length=config.length).reshape(shape)
+    split = _split(config)
+    texts = _texts(config, split)
     pool = MeanPool(SHAPE.dim, key=jax.random.fold_in(key, 9))
     chunkers = Chunker(Select(), Distribute()), Chunker(pool, Distribute()), Chunker(Select(), Smooth())
     optimizer = make_optimizer(config.steps)
@@ -197,7 +268,7 @@ def _subjects(config: LabConfig, key: PRNGKeyArray) -> Iterator[list[Subjects]]:
             train_subject(
                 split,
                 chunker,
-                length=config.length,
+                length=config.bytes,
                 optimizer=optimizer,
                 seed=config.seed + number,
                 key=jax.random.fold_in(own, place),

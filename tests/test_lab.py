@@ -4,31 +4,29 @@ import dataclasses
 import itertools
 import json
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from estimators import EarlyExit, Estimator, ImportanceWeight, NoObjective
+from estimators import Discount, EarlyExit, Estimator, NoObjective
 from estimators import equations as eq
 from experiments import lab
 from experiments.comparison.intervals import Interval
 from experiments.config.presets import PRESETS
 from experiments.config.settings import transformer_shape
 from experiments.laboratory import greedy
-from experiments.laboratory.fields import Drawn, Exact, ExpectedScore, SampledScore, landscape, place_of
+from experiments.laboratory.fields import drawn_loss, exact, expected_score, landscape, place_of, sampled_score
+from experiments.laboratory.gradients import given_critic
 from experiments.laboratory.greedy import fixed_gradient, jumps
 from experiments.laboratory.moments import (
-    credit,
+    credited,
     disarm_moments,
     exact_gradient,
-    given_critic,
-    moments_of,
-    off_policy_returns,
     relaxed_moments,
     sample_moments,
     score_moments,
-    score_of,
     string_probs,
 )
 from experiments.laboratory.results import Flow, Noise, summarise_flows, summarise_noise
@@ -64,14 +62,23 @@ def tables():
     )
 
 
+def returns_of(logits, tables, *reductions):
+    return credited(reductions, logits, STRINGS, tables)
+
+
+def valued(logits, tables, *reductions):
+    """Returns relative to a critic that expects what the states of width 1 say."""
+    values = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS, 1))
+    return credited((*reductions, given_critic()), logits, STRINGS, tables, hidden=values)
+
+
 def test_unbiased_estimators_have_the_exact_gradient(logits, tables):
     exact = exact_gradient(logits, tables, STRINGS)
-    returns = credit(tables.log_prob - tables.early_log_prob[:, None], 1.0)
-    baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
+    returns = returns_of(logits, tables, EarlyExit())
     for moments in (
-        score_moments(logits, STRINGS, credit(tables.log_prob, 1.0)),
+        score_moments(logits, STRINGS, returns_of(logits, tables)),
         score_moments(logits, STRINGS, returns),
-        score_moments(logits, STRINGS, returns, baseline=baseline),
+        score_moments(logits, STRINGS, valued(logits, tables, EarlyExit())),
         score_moments(logits, STRINGS, returns, centring="leave-one-out"),
         sample_moments(logits, STRINGS, returns, 3),
         disarm_moments(logits, STRINGS, tables),
@@ -79,45 +86,6 @@ def test_unbiased_estimators_have_the_exact_gradient(logits, tables):
         np.testing.assert_allclose(moments.mean, exact, **CLOSE)
     batch = score_moments(logits, STRINGS, returns, centring="batch")
     np.testing.assert_allclose(batch.mean, exact * (TEXTS - 1) / TEXTS, **CLOSE)
-
-
-def by_hand(logits, behaviour, tables, clip):
-    """The mean gradient under another policy's draws, summed string by string in plain numpy."""
-    policy, other = (1 / (1 + np.exp(-np.asarray(part, np.float64))) for part in (logits, behaviour))
-    rewards = np.asarray(tables.log_prob - tables.early_log_prob[:, None], np.float64)
-    gradient = np.zeros(logits.shape)
-    for text in range(TEXTS):
-        for number, string in enumerate(np.asarray(STRINGS)[:, 1:]):
-            own, theirs = (np.where(string, part[text], 1 - part[text]) for part in (policy, other))
-            # Prediction j follows the decisions before it.
-            weights = [min(np.prod(own[:j] / theirs[:j]), clip) for j in range(DECISIONS)]
-            for d in range(DECISIONS):
-                score = string[d] - policy[text, d]
-                later = sum(weights[j] * rewards[text, number, j] for j in range(d + 1, DECISIONS))
-                gradient[text, d] -= np.prod(theirs) * score * later / DECISIONS
-    return gradient
-
-
-def test_weights_of_another_policy_are_unbiased_until_they_are_clipped(logits, tables):
-    """With a baseline and without; and clipping at 1 changes nothing where the policy itself drew."""
-    baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
-
-    def mean(clip, behaviour, *more):
-        reductions = EarlyExit(), ImportanceWeight(clip), *more
-        returns = off_policy_returns(reductions, logits, behaviour, STRINGS, tables, baseline)
-        return moments_of(score_of(logits, STRINGS) * returns, behaviour, STRINGS).mean
-
-    exact, other = exact_gradient(logits, tables, STRINGS), 0.5 * logits - 0.7
-    for unbiased in (
-        mean(None, other),
-        mean(None, other, given_critic()),
-        mean(1.0, logits),
-        mean(1.0, logits, given_critic()),
-    ):
-        np.testing.assert_allclose(unbiased, exact, **CLOSE)
-    np.testing.assert_allclose(mean(1.0, other), by_hand(logits, other, tables, 1.0), **CLOSE)
-    assert float(jnp.linalg.norm(mean(1.0, other) - exact)) > 0.05 * float(jnp.linalg.norm(exact))
-    assert not np.allclose(mean(1.0, other, given_critic()), mean(1.0, other), rtol=0.01)
 
 
 def test_probabilities_of_strings_sum_to_one(logits):
@@ -136,7 +104,7 @@ def variance_of(samples):
 
 @pytest.mark.parametrize("centring", ["none", "leave-one-out", "batch"])
 def test_exact_variances_are_those_of_samples(logits, tables, centring):
-    returns = credit(tables.log_prob, 0.9)
+    returns = returns_of(logits, tables, Discount(0.9))
     actions, index = drawn(logits, jax.random.key(2), 40_000)
     chosen = jnp.take_along_axis(returns[None], index[..., None, None], axis=2)[:, :, 0]
     if centring != "none":
@@ -148,7 +116,7 @@ def test_exact_variances_are_those_of_samples(logits, tables, centring):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_variance_of_several_samples_is_that_of_samples(logits, tables, count):
-    returns = credit(tables.log_prob, 1.0)
+    returns = returns_of(logits, tables)
     actions, index = drawn(logits, jax.random.key(3), 40_000)
     chosen = jnp.take_along_axis(returns[None], index[..., None, None], axis=2)[:, :, 0]
     score = actions - jax.nn.sigmoid(logits)
@@ -179,11 +147,10 @@ def test_relaxed_moments_are_those_of_samples(logits, tables):
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_gradient_descent_follows_the_mean_of_its_estimator(logits, tables, centred):
-    returns = credit(tables.log_prob, 0.9)
-    baseline = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS))
-    field = SampledScore(returns, baseline, centred)
+    returns = valued(logits, tables, Discount(0.9))
+    field = eqx.Partial(sampled_score, returns, centred)
     samples = jax.vmap(field, (None, 0))(logits, jax.random.split(jax.random.key(6), 40_000))
-    exact = score_moments(logits, STRINGS, returns, baseline=baseline, centring="batch" if centred else "none")
+    exact = score_moments(logits, STRINGS, returns, centring="batch" if centred else "none")
     np.testing.assert_allclose(jnp.mean(samples, axis=0), exact.mean, atol=1e-2)
     assert variance_of(samples) == pytest.approx(float(exact.variance), rel=0.05)
 
@@ -223,7 +190,7 @@ def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, table
 
     ground = landscape(tables.log_prob, STRINGS)
     keys = jax.random.key(0), jax.random.key(0), jax.random.key(1)
-    field = SampledScore(credit(tables.log_prob, 1.0), jnp.zeros_like(logits), False)
+    field = eqx.Partial(sampled_score, returns_of(logits, tables), False)
     pace = Pace.of(0.5, 100.0)
     times, (one, again, other) = descend(field, ground, logits, pace, jnp.stack(keys))
     np.testing.assert_array_equal(one, again)
@@ -233,10 +200,10 @@ def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, table
     assert float(times[-1]) == 100.0
     # As small steps along the expectation the same field is the flow of the exact gradient.
     with jax.numpy_dtype_promotion("standard"):
-        _, path = follow(ExpectedScore(credit(tables.log_prob, 1.0), STRINGS), ground, logits, 20.0)
-    _, (small,) = descend(Exact(tables, STRINGS), ground, logits, Pace.of(0.02, 20.0), jnp.stack(keys[:1]))
+        _, path = follow(eqx.Partial(expected_score, returns_of(logits, tables), STRINGS), ground, logits, 20.0)
+    _, (small,) = descend(eqx.Partial(exact, tables, STRINGS), ground, logits, Pace.of(0.02, 20.0), jnp.stack(keys[:1]))
     np.testing.assert_allclose(path[-1], small[-1], rtol=0.02, atol=0.02)
-    losses, rate, greedy = judged(Drawn(), ground, path)
+    losses, rate, greedy = judged(eqx.Partial(drawn_loss, None), ground, path)
     assert losses[-1] < losses[0]
     assert 0.0 < float(rate) < 1.0
     assert float(greedy) >= float(jnp.mean(ground.best))
@@ -338,6 +305,39 @@ def test_the_command_leaves_tables_and_a_figure(corpus, tmp_path):
     assert (out / "lab.png").read_bytes().startswith(b"\x89PNG")
     assert "±" in (out / "lab.md").read_text()
     assert lab.main(arguments) == 2
+
+
+def test_the_command_measures_estimators_by_name(corpus, tmp_path, capsys):
+    out = tmp_path / "named"
+    settings = ("--length", 3, "--models", 2, "--sets", 1, "--steps", 1)
+    arguments = [str(argument) for argument in ("--dataset", corpus, "--out", out, *settings, "--estimators")]
+    with jax.numpy_dtype_promotion("standard"):
+        assert lab.main([*arguments, "sfe", "whitespace"]) == 0
+    found = json.loads((out / "estimators.json").read_text())
+    policy, rule = found["estimators"]
+    assert (policy["name"], policy["draws"], rule["name"], rule["parameters"]) == ("sfe", "enumerated", "whitespace", 0)
+    assert policy["cosine"]["mean"] > 0.9
+    assert policy["variance"]["mean"] > 0.0
+    assert policy["error"]["mean"] == 0.0
+    assert rule["cosine"]["mean"] is None
+    assert [len(models) for models in found["models"]] == [2, 2]
+    assert "| whitespace | 0 |" in (page := (out / "estimators.md").read_text())
+    assert "no parameters to train" in page
+    assert lab.main([*arguments, "sfe"]) == 2, "results are not written over"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nothing-of-the-sort",), "there is no estimator nothing-of-the-sort; there are sfe, "),
+        (("sfe", "--length", "9"), "have 65536 outcomes, and at most 16384 are tried: lower --length or --texts"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_sentence(corpus, tmp_path, capsys, arguments, sentence):
+    settings = ("--dataset", corpus, "--out", tmp_path / "out", "--models", 2, "--sets", 1, "--estimators")
+    assert lab.main([*map(str, settings), *arguments]) == 2
+    assert sentence in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
-"""What a flow follows and what it is judged by. Everything that differs between models is an array of a module, so that
-models share compiled programs."""
+"""The directions that descent follows, and the losses by which a policy is judged.
+
+Each is a function whose first arguments are bound with `equinox.Partial`, so that models of one shape share compiled programs.
+"""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -12,7 +14,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from estimators.equations import batch_centred
 from experiments.laboratory.gradients import without_weights
-from experiments.laboratory.greedy import Neighbourhood, at_a_point, greedy_losses, neighbourhood
+from experiments.laboratory.greedy import at_a_point, greedy_losses, neighbourhood
 from experiments.laboratory.moments import (
     exact_gradient,
     moments_of,
@@ -24,109 +26,8 @@ from experiments.laboratory.moments import (
 from experiments.laboratory.subjects import PerDecision, PerString, Strings, Subject, Tables, tabulate
 
 
-class AbstractField(eqx.Module):
-    """A direction to descend, at logits and, where it is drawn, for a key."""
-
-    @abstractmethod
-    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
-        """A gradient of the mean loss of each text."""
-
-
-class Exact(AbstractField):
-    """The gradient itself."""
-
-    tables: Tables
-    strings: Strings
-
-    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
-        return exact_gradient(logits, self.tables, self.strings)
-
-
-class ExpectedScore(AbstractField):
-    """The score function's mean."""
-
-    returns: PerString
-    strings: Strings
-
-    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
-        return score_moments(logits, self.strings, self.returns).mean
-
-
-class ExpectedRelaxed(AbstractField):
-    """A straight-through estimator's mean."""
-
-    tables: Tables
-    strings: Strings
-    temperature: float | None = eqx.field(static=True)
-
-    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
-        return relaxed_moments(logits, self.strings, self.tables, self.temperature).mean
-
-
-class ExactSmooth(AbstractField):
-    """The gradient itself where likelihoods move with the probabilities, so that the model runs at every step."""
-
-    subject: Subject
-
-    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
-        return exact_gradient(logits, tabulate(without_weights(self.subject), logits), self.subject.strings)
-
-
-class ExpectedChunking(AbstractField):
-    """Dynamic chunking's mean, its boundaries drawn."""
-
-    subject: Subject
-
-    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
-        return moments_of(pathwise(logits, tabulate(self.subject, logits)), logits, self.subject.strings).mean
-
-
-class GreedyChunking(AbstractField):
-    """Dynamic chunking with greedy boundaries."""
-
-    subject: Subject
-
-    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
-        return at_a_point(self.subject, logits)
-
-
-class GreedyNeighbourhood(AbstractField):
-    """An unbiased estimate of the gradient of the greedy loss, averaged over a neighbourhood."""
-
-    subject: Subject
-    scale: Float[Array, ""]
-    samples: int = eqx.field(static=True)
-
-    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
-        around: Neighbourhood = neighbourhood(
-            self.subject, without_weights(self.subject), logits, key, scale=self.scale, samples=self.samples
-        )
-        return around.gradient
-
-
-class SampledScore(AbstractField):
-    """The score function on one drawn string for each text, as in training: returns minus a `baseline`, `centred` or not."""
-
-    returns: PerString
-    baseline: PerDecision
-    centred: bool = eqx.field(static=True)
-
-    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
-        probs = jax.nn.sigmoid(logits)
-        actions = jax.random.bernoulli(key, probs)
-        returns = jnp.take_along_axis(self.returns, place_of(actions)[:, None, None], axis=1)[:, 0] - self.baseline
-        if self.centred:
-            returns = batch_centred(returns, None, leave_one_out=False)
-        return -(actions.astype(jnp.float32) - probs) * returns / logits.shape[1]
-
-
-def place_of(actions: Bool[Array, "*texts decisions"]) -> Array:
-    """The place of a string among all, from its free actions."""
-    return jnp.sum(jnp.where(actions, 2 ** jnp.arange(actions.shape[-1] - 1, -1, -1), 0), axis=-1)
-
-
 class Landscape(eqx.Module):
-    """The losses of all strings, price included, each read as certain; and the price of a boundary at every byte."""
+    """The loss of each string of each text, and the price of a boundary at every byte, which is part of these losses."""
 
     losses: Float[Array, "texts strings"]
     strings: Strings
@@ -134,13 +35,19 @@ class Landscape(eqx.Module):
 
     @property
     def best(self) -> Float[Array, " texts"]:
-        """Of the best string of each text."""
+        """The loss of the best string of each text."""
         return jnp.min(self.losses, axis=1)
 
     def charge(self, logits: PerDecision) -> PerDecision:
         """The derivative of the expected price."""
         probs = jax.nn.sigmoid(logits)
         return self.price * probs * (1.0 - probs) / logits.shape[1]
+
+
+Field = Callable[[PerDecision, PRNGKeyArray], PerDecision]
+"""From logits, and a key where it is drawn, a gradient of the mean loss of each text."""
+Judge = Callable[[PerDecision, Landscape], tuple[Float[Array, ""], Float[Array, ""]]]
+"""The loss of a policy in nats per byte, price included, and its rate of boundaries; means over texts."""
 
 
 def landscape(log_prob: PerString, strings: Strings, rate: float = 0.3) -> Landscape:
@@ -156,40 +63,72 @@ def landscape(log_prob: PerString, strings: Strings, rate: float = 0.3) -> Lands
     return Landscape(losses + price * drawn, strings, price)
 
 
-class NoField(AbstractField):
-    """No gradient of the likelihood: what the price does by itself."""
-
-    def __call__(self, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
-        return jnp.zeros_like(logits)
+def exact(tables: Tables, strings: Strings, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
+    """The gradient of the expected loss."""
+    return exact_gradient(logits, tables, strings)
 
 
-class AbstractJudge(eqx.Module):
-    """The loss and the rate of a policy, means over texts, price included."""
-
-    @abstractmethod
-    def __call__(self, logits: PerDecision, ground: Landscape) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Loss in nats per byte, and rate of boundaries."""
+def expected_score(returns: PerString, strings: Strings, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
+    """The mean of the score function."""
+    return score_moments(logits, strings, returns).mean
 
 
-class Drawn(AbstractJudge):
-    """Of boundaries drawn; of the `subject`, where there is one, likelihoods move with the probabilities."""
-
-    subject: Subject | None = None
-
-    def __call__(self, logits: PerDecision, ground: Landscape) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        losses = ground.losses
-        if self.subject is not None:
-            log_prob = tabulate(without_weights(self.subject), logits).log_prob
-            losses = -jnp.mean(log_prob, axis=2) + ground.price * jnp.mean(ground.strings[:, 1:], axis=1)
-        loss = jnp.mean(jnp.sum(string_probs(logits, ground.strings) * losses, axis=1))
-        return loss, jnp.mean(jax.nn.sigmoid(logits))
+def expected_relaxed(
+    tables: Tables, strings: Strings, temperature: float | None, logits: PerDecision, key: PRNGKeyArray
+) -> PerDecision:
+    """The mean of a straight-through estimator."""
+    return relaxed_moments(logits, strings, tables, temperature).mean
 
 
-class Greedy(AbstractJudge):
-    """Of greedy boundaries."""
+def exact_smooth(subject: Subject, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
+    """The gradient of the expected loss where likelihoods depend on the probabilities: the model runs at every step."""
+    return exact_gradient(logits, tabulate(without_weights(subject), logits), subject.strings)
 
-    subject: Subject
 
-    def __call__(self, logits: PerDecision, ground: Landscape) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        rate = jnp.mean(logits > 0)
-        return jnp.mean(greedy_losses(self.subject, logits)) + ground.price * rate, rate
+def expected_chunking(subject: Subject, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
+    """The mean of dynamic chunking with drawn boundaries."""
+    return moments_of(pathwise(logits, tabulate(subject, logits)), logits, subject.strings).mean
+
+
+def greedy_chunking(subject: Subject, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
+    """Dynamic chunking with greedy boundaries."""
+    return at_a_point(subject, logits)
+
+
+def greedy_neighbourhood(
+    subject: Subject, scale: Float[Array, ""], samples: int, logits: PerDecision, key: PRNGKeyArray
+) -> PerDecision:
+    """An unbiased estimate of the gradient of the greedy loss, averaged over a neighbourhood."""
+    unweighted = without_weights(subject)
+    return neighbourhood(subject, unweighted, logits, key, scale=scale, samples=samples).gradient
+
+
+def sampled_score(returns: PerString, centred: bool, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
+    """The score function on one drawn string for each text, with returns `centred` over texts or not."""
+    probs = jax.nn.sigmoid(logits)
+    actions = jax.random.bernoulli(key, probs)
+    chosen = jnp.take_along_axis(returns, place_of(actions)[:, None, None], axis=1)[:, 0]
+    if centred:
+        chosen = batch_centred(chosen, None, leave_one_out=False)
+    return -(actions.astype(jnp.float32) - probs) * chosen / logits.shape[1]
+
+
+def place_of(actions: Bool[Array, "*texts decisions"]) -> Array:
+    """The index of a string among all strings, from its free actions."""
+    return jnp.sum(jnp.where(actions, 2 ** jnp.arange(actions.shape[-1] - 1, -1, -1), 0), axis=-1)
+
+
+def drawn_loss(subject: Subject | None, logits: PerDecision, ground: Landscape):
+    """The loss of drawn boundaries. With a `subject` the likelihoods depend on the probabilities: its model runs."""
+    losses = ground.losses
+    if subject is not None:
+        log_prob = tabulate(without_weights(subject), logits).log_prob
+        losses = -jnp.mean(log_prob, axis=2) + ground.price * jnp.mean(ground.strings[:, 1:], axis=1)
+    loss = jnp.mean(jnp.sum(string_probs(logits, ground.strings) * losses, axis=1))
+    return loss, jnp.mean(jax.nn.sigmoid(logits))
+
+
+def greedy_loss(subject: Subject, logits: PerDecision, ground: Landscape):
+    """The loss of greedy boundaries."""
+    rate = jnp.mean(logits > 0)
+    return jnp.mean(greedy_losses(subject, logits)) + ground.price * rate, rate

@@ -14,29 +14,30 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from equinox import Partial
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
+from estimators import AbstractReduction, Discount, EarlyExit
 from experiments.laboratory.fields import (
-    AbstractField,
-    AbstractJudge,
-    Drawn,
-    Exact,
-    ExactSmooth,
-    ExpectedChunking,
-    ExpectedRelaxed,
-    ExpectedScore,
-    Greedy,
-    GreedyChunking,
-    GreedyNeighbourhood,
+    Field,
+    Judge,
     Landscape,
-    NoField,
-    SampledScore,
+    drawn_loss,
+    exact,
+    exact_smooth,
+    expected_chunking,
+    expected_relaxed,
+    expected_score,
+    greedy_chunking,
+    greedy_loss,
+    greedy_neighbourhood,
     landscape,
     place_of,
+    sampled_score,
 )
-from experiments.laboratory.gradients import Subjects, linear_critic, without_weights
+from experiments.laboratory.gradients import Subjects, given_critic, linear_critic, without_weights
 from experiments.laboratory.greedy import greedy_start
-from experiments.laboratory.moments import credit
+from experiments.laboratory.moments import credited
 from experiments.laboratory.results import Flow
 from experiments.laboratory.subjects import RATE, PerDecision, PerString, Subject, tabulate, with_logits
 from unet import next_logprobs
@@ -55,8 +56,8 @@ class Course:
     name: str
     model: str
     objective: str
-    field: AbstractField
-    judge: AbstractJudge
+    field: Field
+    judge: Judge
     against: str
 
 
@@ -71,20 +72,30 @@ def flows(subjects: Subjects, *, time: float, key: PRNGKeyArray) -> tuple[list[F
     start = start_of(subjects.distribute)
     plain, pooled = tabulate(subjects.distribute, start), tabulate(subjects.mean, start)
     strings = subjects.distribute.strings
-    early, early_pooled = (tables.log_prob - tables.early_log_prob[:, None] for tables in (plain, pooled))
     reference = "exact gradient"
-    courses = [Course(reference, "distribute", "drawn", Exact(plain, strings), Drawn(), reference)]
+    courses = [
+        Course(reference, "distribute", "drawn", Partial(exact, plain, strings), Partial(drawn_loss, None), reference)
+    ]
     for discount in (1.0, 0.99, 0.9, 0.5):
-        field = ExpectedScore(credit(early, discount), strings)
-        courses.append(Course(f"score function, γ = {discount:g}", "distribute", "drawn", field, Drawn(), reference))
+        returns = credited((EarlyExit(), Discount(discount)), start, strings, plain)
+        field = Partial(expected_score, returns, strings)
+        courses.append(
+            Course(
+                f"score function, γ = {discount:g}", "distribute", "drawn", field, Partial(drawn_loss, None), reference
+            )
+        )
+    # Without likelihoods only the price is left; as tables, so that no further program is compiled.
+    flat = jax.tree.map(jnp.zeros_like, pooled)
     fields = {
-        reference: Exact(pooled, strings),
-        "score function, γ = 1": ExpectedScore(credit(early_pooled, 1.0), strings),
-        "straight-through Gumbel, τ = .5": ExpectedRelaxed(pooled, strings, 0.5),
-        "straight-through Bernoulli": ExpectedRelaxed(pooled, strings, None),
-        "the price alone": NoField(),
+        reference: Partial(exact, pooled, strings),
+        "score function, γ = 1": Partial(expected_score, credited((EarlyExit(),), start, strings, pooled), strings),
+        "straight-through Gumbel, τ = .5": Partial(expected_relaxed, pooled, strings, 0.5),
+        "straight-through Bernoulli": Partial(expected_relaxed, pooled, strings, None),
+        "the price alone": Partial(exact, flat, strings),
     }
-    courses += [Course(name, "mean", "drawn", field, Drawn(), reference) for name, field in fields.items()]
+    courses += [
+        Course(name, "mean", "drawn", field, Partial(drawn_loss, None), reference) for name, field in fields.items()
+    ]
     grounds = {
         "distribute": landscape(plain.log_prob, strings),
         "mean": landscape(pooled.log_prob, strings),
@@ -103,15 +114,15 @@ def flows(subjects: Subjects, *, time: float, key: PRNGKeyArray) -> tuple[list[F
 def _smooth_flows(subject: Subject, time: float, key: PRNGKeyArray) -> tuple[list[Course], list[Flow]]:
     """Dynamic chunking: drawn boundaries from `start_of`, greedy ones from a start where they come at the same rate."""
     unweighted = without_weights(subject)
-    # Certain boundaries smooth nothing: what a string is worth once a policy has settled on it.
+    # With probabilities of 0 and 1 nothing is smoothed: the losses that a policy approaches as it becomes deterministic.
     ground = landscape(certain_log_prob(unweighted), subject.strings)
     reference, around = "exact gradient", "gradient averaged over s = 1"
-    drawn, greedy = Drawn(subject), Greedy(unweighted)
+    drawn, greedy = Partial(drawn_loss, subject), Partial(greedy_loss, unweighted)
     courses = [
-        Course(reference, "smooth", "drawn", ExactSmooth(subject), drawn, reference),
-        Course("dynamic chunking, drawn", "smooth", "drawn", ExpectedChunking(subject), drawn, reference),
-        Course(around, "smooth", "greedy", GreedyNeighbourhood(subject, jnp.ones(()), 4), greedy, around),
-        Course("dynamic chunking, greedy", "smooth", "greedy", GreedyChunking(subject), greedy, around),
+        Course(reference, "smooth", "drawn", Partial(exact_smooth, subject), drawn, reference),
+        Course("dynamic chunking, drawn", "smooth", "drawn", Partial(expected_chunking, subject), drawn, reference),
+        Course(around, "smooth", "greedy", Partial(greedy_neighbourhood, subject, jnp.ones(()), 4), greedy, around),
+        Course("dynamic chunking, greedy", "smooth", "greedy", Partial(greedy_chunking, subject), greedy, around),
     ]
     start = start_of(subject)
     starts = {"drawn": start, "greedy": greedy_start(jax.random.fold_in(key, 0), start.shape)}
@@ -125,7 +136,7 @@ def _smooth_flows(subject: Subject, time: float, key: PRNGKeyArray) -> tuple[lis
 
 @eqx.filter_jit
 def certain_log_prob(subject: Subject) -> PerString:
-    """Log-likelihoods of a chunker that reads probabilities, every string read as certain of itself."""
+    """Log-likelihoods of a chunker that reads probabilities, for probabilities that equal the actions of each string."""
     strings = subject.strings
 
     def one(text: Array) -> Array:
@@ -138,7 +149,7 @@ def certain_log_prob(subject: Subject) -> PerString:
 
 @eqx.filter_jit
 def follow(
-    field: AbstractField, ground: Landscape, start: PerDecision, time: float
+    field: Field, ground: Landscape, start: PerDecision, time: float
 ) -> tuple[Float[Array, " saved"], Float[Array, "saved texts decisions"]]:
     """Integrate a smooth field with adaptive steps: times and logits, the start included."""
     unused = jax.random.key(0)
@@ -178,7 +189,7 @@ class Pace:
 
 
 def descend(
-    field: AbstractField, ground: Landscape, start: PerDecision, pace: Pace, keys: Key[Array, " paths"]
+    field: Field, ground: Landscape, start: PerDecision, pace: Pace, keys: Key[Array, " paths"]
 ) -> tuple[Float[Array, " saved"], Float[Array, "paths saved texts decisions"]]:
     """Gradient descent, once for every key: times and logits, the start included."""
     return pace.times, _descended(field, ground, start, jnp.asarray(pace.rate), jnp.asarray(pace.steps), keys)
@@ -186,7 +197,7 @@ def descend(
 
 @eqx.filter_jit
 def _descended(
-    field: AbstractField,
+    field: Field,
     ground: Landscape,
     start: PerDecision,
     rate: Float[Array, ""],
@@ -208,9 +219,9 @@ def _descended(
 
 @eqx.filter_jit
 def judged(
-    judge: AbstractJudge, ground: Landscape, path: Float[Array, "saved texts decisions"]
+    judge: Judge, ground: Landscape, path: Float[Array, "saved texts decisions"]
 ) -> tuple[Float[Array, " saved"], Float[Array, ""], Float[Array, ""]]:
-    """The losses along a path, the rate at its end, and the loss of the greedy string there, taken for certain."""
+    """The losses along a path, the rate at its end, and the loss of the greedy string there as `Landscape` has it."""
     losses, rates = jax.lax.map(lambda logits: judge(logits, ground), path)
     greedy = jnp.take_along_axis(ground.losses, place_of(path[-1] > 0)[:, None], axis=1)
     return losses, rates[-1], jnp.mean(greedy)
@@ -244,22 +255,26 @@ def noisy_flows(
     start = start_of(subject)
     plain, strings = tabulate(subject, start), subject.strings
     ground = landscape(plain.log_prob, strings)
-    early = plain.log_prob - plain.early_log_prob[:, None]
-    far, zero = credit(early, 0.99), jnp.zeros_like(start)
+
+    def field(*reductions: AbstractReduction, centred: bool = False, hidden: Array | None = None) -> Field:
+        return Partial(sampled_score, credited(reductions, start, strings, plain, hidden=hidden), centred)
+
+    exit, far = EarlyExit(), Discount(0.99)
+    critic = linear_critic(start, plain, strings, credited((exit, far), start, strings, plain))
     paper = "early exit, γ = .99, batch centring"
     fields = {
-        "nothing": SampledScore(credit(plain.log_prob, 1.0), zero, False),
-        "early exit": SampledScore(credit(early, 1.0), zero, False),
-        paper: SampledScore(far, zero, True),
-        "early exit, γ = .9, batch centring": SampledScore(credit(early, 0.9), zero, True),
-        "early exit, γ = .99, linear critic": SampledScore(far, linear_critic(start, plain, strings, far), False),
+        "nothing": field(),
+        "early exit": field(exit),
+        paper: field(exit, far, centred=True),
+        "early exit, γ = .9, batch centring": field(exit, Discount(0.9), centred=True),
+        "early exit, γ = .99, linear critic": field(exit, far, given_critic(), hidden=critic[..., None]),
     }
     found, against = [], []
     for rate in rates:
         against += [len(found) + list(fields).index(paper)] * len(fields)
         for number, (name, field) in enumerate(fields.items()):
             keys = jax.random.split(jax.random.fold_in(key, number), paths)
-            course = Course(f"{name}, η = {rate:g}", "distribute", "drawn", field, Drawn(), paper)
+            course = Course(f"{name}, η = {rate:g}", "distribute", "drawn", field, Partial(drawn_loss, None), paper)
             times, trajectories = descend(field, ground, start, Pace.of(rate, time), keys)
             found.append(_mean_flow([_read_off(course, ground, times, path) for path in trajectories]))
     return found, against

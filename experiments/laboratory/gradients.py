@@ -12,16 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from estimators import EarlyExit, ImportanceWeight
+from estimators import AbstractReduction, Critic, Discount, EarlyExit, GeneralisedAdvantage, ImportanceWeight
 from experiments.laboratory.greedy import at_a_point, neighbourhood
 from experiments.laboratory.moments import (
     Moments,
-    credit,
+    credited,
     disarm_moments,
     exact_gradient,
-    given_critic,
     moments_of,
-    off_policy_returns,
     pathwise,
     relaxed_moments,
     sample_moments,
@@ -88,45 +86,55 @@ def findings(subjects: Subjects, logits: PerDecision, greedy_logits: PerDecision
 
 
 def score_functions(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
-    """The score function with every set of variance reductions worth a look, and its cost; DisARM; other behaviours."""
-    raw = tables.log_prob
-    early = raw - tables.early_log_prob[:, None]
+    """The score function with sets of variance reductions, on-policy and off-policy, and DisARM; each with its cost."""
+    exit, far = EarlyExit(), Discount(0.99)
+    critic = linear_critic(logits, tables, strings, credited((exit, far), logits, strings, tables))
 
-    def moments(rewards: Array, discount: float, centring: str = "none", baseline: Array | None = None) -> Moments:
-        return score_moments(logits, strings, credit(rewards, discount), centring=centring, baseline=baseline)
+    def moments(*reductions: AbstractReduction, centring: str = "none") -> Moments:
+        returns = credited(reductions, logits, strings, tables, hidden=critic[..., None])
+        return score_moments(logits, strings, returns, centring=centring)
 
-    far = credit(early, 0.99)
-    critic = linear_critic(logits, tables, strings, far)
+    def several(samples: int) -> Moments:
+        return sample_moments(logits, strings, credited((exit, far), logits, strings, tables), samples)
+
+    def advantage(decay: float) -> Moments:
+        step = eqx.tree_at(lambda g: g.critic, GeneralisedAdvantage(1, 0.99, decay), given_critic())
+        return moments(exit, step)
+
     tried = [
-        ("nothing", moments(raw, 1.0), 1.0),
-        ("early exit", moments(early, 1.0), 1.0),
-        ("γ = .99", moments(raw, 0.99), 1.0),
-        ("batch centring", moments(raw, 1.0, "batch"), 1.0),
-        ("leave-one-out centring", moments(raw, 1.0, "leave-one-out"), 1.0),
-        ("early exit, γ = .99", moments(early, 0.99), 1.0),
-        ("γ = .99, batch centring", moments(raw, 0.99, "batch"), 1.0),
-        ("early exit, batch centring", moments(early, 1.0, "batch"), 1.0),
-        (PAPER, moments(early, 0.99, "batch"), 1.0),
-        ("early exit, γ = .99, leave-one-out", moments(early, 0.99, "leave-one-out"), 1.0),
-        ("early exit, γ = .9, batch centring", moments(early, 0.9, "batch"), 1.0),
-        ("early exit, γ = .8, batch centring", moments(early, 0.8, "batch"), 1.0),
-        ("early exit, γ = .5, batch centring", moments(early, 0.5, "batch"), 1.0),
-        ("early exit, γ = .99, linear critic", moments(early, 0.99, baseline=critic), 1.0),
-        ("early exit, γ = .99, linear critic, batch centring", moments(early, 0.99, "batch", critic), 1.0),
-        ("early exit, γ = .99, λ = .8", advantages(logits, tables, strings, critic, 0.8), 1.0),
-        ("early exit, γ = .99, λ = .5", advantages(logits, tables, strings, critic, 0.5), 1.0),
-        ("early exit, γ = .99, 2 samples", sample_moments(logits, strings, far, 2), 2.0),
-        ("early exit, γ = .99, 4 samples", sample_moments(logits, strings, far, 4), 4.0),
-        *off_policy(logits, tables, strings, linear_critic(logits, tables, strings, credit(early, 1.0))),
+        ("nothing", moments(), 1.0),
+        ("early exit", moments(exit), 1.0),
+        ("γ = .99", moments(far), 1.0),
+        ("batch centring", moments(centring="batch"), 1.0),
+        ("leave-one-out centring", moments(centring="leave-one-out"), 1.0),
+        ("early exit, γ = .99", moments(exit, far), 1.0),
+        ("γ = .99, batch centring", moments(far, centring="batch"), 1.0),
+        ("early exit, batch centring", moments(exit, centring="batch"), 1.0),
+        (PAPER, moments(exit, far, centring="batch"), 1.0),
+        ("early exit, γ = .99, leave-one-out", moments(exit, far, centring="leave-one-out"), 1.0),
+        *(
+            (f"early exit, γ = .{tenths}, batch centring", moments(exit, Discount(tenths / 10), centring="batch"), 1.0)
+            for tenths in (9, 8, 5)
+        ),
+        ("early exit, γ = .99, linear critic", moments(exit, far, given_critic()), 1.0),
+        (
+            "early exit, γ = .99, linear critic, batch centring",
+            moments(exit, far, given_critic(), centring="batch"),
+            1.0,
+        ),
+        ("early exit, γ = .99, λ = .8", advantage(0.8), 1.0),
+        ("early exit, γ = .99, λ = .5", advantage(0.5), 1.0),
+        ("early exit, γ = .99, 2 samples", several(2), 2.0),
+        ("early exit, γ = .99, 4 samples", several(4), 4.0),
+        *off_policy(logits, tables, strings),
     ]
     named = [(name if name == PAPER else f"score function: {name}", of, cost) for name, of, cost in tried]
     return [*named, ("DisARM", disarm_moments(logits, strings, tables), 2.0)]
 
 
-def off_policy(
-    logits: PerDecision, tables: Tables, strings: Strings, critic: PerDecision
-) -> list[tuple[str, Moments, float]]:
+def off_policy(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
     """Boundaries drawn at a fixed rate, their rewards weighted with every clip, without and with a baseline."""
+    critic = linear_critic(logits, tables, strings, credited((EarlyExit(),), logits, strings, tables))[..., None]
     found = []
     for rate in (0.2, 0.5):
         behaviour = jnp.full_like(logits, jax.scipy.special.logit(rate))
@@ -134,17 +142,21 @@ def off_policy(
             bound = "not clipped" if clip is None else f"clipped at {clip:g}"
             plain = EarlyExit(), ImportanceWeight(clip)
             for reductions, addition in ((plain, ""), ((*plain, given_critic()), ", linear critic")):
-                returns = off_policy_returns(reductions, logits, behaviour, strings, tables, critic)
+                returns = credited(reductions, logits, strings, tables, behaviour=behaviour, hidden=critic)
                 moments = moments_of(score_of(logits, strings) * returns, behaviour, strings)
                 found.append((f"early exit, drawn at rate {rate:g}, {bound}{addition}", moments, 1.0))
     return found
 
 
+def given_critic() -> Critic:
+    """A critic that expects what the states of width 1 say."""
+    return eqx.tree_at(lambda critic: critic.weight, Critic(1), jnp.ones(1))
+
+
 def straight_through(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
-    """Estimators through the derivative with respect to the actions, and the score function beside them."""
+    """Straight-through estimators, and the score function for comparison."""
     return [
-        (PAPER, _paper(logits, tables, strings), 1.0),
-        ("score function: early exit", _early(logits, tables, strings), 1.0),
+        *_on_policy(logits, tables, strings),
         ("straight-through Gumbel, τ = .5", relaxed_moments(logits, strings, tables, 0.5), 1.0),
         ("straight-through Gumbel, τ = 1", relaxed_moments(logits, strings, tables, 1.0), 1.0),
         ("straight-through Bernoulli", relaxed_moments(logits, strings, tables, None), 1.0),
@@ -152,28 +164,27 @@ def straight_through(logits: PerDecision, tables: Tables, strings: Strings) -> l
 
 
 def _chunking(subject: Subject, logits: PerDecision, strings: Strings) -> list[Finding]:
-    """Dynamic chunking against the loss of drawn boundaries, whatever boundaries it takes itself."""
+    """Dynamic chunking with drawn and with greedy boundaries, against the gradient of the loss of drawn ones."""
     weighted = tabulate(subject, logits)
     unweighted = tabulate(without_weights(subject), logits)
     exact = exact_gradient(logits, unweighted, strings)
-    early = credit(unweighted.log_prob - unweighted.early_log_prob[:, None], 1.0)
+    early = credited((EarlyExit(),), logits, strings, unweighted)
     whole = score_of(logits, strings) * early + pathwise(logits, unweighted)
     tried = [
-        (PAPER, _paper(logits, unweighted, strings)),
-        ("score function: early exit", _early(logits, unweighted, strings)),
-        ("score function: early exit, with the gradient of smoothing", moments_of(whole, logits, strings)),
-        ("dynamic chunking, drawn", moments_of(pathwise(logits, weighted), logits, strings)),
+        *_on_policy(logits, unweighted, strings),
+        ("score function: early exit, with the gradient of smoothing", moments_of(whole, logits, strings), 1.0),
+        ("dynamic chunking, drawn", moments_of(pathwise(logits, weighted), logits, strings), 1.0),
     ]
     return _found(
         [
-            *(Tried(name, "smooth", DRAWN, of.mean, float(of.variance), exact, 1.0) for name, of in tried),
+            *(Tried(name, "smooth", DRAWN, of.mean, float(of.variance), exact, cost) for name, of, cost in tried),
             Tried("dynamic chunking, greedy", "smooth", DRAWN, at_a_point(subject, logits), None, exact, 1.0),
         ]
     )
 
 
 def _greedy(subject: Subject, logits: PerDecision, key: PRNGKeyArray) -> list[Finding]:
-    """Greedy dynamic chunking against the loss that it is paid for, that of greedy boundaries."""
+    """Greedy dynamic chunking against gradients of the loss of greedy boundaries."""
     unweighted, name = without_weights(subject), "dynamic chunking, greedy"
     here = at_a_point(subject, logits)
     tried = [Tried(name, "smooth", "greedy, boundaries fixed", here, None, at_a_point(unweighted, logits), 1.0)]
@@ -208,26 +219,14 @@ def linear_critic(logits: PerDecision, tables: Tables, strings: Strings, returns
     return jax.lax.map(one, jnp.arange(len(mean)))
 
 
-def advantages(
-    logits: PerDecision, tables: Tables, strings: Array, critic: PerDecision, decay: float, discount: float = 0.99
-) -> Moments:
-    """Generalised advantages with this critic. Row d of `critic` is the value of the state at row d + 1, whose reward is
-    that of the prediction made there; the last state has none."""
-    rewards = (tables.log_prob - tables.early_log_prob[:, None])[:, :, 1:]
-    values = critic[:, None, :-1]
-    after = jnp.pad(values[:, :, 1:], ((0, 0), (0, 0), (0, 1)))
-    errors = jnp.pad(rewards + discount * after - values, ((0, 0), (0, 0), (1, 0)))
-    return score_moments(logits, strings, credit(errors, discount * decay))
-
-
-def _early(logits: PerDecision, tables: Tables, strings: Strings) -> Moments:
-    early = tables.log_prob - tables.early_log_prob[:, None]
-    return score_moments(logits, strings, credit(early, 1.0))
-
-
-def _paper(logits: PerDecision, tables: Tables, strings: Strings) -> Moments:
-    early = tables.log_prob - tables.early_log_prob[:, None]
-    return score_moments(logits, strings, credit(early, 0.99), centring="batch")
+def _on_policy(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
+    """The paper's estimator and the unbiased one, for comparison."""
+    early = credited((EarlyExit(),), logits, strings, tables)
+    far = credited((EarlyExit(), Discount(0.99)), logits, strings, tables)
+    return [
+        (PAPER, score_moments(logits, strings, far, centring="batch"), 1.0),
+        ("score function: early exit", score_moments(logits, strings, early), 1.0),
+    ]
 
 
 def _found(tried: Sequence[Tried]) -> list[Finding]:

@@ -1,8 +1,8 @@
 r"""Greedy boundaries: a deterministic loss, and its gradient averaged over a neighbourhood.
 
 The loss of greedy boundaries, $J(l)$, is that of the string $1[l > 0]$ whose probabilities are read from the same logits. It
-jumps where a logit passes 0. Almost everywhere its gradient is the one at fixed boundaries, blind to the jumps, and 0 where
-no probability of a boundary is read. What moving the logits does to the loss shows only in an average,
+jumps where a logit passes 0. Almost everywhere its gradient is that at fixed boundaries, which does not see the jumps; it is
+0 if the chunker reads no probabilities. The effect of moving the logits appears only in an average,
 $J_s(l) = E[J(l + s\varepsilon)]$ with standard logistic ε.
 """
 
@@ -21,8 +21,8 @@ from unet import next_logprobs
 SPREAD = 0.5
 """Standard deviation of the logits at which estimators are examined."""
 
-Loss = Callable[[Float[Array, "rows decisions"], Bool[Array, "rows decisions"]], Float[Array, " rows"]]
-"""The mean loss of one text, in nats, at logits and actions of its decisions, a row a try."""
+Loss = Callable[[Float[Array, "tries decisions"], Bool[Array, "tries decisions"]], Float[Array, " tries"]]
+"""The mean loss of one text, in nats, for several tries of logits and actions of its decisions."""
 
 
 def greedy_start(key: PRNGKeyArray, shape: tuple[int, ...]) -> PerDecision:
@@ -33,7 +33,9 @@ def greedy_start(key: PRNGKeyArray, shape: tuple[int, ...]) -> PerDecision:
 def loss_of(subject: Subject, text: Int[Array, " length"]) -> Loss:
     """The loss of a text under a subject's model."""
 
-    def loss(logits: Float[Array, "rows decisions"], actions: Bool[Array, "rows decisions"]) -> Float[Array, " rows"]:
+    def loss(
+        logits: Float[Array, "tries decisions"], actions: Bool[Array, "tries decisions"]
+    ) -> Float[Array, " tries"]:
         bytes = jnp.broadcast_to(text, (len(logits), len(text)))
         model = with_logits(subject.model, jnp.pad(logits, ((0, 0), (1, 0))))
         drawn = jnp.pad(actions, ((0, 0), (1, 0)), constant_values=True)
@@ -43,8 +45,8 @@ def loss_of(subject: Subject, text: Int[Array, " length"]) -> Loss:
     return loss
 
 
-def fixed_gradient(loss: Loss, logits: Float[Array, "rows decisions"]) -> Float[Array, "rows decisions"]:
-    """The derivative at greedy boundaries held fixed, of each row by itself.
+def fixed_gradient(loss: Loss, logits: Float[Array, "tries decisions"]) -> Float[Array, "tries decisions"]:
+    """The derivative at greedy boundaries held fixed, of each try.
 
     With a chunker that weighs by confidence straight through this is dynamic chunking's estimator; with one that doesn't, the
     gradient of the greedy loss almost everywhere.

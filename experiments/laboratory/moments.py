@@ -1,8 +1,12 @@
 """Exact means and covariances of gradient estimators, by summing over all boundary strings.
 
-One index convention throughout: `length` rows make `length - 1` decisions, those of rows 1 to length - 1, and `length - 1`
-predictions, those made at rows 0 to length - 2. The decision at the last row has no prediction after it and no gradient. All
-gradients are of the mean negative log-likelihood per predicted byte, in nats, with respect to the logits of the decisions.
+A text of `length` bytes has `length - 1` decisions, at positions 1 to length - 1, and `length - 1` predictions, made at
+positions 0 to length - 2. No prediction follows the last decision, so it has no gradient. All gradients are of the mean negative
+log-likelihood per predicted byte, in nats, with respect to the logits of the decisions.
+
+`experiments.laboratory.measure` obtains the same numbers from the shipped router, chunker and objective alone. These formulas
+remain for what enumeration cannot reach: returns compared over a batch of long texts, continuous noise, DisARM (which the library
+does not have), and gradients that a flow evaluates thousands of times.
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from estimators import AbstractReduction, Boundaries, Critic, ObjectiveInputs, ScoreFunctionObjective
-from estimators.equations import action_log_prob, discounted_returns
+from estimators import AbstractReduction, Boundaries, ObjectiveInputs, ScoreFunctionObjective
+from estimators.equations import action_log_prob
 from experiments.laboratory.subjects import RATE, PerDecision, PerString, Strings, Tables
 
 
@@ -52,9 +56,9 @@ def expected_loss(logits: PerDecision, tables: Tables, strings: Strings) -> Floa
 
 @eqx.filter_jit
 def exact_gradient(logits: PerDecision, tables: Tables, strings: Strings) -> PerDecision:
-    """The derivative of J by differentiating the enumeration itself; no score function is involved.
+    """The derivative of J, by automatic differentiation of the sum over strings.
 
-    Where the likelihood depends on the probabilities beside the actions, its own derivative is added.
+    Where the likelihood also depends on the probabilities, its derivative with respect to them is added.
     """
     through_draws = jax.grad(lambda row: jnp.sum(expected_loss(row, tables, strings)))(logits)
     probs = jax.nn.sigmoid(logits)
@@ -63,15 +67,43 @@ def exact_gradient(logits: PerDecision, tables: Tables, strings: Strings) -> Per
 
 
 @eqx.filter_jit
-def credit(rewards: PerString, discount: float) -> PerString:
-    """Returns of decisions: row i of the result belongs to the decision at row i + 1, whose first reward is that of the
-    prediction made there; 0 for the last, which is followed by none."""
+def credited(
+    reductions: tuple[AbstractReduction, ...],
+    logits: PerDecision,
+    strings: Strings,
+    tables: Tables,
+    *,
+    behaviour: PerDecision | None = None,
+    hidden: Float[Array, "texts decisions some_dim"] | None = None,
+) -> PerString:
+    """The returns that the shipped objective gives each decision of each string after `reductions`.
 
-    def one(rows: Float[Array, "strings decisions"]) -> Float[Array, "strings decisions"]:
-        returns = discounted_returns(rows, discount)
-        return jnp.pad(returns[:, 1:], ((0, 0), (0, 1)))
+    `behaviour`, if given, are the logits of the policy that draws. `hidden`, if given, are the states that critics read; those
+    of the forced first position are 0. The strings of one text are evaluated as one batch, so no reduction may compare the
+    sequences of a batch.
+    """
+    shape, length = strings.shape, strings.shape[1]
+    starts, scored = (
+        jnp.broadcast_to(part, shape) for part in (jnp.arange(length) == 0, jnp.arange(length) < length - 1)
+    )
+    objective = ScoreFunctionObjective(reductions, RATE)
+    hidden = jnp.zeros((*logits.shape, 1)) if hidden is None else hidden
 
-    return jax.vmap(one)(rewards)
+    def spread(values: Float[Array, " decisions"]) -> Float[Array, "strings length"]:
+        return jnp.broadcast_to(jnp.pad(values, (1, 0)), shape)
+
+    def one(part: tuple[Array, Array | None, Tables, Array]) -> Float[Array, "strings decisions"]:
+        row, drawn_by, text, states = part
+        drawn_by = None if drawn_by is None else action_log_prob(spread(drawn_by), strings)
+        boundaries = Boundaries(
+            strings, spread(row), jax.nn.sigmoid(spread(row)), ~starts, starts, behaviour_log_prob=drawn_by
+        )
+        states = jnp.broadcast_to(jnp.pad(states, ((1, 0), (0, 0))), (*shape, states.shape[1]))
+        log_prob = jnp.pad(text.log_prob, ((0, 0), (0, 1)))
+        early = jnp.broadcast_to(jnp.pad(text.early_log_prob, (0, 1)), shape)
+        return objective.advantages(ObjectiveInputs(boundaries, states, log_prob, early, scored, scored))[:, 1:]
+
+    return jax.lax.map(one, (logits, behaviour, tables, hidden))
 
 
 @eqx.filter_jit
@@ -80,10 +112,9 @@ def score_moments(
     strings: Strings,
     returns: PerString,
     *,
-    baseline: PerDecision | None = None,
     centring: str = "none",
 ) -> Moments:
-    """The score function with these returns, minus a `baseline` that no action changes; `centring` over the texts.
+    """The score function with these returns; `centring` over the texts.
 
     The mean of the other texts' returns is independent of a text's own draws, so that only its mean and covariance enter;
     the batch mean is the same times (B - 1)/B.
@@ -91,14 +122,13 @@ def score_moments(
     texts, _, decisions = returns.shape
     prob = string_probs(logits, strings)
     score = score_of(logits, strings)
-    centre = jnp.zeros((texts, decisions)) if baseline is None else baseline
+    centre = jnp.zeros((texts, decisions))
     noise = jnp.zeros((texts, decisions, decisions))
     shrink = 1.0
     if centring != "none":
-        own = returns - centre[:, None]
-        mean = jnp.einsum("ts,tsd->td", prob, own)
-        spread = jnp.einsum("ts,tsd,tse->tde", prob, own, own) - mean[:, :, None] * mean[:, None, :]
-        centre = centre + (jnp.sum(mean, axis=0) - mean) / (texts - 1)
+        mean = jnp.einsum("ts,tsd->td", prob, returns)
+        spread = jnp.einsum("ts,tsd,tse->tde", prob, returns, returns) - mean[:, :, None] * mean[:, None, :]
+        centre = (jnp.sum(mean, axis=0) - mean) / (texts - 1)
         noise = (jnp.sum(spread, axis=0) - spread) / (texts - 1) ** 2
         shrink = (texts - 1) / texts if centring == "batch" else 1.0
     sample = score * (returns - centre[:, None])
@@ -131,52 +161,12 @@ def sample_moments(logits: PerDecision, strings: Strings, returns: PerString, sa
 
 
 @eqx.filter_jit
-def off_policy_returns(
-    reductions: tuple[AbstractReduction, ...],
-    logits: PerDecision,
-    behaviour: PerDecision,
-    strings: Strings,
-    tables: Tables,
-    values: PerDecision,
-) -> PerString:
-    """What the library itself credits decisions with after `reductions`, for all strings as if `behaviour` had drawn them.
-
-    The strings of a text stand for the sequences of a batch, so no reduction may look from one sequence at another. The
-    encoder's states are `values` alone, so that `given_critic` among the reductions expects just these.
-    """
-    starts = jnp.broadcast_to(jnp.arange(strings.shape[1]) == 0, strings.shape)
-    scored = jnp.broadcast_to(jnp.arange(strings.shape[1]) < strings.shape[1] - 1, strings.shape)
-    objective = ScoreFunctionObjective(reductions, RATE)
-
-    def rows(values: Float[Array, " decisions"]) -> Float[Array, "strings length"]:
-        return jnp.broadcast_to(jnp.pad(values, (1, 0)), strings.shape)
-
-    def one(part: tuple[Array, Array, Tables, Array]) -> Float[Array, "strings decisions"]:
-        row, drawn_by, text, state = part
-        log_prob = action_log_prob(rows(drawn_by), strings)
-        boundaries = Boundaries(
-            strings, rows(row), jax.nn.sigmoid(rows(row)), ~starts, starts, behaviour_log_prob=log_prob
-        )
-        hidden = rows(state)[..., None]
-        log_prob = jnp.pad(text.log_prob, ((0, 0), (0, 1)))
-        early = jnp.broadcast_to(jnp.pad(text.early_log_prob, (0, 1)), strings.shape)
-        return objective.advantages(ObjectiveInputs(boundaries, hidden, log_prob, early, scored, scored))[:, 1:]
-
-    return jax.lax.map(one, (logits, behaviour, tables, values))
-
-
-def given_critic() -> Critic:
-    """A critic that expects what the states of width 1 say."""
-    return eqx.tree_at(lambda critic: critic.weight, Critic(1), jnp.ones(1))
-
-
-@eqx.filter_jit
 def disarm_moments(logits: PerDecision, strings: Strings, tables: Tables) -> Moments:
     r"""DisARM (Dong, Mnih and Tucker 2020): two antithetic draws, both forward passes, unbiased.
 
     $\hat g_i = \tfrac12 (f(a) - f(\tilde a))\,(-1)^{\tilde a_i}\,1[a_i \ne \tilde a_i]\,\sigma(|l_i|)$ with $a_i = 1[u_i < p_i]$,
-    $\tilde a_i = 1[1 - u_i < p_i]$. A pair differs, one way or the other, with probability min(p, 1 - p) each, and is
-    otherwise the likelier value twice: three outcomes a decision, all of them summed.
+    $\tilde a_i = 1[1 - u_i < p_i]$. A decision has three outcomes: (1, 0) and (0, 1), each with probability
+    min(p, 1 - p), and otherwise the more probable value twice. All combinations are summed.
     """
     decisions = logits.shape[1]
     outcomes = jnp.stack(jnp.meshgrid(*[jnp.arange(3)] * decisions, indexing="ij"), axis=-1).reshape(-1, decisions)
@@ -185,9 +175,9 @@ def disarm_moments(logits: PerDecision, strings: Strings, tables: Tables) -> Mom
     def one(pair: tuple[Float[Array, " decisions"], Float[Array, " strings"]]):
         row, value = pair
         probs = jax.nn.sigmoid(row)
-        differs, likelier = jnp.minimum(probs, 1.0 - probs), probs > 0.5
-        first = jnp.where(outcomes == 2, likelier, outcomes == 1)
-        other = jnp.where(outcomes == 2, likelier, outcomes == 0)
+        differs, probable = jnp.minimum(probs, 1.0 - probs), probs > 0.5
+        first = jnp.where(outcomes == 2, probable, outcomes == 1)
+        other = jnp.where(outcomes == 2, probable, outcomes == 0)
         prob = jnp.prod(jnp.where(outcomes == 2, 1.0 - 2.0 * differs, differs), axis=1)
         values = [value[jnp.sum(jnp.where(bits, place, 0), axis=1)] for bits in (first, other)]
         sign = jnp.where(outcomes == 2, 0.0, jnp.where(other, -1.0, 1.0))

@@ -45,8 +45,9 @@ class Flow:
 
     The loss is that of the flow's `objective`: the expected loss of drawn boundaries, or the loss of greedy ones. `start` and
     `end` are its first and last values, `best` the loss of the best string of each text, found by trying all, `greedy` that of
-    the string of greedy actions at the end, taken for certain; `rate` the rate there. `closed` is the share of the way
-    from the start to the best that the greedy string has gone: 1 for the best policy, below 0 for one worse than the start.
+    the string of greedy actions at the end, with probabilities of 0 and 1, and `rate` the rate there. `closed` is the share of
+    the way from the start to the best that the greedy string has gone: 1 for the best policy, below 0 for one worse than the
+    start.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Noise:
 
     name: str
     variance: float
-    inputs: float
+    signal: float
     flops: float
 
 
@@ -161,10 +162,10 @@ def summarise_noise(models: Sequence[Sequence[Noise]]) -> list[NoiseSummary]:
         NoiseSummary(
             of[0].name,
             geometric_interval([one.variance / paper.variance for one, paper in zip(of, papers, strict=True)]),
-            mean_interval([one.inputs / one.variance for one in of]),
+            mean_interval([one.signal / one.variance for one in of]),
             ratio_interval(
-                [one.inputs / one.variance / one.flops for one in of],
-                [paper.inputs / paper.variance / paper.flops for paper in papers],
+                [one.signal / one.variance / one.flops for one in of],
+                [paper.signal / paper.variance / paper.flops for paper in papers],
             ),
         )
         for of in zip(*models, strict=True)

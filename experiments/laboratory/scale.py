@@ -8,11 +8,13 @@ from collections.abc import Collection, Iterator, Sequence
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from data import open_batches
 from estimators import (
     AbstractReduction,
+    AbstractRouter,
     BatchCentre,
     Critic,
     Discount,
@@ -22,7 +24,6 @@ from estimators import (
     SampleCentre,
     SamplingOptions,
     ScoreFunctionObjective,
-    WindowedPolicy,
 )
 from estimators.equations import discounted_returns
 from estimators.keys import named_key
@@ -32,9 +33,10 @@ from experiments.laboratory.results import Noise
 from experiments.training.data import load_split
 from experiments.training.step import compiled
 from experiments.training.trainer import Trainer
-from unet import UNet, next_logprobs
+from unet import UNet
 from unet.flops import matrix_flops
-from unet.likelihood import continues, plain_layout
+from unet.likelihood import plain_layout
+from unet.losses import byte_rewards, objective_inputs
 from unet.ops import boundary_scan
 
 
@@ -89,7 +91,6 @@ def _compared(
     sets: dict[str, tuple[tuple[AbstractReduction, ...], int]],
 ) -> list[Noise]:
     router = model.stage.estimators[0].router
-    assert isinstance(router, WindowedPolicy)
     once = matrix_flops(model, rate=config.rate).total
     found = []
     for name, (reductions, samples) in sets.items():
@@ -97,9 +98,9 @@ def _compared(
         gradients = _gradients(objective, router, signals, bytes, samples)
         variance = float(jnp.sum(jnp.var(gradients, axis=0, ddof=1)))
         # The mean of few draws is itself noisy: what noise adds to its square is taken off.
-        inputs = float(jnp.sum(jnp.mean(gradients, axis=0) ** 2)) - variance / len(gradients)
+        signal = float(jnp.sum(jnp.mean(gradients, axis=0) ** 2)) - variance / len(gradients)
         flops = matrix_flops(model, rate=config.rate, samples=samples).total / once
-        found.append(Noise(name, variance, inputs, flops))
+        found.append(Noise(name, variance, signal, flops))
     return found
 
 
@@ -140,14 +141,12 @@ class _Training:
 @eqx.filter_jit
 def _signals(model: UNet, bytes: Int[Array, "batch length"], keys: Key[Array, " draws"]) -> ObjectiveInputs:
     """What the objective sees in each draw, stacked."""
-    scored = continues(plain_layout(bytes))
+    objective, layout = model.stage.estimators[0].objective, plain_layout(bytes)
 
     def one(key: PRNGKeyArray) -> ObjectiveInputs:
         prediction = model(bytes, key=key, training=True)
-        level = prediction.levels[0]
-        assert prediction.early_logits is not None
-        log_prob, early = (next_logprobs(logits, bytes) for logits in (prediction.logits, prediction.early_logits))
-        return ObjectiveInputs(level.boundaries, level.hidden, log_prob, early, scored, scored)
+        reward = byte_rewards(prediction, layout)
+        return objective_inputs(reward, prediction.levels, [objective], target_rate=None, samples=1)[0]
 
     return jax.lax.map(one, keys)
 
@@ -155,7 +154,7 @@ def _signals(model: UNet, bytes: Int[Array, "batch length"], keys: Key[Array, " 
 @eqx.filter_jit
 def _gradients(
     objective: ScoreFunctionObjective,
-    router: WindowedPolicy,
+    router: AbstractRouter,
     signals: ObjectiveInputs,
     bytes: Int[Array, "batch length"],
     samples: int,
@@ -171,13 +170,13 @@ def _gradients(
     grouped = jax.tree.map(together, signals)
 
     def gradient(inputs: ObjectiveInputs) -> Float[Array, " weights"]:
-        def loss(weight: Float[Array, "lags dim"]) -> Float[Array, ""]:
-            changed = eqx.tree_at(lambda r: r.weight, router, weight)
+        def loss(router: AbstractRouter) -> Float[Array, ""]:
             options = SamplingOptions(boundary_scan, actions=inputs.boundaries.actions, training=True)
-            seen = dataclasses.replace(inputs, boundaries=changed(inputs.hidden, layout, options), samples=samples)
+            boundaries = router(inputs.hidden, layout, options)
+            seen = dataclasses.replace(inputs, boundaries=boundaries, samples=samples)
             return objective(seen).metrics["policy_loss"]
 
-        return jax.grad(loss)(router.weight).reshape(-1)
+        return ravel_pytree(eqx.filter_grad(loss)(router))[0]
 
     return jax.lax.map(gradient, grouped)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from data import Split, open_batches
 from estimators import (
@@ -25,6 +25,7 @@ from estimators import (
     ScoreFunctionObjective,
 )
 from experiments.config.errors import ConfigError
+from experiments.laboratory.measure import Strings, all_strings, with_router
 from unet import UNet, UNetConfig, next_logprobs
 
 SHAPE = UNetConfig(dim=32, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=8)
@@ -34,16 +35,14 @@ RATE = 0.2
 
 PerDecision = Float[Array, "texts decisions"]
 """A number for each decision of each text."""
-Strings = Bool[Array, "strings length"]
-"""All boundary strings of a length."""
 PerString = Float[Array, "texts strings decisions"]
 """A number for each decision of each string of each text."""
 
 
 class TabularRouter(AbstractPositionwiseRouter):
-    """A boundary logit of its own for every row of every text, so that any policy without memory can be written down.
+    """A table with one boundary logit for each position of each sequence of a batch.
 
-    `relaxed` are the actions as numbers, for gradients with respect to them; None leaves them out.
+    `relaxed`, if given, are the actions as numbers, for gradients with respect to them.
     """
 
     logits: Float[Array, "batch length"]
@@ -64,23 +63,22 @@ class TabularRouter(AbstractPositionwiseRouter):
 
 
 class Subject(eqx.Module):
-    """A trained model and the texts it is examined on, one a row."""
+    """A trained model and the texts it is examined on."""
 
     model: UNet
     texts: Int[Array, "texts length"]
 
     @property
     def strings(self) -> Strings:
-        """All boundary strings: the first action is forced, the others run through all values."""
-        rest = np.array(list(itertools.product([False, True], repeat=self.texts.shape[1] - 1)))
-        return jnp.asarray(np.concatenate([np.ones((len(rest), 1), bool), rest], axis=1))
+        """All boundary strings of the texts' length."""
+        return all_strings(self.texts.shape[1] - 1)
 
 
 class Tables(eqx.Module):
-    """What every string does to every text.
+    """What every boundary string does to the likelihood of every text.
 
     Log-likelihoods of the `length - 1` predictions in nats, with the token level and without; the encoder's states at the
-    rows that decide; the derivative of the summed log-likelihood with respect to the actions as numbers (0 where a chunker
+    deciding positions; the derivative of the summed log-likelihood with respect to the actions as numbers (0 where a chunker
     has none) and with respect to the probabilities that a chunker reads.
     """
 
@@ -103,11 +101,28 @@ def train_subject(
     objective = ScoreFunctionObjective((EarlyExit(),), RATE, policy_weight=0.0, rate_weight=0.0)
     estimator = Estimator(TabularRouter(jnp.zeros((64, length))), chunker, objective)
     model = UNet(SHAPE, estimator, key=jax.random.fold_in(key, 0))
+    return train(model, split, optimizer=optimizer, seed=seed, key=key, at_step=_with_random_logits)
+
+
+def train(
+    model: UNet,
+    split: Split,
+    *,
+    optimizer: Optimizer,
+    seed: int,
+    key: PRNGKeyArray,
+    samples: int = 1,
+    at_step: Callable[[UNet, int, PRNGKeyArray], UNet] | None = None,
+) -> UNet:
+    """The model after `optimizer.steps` steps of 64 texts on its own training loss. `seed` orders the texts.
+
+    `at_step(model, length, key)`, if given, is the model that a step trains.
+    """
     batches = open_batches(split, batch=64, seed=seed)
     state = optimizer.rule.init(eqx.filter(model, eqx.is_inexact_array))
     for number in range(optimizer.steps):
-        bytes = jnp.asarray(next(batches)["bytes"], jnp.int32)
-        model, state = _train_step(model, state, bytes, jax.random.fold_in(key, number + 1), optimizer.rule)
+        bytes, own = jnp.asarray(next(batches)["bytes"], jnp.int32), jax.random.fold_in(key, number + 1)
+        model, state = _train_step(model, state, bytes, own, optimizer.rule, samples, at_step)
     batches.close()
     return model
 
@@ -131,15 +146,21 @@ def _train_step(
     bytes: Int[Array, "batch length"],
     key: PRNGKeyArray,
     rule: optax.GradientTransformation,
+    samples: int,
+    at_step: Callable[[UNet, int, PRNGKeyArray], UNet] | None,
 ) -> tuple[UNet, optax.OptState]:
-    key_logits, key_draw = jax.random.split(key)
-    logits = jax.scipy.special.logit(RATE) + 2.0 * jax.random.normal(key_logits, bytes.shape)
+    key_step, key_draw = jax.random.split(key)
 
     def loss(model: UNet) -> Float[Array, ""]:
-        return with_logits(model, logits).loss(bytes, key=key_draw).loss
+        changed = model if at_step is None else at_step(model, bytes.shape[1], key_step)
+        return changed.loss(bytes, key=key_draw, samples=samples).loss
 
     updates, state = rule.update(eqx.filter_grad(loss)(model), state)
     return eqx.apply_updates(model, updates), state
+
+
+def _with_random_logits(model: UNet, length: int, key: PRNGKeyArray) -> UNet:
+    return with_logits(model, jax.scipy.special.logit(RATE) + 2.0 * jax.random.normal(key, (64, length)))
 
 
 def held_out_texts(split: Split, *, count: int, length: int) -> Int[Array, "count length"]:
@@ -158,7 +179,7 @@ def with_logits(
     model: UNet, logits: Float[Array, "batch length"], relaxed: Float[Array, "batch length"] | None = None
 ) -> UNet:
     """The model with another table in its router."""
-    return eqx.tree_at(lambda m: m.stage.estimator.router, model, TabularRouter(logits, relaxed))
+    return with_router(model, TabularRouter(logits, relaxed))
 
 
 def with_chunker(subject: Subject, chunker: AbstractChunker) -> Subject:
