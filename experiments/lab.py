@@ -18,9 +18,9 @@ import jax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from data import Split, load, open_source
+from experiments.config.build import build_model, require_fit
 from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
-from experiments.config.registry import REGISTRY, build_model
 from experiments.laboratory.gradients import Subjects, findings
 from experiments.laboratory.greedy import SPREAD, greedy_start
 from experiments.laboratory.measure import OUTCOMES
@@ -39,7 +39,7 @@ from experiments.laboratory.scale import noise
 from experiments.laboratory.subjects import RATE, SHAPE, Subject, held_out_texts, make_optimizer, train_subject
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, command_line
-from experiments.training.prepared import prepare
+from experiments.training.prepared import prepare, require_prerequisite
 from experiments.training.run_dir import json_text, refuse_existing, write_atomically
 from unet import Chunker, Distribute, MeanPool, Select, Smooth
 
@@ -54,7 +54,7 @@ class LabConfig:
     out: Path
     """Folder for the tables (lab.md, lab.json) and the figure (lab.png); with --estimators estimators.md and .json."""
     estimators: tuple[str, ...] = ()
-    """Measure the router's gradient under these estimators, each on models trained with it, and do nothing else."""
+    """Measure the router's gradient under these estimators (names, or package.module:Class), each on models trained with it, and do nothing else."""
     dataset: str = "docs"
     """Text to train the small models on: anything that --dataset of experiments.run takes."""
     length: int | None = None
@@ -122,9 +122,9 @@ def run(config: LabConfig, display: Display) -> None:
 def find(config: LabConfig, name: str, split: Split) -> Candidate:
     """The estimator of that name, with the settings of `tiny`, in the laboratory's small model. Raises `ConfigError` if there
     is none, or if it cannot be measured on these texts."""
-    if name not in REGISTRY:
-        raise ConfigError(f"--estimators: there is no estimator {name}; there are {', '.join(REGISTRY)}")
     run = dataclasses.replace(PRESETS["tiny"], unet=SHAPE, estimator=name, dataset=config.dataset, rate=RATE)
+    require_prerequisite(run)
+    require_fit(run)
     require(len(run.levels) == 1, f"--estimators {name}: without a level of tokens there is no router to measure")
     outcomes = 2 ** (config.batch * run.samples * (config.bytes - 1))
     require(

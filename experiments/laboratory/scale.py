@@ -27,7 +27,7 @@ from estimators import (
 )
 from estimators.equations import discounted_returns
 from estimators.keys import named_key
-from experiments.config.registry import build_model
+from experiments.config.build import build_model
 from experiments.config.settings import RunConfig
 from experiments.laboratory.results import Noise
 from experiments.training.data import load_split

@@ -245,8 +245,8 @@ class AttentionPool(AbstractDownsampler):
         implementation: Implementation | None = None,
         key: PRNGKeyArray,
     ):
-        """`heads`: the number of attention heads. Tokens are `vectors` (k) times as wide as `dim`. Raises `ValueError` if `heads` does not divide `dim`, or `vectors`
-        is below 1."""
+        """`heads`: the number of attention heads. Tokens are `vectors` (k) times as wide as `dim`. Raises `ValueError` if
+        `heads` does not divide `dim`, or `vectors` is below 1."""
         if vectors < 1:
             raise ValueError(f"a token must have at least one vector; got {vectors}")
         key_unfold, key_cross = jax.random.split(key)

@@ -11,7 +11,7 @@ from estimators.equations import batch_centred
 
 
 class Standardise(AbstractReduction):
-    """Returns minus the batch mean at the same position, divided by the standard deviation there. Biased: it depends on actions."""
+    """Returns minus the batch mean at the same position, divided by the standard deviation there. Biased."""
 
     floor: float = eqx.field(static=True, default=1e-3)
     """The smallest standard deviation to divide by."""
