@@ -66,6 +66,8 @@ from estimators.routers import (
     WindowedPolicy,
 )
 from estimators.score_function import ScoreFunction
+from estimators.sections import MLPSettings, PolicySettings, ScoreFunctionSettings
+from estimators.settings import Context, EstimatorConfig
 
 __all__ = [
     "BOS",
@@ -88,6 +90,7 @@ __all__ = [
     "BoundaryScan",
     "Characters",
     "CombinedRule",
+    "Context",
     "CosineRouter",
     "Credit",
     "Critic",
@@ -98,6 +101,7 @@ __all__ = [
     "Entropy",
     "EntropyRouter",
     "Estimator",
+    "EstimatorConfig",
     "EveryNth",
     "Frozen",
     "GeneralisedAdvantage",
@@ -109,10 +113,12 @@ __all__ = [
     "Isotropic",
     "Layout",
     "MLPRouter",
+    "MLPSettings",
     "NoObjective",
     "ObjectiveInputs",
     "ObjectiveOutput",
     "OffPolicy",
+    "PolicySettings",
     "PrefixRouter",
     "PrefixTree",
     "RatioObjective",
@@ -123,6 +129,7 @@ __all__ = [
     "SamplingOptions",
     "ScoreFunction",
     "ScoreFunctionObjective",
+    "ScoreFunctionSettings",
     "Spacelike",
     "StraightThroughGumbel",
     "Stride",

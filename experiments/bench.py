@@ -89,7 +89,9 @@ class OfModel:
 
     def run(self, estimator: str, model: str | None = None) -> RunConfig:
         """The run that is measured, of another preset where one is named. Raises `ConfigError`."""
-        run = PRESETS[self.model if model is None else model]
+        name = self.model if model is None else model
+        require(name in PRESETS, f"--model {name} is none of {', '.join(PRESETS)}")
+        run = PRESETS[name]
         shape = run.unet
         try:
             unet = dataclasses.replace(

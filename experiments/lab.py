@@ -54,7 +54,8 @@ class LabConfig:
     out: Path
     """Folder for the tables (lab.md, lab.json) and the figure (lab.png); with --estimators estimators.md and .json."""
     estimators: tuple[str, ...] = ()
-    """Measure the router's gradient under these estimators (names, or package.module:Class), each on models trained with it, and do nothing else."""
+    """Measure the router's gradient under these estimators (names, or package.module:Class), each on models trained with it, and
+    do nothing else."""
     dataset: str = "docs"
     """Text to train the small models on: anything that --dataset of experiments.run takes."""
     length: int | None = None

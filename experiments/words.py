@@ -15,7 +15,7 @@ import tyro
 from data import Row
 from experiments.comparison.comparison import MeanAndError
 from experiments.config.errors import ConfigError, require
-from experiments.config.plugins import load_model
+from experiments.config.plugins import import_plugins, load_model
 from experiments.config.settings import RunConfig
 from experiments.evaluation.boundaries import (
     BoundaryStatistics,
@@ -60,6 +60,8 @@ class WordsConfig:
     characters, ends of tokens or of words."""
     seed: int = 0
     """Seed of sampled boundaries and of random positions."""
+    plugin: tuple[str, ...] = ()
+    """Modules with classes of your own that the runs hold, as package.module."""
     out: Path | None = None
     """Folder for words.md and words.json; by default no files are written."""
     overwrite: bool = False
@@ -114,8 +116,8 @@ def analyse_runs(config: WordsConfig, display: Display) -> None:
     if config.out is not None:
         refuse_existing(config.out, FILES, overwrite=config.overwrite)
     segment = open_segmenter(config.segmenter)
-    models = {folder: load_model(folder).model for folder in config.runs}
-    runs = {folder: read_config(folder) for folder in config.runs}
+    models = {folder: load_model(folder, import_plugins(config.plugin)).model for folder in config.runs}
+    runs = {folder: read_config(folder, config.plugin) for folder in config.runs}
     check_runs(runs)
     first = runs[config.runs[0]]
     rows: Sequence[Row] = load_split(first).held_out_rows(

@@ -329,7 +329,7 @@ def test_the_command_measures_estimators_by_name(corpus, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("nothing-of-the-sort",), "there is no estimator nothing-of-the-sort; there are sfe, "),
+        (("nothing-of-the-sort",), "--estimator nothing-of-the-sort: there are bpe, "),
         (("sfe", "--length", "9"), "have 65536 outcomes, and at most 16384 are tried: lower --length or --texts"),
     ],
 )

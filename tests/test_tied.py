@@ -122,7 +122,7 @@ def test_unequal_copies_are_refused(tmp_path, published):
 
 def test_runs_of_it_are_described_and_exported(tmp_path, published):
     config = dataclasses.replace(PRESETS["hnet-tiny"], unet=TIED)
-    assert from_json(to_json(config), "here") == config
+    assert from_json(to_json(config), "here") == config.resolved
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(to_json(config))
     save(published, tmp_path / "run")

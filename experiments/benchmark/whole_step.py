@@ -25,6 +25,7 @@ from experiments.benchmark.roofline import PartCost, costs_by_part, kernels_of
 from experiments.benchmark.shapes import shapes_of
 from experiments.config.errors import ConfigError
 from experiments.config.files import from_json, to_json
+from experiments.config.plugins import modules_of
 from experiments.config.settings import RunConfig
 from experiments.training.capacity import rated_capacities
 from experiments.training.step import fresh_state
@@ -101,7 +102,9 @@ def compile_in_subprocess(config: RunConfig, target: str) -> StepReport:
         raise ConfigError(problem)
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        request.write_text(json.dumps({"config": to_json(config), "target": target, "answer": str(answer)}))
+        plugins = [module.__name__ for module in modules_of(config)]
+        asked = {"config": to_json(config), "plugins": plugins, "target": target, "answer": str(answer)}
+        request.write_text(json.dumps(asked))
         environment = {
             **os.environ,
             **ENVIRONMENT,
@@ -124,7 +127,9 @@ def main(path: str) -> None:
     """Read a request from the file at `path`, compile, and write the result or the error to its answer file."""
     request = json.loads(Path(path).read_text())
     try:
-        result = dataclasses.asdict(compile_step(from_json(request["config"], path), request["target"]))
+        result = dataclasses.asdict(
+            compile_step(from_json(request["config"], path, request["plugins"]), request["target"])
+        )
     except ConfigError as error:
         result = {"error": str(error)}
     Path(request["answer"]).write_text(json.dumps(result))

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 
 import equinox as eqx
 
-from estimators import AbstractEstimator, AbstractObjective, Estimator, ObjectiveInputs, ObjectiveOutput
+from estimators import (
+    AbstractEstimator,
+    AbstractObjective,
+    Context,
+    Estimator,
+    EstimatorConfig,
+    ObjectiveInputs,
+    ObjectiveOutput,
+    PolicySettings,
+    ScoreFunctionSettings,
+)
 from estimators.equations import bernoulli_entropy, masked_mean
-from estimators.sections import PolicySettings, ScoreFunctionSettings
-from estimators.settings import Context, EstimatorConfig
 
 
 class Exploring(AbstractObjective):
