@@ -30,7 +30,7 @@ class PartError(ValueError):
     is the cause."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kind:
     """A kind of part. `flag` asks for one, `group` is the group of entry points in which packages announce theirs, `house` holds
     the library's own by name, and a class must be a subclass of one of `bases`."""

@@ -38,10 +38,15 @@ def outside(monkeypatch):
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **chosen: [])
 
 
-def command(folder, path, module, *arguments):
-    """A command of this library in a fresh process, in another folder."""
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)],
+def commands(folder, path, *lines):
+    """Commands of this library, one after another in a fresh process in another folder: their exit codes, and what they said."""
+    script = """
+import sys, importlib, json
+for line in json.loads(sys.argv[1]):
+    print("=", importlib.import_module("experiments." + line[0]).main(line[1:]), file=sys.stderr, flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps([list(map(str, line)) for line in lines])],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{path}", "COLUMNS": "200"},
         capture_output=True,
@@ -49,6 +54,11 @@ def command(folder, path, module, *arguments):
         timeout=600,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return [int(code) for code in re.findall(r"^= (\d)$", done.stderr, re.MULTILINE)], " ".join(done.stderr.split())
+
+
+QUICK = (*SMALL, "--steps", "2", "--evaluation.times", "1", "--checkpoint.times", "1")
 
 
 def test_each_example_is_short_and_shown_in_the_documentation():
@@ -66,34 +76,48 @@ def test_classes_named_by_module_work_in_one_command_after_another(corpus, tmp_p
         *("--sfe.reductions", "discount", "my_tokens.reduction:Standardise"),
         *("--chunker", "my_tokens.chunker:Gated", "--dataset", corpus, "--out", "run"),
     )
-    done = command(tmp_path, package, "run", *chosen, *SMALL)
-    assert done.returncode == 0, done.stderr
-    refused = command(tmp_path, package, "generate", "run", "--max-bytes", "4")
-    assert refused.returncode == 2
-    assert "--plugin my_tokens." in refused.stderr
-    assert "Traceback" not in refused.stderr
+    assert commands(tmp_path, package, ("run", *chosen, *QUICK))[0] == [0]
     modules = ("--plugin", *(f"my_tokens.{name}" for name in ("router", "chunker", "reduction")))
-    written = command(tmp_path, package, "generate", "run", "--max-bytes", "4", *modules)
-    assert written.returncode == 0, written.stderr
-    refused = command(tmp_path, package, "run", "--resume", "--out", "run")
-    assert refused.returncode == 2
-    assert "was made with my_tokens.router:NormRouter" in refused.stderr
-    resumed = command(tmp_path, package, "run", "--resume", "--out", "run", "--plugin", "my_tokens")
-    assert resumed.returncode == 0, resumed.stderr
+    codes, said = commands(
+        tmp_path,
+        package,
+        ("generate", "run", "--max-bytes", "4"),
+        ("run", "--resume", "--out", "run"),
+        ("generate", "run", "--max-bytes", "4", *modules),
+        ("run", "--resume", "--out", "run", *modules),
+        ("export", "run", "--to", "mine", *modules),
+        (
+            "lab",
+            "--estimators",
+            "my_tokens.router:NormRouter",
+            "--out",
+            "lab",
+            "--steps",
+            "1",
+            "--length",
+            "3",
+            "--models",
+            "2",
+        ),
+    )
+    assert codes == [2, 2, 0, 0, 0, 0], said
+    assert "name its module with --plugin my_tokens." in said
+    assert "was made with my_tokens.router:NormRouter, which is not part of this library: add --plugin" in said
+    assert "Traceback" not in said
 
 
 def test_an_installed_package_is_a_full_citizen(corpus, tmp_path):
-    given = ("--seeds", "0", "--dataset", corpus, "--out", "all", *SMALL)
-    done = command(tmp_path, OUTSIDE, "compare", "--estimators", "exploring", "norm", *given, "--policy.window", "1")
-    assert done.returncode == 0, done.stderr
-    assert "`exploring` below `norm`" in done.stderr
-    exported = command(tmp_path, OUTSIDE, "export", "all/exploring-0", "--to", "mine")
-    assert exported.returncode == 0, exported.stderr
-    given = ("--policy.window", "1", "--dataset", corpus, "--out", "more", *SMALL)
-    started = command(tmp_path, OUTSIDE, "run", "--estimator", "exploring", "--init", "mine", *given)
-    assert started.returncode == 0, started.stderr
-    written = command(tmp_path, OUTSIDE, "generate", "mine", "--max-bytes", "4")
-    assert written.returncode == 0, written.stderr
+    given = ("--dataset", corpus, "--policy.window", "1", *QUICK)
+    codes, said = commands(
+        tmp_path,
+        OUTSIDE,
+        ("compare", "--estimators", "exploring", "norm", "--seeds", "0", "--out", "all", *given),
+        ("export", "all/exploring-0", "--to", "mine"),
+        ("run", "--estimator", "exploring", "--init", "mine", "--out", "more", *given),
+        ("generate", "mine", "--max-bytes", "4"),
+    )
+    assert codes == [0, 0, 0, 0], said
+    assert "`exploring` below `norm`" in said
 
 
 def test_the_examples_keep_the_contract(outside):

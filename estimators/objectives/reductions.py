@@ -235,7 +235,8 @@ class GeneralisedAdvantage(AbstractReduction):
     """Lambda: the decay of advantages; a smaller one relies more on the critic."""
 
     def __init__(self, dim: int, discount: float = 0.99, decay: float = 0.95, loss_weight: float = 1.0):
-        r"""`discount` is γ and `decay` λ; `loss_weight` is the weight of the critic's own loss. Raises `ValueError` for either outside [0, 1]."""
+        r"""`discount` is γ and `decay` λ; `loss_weight` is the weight of the critic's own loss. Raises `ValueError` for a
+        discount or decay outside [0, 1]."""
         _require_share("a discount", discount)
         _require_share("the decay of advantages", decay)
         self.critic, self.discount, self.decay = Critic(dim, loss_weight), discount, decay

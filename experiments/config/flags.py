@@ -9,6 +9,7 @@ import re
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
@@ -167,41 +168,57 @@ def _parsed(
     short: bool,
 ) -> object:  # an instance of a class made here
     """What tyro makes of the command line: an object with a field for each of a run's, and for each section."""
-    fields, defaults, further = [], {}, []
-    asked_for_help = bool({"-h", "--help"} & set(given))
+    shown = [
+        *_run_flags(default, short, folded=short and bool({"-h", "--help"} & set(given))),
+        *(_section_flags(section, values, short) for section in sections.values()),
+    ]
+    flags = dataclasses.make_dataclass(
+        "Run", [(one.name, one.kind) for one in shown if one.kind], frozen=True, kw_only=True
+    )
+    flags.__doc__ = RunConfig.__doc__
+    if further := [one.folded for one in shown if one.folded]:
+        what = f"{EVERYTHING} shows the flags of every estimator, and explains these:"
+        flags.__doc__ = "\n".join([f"{RunConfig.__doc__}\n\n{what}", *further])
+    defaults = {one.name: one.default for one in shown if one.kind}
+    return tyro.cli(flags, prog=program, args=list(given), default=flags(**defaults))
+
+
+@dataclass(frozen=True)
+class _Flag:
+    """A field for tyro: its name, annotated type and default; or, without a type, the line that names its flags in short help."""
+
+    name: str
+    kind: object = None
+    default: object = None
+    folded: str = ""
+
+
+def _run_flags(default: RunConfig, short: bool, folded: bool) -> Iterator[_Flag]:
+    """The flags of a run itself; `folded`: its parts, such as the optimizer, are only named."""
     texts = {**field_help(RunConfig), **{name: _choices(name, kind) for name, kind in KINDS.items()}}
     hints = typing.get_type_hints(RunConfig, include_extras=True)
     for one in dataclasses.fields(RunConfig):
         value = getattr(default, one.name)
         if one.name == "settings":
             continue
-        if dataclasses.is_dataclass(value):
-            cls = type(value)
-            if short and asked_for_help:
-                names = ", ".join(_names_of(cls)).replace("_", "-")
-                further.append(textwrap.fill(f"--{one.name}.… {names}", 78, subsequent_indent="  "))
-                continue
-            made = _flags(cls.__name__, cls.__doc__, _settings_of(cls), short)
-            fields.append((one.name, made))
-            defaults[one.name] = made(**{name: getattr(value, name) for name in _names_of(cls)})
+        if not dataclasses.is_dataclass(value):
+            yield _Flag(one.name, _annotated(hints[one.name], texts.get(one.name, ""), short), value)
+        elif folded:
+            names = ", ".join(_names_of(type(value))).replace("_", "-")
+            yield _Flag(one.name, folded=textwrap.fill(f"--{one.name}.… {names}", 78, subsequent_indent="  "))
         else:
-            fields.append((one.name, _annotated(hints[one.name], texts.get(one.name, ""), short)))
-            defaults[one.name] = value
-    for name, section in sections.items():
-        made = _flags(name, section.cls.__doc__, section.settings, short)
-        fields.append((name, made))
-        shown = {
-            one.name: tyro.MISSING if one.default is dataclasses.MISSING else one.default for one in section.settings
-        }
-        known = {key: value for key, value in values.get(name, {}).items() if key in shown}
-        typed = section.read({name: known}) if known and tyro.MISSING not in {**shown, **known}.values() else None
-        defaults[name] = made(**{key: getattr(typed, key) if typed else value for key, value in shown.items()})
-    flags = dataclasses.make_dataclass("Run", fields, frozen=True, kw_only=True)
-    flags.__doc__ = RunConfig.__doc__
-    if short:
-        what = f"{EVERYTHING} shows the flags of every estimator, and explains these:"
-        flags.__doc__ = "\n".join([f"{RunConfig.__doc__}\n\n{what}", *further])
-    return tyro.cli(flags, prog=program, args=list(given), default=flags(**defaults))
+            cls = type(value)
+            made = _flags(cls.__name__, cls.__doc__, _settings_of(cls), short)
+            yield _Flag(one.name, made, made(**{name: getattr(value, name) for name in _names_of(cls)}))
+
+
+def _section_flags(section: Section, values: Values, short: bool) -> _Flag:
+    """The flags of a section; what `values` do not say has its default, or must be given."""
+    made = _flags(section.name, section.cls.__doc__, section.settings, short)
+    defaults = {
+        one.name: tyro.MISSING if one.default is dataclasses.MISSING else one.default for one in section.settings
+    }
+    return _Flag(section.name, made, made(**{**defaults, **section.given(values)}))
 
 
 def _built(parsed: object, default: RunConfig, sections: Mapping[str, Section]) -> RunConfig:

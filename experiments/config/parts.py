@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,8 +32,16 @@ class Section:
 
     def read(self, values: Values) -> object:
         """The settings, from plain values. Raises `ConfigError` for wrong ones."""
+        return self._read(values, self.cls)
+
+    def given(self, values: Values) -> dict[str, object]:
+        """Those of the settings that `values` have. Raises `ConfigError` for wrong ones."""
+        present = [(one.name, one.type) for one in self.settings if one.name in values.get(self.name, {})]
+        return vars(self._read(values, dataclasses.make_dataclass(self.cls.__name__, present)))
+
+    def _read(self, values: Values, cls: type) -> object:
         try:
-            return structured(dict(values.get(self.name, {})), self.cls)
+            return structured(dict(values.get(self.name, {})), cls)
         except ValueError as error:
             raise ConfigError(f"--{self.name.replace('_', '-')}: {error}") from None
 
@@ -122,7 +131,18 @@ def plain_values(section: object) -> dict[str, object]:
     return {one.name: getattr(section, one.name) for one in dataclasses.fields(section)}
 
 
-def _sections_of(part: Part) -> Iterator[Section]:
+@functools.cache
+def _sections_of(part: Part) -> tuple[Section, ...]:
+    """The sections of one part. Cached: the classes made here are equal only to themselves, and slow to read values into."""
+    return tuple(_own_section(part)) + tuple(_shared(*one) for one in shared_with(part).items())
+
+
+def shared_with(part: Part) -> dict[str, type]:
+    """The sections that a part has in common with others, by name."""
+    return sections_of(part) if part.kind is ESTIMATORS else {}
+
+
+def _own_section(part: Part) -> Iterator[Section]:
     owner = f"{part.kind.flag} {part.name}"
     if own := settings_of(part):
         needed = [(one.name, one.type) for one in own if one.default is dataclasses.MISSING]
@@ -130,9 +150,6 @@ def _sections_of(part: Part) -> Iterator[Section]:
         made = dataclasses.make_dataclass(part.cls.__name__, [*needed, *others], frozen=True, kw_only=True)
         made.__doc__ = part.cls.__doc__
         yield Section(part.section, made, tuple(own), owner, {})
-    if part.kind is ESTIMATORS:
-        for name, cls in sections_of(part).items():
-            yield _shared(name, cls)
 
 
 def _default(setting: Setting) -> object:
