@@ -104,9 +104,6 @@ class DistilledConfig(BPEConfig):
     imitation_weight: float = 0.1
     """Weight of the cross-entropy."""
 
-    def check(self, rate: float, sequences: int) -> None:
-        self.policy.check(rate)
-
     def build(self, context: Context) -> AbstractEstimator:
         guide = super().build(context).router
         policy = self.policy.router(context)

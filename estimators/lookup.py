@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import inspect
 import itertools
+import keyword
 import re
 import textwrap
 import types
@@ -21,8 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-GIVEN = ("dim", "key", "rate", "target_rate", "chunker", "pool", "implementation")
-"""Arguments of constructors that are no settings: whoever builds the part knows them."""
+import equinox as eqx
 
 
 class PartError(ValueError):
@@ -33,12 +33,14 @@ class PartError(ValueError):
 @dataclass(frozen=True, eq=False)
 class Kind:
     """A kind of part. `flag` asks for one, `group` is the group of entry points in which packages announce theirs, `house` holds
-    the library's own by name, and a class must be a subclass of one of `bases`."""
+    the library's own by name, and a class must be a subclass of one of `bases`. Arguments of constructors with a name in `given`
+    are no settings: whoever builds the part fills them in."""
 
     flag: str
     group: str
     house: Mapping[str, type]
     bases: tuple[type, ...]
+    given: frozenset[str]
 
     @property
     def what(self) -> str:
@@ -81,7 +83,8 @@ def find(kind: Kind, name: str) -> Part:
             f"{kind.flag} {name}: two installed packages announce it ({where}); name one as package.module:Class"
         )
     target = announced[0].value if announced else name
-    if ":" not in target:
+    module, _, attribute = target.partition(":")
+    if not (module and attribute):
         names = sorted({*kind.house, *installed(kind)})
         near = difflib.get_close_matches(name, names, 1)
         guess = f"did you mean {near[0]}? There are" if near else "there are"
@@ -90,8 +93,24 @@ def find(kind: Kind, name: str) -> Part:
     if not (isinstance(cls, type) and issubclass(cls, kind.bases)):
         raise PartError(f"{kind.flag} {name}: {_described(cls)} is no {kind.what}")
     if inspect.isabstract(cls):
-        raise PartError(f"{kind.flag} {name}: {_described(cls)} is abstract; name a class that can be built")
-    return Part(kind, name, cls)
+        lacking = ", ".join(sorted(cls.__abstractmethods__))
+        raise PartError(f"{kind.flag} {name}: {_described(cls)} is abstract: it lacks {lacking}")
+    part = Part(kind, name, cls)
+    if is_configuration(cls) and (plain := undecorated(cls)):
+        raise PartError(
+            f"{kind.flag} {name}: {', '.join(plain)} of {_described(cls)} would be no setting: decorate the class with "
+            "@dataclass(frozen=True)"
+        )
+    if part.name not in kind.house and keyword.iskeyword(part.section):
+        raise PartError(f"{kind.flag} {name}: {part.section} is a keyword of Python: give the class another `section`")
+    return part
+
+
+def undecorated(cls: type) -> list[str]:
+    """Annotated names of a configuration that are no fields, since `@dataclass` is missing."""
+    known = {one.name for one in dataclasses.fields(cls)} | {"section"}
+    own = inspect.get_annotations(cls)
+    return [name for name, kind in own.items() if name not in known and "ClassVar" not in str(kind)]
 
 
 def installed(kind: Kind) -> list[str]:
@@ -129,7 +148,7 @@ def _described(value: object) -> str:
 
 def is_configuration(cls: type) -> bool:
     """Whether a class is a configuration, which builds a part, and not the part itself."""
-    return callable(getattr(cls, "build", None))
+    return callable(getattr(cls, "build", None)) and not issubclass(cls, eqx.Module)
 
 
 @dataclass(frozen=True)
@@ -144,17 +163,17 @@ class Setting:
 
 def settings_of(part: Part) -> list[Setting]:
     """The settings of a part's own section: the plain fields of a configuration, or the arguments of a constructor that are not
-    `GIVEN`. Raises `PartError` for an argument without a type or of a type that no flag can have."""
+    given. Raises `PartError` for an argument without a type or of a type that no flag can have."""
     cls, texts = part.cls, field_help(part.cls)
     if is_configuration(cls):
-        hints = typing.get_type_hints(cls)
+        hints = hints_of(part)
         fields = [one for one in dataclasses.fields(cls) if one.init and one.name not in shared_sections(cls)]
         found = [Setting(one.name, hints[one.name], default_of(one), texts.get(one.name, "")) for one in fields]
     else:
         found = [
             _of_argument(part, one, texts.get(one.name) or argument_help(cls, one.name))
             for one in _arguments(part)
-            if one.name not in GIVEN
+            if one.name not in part.kind.given
         ]
     for setting in found:
         if not _fits_a_flag(setting.type):
@@ -163,6 +182,19 @@ def settings_of(part: Part) -> list[Setting]:
                 "float, str, Path, Literal, or optional or tuple of these; write a configuration for the class"
             )
     return found
+
+
+def hints_of(part: Part) -> dict[str, object]:
+    """The types of the fields of a part's class and of the arguments of its constructor. Raises `PartError` where they cannot be
+    read."""
+    try:
+        constructor = {} if is_configuration(part.cls) else typing.get_type_hints(part.cls.__init__)
+        return {**typing.get_type_hints(part.cls), **constructor}
+    except NameError as error:
+        raise PartError(
+            f"{part.kind.flag} {part.name}: the types of {part.cls.__qualname__} cannot be read ({error}): import them when the "
+            "module runs, not for type checkers alone"
+        ) from None
 
 
 def shared_sections(cls: type) -> dict[str, type]:
@@ -229,7 +261,7 @@ def _arguments(part: Part) -> list[inspect.Parameter]:
 
 
 def _of_argument(part: Part, argument: inspect.Parameter, text: str) -> Setting:
-    hints = {**typing.get_type_hints(part.cls), **typing.get_type_hints(part.cls.__init__)}
+    hints = hints_of(part)
     if argument.name not in hints:
         raise PartError(
             f"{part.kind.flag} {part.name}: the argument {argument.name} of {part.cls.__qualname__} has no type, so that it "
@@ -240,8 +272,9 @@ def _of_argument(part: Part, argument: inspect.Parameter, text: str) -> Setting:
 
 
 def _fits_a_flag(kind: object) -> bool:
-    if typing.get_origin(kind) is typing.Literal:
+    origin, inside = typing.get_origin(kind), [one for one in typing.get_args(kind) if one not in (..., type(None))]
+    if origin is typing.Literal:
         return True
-    if typing.get_origin(kind) in (tuple, typing.Union, types.UnionType):
-        return all(_fits_a_flag(one) for one in typing.get_args(kind) if one is not ...)
-    return kind in (bool, int, float, str, Path, type(None))
+    if origin in (typing.Union, types.UnionType):
+        return len(inside) == 1 and _fits_a_flag(inside[0])
+    return all(map(_fits_a_flag, inside)) if origin is tuple else kind in (bool, int, float, str, Path)

@@ -38,6 +38,7 @@ ESTIMATORS = Kind(
         "isotropic": IsotropicConfig,
     },
     (EstimatorConfig, AbstractEstimator, AbstractRouter),
+    frozenset({"dim", "target_rate", "chunker", "key"}),
 )
 """Estimators by name."""
 
@@ -74,7 +75,7 @@ class Bare(EstimatorConfig):
 
     def check(self, rate: float, sequences: int) -> None:
         if is_router(self.part):
-            self.sfe.check(sequences)
+            self.sfe.check(rate, sequences)
 
     def build(self, context: Context) -> AbstractEstimator:
         made = construct(self.part, self.settings, context.given)

@@ -51,13 +51,6 @@ class UnderScoreFunction(EstimatorConfig):
 
     sfe: ScoreFunctionSettings = field(default_factory=ScoreFunctionSettings)
 
-    @property
-    def samples(self) -> int:
-        return self.sfe.samples
-
-    def check(self, rate: float, sequences: int) -> None:
-        self.sfe.check(sequences)
-
     @abstractmethod
     def router(self, context: Context) -> AbstractRouter:
         """The router."""
@@ -71,10 +64,6 @@ class ScoreFunctionConfig(UnderScoreFunction):
     """The score-function estimator: a windowed policy that learns which boundaries raise the likelihood."""
 
     policy: PolicySettings = field(default_factory=PolicySettings)
-
-    def check(self, rate: float, sequences: int) -> None:
-        super().check(rate, sequences)
-        self.policy.check(rate)
 
     def router(self, context: Context) -> AbstractRouter:
         return self.policy.router(context)

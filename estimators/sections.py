@@ -35,6 +35,7 @@ REDUCTIONS = Kind(
         "importance-weight": ImportanceWeight,
     },
     (AbstractReduction,),
+    frozenset({"dim", "target_rate", "key"}),
 )
 """Variance reductions of the score function, by name."""
 
@@ -56,7 +57,7 @@ class PolicySettings:
         if not (self.scale > 0 and self.cap > 0):
             raise ValueError(f"scale and cap must be positive; got {self.scale} and {self.cap}")
 
-    def check(self, rate: float) -> None:
+    def check(self, rate: float, sequences: int) -> None:
         """Raise `ValueError` for a rate that the policy cannot reach."""
         if abs(logit(rate)) >= self.cap:
             raise ValueError(f"a rate of {rate} lies beyond policy logits capped at {self.cap}: raise --policy.cap")
@@ -87,7 +88,7 @@ class ScoreFunctionSettings:
         if SAMPLE_CENTRE in self.reductions and self.samples < 2:
             raise ValueError("sample-centre compares samples for one sequence: ask for --sfe.samples 2 or more")
 
-    def check(self, sequences: int) -> None:
+    def check(self, rate: float, sequences: int) -> None:
         """Raise `ValueError` for batches that a reduction can do nothing with."""
         if BATCH_CENTRE in self.reductions and sequences * self.samples < 2:
             raise ValueError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import PRNGKeyArray, PyTree
@@ -50,7 +50,6 @@ class Context:
         """What constructors may ask for."""
         return {
             "dim": self.dim,
-            "rate": self.rate,
             "target_rate": self.rate,
             "chunker": self.chunker,
             "key": self.key,
@@ -87,7 +86,7 @@ class TrainingText(Protocol):
         ...
 
     def byte_model(self, where: str) -> ByteModel:
-        """The model of a finished run, which must not learn its tokens. Raises `ValueError` for any other."""
+        """The model of a finished run, which must not learn its tokens; any other is refused with a sentence."""
         ...
 
 
@@ -98,6 +97,15 @@ class Prerequisite:
     setting: str
     estimator: str
     settings: Mapping[str, Mapping[str, object]]
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A section that not every run suits."""
+
+    def check(self, rate: float, sequences: int) -> None:
+        """Raise `ValueError` for a target rate or a number of sequences in a batch that it cannot work with."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -116,9 +124,15 @@ class EstimatorConfig(ABC):
     """A run whose model it reads, if any."""
 
     @property
+    def sections(self) -> list[object]:
+        """The sections that it shares with others."""
+        values = (getattr(self, one.name) for one in fields(self))
+        return [value for value in values if is_dataclass(value)]
+
+    @property
     def samples(self) -> int:
-        """Samples of boundaries for each training sequence."""
-        return 1
+        """Samples of boundaries for each training sequence: the most that a section asks for."""
+        return max((getattr(section, "samples", 1) for section in self.sections), default=1)
 
     @property
     def makes_tokens(self) -> bool:
@@ -131,8 +145,11 @@ class EstimatorConfig(ABC):
         return type(self).prepare is not EstimatorConfig.prepare
 
     def check(self, rate: float, sequences: int) -> None:
-        """Raise `ValueError` if it cannot be trained at this target rate, or on batches of so many sequences."""
-        return
+        """Raise `ValueError` if it cannot be trained at this target rate, or on batches of so many sequences: what the sections
+        say."""
+        for section in self.sections:
+            if isinstance(section, Checked):
+                section.check(rate, sequences)
 
     def prepare(self, text: TrainingText) -> PyTree:
         """What must be known before training: an `equinox.Module`, saved with the run. Raises `ValueError` where impossible."""

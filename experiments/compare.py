@@ -21,7 +21,7 @@ from experiments.comparison.pairs import Names, every_pair
 from experiments.config.errors import ConfigError, require
 from experiments.config.files import from_json, to_json
 from experiments.config.flags import shared_out
-from experiments.config.plugins import modules_of
+from experiments.config.plugins import trusted
 from experiments.config.settings import RunConfig
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, exit_code
@@ -114,8 +114,9 @@ def pairs_of(config: CompareConfig) -> list[Names]:
     by_name = {name: name for name in config.estimators}
     pairs = []
     for text in config.pairs:
-        first, _, second = text.partition(":")
-        if first not in by_name or second not in by_name or first == second:
+        splits = [(text[:place], text[place + 1 :]) for place, letter in enumerate(text) if letter == ":"]
+        first, second = next((both for both in splits if by_name.keys() >= set(both)), ("", ""))
+        if first == second:
             raise ConfigError(
                 f"--pairs {text!r} is not FIRST:SECOND of two different ones of --estimators ({', '.join(by_name)})"
             )
@@ -133,8 +134,9 @@ def runs_of(config: CompareConfig, requested: Requested) -> list[RunConfig]:
     for name, run in chosen.items():
         needs = run.first.prerequisite
         if needs is not None and getattr(run.first, needs.setting) is None:
-            folder = config.out / BYTE_MODEL_RUN
-            before = dataclasses.replace(run, estimator=needs.estimator, settings=needs.settings)
+            before = dataclasses.replace(run, estimator=needs.estimator).with_settings(**needs.settings)
+            folder = next((path for path, other in first.items() if not differing(other, before, ("seed",))), None)
+            folder = folder or config.out / (BYTE_MODEL_RUN if not first else f"{BYTE_MODEL_RUN}-{len(first) + 1}")
             first[folder] = dataclasses.replace(before, seed=config.seeds[0], out=folder)
             chosen[name] = run.with_settings(**{run.parts[0].estimator.section: {needs.setting: folder}})
     for seed in config.seeds:
@@ -145,21 +147,23 @@ def runs_of(config: CompareConfig, requested: Requested) -> list[RunConfig]:
 
 
 def run_folder(config: CompareConfig, estimator: str, seed: int) -> Path:
-    """The folder of a run; a class is named without its module."""
-    return config.out / f"{estimator.rpartition(':')[2]}-{seed}"
+    """The folder of a run; a class is named without its module where that tells it from the others."""
+    short = [name.rpartition(":")[2] for name in config.estimators]
+    own = estimator.rpartition(":")[2]
+    return config.out / f"{own if short.count(own) == 1 else estimator.replace(':', '.')}-{seed}"
 
 
 def ready(run: RunConfig) -> Job:
     """A run's folder with its configuration in it. Raises `ConfigError` where it holds a run of other settings, or one that
     another process is at work on while its number of devices has to change."""
-    folder, plugins = run.run_dir, tuple(module.__name__ for module in modules_of(run))
+    folder, plugins = run.run_dir, trusted(run)
     path = folder / CONFIG
     if not path.is_file():
         prepare_new(run)
         return Job(folder.name, folder, plugins)
     there = from_json(path.read_text(), str(path), plugins)
     # How many cores a run had moves its curve by no more than rounding. A byte model serves for seeds named later, too.
-    may_differ = ("devices", "seed") if folder.name == BYTE_MODEL_RUN else ("devices",)
+    may_differ = ("devices", "seed") if folder.name.startswith(BYTE_MODEL_RUN) else ("devices",)
     if changed := differing(run, there, may_differ):
         raise ConfigError(f"{folder} holds a run with other settings for {', '.join(changed)}; name another --out")
     if run.devices != there.devices and not (folder / SUMMARY).is_file():
@@ -231,7 +235,7 @@ def _last_line(job: Job, logs: Path) -> str:
 def compare(config: CompareConfig, requested: Requested, display: Display) -> int:
     """Do the runs and write the comparison. Returns 0, or 1 where a run failed."""
     runs = runs_of(config, requested)
-    byte_models = [run for run in runs if run.run_dir.name == BYTE_MODEL_RUN]
+    byte_models = [run for run in runs if run.run_dir.name.startswith(BYTE_MODEL_RUN)]
     compared = runs[len(byte_models) :]
     elsewhere = read_tables(config.tables, compared)
     runs = [*byte_models, *without(compared, elsewhere)]
@@ -244,9 +248,8 @@ def compare(config: CompareConfig, requested: Requested, display: Display) -> in
         model = None if needs is None else getattr(run.first, needs.setting)
         job.reads = next((other for other in jobs if other.folder == model and other is not job), None)
     failed = run_jobs(jobs, config.jobs, logs, display)
-    here = [
-        read_finished(job.folder, job.plugins) for job in jobs if job.name != BYTE_MODEL_RUN and is_finished(job.folder)
-    ]
+    done = [job for job in jobs if not job.name.startswith(BYTE_MODEL_RUN) and is_finished(job.folder)]
+    here = [read_finished(job.folder, job.plugins) for job in done]
     known = {BYTE_MODEL_RUN, *(job.name for job in jobs)}
     others = sorted(path.parent.name for path in config.out.glob(f"*/{SUMMARY}") if path.parent.name not in known)
     if others:

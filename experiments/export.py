@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from experiments.config.errors import ConfigError
 from experiments.config.files import to_json
-from experiments.config.plugins import import_plugins, load_model
+from experiments.config.plugins import import_plugins, load_model, modules_of
 from experiments.config.settings import RunConfig
 from experiments.reporting.display import Display, command_line
 from experiments.training.run_dir import SUMMARY, read_config
@@ -72,7 +72,9 @@ def export(config: ExportConfig, display: Display) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder, model, settings, run / SUMMARY, config.layout)
     function = "load" if config.layout == "own" else "load_hnet"
-    display.note(f'{config.to}: load it with unet.{function}("{config.to}")')
+    modules = [module.__name__ for module in modules_of(settings)]
+    known = f", known=[{', '.join(modules)}]" if modules and config.layout == "own" else ""
+    display.note(f'{config.to}: load it with unet.{function}("{config.to}"{known})')
 
 
 def _write(folder: Path, model: UNet, settings: RunConfig, summary: Path, layout: ExportLayout) -> None:
@@ -88,7 +90,9 @@ def _write(folder: Path, model: UNet, settings: RunConfig, summary: Path, layout
 def card(settings: RunConfig, summary: Path, layout: ExportLayout = "own") -> str:
     """The model card, with metadata for the hub."""
     own = layout == "own"
-    loaded = 'unet.load("FOLDER or hub:owner/name").model' if own else 'unet.load_hnet("FOLDER or owner/name")'
+    modules = [module.__name__ for module in modules_of(settings)]
+    known = f", known=[{', '.join(modules)}]" if modules else ""
+    loaded = f'unet.load("FOLDER or hub:owner/name"{known}).model' if own else 'unet.load_hnet("FOLDER or owner/name")'
     lines = [
         "---",
         "library_name: caesura",
@@ -102,6 +106,7 @@ def card(settings: RunConfig, summary: Path, layout: ExportLayout = "own") -> st
         "```python",
         "import jax",
         "import unet",
+        *(f"import {module}" for module in modules),
         "",
         f"model = {loaded}",
         'print(unet.generate(model, ["The "], max_bytes=200, key=jax.random.key(0)).texts[0].text)',

@@ -47,6 +47,8 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     if known.resume and known.out is not None:
         default = dataclasses.replace(read_config(Path(known.out), modules), resume=False, overwrite=False)
     config = parse_run(arguments, default, program="python -m experiments.run")
+    # Given several times, all of them count.
+    config = dataclasses.replace(config, plugin=plugins_in(arguments))
     if config.resume:
         saved = read_config(config.run_dir, modules)
         if changed := differing(config, saved):

@@ -131,7 +131,7 @@ PAIRS = (
 )
 
 
-@pytest.mark.parametrize(("down", "up"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("down", "up"), PAIRS, ids=[f"{down}-{up}" for down, up in PAIRS])
 def test_every_pair_of_ways_down_and_up_decodes_in_pieces(down, up):
     check_in_pieces(with_chunker(Chunker(DOWN[down], UP[up])))
 

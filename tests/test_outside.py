@@ -1,6 +1,7 @@
 """Somebody else's package: found by name, used in every command, and named in a sentence where something is wrong with it."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import os
@@ -10,21 +11,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import pytest
 
+from estimators import WindowedPolicy
 from estimators.lookup import settings_of
 from estimators.registry import ESTIMATORS, configuration, sections_of
 from estimators.sections import REDUCTIONS
 from estimators.settings import EstimatorConfig
 from estimators.testing import check_chunker, check_estimator, check_reduction
+from experiments.compare import pairs_of, parse_compare, run_folder, runs_of
 from experiments.config.errors import ConfigError, PluginError
 from experiments.config.parts import find
+from experiments.config.plugins import trusted
 from experiments.run import parse
 from tests.test_run import SMALL
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
-from unet.chunkers import Chunker, Select
 from unet.chunkers.named import CHUNKERS, POOLS
+from unet.files.saving import require_saveable
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = ROOT / "tests" / "outside"
@@ -77,7 +82,7 @@ def test_classes_named_by_module_work_in_one_command_after_another(corpus, tmp_p
         *("--chunker", "my_tokens.chunker:Gated", "--dataset", corpus, "--out", "run"),
     )
     assert commands(tmp_path, package, ("run", *chosen, *QUICK))[0] == [0]
-    modules = ("--plugin", *(f"my_tokens.{name}" for name in ("router", "chunker", "reduction")))
+    modules = ("--plugin", "my_tokens")
     codes, said = commands(
         tmp_path,
         package,
@@ -101,7 +106,8 @@ def test_classes_named_by_module_work_in_one_command_after_another(corpus, tmp_p
         ),
     )
     assert codes == [2, 2, 0, 0, 0, 0], said
-    assert "name its module with --plugin my_tokens." in said
+    assert "add --plugin my_tokens.chunker my_tokens.reduction my_tokens.router if you trust them" in said
+    assert 'unet.load("mine", known=[my_tokens.router, my_tokens.chunker, my_tokens.reduction])' in said
     assert "was made with my_tokens.router:NormRouter, which is not part of this library: add --plugin" in said
     assert "Traceback" not in said
 
@@ -126,8 +132,8 @@ def test_the_examples_keep_the_contract(outside):
     )
     check_estimator(router.NormRouter, dim=16)
     check_estimator(objective.ExploringConfig(), dim=16)
-    check_chunker(Chunker(Select(), chunker.Gated(16)), dim=16)
-    check_reduction(reduction.Standardise(), dim=16)
+    check_chunker(chunker.Gated, dim=16)
+    check_reduction(reduction.Standardise, dim=16)
 
 
 BROKEN = {
@@ -142,7 +148,32 @@ class Any(UniformRouter):
 class Table(UniformRouter):
     def __init__(self, slopes: dict): super().__init__(0.2)
 class Fails(UniformRouter):
-    def __init__(self, rate: float): raise KeyError("fails on purpose")
+    def __init__(self, target_rate: float): raise KeyError("fails on purpose")
+class Data(UniformRouter):
+    def __init__(self, target_rate: float, slope: float = 1.0): super().__init__(target_rate)
+class Policy(Data): pass
+class Lambda(Data): pass
+class Either(UniformRouter):
+    def __init__(self, slopes: int | str = 1): super().__init__(0.2)
+class Late(UniformRouter):
+    def __init__(self, slopes: "Never" = 1): super().__init__(0.2)
+""",
+    "configs.py": """
+from dataclasses import dataclass
+from estimators import EstimatorConfig, UniformRouter
+class Plain(EstimatorConfig):
+    width: float = 1.0
+    def build(self, context): return None
+@dataclass(frozen=True)
+class Other(EstimatorConfig):
+    def build(self, context): return UniformRouter(0.2)
+@dataclass(frozen=True)
+class Checks(EstimatorConfig):
+    def check(self, rate, sequences): raise KeyError("checks on purpose")
+    def build(self, context): return UniformRouter(0.2)
+@dataclass(frozen=True)
+class Half(EstimatorConfig):
+    pass
 """,
     "twins.py": """
 from dataclasses import dataclass
@@ -165,7 +196,27 @@ WRONG = [
     (("--estimator", "untyped:Untyped"), "the argument slope of Untyped has no type", None),
     (("--estimator", "untyped:Any"), "takes any arguments", None),
     (("--estimator", "untyped:Table"), "slopes of Table can be no flag", None),
-    (("--estimator", "untyped:Fails"), "failed while it was built (KeyError", KeyError),
+    (("--estimator", "untyped:Fails"), "--estimator untyped:Fails failed (KeyError", KeyError),
+    (("--estimator", "untyped:Data"), "settings called data would hide --data of the run", None),
+    (("--estimator", "untyped:Policy"), "the settings of --policy are called policy too", None),
+    (("--estimator", "untyped:Lambda"), "lambda is a keyword of Python", None),
+    (("--estimator", "untyped:Either"), "slopes of Either can be no flag", None),
+    (("--estimator", "untyped:Late"), "the types of Late cannot be read (name 'Never' is not defined)", None),
+    (("--estimator", "configs:Plain"), "width of the class Plain would be no setting: decorate the class", None),
+    (
+        ("--estimator", "configs:Other"),
+        "--estimator configs:Other built a UniformRouter, not an AbstractEstimator",
+        None,
+    ),
+    (("--estimator", "configs:Checks"), "--estimator configs:Checks failed (KeyError", KeyError),
+    (("--estimator", "configs:Half"), "the class Half is abstract: it lacks build", None),
+    (("--estimator", "configs:"), "--estimator configs:: there are bpe", None),
+    (("--estimator", ":Mine"), "--estimator :Mine: there are bpe", None),
+    (
+        ("--model", "hnet-2stage-tiny", "--inner-estimators", "isotropic", "--isotropic.no-token-level"),
+        "makes no tokens",
+        None,
+    ),
     (("--inner-estimators", "sef"), "--estimator sef: did you mean sfe?", None),
     (("--chunker", "estimators:UniformRouter"), "the class UniformRouter is no ChunkerConfig or", None),
     (("--pool", "larst"), "--pool larst: did you mean last?", None),
@@ -195,7 +246,7 @@ def test_what_is_wrong_with_a_plugin_is_said_in_one_sentence(
 def test_two_sections_of_one_name_are_refused(tmp_path, outside, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "twins.py").write_text(BROKEN["twins.py"])
-    with pytest.raises(ConfigError, match="have settings called policy"):
+    with pytest.raises(ConfigError, match="are called policy too"):
         parse(["--model", "hnet-2stage-tiny", "--estimator", "sfe", "--inner-estimators", "twins:OtherConfig"])
 
 
@@ -208,6 +259,33 @@ def test_a_name_that_two_packages_announce_is_refused(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(str(folder.parent))
     with pytest.raises(ConfigError, match=r"announce it \(package_1:Mine and package_2:Mine\)"):
         parse(["--estimator", "twice"])
+
+
+def test_an_outside_configuration_counts_what_its_sections_ask_for(outside):
+    chosen = ("--estimator", "my_tokens.objective:ExploringConfig")
+    assert parse([*chosen, "--sfe.samples", "4"]).samples == 4
+    with pytest.raises(ConfigError, match="use a larger --batch"):
+        parse([*chosen, "--batch", "1"])
+    with pytest.raises(ConfigError, match=r"raise --policy\.cap"):
+        parse([*chosen, "--rate", "0.001"])
+
+
+def test_what_cannot_be_saved_is_refused_before_training():
+    router = eqx.tree_at(lambda r: r.weight, WindowedPolicy(4), {"a": 1}, is_leaf=lambda leaf: leaf is None)
+    with pytest.raises(ValueError, match="is a dict, which cannot be saved"):
+        require_saveable(router)
+
+
+def test_a_comparison_names_classes_by_module(outside, tmp_path):
+    names = ("my_tokens.router:NormRouter", "uniform")
+    config, requested = parse_compare(
+        ["--estimators", *names, "--pairs", f"{names[0]}:uniform", "--out", str(tmp_path)]
+    )
+    assert pairs_of(config) == [names]
+    assert [run.run_dir.name for run in runs_of(config, requested)][:2] == ["NormRouter-0", "uniform-0"]
+    twins = dataclasses.replace(config, estimators=(names[0], "other:NormRouter"), pairs=())
+    assert run_folder(twins, names[0], 0).name == "my_tokens.router.NormRouter-0"
+    assert trusted(requested[names[0]]) == ("my_tokens.router",)
 
 
 def test_nothing_is_imported_because_a_file_names_it(tmp_path, outside, monkeypatch):

@@ -13,7 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 from estimators.base import AbstractChunker, Boundaries, ChunkerState, Downsampled, Tokens
 from estimators.decode_state import update_state
 from estimators.equations import start_of
+from estimators.lookup import Part, construct
 from estimators.testing.subject import alike, carries, first, program, require
+from unet.chunkers import AbstractDownsampler, AbstractUpsampler, Chunker, Distribute, Select
+from unet.chunkers.named import CHUNKERS, POOLS
 from unet.decoding.kv_cache import with_room
 
 BATCH, LENGTH, SECOND, PADDED = 3, 12, 7, 9
@@ -101,13 +104,19 @@ def _drawn(seed: int, starts: Bool[Array, "batch length"], mask: Bool[Array, "ba
     return Boundaries(actions, logits, jax.nn.sigmoid(logits), mask & ~starts, starts, relaxed)
 
 
-def check_chunker(chunker: AbstractChunker, *, dim: int = 32, seed: int = 0) -> None:
+def check_chunker(
+    subject: AbstractChunker | AbstractDownsampler | AbstractUpsampler | type, *, dim: int = 32, seed: int = 0
+) -> None:
     """Raises `ContractError`, with the clause and what was seen, unless a chunker keeps its contract for states of width `dim`.
+
+    `subject`: a chunker, a downsampler (checked with `Distribute`), an upsampler (checked with `Select`), or a class of one,
+    which is made with its default settings. Raises `TypeError` for anything else.
 
     Shapes and dtypes; every boundary becomes a token or is counted as overflow, and tokens beyond the capacity change no other;
     a position depends on positions up to it, in its own document and row, in values and in gradients; the decode state
     continues where it stopped.
     """
+    chunker = _chunker_of(subject, dim, seed)
     states = jax.random.normal(jax.random.key(seed + 1), (BATCH, LENGTH, dim), jnp.float32)
     starts, mask = _layout()
     boundaries = _drawn(seed, starts, mask)
@@ -115,6 +124,27 @@ def check_chunker(chunker: AbstractChunker, *, dim: int = 32, seed: int = 0) -> 
     _check_counts(chunker, states, boundaries)
     _check_reach(chunker, states, boundaries)
     _check_pieces(chunker, states, seed)
+
+
+def _chunker_of(
+    subject: AbstractChunker | AbstractDownsampler | AbstractUpsampler | type, dim: int, seed: int
+) -> AbstractChunker:
+    """Raises `TypeError` for anything else."""
+    if isinstance(subject, type):
+        given = {"dim": dim, "key": jax.random.key(seed), "pool": Select(), "implementation": None}
+        kind = POOLS if issubclass(subject, AbstractDownsampler) else CHUNKERS
+        made = construct(Part(kind, subject.__name__, subject), {}, given)
+    else:
+        made = subject
+    if isinstance(made, AbstractUpsampler):
+        return Chunker(Select(), made)
+    if isinstance(made, AbstractDownsampler):
+        return Chunker(made, Distribute())
+    if not isinstance(made, AbstractChunker):
+        raise TypeError(
+            f"what is checked must be a chunker, a downsampler or an upsampler; got a {type(made).__name__}"
+        )
+    return made
 
 
 def _check_shapes(chunker: AbstractChunker, hidden: Float[Array, "batch length dim"], boundaries: Boundaries) -> None:

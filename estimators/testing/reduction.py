@@ -11,7 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from estimators.base import Boundaries, ObjectiveInputs, trainable
+from estimators.lookup import Part, construct
 from estimators.objectives import AbstractReduction, Credit
+from estimators.sections import REDUCTIONS
 from estimators.testing.subject import alike, moved, program, require
 
 LENGTH, SECOND = 10, 6
@@ -50,15 +52,24 @@ def _inputs(seed: int, dim: int, samples: int, early: bool) -> ObjectiveInputs:
     )
 
 
-def check_reduction(reduction: AbstractReduction, *, dim: int = 32, samples: int = 1, seed: int = 0) -> None:
+def check_reduction(subject: AbstractReduction | type, *, dim: int = 32, samples: int = 1, seed: int = 0) -> None:
     """Raises `ContractError`, with the clause and what was seen, unless a reduction keeps its contract.
 
     Rewards and returns keep their shape and stay finite float32; returns depend on no earlier reward of their row and on no
     other document of it; a step adds its loss to that of the steps before and keeps their weights; it trains its own parameters;
-    it needs the early exit only if it says so. `dim`: the width of hidden states that it was built for; `samples`: draws for
-    each sequence, if it compares several.
+    it needs the early exit only if it says so.
+
+    `subject`: a reduction, or a class of one, which is made with its default settings. `dim`: the width of hidden states that it
+    was built for; `samples`: draws for each sequence, if it compares several. Raises `TypeError` for anything else.
     """
-    reduction = moved(reduction, jax.random.key(seed + 1))
+    if isinstance(subject, type):
+        given = {"dim": dim, "key": jax.random.key(seed), "target_rate": 0.3}
+        made = construct(Part(REDUCTIONS, subject.__name__, subject), {}, given)
+    else:
+        made = subject
+    if not isinstance(made, AbstractReduction):
+        raise TypeError(f"what is checked must be a reduction; got a {type(made).__name__}")
+    reduction = moved(made, jax.random.key(seed + 1))
     inputs = _inputs(seed, dim, samples, reduction.needs_early_exit)
     credit = Credit(inputs.log_prob, None, jnp.asarray(1.0, jnp.float32), None)
     found = reduced(reduction, credit, inputs)

@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments.comparison.pairs import Curve
 from experiments.config.errors import ConfigError
 from experiments.config.files import from_values, to_json
-from experiments.config.plugins import load_model, modules_of
+from experiments.config.plugins import load_model, modules_of, trusted
 from experiments.config.settings import RunConfig
 from experiments.reporting.summary import Summary
 from experiments.training.run_dir import SUMMARY, differing, read_config, read_metrics
@@ -68,7 +68,7 @@ def read_tables(paths: Sequence[Path], runs: Sequence[RunConfig]) -> list[Finish
     settings.
     """
     requested = {(run.estimator, run.seed): run for run in runs}
-    plugins = {module.__name__ for run in runs for module in modules_of(run)}
+    plugins = {module for run in runs for module in trusted(run)}
     read: dict[tuple[str, int], FinishedRun] = {}
     for path in paths:
         for run in _read_table(path, plugins):

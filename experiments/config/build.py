@@ -10,7 +10,7 @@ from estimators import AbstractChunker, AbstractEstimator
 from estimators.keys import named_key
 from estimators.lookup import PartError
 from estimators.settings import Context
-from experiments.config.errors import ConfigError, PluginError, refused, require
+from experiments.config.errors import ConfigError, outside_errors, refused, require
 from experiments.config.settings import LevelConfig, RunConfig
 from unet import UNet
 from unet.chunkers.named import ChunkerNames
@@ -31,8 +31,15 @@ def build_estimators(config: RunConfig, key: PRNGKeyArray, prepared: PyTree = No
         chunker = build_chunker(config, level, dim, own)
         taken = prepared if number == 0 else None
         context = Context(dim, level.rate, chunker, named_key(own, "estimator"), taken, config.sections)
-        built.append(level.settings.build(context))
+        built.append(_built(level, context))
     return tuple(built)
+
+
+def _built(level: LevelConfig, context: Context) -> AbstractEstimator:
+    made = level.settings.build(context)
+    if not isinstance(made, AbstractEstimator):
+        raise ValueError(f"--estimator {level.estimator} built a {type(made).__name__}, not an AbstractEstimator")
+    return made
 
 
 def build_estimator(config: RunConfig, key: PRNGKeyArray, prepared: PyTree = None) -> AbstractEstimator | None:
@@ -67,18 +74,12 @@ def require_fit(config: RunConfig) -> None:
             dim, key = config.unet.widths[number], jax.random.key(0)
             chunker = build_chunker(config, level, dim, key)
             if not level.settings.needs_text:
-                level.settings.build(Context(dim, level.rate, chunker, key, None, config.sections))
+                _built(level, Context(dim, level.rate, chunker, key, None, config.sections))
 
-    try:
-        eqx.filter_eval_shape(build)
-    except PartError as error:
-        raise refused(error) from error.__cause__
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    except Exception as error:
-        others = [f"{part.kind.flag} {part.name}" for part in config.chosen if part.name not in part.kind.house]
-        if not others:
-            raise
-        raise PluginError(
-            f"{' with '.join(others)} failed while it was built ({type(error).__name__}: {error})"
-        ) from error
+    with outside_errors(config.chosen):
+        try:
+            eqx.filter_eval_shape(build)
+        except PartError as error:
+            raise refused(error) from error.__cause__
+        except ValueError as error:
+            raise ConfigError(str(error)) from None

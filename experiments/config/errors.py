@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from estimators.lookup import PartError
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from estimators.lookup import Part, PartError
 
 
 class ConfigError(Exception):
@@ -20,6 +23,20 @@ def refused(error: PartError) -> ConfigError:
     failed = PluginError(str(error))
     failed.__cause__ = error.__cause__
     return failed
+
+
+@contextmanager
+def outside_errors(parts: Iterable[Part]) -> Iterator[None]:
+    """Turns what the code of outside `parts` raises unexpectedly into a `PluginError`; everything else passes."""
+    try:
+        yield
+    except (ConfigError, PartError, ValueError, ImportError, OSError):
+        raise
+    except Exception as error:
+        outside = [f"{part.kind.flag} {part.name}" for part in parts if part.name not in part.kind.house]
+        if not outside:
+            raise
+        raise PluginError(f"{' with '.join(outside)} failed ({type(error).__name__}: {error})") from error
 
 
 def require(holds: bool, otherwise: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -21,7 +22,7 @@ from experiments.config.build import require_fit
 from experiments.config.errors import ConfigError, refused
 from experiments.config.parts import Names, Section, Values, levels_of, sections_in
 from experiments.config.presets import PRESETS
-from experiments.config.settings import RunConfig
+from experiments.config.settings import RunConfig, require_free_names
 from unet.chunkers.named import CHUNKERS, POOLS
 
 KINDS: Mapping[str, Kind] = {
@@ -46,9 +47,10 @@ def parse_run(arguments: Sequence[str], default: RunConfig, *, program: str) -> 
     try:
         parts = _parts(given, default)
         if everything:
-            parts += [find(kind, name) for kind in (ESTIMATORS, CHUNKERS, POOLS) for name in _names(kind)]
+            parts += _everything()
         values = _with_named_parts(given, parts, default.settings)
         sections = sections_in(parts, values)
+        require_free_names(sections)
         if not {"-h", "--help"} & set(given):
             _require_chosen(given, sections)
         parsed = _parsed(given, default, sections, values, program, short=not everything)
@@ -57,6 +59,14 @@ def parse_run(arguments: Sequence[str], default: RunConfig, *, program: str) -> 
         raise refused(error) from error.__cause__
     require_fit(config)
     return config.resolved
+
+
+def _everything() -> Iterator[Part]:
+    """Every part by name; one of an installed package that fails is left out."""
+    for kind in (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS):
+        for name in _names(kind):
+            with contextlib.suppress(PartError):
+                yield find(kind, name)
 
 
 def shared_out(arguments: Sequence[str], estimators: Sequence[str]) -> dict[str, list[str]]:

@@ -8,10 +8,11 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from estimators.lookup import Kind, Part, Setting, default_of, field_help, find, settings_of
+from estimators.lookup import Kind, Part, PartError, Setting, default_of, field_help, find, settings_of
 from estimators.registry import ESTIMATORS, configuration, sections_of
+from estimators.sections import REDUCTIONS
 from estimators.settings import EstimatorConfig
-from experiments.config.errors import ConfigError
+from experiments.config.errors import ConfigError, outside_errors
 from experiments.config.structure import structured
 from unet.chunkers.named import CHUNKERS, POOLS
 
@@ -96,7 +97,9 @@ def chosen(parts: Iterable[Part], values: Values) -> list[Part]:
 def sections_in(parts: Iterable[Part], values: Values) -> dict[str, Section]:
     """The sections of everything that is `chosen`, by name. Raises `ConfigError` for two different ones of one name."""
     sections: dict[str, Section] = {}
-    for section in (section for part in chosen(parts, values) for section in _sections_of(part)):
+    pairs = [(part, section) for part in chosen(parts, values) for section in _sections_of(part)]
+    for owner, section in pairs:
+        _require_own_name(owner, section)
         there = sections.setdefault(section.name, section)
         if there.settings != section.settings:
             raise ConfigError(
@@ -104,6 +107,23 @@ def sections_in(parts: Iterable[Part], values: Values) -> dict[str, Section]:
                 "`section`"
             )
     return sections
+
+
+def _require_own_name(part: Part, section: Section) -> None:
+    """Raise `PartError` where an outside class has other settings under a name of the library's, whose presets would set them."""
+    house = house_sections().get(section.name)
+    if part.name not in part.kind.house and house is not None and house.settings != section.settings:
+        raise PartError(
+            f"{part.kind.flag} {part.name}: the settings of {house.owner} are called {section.name} too: give the class another "
+            "`section`"
+        )
+
+
+@functools.cache
+def house_sections() -> dict[str, Section]:
+    """The sections of all parts of the library, by name."""
+    parts = [find(kind, name) for kind in (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS) for name in kind.house]
+    return {section.name: section for part in parts for section in _sections_of(part)}
 
 
 def named_in(section: Section, values: Values) -> Iterator[tuple[Kind, str]]:
@@ -119,10 +139,11 @@ def estimator_config(part: Part, typed: Mapping[str, object]) -> EstimatorConfig
     """The configuration of an estimator from the settings of its sections. Raises `ConfigError` for impossible ones."""
     own = typed.get(part.section)
     values = {} if own is None else {setting.name: getattr(own, setting.name) for setting in settings_of(part)}
-    try:
-        return configuration(part, values, {name: typed[name] for name in sections_of(part)})
-    except ValueError as error:
-        raise ConfigError(f"--{part.section.replace('_', '-')}: {error}") from None
+    with outside_errors([part]):
+        try:
+            return configuration(part, values, {name: typed[name] for name in sections_of(part)})
+        except ValueError as error:
+            raise ConfigError(f"--{part.section.replace('_', '-')}: {error}") from None
 
 
 def plain_values(section: object) -> dict[str, object]:

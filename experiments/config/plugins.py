@@ -20,7 +20,7 @@ from estimators.sections import REDUCTIONS
 from experiments.config.errors import ConfigError, refused
 from experiments.config.settings import RunConfig
 from unet.chunkers.named import CHUNKERS, POOLS
-from unet.files.saving import Loaded, UnknownClass, load
+from unet.files.saving import WEIGHTS, Loaded, load, outside_classes
 
 KINDS: tuple[Kind, ...] = (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS)
 
@@ -33,10 +33,13 @@ def import_plugins(names: Sequence[str]) -> tuple[types.ModuleType, ...]:
         raise refused(error) from error.__cause__
 
 
-def announced() -> tuple[types.ModuleType, ...]:
-    """The modules that installed packages announce as estimators, chunkers, pools or reductions."""
-    points = [point for kind in KINDS for point in importlib.metadata.entry_points(group=kind.group)]
-    return import_plugins(sorted({point.value.partition(":")[0] for point in points}))
+def announced(needed: Sequence[str]) -> tuple[types.ModuleType, ...]:
+    """Of the modules that installed packages announce as estimators, chunkers, pools or reductions, those of the packages
+    `needed`."""
+    points = [point for kind in KINDS for point in importlib.metadata.entry_points(group=kind.group)] if needed else []
+    packages = {name.partition(".")[0] for name in needed}
+    names = {point.value.partition(":")[0] for point in points}
+    return import_plugins(sorted(name for name in names if name.partition(".")[0] in packages))
 
 
 def named_modules(arguments: Sequence[str]) -> tuple[str, ...]:
@@ -61,14 +64,34 @@ def modules_of(config: RunConfig) -> tuple[types.ModuleType, ...]:
     return tuple({sys.modules[part.cls.__module__]: None for part in parts})
 
 
+def trusted(config: RunConfig) -> tuple[str, ...]:
+    """The modules that a run's own file may name, since whoever asked for the run named them or its parts."""
+    named = [part.name.partition(":")[0] for part in config.chosen if ":" in part.name]
+    return tuple(dict.fromkeys([*config.plugin, *named, *(module.__name__ for module in modules_of(config))]))
+
+
 def load_model(where: str | Path, plugins: Sequence[types.ModuleType] = ()) -> Loaded:
     """`unet.load`, with the classes of `plugins` and, where the model needs others, of installed packages."""
-    try:
-        return load(where, known=plugins)
-    except UnknownClass:
-        if not (installed := announced()):
-            raise
-        return load(where, known=(*plugins, *installed))
+    needed = outside_modules(where)
+    known = [*plugins, *announced(needed)]
+    # A package that is installed for this, or that the command line names, is trusted with all of its modules.
+    packages = {module.__name__.partition(".")[0] for module in known}
+    known += import_plugins([name for name in needed if name.partition(".")[0] in packages])
+    lacking = [name for name in needed if name.partition(".")[0] not in packages]
+    if lacking:
+        raise ConfigError(
+            f"{where} was made with classes of {', '.join(lacking)}, which are not part of this library: add --plugin "
+            f"{' '.join(lacking)} if you trust them"
+        )
+    return load(where, known=known)
+
+
+def outside_modules(where: str | Path) -> list[str]:
+    """The modules that a model's classes lie in and that are not this library's."""
+    path = Path(where)
+    path = path if path.suffix == ".safetensors" else path / WEIGHTS
+    names = [] if str(where).startswith("hub:") or not path.is_file() else outside_classes(path)
+    return sorted({name.rpartition(".")[0] for name in names})
 
 
 def require_known(values: Mapping[str, object], plugins: Collection[str], where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import tyro
 from estimators.lookup import Part, PartError
 from estimators.registry import DEFAULT, WITHOUT_TOKENS
 from estimators.settings import EstimatorConfig
-from experiments.config.errors import ConfigError, refused, require
+from experiments.config.errors import ConfigError, outside_errors, refused, require
 from experiments.config.parts import Level, Names, chosen, estimator_config, levels_of, plain_values, sections_in
 from experiments.config.sections import (
     CheckpointConfig,
@@ -184,7 +184,7 @@ class RunConfig:
         if self.out is not None:
             return self.out
         dataset = "".join(c if c.isalnum() or c in "-." else "-" for c in Path(self.dataset).name)
-        return Path("runs") / f"{self.estimator}-{dataset}-{self.model}-{self.seed}"
+        return Path("runs") / f"{self.estimator.rpartition(':')[2]}-{dataset}-{self.model}-{self.seed}"
 
 
 def transformer_shape(config: RunConfig) -> UNetConfig:
@@ -238,6 +238,16 @@ def _require_levels(config: RunConfig) -> None:
         require(0 < rate < 1, f"--inner-rates are shares strictly between 0 and 1; got {rate}")
 
 
+def require_free_names(sections: Iterable[str]) -> None:
+    """Raise `ConfigError` where settings have the name of a flag of the run itself."""
+    taken = {one.name for one in dataclasses.fields(RunConfig)}
+    for name in sections:
+        require(
+            name not in taken,
+            f"settings called {name} would hide --{name} of the run: give the class another `section`",
+        )
+
+
 def _require_parts(config: RunConfig) -> None:
     """The parts exist, their settings are possible, and they fit the model and each other."""
     try:
@@ -259,12 +269,19 @@ def _require_parts(config: RunConfig) -> None:
             not level.settings.outermost_only,
             f"{level.estimator} reads bytes, not tokens: use it for the first level, and name --inner-estimators",
         )
+        require(
+            not level.settings.needs_text and level.settings.makes_tokens,
+            f"{level.estimator} cannot be inside another level: it "
+            + ("is prepared from text" if level.settings.needs_text else "makes no tokens"),
+        )
+    require_free_names(config.sections)
     part = config.batch // config.optimizer.accumulate
     for level in levels:
-        try:
-            level.settings.check(level.rate, part)
-        except ValueError as error:
-            raise ConfigError(f"--estimator {level.estimator}: {error}") from None
+        with outside_errors(level.parts.all):
+            try:
+                level.settings.check(level.rate, part)
+            except ValueError as error:
+                raise ConfigError(f"--estimator {level.estimator}: {error}") from None
     require(
         config.chunker != "attend" or config.unet.attend != "none",
         "--chunker attend brings no token back itself: name the blocks that attend to them with --unet.attend first or every",

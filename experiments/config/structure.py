@@ -72,9 +72,10 @@ def _path(value: object, kind: object) -> Path:
 
 
 def _choice(value: object, kind: object) -> object:
-    if not isinstance(value, str) or value not in get_args(kind):
-        raise TypeError(f"{value!r} is none of {', '.join(get_args(kind))}")
-    return value
+    for choice in get_args(kind):
+        if value == choice and type(value) is type(choice):
+            return choice
+    raise TypeError(f"{value!r} is none of {', '.join(map(str, get_args(kind)))}")
 
 
 def _shape(value: object, kind: object) -> UNetConfig | HNetConfig:

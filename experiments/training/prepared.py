@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import equinox as eqx
 import jax
@@ -13,13 +14,12 @@ from jaxtyping import PyTree
 
 from data import Batches, Split, open_batches
 from estimators import Layout
-from estimators.lookup import PartError
-from experiments.config.errors import ConfigError, require
-from experiments.config.plugins import modules_of
+from experiments.config.errors import ConfigError, outside_errors, require
+from experiments.config.plugins import import_plugins, load_model, modules_of
 from experiments.config.settings import RunConfig
 from experiments.training.run_dir import PREPARED
 from unet import UNet
-from unet.files.saving import load, load_module, save_module
+from unet.files.saving import load_module, save_module
 from unet.likelihood import plain_layout
 
 
@@ -62,18 +62,20 @@ class RunText:
             batches.close()
 
     def byte_model(self, where: str) -> UNet:
-        return read_byte_model(Path(where))
+        return read_byte_model(Path(where), (*modules_of(self.config), *import_plugins(self.config.plugin)))
 
 
 def prepare(config: RunConfig, split: Split) -> PyTree:
     """What the estimator of `config` takes from the training text; None for one that takes nothing. Raises `ConfigError` where
     that is impossible."""
-    try:
-        return config.first.prepare(RunText(config, split))
-    except PartError:
-        raise
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"--estimator {config.estimator}: {error}") from error
+    with outside_errors(config.parts[0].all[:1]):
+        try:
+            prepared = config.first.prepare(RunText(config, split))
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"--estimator {config.estimator}: {error}") from error
+    what = f"--estimator {config.estimator}: prepare returned a {type(prepared).__name__}"
+    require(prepared is None or isinstance(prepared, eqx.Module), f"{what}, not an equinox.Module")
+    return prepared
 
 
 def require_prerequisite(config: RunConfig) -> None:
@@ -97,10 +99,6 @@ def require_prerequisite(config: RunConfig) -> None:
 def write_prepared(folder: Path, prepared: PyTree) -> None:
     """Save it in a run's folder: checkpoints do not hold it."""
     if prepared is not None:
-        require(
-            isinstance(prepared, eqx.Module),
-            f"an estimator prepared a {type(prepared).__name__}, not an equinox.Module",
-        )
         save_module(prepared, folder / PREPARED)
 
 
@@ -110,12 +108,12 @@ def read_prepared(config: RunConfig) -> PyTree:
     return load_module(path, modules_of(config)) if path.is_file() else None
 
 
-def read_byte_model(folder: Path) -> UNet:
-    """The model of a finished run, which must not learn its tokens.
+def read_byte_model(folder: Path, plugins: Sequence[ModuleType] = ()) -> UNet:
+    """The model of a finished run, which must not learn its tokens; `plugins` are modules whose classes it may hold.
 
     Raises `ConfigError` for a run whose boundaries are not at every byte, `LoadError` for one that is not finished.
     """
-    model = load(folder).model
+    model = load_model(folder, plugins).model
     if any(estimator.router.rate != 1.0 for estimator in model.stage.estimators):
         raise ConfigError(
             f"{folder} holds a model that draws boundaries between its tokens; the entropy of bytes needs one without, or with a "

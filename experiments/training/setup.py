@@ -11,6 +11,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from data import Split, check_workers
 from estimators.keys import named_key
 from experiments.config.build import build_model
+from experiments.config.errors import ConfigError
 from experiments.config.plugins import import_plugins, modules_of
 from experiments.config.settings import RunConfig
 from experiments.training.data import load_split
@@ -18,6 +19,7 @@ from experiments.training.initial import initial_weights
 from experiments.training.placement import Placement, with_implementation
 from experiments.training.prepared import prepare, read_prepared, require_prerequisite
 from unet import UNet
+from unet.files.saving import require_saveable
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ def set_up(config: RunConfig) -> Setup:
     prepared = prepare(config, split) if prepared is None else prepared
     # Compiled whole: a fraction of the time that its operations take to be compiled one by one.
     model = eqx.filter_jit(lambda: build_model(config, key, prepared))()
+    try:
+        require_saveable(model)
+    except ValueError as error:
+        raise ConfigError(f"{error}: the model could not be saved when it is trained") from None
     # A run that goes on has its weights in its checkpoint.
     if config.init is not None and not config.resume:
         model = initial_weights(config.init, model, (*modules_of(config), *import_plugins(config.plugin)))

@@ -64,6 +64,7 @@ CHUNKERS = Kind(
     "caesura.chunkers",
     {"distribute": Distribute, "deviate": Deviation, "smooth": SmoothConfig, "attend": LeaveToDecoder},
     (ChunkerConfig, AbstractChunker, AbstractUpsampler),
+    frozenset({"dim", "key", "pool", "implementation"}),
 )
 """Ways back from tokens to positions, and whole chunkers, by name."""
 
@@ -72,6 +73,7 @@ POOLS = Kind(
     "caesura.pools",
     {"last": Select, "max": MaxPool, "average": AveragePool, "mean": MeanPool, "attention": AttentionPool},
     (AbstractDownsampler,),
+    frozenset({"dim", "key", "implementation"}),
 )
 """Ways from positions to tokens, by name."""
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -86,6 +87,12 @@ def save_module(module: eqx.Module, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, safetensors.numpy.save(arrays, metadata))
     return path
+
+
+def require_saveable(module: eqx.Module) -> None:
+    """Raise `ValueError` where `save` would, without writing anything."""
+    small = jax.tree.map(lambda leaf: jnp.zeros(()) if eqx.is_array(leaf) else leaf, module)
+    _described(small, "model", {})
 
 
 def load(where: str | Path, *, known: Names = ()) -> Loaded:
