@@ -72,8 +72,7 @@ def export(config: ExportConfig, display: Display) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder, model, settings, run / SUMMARY, config.layout)
     function = "load" if config.layout == "own" else "load_hnet"
-    modules = [module.__name__ for module in modules_of(settings)]
-    known = f", known=[{', '.join(modules)}]" if modules and config.layout == "own" else ""
+    known = _known(settings) if config.layout == "own" else ""
     display.note(f'{config.to}: load it with unet.{function}("{config.to}"{known})')
 
 
@@ -87,12 +86,20 @@ def _write(folder: Path, model: UNet, settings: RunConfig, summary: Path, layout
     save(model, folder)
 
 
+def _known(settings: RunConfig) -> str:
+    """The argument of `unet.load` that names the modules of outside classes; empty without any."""
+    modules = ", ".join(module.__name__ for module in modules_of(settings))
+    return f", known=[{modules}]" if modules else ""
+
+
 def card(settings: RunConfig, summary: Path, layout: ExportLayout = "own") -> str:
     """The model card, with metadata for the hub."""
     own = layout == "own"
-    modules = [module.__name__ for module in modules_of(settings)]
-    known = f", known=[{', '.join(modules)}]" if modules else ""
-    loaded = f'unet.load("FOLDER or hub:owner/name"{known}).model' if own else 'unet.load_hnet("FOLDER or owner/name")'
+    loaded = (
+        f'unet.load("FOLDER or hub:owner/name"{_known(settings)}).model'
+        if own
+        else 'unet.load_hnet("FOLDER or owner/name")'
+    )
     lines = [
         "---",
         "library_name: caesura",
@@ -106,7 +113,7 @@ def card(settings: RunConfig, summary: Path, layout: ExportLayout = "own") -> st
         "```python",
         "import jax",
         "import unet",
-        *(f"import {module}" for module in modules),
+        *(f"import {module.__name__}" for module in modules_of(settings)),
         "",
         f"model = {loaded}",
         'print(unet.generate(model, ["The "], max_bytes=200, key=jax.random.key(0)).texts[0].text)',

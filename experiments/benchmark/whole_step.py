@@ -25,7 +25,7 @@ from experiments.benchmark.roofline import PartCost, costs_by_part, kernels_of
 from experiments.benchmark.shapes import shapes_of
 from experiments.config.errors import ConfigError
 from experiments.config.files import from_json, to_json
-from experiments.config.plugins import modules_of
+from experiments.config.plugins import trusted
 from experiments.config.settings import RunConfig
 from experiments.training.capacity import rated_capacities
 from experiments.training.step import fresh_state
@@ -102,8 +102,7 @@ def compile_in_subprocess(config: RunConfig, target: str) -> StepReport:
         raise ConfigError(problem)
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        plugins = [module.__name__ for module in modules_of(config)]
-        asked = {"config": to_json(config), "plugins": plugins, "target": target, "answer": str(answer)}
+        asked = {"config": to_json(config), "plugins": trusted(config), "target": target, "answer": str(answer)}
         request.write_text(json.dumps(asked))
         environment = {
             **os.environ,

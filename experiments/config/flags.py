@@ -17,15 +17,14 @@ import tyro
 
 from estimators.lookup import Kind, Part, PartError, Setting, default_of, field_help, find, installed
 from estimators.registry import ESTIMATORS
-from estimators.sections import REDUCTIONS
 from experiments.config.build import require_fit
 from experiments.config.errors import ConfigError, refused
-from experiments.config.parts import Names, Section, Values, levels_of, sections_in
+from experiments.config.parts import KINDS, Names, Section, Values, levels_of, sections_in
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig, require_free_names
 from unet.chunkers.named import CHUNKERS, POOLS
 
-KINDS: Mapping[str, Kind] = {
+FIELDS: Mapping[str, Kind] = {
     "estimator": ESTIMATORS,
     "inner_estimators": ESTIMATORS,
     "chunker": CHUNKERS,
@@ -63,7 +62,7 @@ def parse_run(arguments: Sequence[str], default: RunConfig, *, program: str) -> 
 
 def _everything() -> Iterator[Part]:
     """Every part by name; one of an installed package that fails is left out."""
-    for kind in (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS):
+    for kind in KINDS:
         for name in _names(kind):
             with contextlib.suppress(PartError):
                 yield find(kind, name)
@@ -158,7 +157,7 @@ def _require_chosen(given: Sequence[str], sections: Mapping[str, Section]) -> No
             continue
         owners = [
             f"{kind.flag} {name}"
-            for kind in (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS)
+            for kind in KINDS
             for name in kind.house
             if section in sections_in([find(kind, name)], {})
         ]
@@ -205,7 +204,7 @@ class _Flag:
 
 def _run_flags(default: RunConfig, short: bool, folded: bool) -> Iterator[_Flag]:
     """The flags of a run itself; `folded`: its parts, such as the optimizer, are only named."""
-    texts = {**field_help(RunConfig), **{name: _choices(name, kind) for name, kind in KINDS.items()}}
+    texts = {**field_help(RunConfig), **{name: _choices(name, kind) for name, kind in FIELDS.items()}}
     hints = typing.get_type_hints(RunConfig, include_extras=True)
     for one in dataclasses.fields(RunConfig):
         value = getattr(default, one.name)

@@ -16,6 +16,9 @@ from experiments.config.errors import ConfigError, outside_errors
 from experiments.config.structure import structured
 from unet.chunkers.named import CHUNKERS, POOLS
 
+KINDS: tuple[Kind, ...] = (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS)
+"""Every kind of part that can be named."""
+
 Values = Mapping[str, Mapping[str, object]]
 """Plain values of settings, by section and name."""
 
@@ -122,7 +125,7 @@ def _require_own_name(part: Part, section: Section) -> None:
 @functools.cache
 def house_sections() -> dict[str, Section]:
     """The sections of all parts of the library, by name."""
-    parts = [find(kind, name) for kind in (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS) for name in kind.house]
+    parts = [find(kind, name) for kind in KINDS for name in kind.house]
     return {section.name: section for part in parts for section in _sections_of(part)}
 
 

@@ -14,15 +14,11 @@ import types
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from estimators.lookup import Kind, PartError, imported
-from estimators.registry import ESTIMATORS
-from estimators.sections import REDUCTIONS
+from estimators.lookup import PartError, imported
 from experiments.config.errors import ConfigError, refused
+from experiments.config.parts import KINDS
 from experiments.config.settings import RunConfig
-from unet.chunkers.named import CHUNKERS, POOLS
 from unet.files.saving import WEIGHTS, Loaded, load, outside_classes
-
-KINDS: tuple[Kind, ...] = (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS)
 
 
 def import_plugins(names: Sequence[str]) -> tuple[types.ModuleType, ...]:

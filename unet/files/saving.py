@@ -47,10 +47,6 @@ class LoadError(Exception):
     """What is wrong with the files of a model, where, and what to do about it."""
 
 
-class UnknownClass(LoadError):
-    """A file names a class or a function that is not part of this library, and was not made known."""
-
-
 @dataclass(frozen=True)
 class Loaded:
     """A `model`, and the `config` of the run that trained it, for information (empty if there was no such file). The model does
@@ -249,7 +245,7 @@ def _named(name: str, known: Mapping[str, Known], path: Path, *, function: bool)
         return found
     if not function and isinstance(found, type) and dataclasses.is_dataclass(found):
         return found
-    raise UnknownClass(
+    raise LoadError(
         f"{path} was made with {name}, which is not part of this library: name its module with --plugin {module}, or pass the "
         f"{'function' if function else 'class'} to load(…, known=[…])"
     )
