@@ -9,9 +9,41 @@ from dataclasses import dataclass
 
 BOS = 254
 
+DOCUMENT_BYTES = 32 * 2**20
+"""The largest document, and the longest line of a JSON file: 32 MiB. Longer ones are refused, except plain text and nucleotide
+sequences, which are split."""
+
+_MESSAGE = 600
+"""Maximum number of characters of an error message."""
+
 
 class DataError(Exception):
-    """A problem with the data that the user can solve, described in one sentence."""
+    """A problem with the data that the user can solve, described in one sentence.
+
+    File names and contents in the message may be hostile: control characters are escaped, and a long message loses its middle.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(shown(message, _MESSAGE))
+
+
+def shown(text: str, limit: int = 200) -> str:
+    """`text` on one line of at most `limit` characters, fit for a terminal: line breaks and tabs become spaces, other characters
+    that cannot be printed become escapes, and the middle of a longer text becomes an ellipsis."""
+    if len(text) > 2 * limit:
+        text = text[:limit] + text[-limit:]
+    text = "".join(" " if c in "\r\n\t" else c if c.isprintable() else _escaped(c) for c in text)
+    if len(text) <= limit:
+        return text
+    tail = (limit - 3) // 2
+    return f"{text[: limit - 3 - tail]} … {text[-tail:]}"
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
 
 
 @dataclass(frozen=True)
@@ -54,19 +86,28 @@ class AbstractSource(ABC):
         """The documents of one shard in order, without BOS. Raises `DataError` if it cannot be read."""
 
 
-def checked_utf8(content: bytes, where: str) -> bytes:
+def checked_utf8(content: bytes, where: str, offset: int = 0) -> bytes:
     """Returns `content` if it is valid UTF-8. Bytes 254 (BOS) and 255 (EOS) do not occur in UTF-8.
 
-    Otherwise raises `DataError` with `where` and the offset of the first invalid byte.
+    Otherwise raises `DataError` with `where` and the position of the first invalid byte: `offset` (of the content) and more.
     """
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{where} is not UTF-8 text: byte 0x{content[error.start]:02x} at offset {error.start}; "
+            f"{where} is not UTF-8 text: byte 0x{content[error.start]:02x} at offset {offset + error.start}; "
             "convert it, or leave it out of the data set"
         ) from None
     return content
+
+
+def checked_size(size: int, where: str) -> None:
+    """Raises `DataError` for a document of more than `DOCUMENT_BYTES`, or a line that holds one."""
+    if size > DOCUMENT_BYTES:
+        raise DataError(
+            f"{where} has more than {DOCUMENT_BYTES // 2**20} MiB, the most that a document and its line may have; split it, or "
+            "leave it out of the data set"
+        )
 
 
 def is_held_out(document: bytes, share: float) -> bool:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import glob
-import gzip
-import io
-import json
 import os
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
-from data.documents import AbstractSource, DataError, Shard, checked_utf8
+from data.compression import COMPRESSED, open_text, read_errors, text_size
+from data.documents import AbstractSource, DataError, Shard, shown
 from data.fasta import SUFFIXES, read_fasta
+from data.json_lines import JSON_LINES, json_documents
+from data.left_out import Count, LeftOut, ignored
+from data.parquet import parquet_documents, text_bytes
+from data.paths import find_files
+from data.plain import PLAIN_DOCUMENT, plain_documents
 from data.splits import Splits
 
-JSON_LINES = (".jsonl", ".json", ".ndjson")
+FEWEST = 16
+"""A data set that is one plain text file is split into at least about this many documents, so that some can be held out."""
 
-PLAIN_DOCUMENT = 64 * 1024
-"""A longer plain text file is split at line ends into documents of about this many bytes."""
+SMALLEST = 512
+"""Bytes of the documents of a very small file."""
 
 
 class Files(AbstractSource):
@@ -27,7 +30,8 @@ class Files(AbstractSource):
     `.jsonl`, `.json` and `.ndjson` have one JSON object per line, `.parquet` one record per document; the text is in
     `text_field`. `.fa`, `.fasta` and `.fna` have nucleotide sequences. Every other file is plain text: one document, or several
     if it is long. All may be compressed (`.gz`, `.zst`). The files are streamed if they have more than `memory_limit` bytes
-    together. JSON and Parquet files named as a validation split are the held-out text; without one, those of a test split are.
+    together, after decompression. JSON and Parquet files named as a validation split are the held-out text; without one, those
+    of a test split are.
     """
 
     def __init__(self, pattern: str, text_field: str, memory_limit: int = 512 * 2**20, *, held_out: bool = False):
@@ -36,19 +40,26 @@ class Files(AbstractSource):
         self._text_field = text_field
         self._memory_limit = memory_limit
         self._held_out = held_out
-        paths = _matches(pattern)
-        self._splits = _splits_of(paths)
+        files, self._passed_over = find_files(pattern)
+        self._splits = _splits_of([file.path for file in files])
         chosen = self._splits.held_out if held_out else self._splits.training
-        self._shards = [Shard(str(path), path.stat().st_size) for path in paths if str(path) in chosen]
-        self._skipped_bases: dict[str, int] = {}
+        self._shards = [Shard(str(file.path), file.size) for file in files if str(file.path) in chosen]
+        self._left_out = LeftOut()
 
     @property
     def name(self) -> str:
-        return f"{self._pattern} (held-out split)" if self._held_out else self._pattern
+        return f"{shown(self._pattern)} (held-out split)" if self._held_out else shown(self._pattern)
 
-    @property
+    @cached_property
     def streamed(self) -> bool:
-        return sum(shard.size for shard in self._shards) > self._memory_limit
+        """Whether the files have more than `memory_limit` bytes. Compressed ones are decompressed to find out, up to that."""
+        size = sum(shard.size for shard in self._shards)
+        for shard in self._shards:
+            if size > self._memory_limit:
+                return True
+            # What comes out of a compressed file may be a thousand times what it stores.
+            size += self._expanded(shard, self._memory_limit - size + shard.size) - shard.size
+        return size > self._memory_limit
 
     @property
     def held_out_source(self) -> AbstractSource | None:
@@ -58,50 +69,76 @@ class Files(AbstractSource):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        notes = self._splits.notes(self.name)
-        if skipped := sum(self._skipped_bases.values()):
-            notes += (f"{skipped:,} unknown bases and gaps (N, ., -, *) of {self.name} were skipped so far",)
-        return notes
+        small = ()
+        if self._document_size < PLAIN_DOCUMENT:
+            small = (
+                f"{self.name} is one small file: it is split into documents of about {self._document_size:,} bytes, some of "
+                "which are held out",
+            )
+        found = self._passed_over.note(self.name)
+        return (*self._splits.notes(self.name), *small, *found, *self._left_out.notes(self.name))
 
     def shards(self) -> Sequence[Shard]:
         return self._shards
 
     def documents(self, shard: Shard) -> Iterator[bytes]:
-        self._skipped_bases[shard.name] = 0
+        return read_documents(Path(shard.name), self._text_field, self._left_out.of(shard.name), self._document_size)
 
-        def on_skipped(bases: int) -> None:
-            self._skipped_bases[shard.name] += bases
+    @cached_property
+    def _document_size(self) -> int:
+        """The bytes after which a document of plain text ends."""
+        if len(self._shards) != 1 or _kind(Path(self._shards[0].name)) in (".parquet", *JSON_LINES, *SUFFIXES):
+            return PLAIN_DOCUMENT
+        size = self._expanded(self._shards[0], FEWEST * PLAIN_DOCUMENT)
+        return min(PLAIN_DOCUMENT, max(SMALLEST, size // FEWEST))
 
-        return read_documents(Path(shard.name), self._text_field, on_skipped)
+    def _expanded(self, shard: Shard, at_most: int) -> int:
+        """The bytes of a file after decompression, or a number above `at_most`; of a Parquet file, those of its texts."""
+        path = Path(shard.name)
+        try:
+            return (
+                text_bytes(path, self._text_field, at_most) if _kind(path) == ".parquet" else text_size(path, at_most)
+            )
+        except read_errors() as error:
+            raise DataError(f"cannot read {path}: {error}") from error
 
 
 def read_documents(
-    path: Path, text_field: str, on_skipped: Callable[[int], None] = lambda bases: None
+    path: Path, text_field: str, count: Count = ignored, plain_size: int = PLAIN_DOCUMENT
 ) -> Iterator[bytes]:
-    """The documents of one file, in order, without empty ones. `on_skipped` is called with the numbers of bases skipped in FASTA
-    files.
+    """The documents of one file, in order, without empty ones.
 
-    Raises `DataError`, with the file and the position in it, for invalid content.
+    `count` counts what is left out or worth a note. `plain_size`: the bytes after which a document of plain text ends at a line
+    end. Raises `DataError`, with the file and the position in it, for invalid content.
     """
+    for document in _read(path, text_field, count, plain_size):
+        if b"\0" in document:
+            count("NUL", 1)
+        if document:
+            yield document
+
+
+def _read(path: Path, text_field: str, count: Count, plain_size: int) -> Iterator[bytes]:
     kind = _kind(path)
     try:
         if kind == ".parquet":
-            yield from _parquet_documents(path, text_field)
-        elif kind in JSON_LINES:
-            yield from _json_documents(path, text_field)
-        elif kind in SUFFIXES:
-            with _open(path) as stream:
-                yield from read_fasta(stream, str(path), on_skipped)
-        else:
-            yield from _plain_documents(path)
-    except (OSError, EOFError, zlib.error, *_zstd_errors()) as error:
+            yield from parquet_documents(path, text_field, count)
+            return
+        with open_text(path) as stream:
+            if kind in JSON_LINES:
+                yield from json_documents(stream, str(path), text_field, count)
+            elif kind in SUFFIXES:
+                yield from read_fasta(stream, str(path), count)
+            else:
+                yield from plain_documents(stream, str(path), plain_size)
+    except read_errors() as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
 def _kind(path: Path) -> str:
     """The file suffix without the compression suffix, in lower case."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in (".gz", ".zst") else (suffixes or [""])[-1]
+    return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in COMPRESSED else (suffixes or [""])[-1]
 
 
 def _splits_of(paths: Sequence[Path]) -> Splits:
@@ -117,106 +154,3 @@ def _splits_of(paths: Sequence[Path]) -> Splits:
     if not training:
         return all_for_training
     return Splits(training, *(tuple(str(root / name) for name in part) for part in (splits.held_out, splits.unused)))
-
-
-def _zstd_errors() -> tuple[type[Exception], ...]:
-    try:
-        import zstandard
-    except ImportError:
-        return ()
-    return (zstandard.ZstdError,)
-
-
-def _matches(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-        problem = f"the folder {pattern} holds no files"
-    elif path.exists():
-        return [path]
-    else:
-        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        problem = f"there is no data set, file or folder called {pattern!r}"
-    if not files:
-        raise DataError(
-            f"{problem}; use docs, stdlib, codeparrot, codeparrot-clean, fineweb, fineweb-edu, fineweb-100BT, "
-            "fineweb-edu-100BT, hub:owner/name/folder@revision, or the path of a file, a folder or a glob"
-        )
-    return files
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _open(path: Path) -> io.BufferedReader:
-    if path.suffix == ".gz":
-        return io.BufferedReader(gzip.open(path))
-    if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise DataError(f"{path} needs the package zstandard: pip install 'caesura-lm[zstd]'") from None
-        return io.BufferedReader(zstandard.open(path, "rb"))
-    return path.open("rb")
-
-
-def _plain_documents(path: Path) -> Iterator[bytes]:
-    with _open(path) as stream:
-        lines: list[bytes] = []
-        size = offset = 0
-        for line in stream:
-            lines.append(checked_utf8(line, f"{path} (the line that starts at byte {offset})"))
-            size += len(line)
-            offset += len(line)
-            if size >= PLAIN_DOCUMENT:
-                yield b"".join(lines)
-                lines, size = [], 0
-        if lines:
-            yield b"".join(lines)
-
-
-def _json_documents(path: Path, text_field: str) -> Iterator[bytes]:
-    with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}, is not JSON ({error})") from None
-            yield from _text_of(record, text_field, f"{path}, line {number},")
-
-
-def _text_of(record: object, text_field: str, where: str) -> Iterator[bytes]:
-    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-        fields = ", ".join(sorted(map(str, record))) if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise DataError(f"{where} has no text field {text_field!r}: it has {fields}; name one with --data.text-field")
-    try:
-        text = record[text_field].encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where} has half of a surrogate pair, which UTF-8 cannot encode") from None
-    if text:
-        yield text
-
-
-def _parquet_documents(path: Path, text_field: str) -> Iterator[bytes]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{path} needs the package pyarrow: pip install 'caesura-lm[parquet]'") from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            if text_field not in table.schema_arrow.names:
-                fields = ", ".join(table.schema_arrow.names)
-                raise DataError(
-                    f"{path} has no text field {text_field!r}: it has {fields}; name one with --data.text-field"
-                )
-            row = 0
-            for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-                for value in batch.column(0).to_pylist():
-                    yield from _text_of({text_field: value}, text_field, f"{path}, row {row},")
-                    row += 1
-    except pyarrow.ArrowException as error:
-        raise DataError(f"cannot read {path}: {error}") from error

@@ -5,35 +5,34 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import hashlib
-import json
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.hf_api import RepoFile
 
 from data.documents import AbstractSource, DataError, Shard
 from data.files import read_documents
+from data.hub_manifest import (
+    MANIFEST,
+    MOST_FILES,
+    Manifest,
+    RemoteFile,
+    check_files,
+    checked_commit,
+    read_manifest,
+    remote_file,
+    write_manifest,
+)
 from data.hub_names import HubDataset
+from data.hub_requests import PATIENCE, RequestError, request
+from data.left_out import LeftOut
 from data.splits import Splits, named_split
-
-TRIES = 6
-"""Maximum number of attempts at a request to the hub."""
 
 FORMATS = (
     ("*.parquet",),
@@ -44,24 +43,6 @@ FORMATS = (
 """File formats in order of preference. The shards of a split are its files of the first format that it has."""
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repository: its path, its size in bytes, and its SHA-256 if the hub has one."""
-
-    path: str
-    size: int
-    sha256: str | None
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The shards of a data set at one commit. It is saved beside the cached shards, so that later runs read the same data."""
-
-    repository: str
-    commit: str
-    files: tuple[RemoteFile, ...]
 
 
 class HubSource(AbstractSource):
@@ -83,10 +64,12 @@ class HubSource(AbstractSource):
         cache_bytes: int = 8 * 2**30,
         endpoint: str | None = None,
         wait: Callable[[float], None] = time.sleep,
+        patience: float = PATIENCE,
         held_out: bool = False,
     ):
         """`cache`: the cache folder of this library, by default `caesura` in the user's cache folder. `wait` sleeps between
-        attempts. `held_out`: read the held-out files, or all files if none is named as a held-out split."""
+        attempts; a request ends after `patience` seconds in which nothing arrives. `held_out`: read the held-out files, or all
+        files if none is named as a held-out split."""
         root = _default_cache() if cache is None else cache
         self._dataset = dataset
         self._text_field = text_field
@@ -97,7 +80,9 @@ class HubSource(AbstractSource):
         self._cache_bytes = cache_bytes
         self._endpoint = endpoint
         self._wait = wait
+        self._patience = patience
         self._manifest: Manifest | None = None
+        self._left_out = LeftOut()
 
     @property
     def name(self) -> str:
@@ -125,12 +110,13 @@ class HubSource(AbstractSource):
             cache_bytes=self._cache_bytes,
             endpoint=self._endpoint,
             wait=self._wait,
+            patience=self._patience,
             held_out=True,
         )
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return self._splits().notes(self.name)
+        return (*self._splits().notes(self.name), *self._left_out.notes(self.name))
 
     def shards(self) -> Sequence[Shard]:
         splits, sizes = self._splits(), {file.path: file.size for file in self._load_manifest().files}
@@ -149,18 +135,18 @@ class HubSource(AbstractSource):
 
     def documents(self, shard: Shard) -> Iterator[bytes]:
         file = next(file for file in self._load_manifest().files if file.path == shard.name)
-        return read_documents(self._local(file), self._text_field)
+        yield from read_documents(self._local(file), self._text_field, self._left_out.of(shard.name))
 
     def _load_manifest(self) -> Manifest:
         if self._manifest is None:
-            path = self._folder / "manifest.json"
+            path = self._folder / MANIFEST
             if path.exists():
-                self._manifest = _read_manifest(path)
+                self._manifest = read_manifest(path, self._dataset.repository)
             else:
                 self._manifest = self._cached_manifest() if constants.HF_HUB_OFFLINE else self._remote_manifest()
                 if not constants.HF_HUB_OFFLINE:  # offline, the cached files are not the full list
                     self._folder.mkdir(parents=True, exist_ok=True)
-                    _write_manifest(path, self._manifest)
+                    write_manifest(path, self._manifest)
         return self._manifest
 
     def _remote_manifest(self) -> Manifest:
@@ -169,19 +155,17 @@ class HubSource(AbstractSource):
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
         def list_files() -> Manifest:
-            commit = api.dataset_info(repository, revision=revision, timeout=10).sha
-            if commit is None:
-                raise DataError(f"the hub reports no commit of {repository}, so its files cannot be pinned")
+            commit = checked_commit(api.dataset_info(repository, revision=revision, timeout=10).sha)
             tree = api.list_repo_tree(repository, folder or None, recursive=True, revision=commit, repo_type="dataset")
-            files = tuple(
-                RemoteFile(entry.path, entry.size, None if entry.lfs is None else entry.lfs.sha256)
-                for entry in tree
-                if isinstance(entry, RepoFile)
-            )
-            return Manifest(repository, commit, files)
+            files: list[RemoteFile] = []
+            for number, entry in enumerate(tree):
+                if isinstance(entry, RepoFile):
+                    files.append(remote_file(entry.path, entry.size, None if entry.lfs is None else entry.lfs.sha256))
+                if number > MOST_FILES:
+                    raise ValueError(f"it lists more than {MOST_FILES:,} files and folders")
+            return Manifest(repository, commit, tuple(files))
 
-        manifest = self._retry("list its files", list_files)
-        return self._with_shards_only(manifest)
+        return self._with_shards_only(self._request("list its files", list_files))
 
     def _cached_manifest(self) -> Manifest:
         """The shards in the user's Hugging Face cache, for offline use of a data set that was never listed."""
@@ -211,6 +195,10 @@ class HubSource(AbstractSource):
             by_split.setdefault(named_split(file.path) or "training", []).append(file)
         chosen = [file for files in by_split.values() for file in self._of_one_format(files)]
         if chosen:
+            try:
+                check_files(chosen)
+            except ValueError as error:
+                raise DataError(f"the files of {manifest.repository} on the hub cannot be used: {error}") from None
             return dataclasses.replace(manifest, files=tuple(sorted(chosen, key=lambda file: file.path)))
         wanted = ", ".join(self._dataset.patterns or [pattern for patterns in FORMATS for pattern in patterns])
         inside = f"in {self._dataset.folder} " if self._dataset.folder else ""
@@ -233,7 +221,7 @@ class HubSource(AbstractSource):
         if isinstance(user_cached, str) and os.path.getsize(user_cached) == file.size:
             return Path(user_cached)
         local = self._folder / file.path
-        if local.exists() and local.stat().st_size == file.size:
+        if _has(local, file):
             os.utime(local)
             return local
         if constants.HF_HUB_OFFLINE:
@@ -242,26 +230,32 @@ class HubSource(AbstractSource):
             )
         local.unlink(missing_ok=True)
         self._evict_for(file)
+        arriving = self._folder / ".cache" / "arriving"
 
         def download() -> Path:
-            try:
-                path = Path(
-                    hf_hub_download(
-                        manifest.repository,
-                        file.path,
-                        repo_type="dataset",
-                        revision=manifest.commit,
-                        local_dir=self._folder,
-                        endpoint=self._endpoint,
-                    )
+            if _has(local, file):  # another process was faster
+                return local
+            repository, commit = manifest.repository, manifest.commit
+            path = Path(
+                hf_hub_download(
+                    repository,
+                    file.path,
+                    repo_type="dataset",
+                    revision=commit,
+                    local_dir=arriving,
+                    endpoint=self._endpoint,
                 )
+            )
+            try:
                 _check_download(path, file)
+                local.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(local)  # in one step, and only once it is checked
             except BaseException:
-                local.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
                 raise
-            return path
+            return local
 
-        return self._retry(f"download {file.path}", download)
+        return self._request(f"download {file.path}", download, lambda: _size_of(arriving))
 
     def _evict_for(self, file: RemoteFile) -> None:
         """Deletes the least recently used shards until `file` fits. Raises `DataError` if it is larger than the cache."""
@@ -270,33 +264,32 @@ class HubSource(AbstractSource):
                 f"{file.path} of {self.name} has {file.size / 2**30:.2f} GiB, more than the cache may hold; raise "
                 f"--data.cache-gib above {self._cache_bytes / 2**30:.2f}"
             )
-        hidden = self._folder / ".cache"
-        shards = sorted(
-            (path for path in self._folder.rglob("*") if path.is_file() and hidden not in path.parents),
-            key=lambda path: path.stat().st_mtime,
-        )
-        shards = [path for path in shards if path.name != "manifest.json"]
-        size = sum(path.stat().st_size for path in shards)
-        for path in shards:
+        kept = sorted(self._kept(), key=lambda one: one[0])
+        size = sum(shard.size for _, shard in kept)
+        for _, shard in kept:
             if size + file.size <= self._cache_bytes:
                 return
-            size -= path.stat().st_size
-            path.unlink(missing_ok=True)
+            size -= shard.size
+            Path(shard.name).unlink(missing_ok=True)
 
-    def _retry(self, what: str, action: Callable[[], Result]) -> Result:
-        """The result of `action`, with exponential backoff after transient failures.
+    def _kept(self) -> list[tuple[float, Shard]]:
+        """The shards in the cache of this library, each with the time of its last use."""
+        kept: list[tuple[float, Shard]] = []
+        hidden = self._folder / ".cache"
+        for path in self._folder.rglob("*"):
+            own = hidden in path.parents or (
+                path.parent == self._folder and path.name.startswith(f"{Path(MANIFEST).stem}.")
+            )
+            if not own and (status := _status(path)) is not None:
+                kept.append((status.st_mtime, Shard(str(path), status.st_size)))
+        return kept
 
-        Raises `DataError` after `TRIES` attempts or after a permanent failure.
-        """
-        for attempt in range(TRIES):
-            try:
-                return action()
-            except (OSError, httpx2.HTTPError, ValueError, RuntimeError) as error:
-                reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-                if attempt + 1 == TRIES or not _is_transient(reason):
-                    raise self._unreachable(what, _explain(reason)) from error
-                self._wait(2.0**attempt)
-        raise AssertionError("the last attempt returns or raises")
+    def _request(self, what: str, action: Callable[[], Result], arrived: Callable[[], int] = lambda: 0) -> Result:
+        """The result of `action`. Raises `DataError` if it fails for good, or takes too long."""
+        try:
+            return request(action, self._wait, patience=self._patience, arrived=arrived)
+        except RequestError as error:
+            raise self._unreachable(what, str(error)) from error
 
     def _unreachable(self, what: str, why: str) -> DataError:
         endpoint = self._endpoint or constants.ENDPOINT
@@ -306,8 +299,31 @@ class HubSource(AbstractSource):
         )
 
 
+def _status(path: Path) -> os.stat_result | None:
+    """The status of a file; None if there is none, since another process may have moved or deleted it."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _has(path: Path, file: RemoteFile) -> bool:
+    """Whether `path` is the whole of `file`."""
+    status = _status(path)
+    return status is not None and status.st_size == file.size
+
+
+def _size_of(folder: Path) -> int:
+    """The bytes of the unfinished downloads of a folder."""
+    return sum(status.st_size for path in folder.rglob("*.incomplete") if (status := _status(path)) is not None)
+
+
 def _check_download(path: Path, file: RemoteFile) -> None:
-    size = path.stat().st_size
+    status = _status(path)
+    if status is None:
+        raise OSError("another process has taken it")
+    size = status.st_size
     if size != file.size:
         raise OSError(f"it arrived with {size} bytes instead of {file.size}")
     if file.sha256 is not None:
@@ -317,46 +333,5 @@ def _check_download(path: Path, file: RemoteFile) -> None:
             raise OSError("its contents do not match the hub's checksum")
 
 
-def _is_transient(error: BaseException) -> bool:
-    """Whether a failure may be transient: a network or server error, but not a client error or an error of the disk."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
-    if isinstance(error, OfflineModeIsEnabled | ValueError):
-        return False
-    # The client raises an OSError without errno for a download of the wrong size. The operating system sets errno.
-    transient = httpx2.TransportError | ConnectionError | TimeoutError | RuntimeError
-    return isinstance(error, transient) or (isinstance(error, OSError) and error.errno is None)
-
-
-def _explain(error: BaseException) -> str:
-    if isinstance(error, GatedRepoError):
-        return "access is granted only to users who asked for it: accept its terms on the hub and set HF_TOKEN"
-    if isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository, or it is private and HF_TOKEN is not set"
-    if isinstance(error, RevisionNotFoundError):
-        return "it has no such revision"
-    if isinstance(error, EntryNotFoundError):
-        return "it has no such folder or file"
-    if isinstance(error, HfHubHTTPError):
-        return f"the hub answered {error.response.status_code}"
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-
-
 def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caesura"
-
-
-def _read_manifest(path: Path) -> Manifest:
-    try:
-        values = json.loads(path.read_text())
-        files = tuple(RemoteFile(**file) for file in values["files"])
-        return Manifest(values["repository"], values["commit"], files)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete it, and the shards are listed again") from None
-
-
-def _write_manifest(path: Path, manifest: Manifest) -> None:
-    values = {**vars(manifest), "files": [vars(file) for file in manifest.files]}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1))
-    temporary.replace(path)

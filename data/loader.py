@@ -122,7 +122,8 @@ def load(
         digest.update(len(document).to_bytes(8, "big"))
         digest.update(document)
     for shard in source.shards():
-        digest.update(f"{shard.name.rsplit('/', 1)[-1]}:{shard.size}".encode())
+        # Names of files need not be UTF-8.
+        digest.update(f"{shard.name.rsplit('/', 1)[-1]}:{shard.size}".encode("utf-8", "surrogatepass"))
     fingerprint = digest.hexdigest()
     return Split(source, length, protocol, held_out_share, training, coverage, rows, fingerprint, tuple(notes))
 
@@ -134,7 +135,10 @@ def split_documents(documents: Sequence[bytes], share: float, name: str) -> tupl
     """
     ranks = [document_rank(document) for document in documents]
     if len(set(ranks)) < 2:
-        raise DataError(f"{name} has {len(set(ranks))} distinct document(s); two are needed, one of them to hold out")
+        raise DataError(
+            f"{name} has {len(set(ranks))} distinct document(s); two are needed, one of them to hold out; name more text, "
+            "such as a folder of several files"
+        )
     threshold = share if min(ranks) < share else float(np.nextafter(min(ranks), 1.0))
     threshold = min(threshold, max(ranks))
     training = [document for document, rank in zip(documents, ranks, strict=True) if rank >= threshold]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data.builtin import StandardLibraryCode, StandardLibraryDocs
-from data.documents import AbstractSource
+from data.documents import AbstractSource, Shard
 from data.files import Files
 from data.hub import HubSource
 from data.hub_names import HUB_DATASETS, hub_dataset
@@ -21,8 +23,49 @@ def open_source(
     data sets on the Hugging Face hub. Every other name is the path of a file, a folder or a glob.
 
     `text_field`: the field with the text in structured files (default: that of the named data set, else `text`). `cache`: the
-    cache folder for data sets on the hub, which holds up to `cache_bytes` of each. Raises `DataError` for an unknown name.
+    cache folder for data sets on the hub, which holds up to `cache_bytes` of each. A file or folder that is called like a named
+    data set is not read, which the notes of the source say. Raises `DataError` for an unknown name.
     """
+    source = _open(name, text_field, cache, cache_bytes)
+    if isinstance(source, Files) or not os.path.lexists(name):
+        return source
+    kind = "folder" if os.path.isdir(name) else "file"
+    return Noted(
+        source, f"{name} is the data set of that name; write {os.path.join('.', name)} for the {kind} called so"
+    )
+
+
+class Noted(AbstractSource):
+    """A source with one more note to the user."""
+
+    def __init__(self, source: AbstractSource, note: str):
+        self._source = source
+        self._note = note
+
+    @property
+    def name(self) -> str:
+        return self._source.name
+
+    @property
+    def streamed(self) -> bool:
+        return self._source.streamed
+
+    @property
+    def held_out_source(self) -> AbstractSource | None:
+        return self._source.held_out_source
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (self._note, *self._source.notes)
+
+    def shards(self) -> Sequence[Shard]:
+        return self._source.shards()
+
+    def documents(self, shard: Shard) -> Iterator[bytes]:
+        return self._source.documents(shard)
+
+
+def _open(name: str, text_field: str | None, cache: Path | None, cache_bytes: int) -> AbstractSource:
     if name == "docs":
         return StandardLibraryDocs()
     if name == "stdlib":
