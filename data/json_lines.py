@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -13,6 +14,13 @@ from data.left_out import Count, ignored
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 
+MOST_VALUES = 4_000_000
+"""Values that one line may have. Python's objects take many times the memory of short values in a file."""
+
+_COUNTED_FROM = 1 << 20
+"""Bytes of a line from which its values are counted."""
+
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _ONE_A_LINE = "; one JSON object a line is wanted, which jq -c '.[]' makes of a list"
 
 
@@ -51,6 +59,8 @@ def json_documents(stream: io.BufferedReader, where: str, text_field: str, count
 
 
 def _parsed(line: bytes, place: str, *, breaks_off: bool, first: bool) -> object:
+    if len(line) > _COUNTED_FROM:
+        _check_values(line, place)
     # Files that were concatenated may have byte-order marks anywhere.
     text = line.removeprefix(UTF8_MARK)
     try:
@@ -68,6 +78,15 @@ def _parsed(line: bytes, place: str, *, breaks_off: bool, first: bool) -> object
         raise DataError(f"{place} breaks off ({reason}): the file is damaged, or was cut short") from None
     advice = _ONE_A_LINE if first and text.strip() in (b"[", b"{") else ""
     raise DataError(f"{place} is not JSON ({reason}){advice}") from None
+
+
+def _check_values(line: bytes, place: str) -> None:
+    """Raises `DataError` for a line of more than `MOST_VALUES` values."""
+    rest = _STRING.sub(b"", line)
+    if rest.count(b",") + rest.count(b"[") + rest.count(b"{") > MOST_VALUES:
+        raise DataError(
+            f"{place} has more than {MOST_VALUES:,} values, the most that a line may have; leave fields out"
+        )
 
 
 def _record(pairs: list[tuple[str, object]]) -> _Record:
