@@ -20,7 +20,7 @@ from data.splits import Splits
 FEWEST = 16
 """A data set that is one plain text file is split into at least about this many documents, so that some can be held out."""
 
-SMALLEST = 512
+SMALLEST = 256
 """Bytes of the documents of a very small file."""
 
 
@@ -70,7 +70,7 @@ class Files(AbstractSource):
     @property
     def notes(self) -> tuple[str, ...]:
         small = ()
-        if self._document_size < PLAIN_DOCUMENT:
+        if PLAIN_DOCUMENT > self._document_size < self._only_text:
             small = (
                 f"{self.name} is one small file: it is split into documents of about {self._document_size:,} bytes, some of "
                 "which are held out",
@@ -84,13 +84,20 @@ class Files(AbstractSource):
     def documents(self, shard: Shard) -> Iterator[bytes]:
         return read_documents(Path(shard.name), self._text_field, self._left_out.of(shard.name), self._document_size)
 
-    @cached_property
+    @property
     def _document_size(self) -> int:
-        """The bytes after which a document of plain text ends."""
+        """The bytes after which a document of plain text ends. Without line ends, it has up to twice as many."""
+        return (
+            min(PLAIN_DOCUMENT, max(SMALLEST, self._only_text // (2 * FEWEST))) if self._only_text else PLAIN_DOCUMENT
+        )
+
+    @cached_property
+    def _only_text(self) -> int:
+        """The bytes of the only file of plain text, if it has at most 2 `FEWEST` long documents; more if it has more; 0 if there
+        are several files, or the file is of another kind."""
         if len(self._shards) != 1 or _kind(Path(self._shards[0].name)) in (".parquet", *JSON_LINES, *SUFFIXES):
-            return PLAIN_DOCUMENT
-        size = self._expanded(self._shards[0], FEWEST * PLAIN_DOCUMENT)
-        return min(PLAIN_DOCUMENT, max(SMALLEST, size // FEWEST))
+            return 0
+        return self._expanded(self._shards[0], 2 * FEWEST * PLAIN_DOCUMENT)
 
     def _expanded(self, shard: Shard, at_most: int) -> int:
         """The bytes of a file after decompression, or a number above `at_most`; of a Parquet file, those of its texts."""

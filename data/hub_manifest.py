@@ -65,13 +65,13 @@ def check_files(files: Sequence[RemoteFile]) -> None:
     for path in (file.path for file in files):
         parts = path.split("/")
         if any(part in ("", ".", "..") for part in parts) or _UNSAFE.search(path) or PureWindowsPath(path).drive:
-            raise ValueError(f"the file name {shown(path)!r} leads out of the data set, or has unsafe characters")
+            raise ValueError(f"the file name '{shown(path)}' leads out of the data set, or has unsafe characters")
         if parts[0].casefold() in _RESERVED:
             raise ValueError(
-                f"the file name {shown(path)!r} is one that the cache uses itself; name a folder of the data set"
+                f"the file name '{shown(path)}' is one that the cache uses itself; name a folder of the data set"
             )
         if path in seen:
-            raise ValueError(f"it has {shown(path)!r} twice")
+            raise ValueError(f"it has '{shown(path)}' twice")
         seen.add(path)
 
 

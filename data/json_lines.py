@@ -99,8 +99,8 @@ def _record(pairs: list[tuple[str, object]]) -> _Record:
 def _no_field(record: object, text_field: str, place: str) -> str:
     if isinstance(record, _Record):
         fields = shown(", ".join(sorted(record))) if record else "no fields"
-        return f"{place} has no text field {shown(text_field)!r}: it has {fields}; name one with --data.text-field"
-    return f"{place} has no text field {shown(text_field)!r}: it has {_kind(record)}{_ONE_A_LINE}"
+        return f"{place} has no text field '{shown(text_field)}': it has {fields}; name one with --data.text-field"
+    return f"{place} has no text field '{shown(text_field)}': it has {_kind(record)}{_ONE_A_LINE}"
 
 
 def _kind(value: object) -> str:

@@ -69,11 +69,11 @@ def _check_column(schema: pyarrow.Schema, path: Path, text_field: str) -> None:
     if text_field not in names:
         fields = shown(", ".join(names))
         raise DataError(
-            f"{path} has no text field {shown(text_field)!r}: it has {fields}; name one with --data.text-field"
+            f"{path} has no text field '{shown(text_field)}': it has {fields}; name one with --data.text-field"
         )
     if names.count(text_field) > 1:
         raise DataError(
-            f"{path} has {names.count(text_field)} columns called {shown(text_field)!r}; rename them, and name one with "
+            f"{path} has {names.count(text_field)} columns called '{shown(text_field)}'; rename them, and name one with "
             "--data.text-field"
         )
     kind = schema.field(text_field).type
@@ -87,7 +87,7 @@ def _check_column(schema: pyarrow.Schema, path: Path, text_field: str) -> None:
         )
     ):
         raise DataError(
-            f"the column {shown(text_field)!r} of {path} is of the kind {shown(str(kind))}; texts must be strings, or bytes"
+            f"the column '{shown(text_field)}' of {path} is of the kind {shown(str(kind))}; texts must be strings, or bytes"
         )
 
 

@@ -86,7 +86,7 @@ def _matches(path: Path, pattern: str, passed: PassedOver) -> tuple[list[FoundFi
                 f"{shown(pattern)} is neither a file nor a folder; name one that can be read again and again"
             )
         return [FoundFile(path, path.stat().st_size)], ""
-    problem = f"there is no data set, file or folder called {shown(pattern)!r}"
+    problem = f"there is no data set, file or folder called '{shown(pattern)}'"
     if "**" not in path.parts:
         return _once((Path(name) for name in glob.glob(str(path)) if Path(name).is_file()), passed), problem
     # `glob` would go round a loop of links many times.
