@@ -21,25 +21,25 @@ def plain_documents(stream: io.BufferedReader, where: str, size: int = PLAIN_DOC
     parts: list[bytes] = []
     collected, offset = 0, skip_mark(stream)
     for part in _parts(stream, 2 * size):
-        parts.append(_checked(part, where, offset, stream))
+        parts.append(part)
         collected += len(part)
-        offset += len(part)
         if collected >= size:
-            yield b"".join(parts)
+            yield _checked(b"".join(parts), where, offset, stream)
+            offset += collected
             parts, collected = [], 0
     if parts:
-        yield b"".join(parts)
+        yield _checked(b"".join(parts), where, offset, stream)
 
 
 def _parts(stream: io.BufferedReader, longest: int) -> Iterator[bytes]:
     """The lines of a stream, with their line ends; longer ones than `longest` in parts."""
     rest = b""
     while part := rest + stream.readline(longest - len(rest)):
-        end = len(part)
-        if end == longest and not part.endswith(b"\n"):
+        rest = b""
+        if len(part) == longest and not part.endswith(b"\n"):
             end = _boundary(part)
-        yield part[:end]
-        rest = part[end:]
+            part, rest = part[:end], part[end:]
+        yield part
 
 
 def _boundary(part: bytes) -> int:
@@ -55,13 +55,13 @@ def _boundary(part: bytes) -> int:
     return len(part)
 
 
-def _checked(part: bytes, where: str, offset: int, stream: io.BufferedReader) -> bytes:
+def _checked(document: bytes, where: str, offset: int, stream: io.BufferedReader) -> bytes:
     try:
-        return checked_utf8(part, where, offset)
+        return checked_utf8(document, where, offset)
     except DataError:
-        if _ends_within_a_character(part) and not stream.peek(1):
+        if _ends_within_a_character(document) and not stream.peek(1):
             raise DataError(
-                f"{where} ends within a character (at offset {offset + len(part)}): it is damaged, or was cut short"
+                f"{where} ends within a character (at offset {offset + len(document)}): it is damaged, or was cut short"
             ) from None
         raise
 

@@ -21,7 +21,8 @@ class Hub(ThreadingHTTPServer):
     names of others to their commit and files.
 
     `faults` maps a kind of request (`info`, `tree`, `GET`, `HEAD`) to a list of faults, one of which each such request uses
-    up: `500`, `gated`, `missing`, `truncated`, `wrong size`, `wrong content`.
+    up: `500`, `429` (with the wish to wait for an hour), `gated`, `missing`, `truncated`, `wrong size`, `wrong content`.
+    `answers` maps `info` and `tree` to what is sent instead.
     """
 
     daemon_threads = True
@@ -32,6 +33,7 @@ class Hub(ThreadingHTTPServer):
         self.commits = {COMMIT: self.files, **dict(revisions.values())}
         self.names = {None: COMMIT, "main": COMMIT, **{name: commit for name, (commit, _) in revisions.items()}}
         self.faults: dict[str, list[str]] = {}
+        self.answers: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.created: dict[str, object] = {}
 
@@ -105,6 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
         fault = hub.faults[kind].pop(0) if hub.faults.get(kind) else None
         if fault == "500":
             return self._send(500, b"{}")
+        if fault == "429":
+            return self._send(429, b"{}", {"Retry-After": "3600"})
+        if kind in hub.answers:
+            return self._send(200, hub.answers[kind])
         if fault == "gated":
             return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
         if hub.token is not None and self.headers.get("authorization") != f"Bearer {hub.token}":

@@ -3,6 +3,8 @@
 import gzip
 import json
 import re
+import threading
+import time
 
 import pytest
 from huggingface_hub import constants
@@ -10,6 +12,7 @@ from huggingface_hub import constants
 from data import DataError, load, open_batches
 from data.hub import HubSource
 from data.hub_names import HUB_DATASETS, HubDataset, hub_dataset
+from data.hub_requests import RequestError, request
 from tests.hub_server import hub
 
 REPOSITORY = "someone/text"
@@ -38,8 +41,8 @@ def server():
         yield running
 
 
-def source_at(server, tmp_path, waits=None, **settings):
-    dataset = HubDataset("mine", REPOSITORY, patterns=("*.json.gz",), text_field="content")
+def source_at(server, tmp_path, waits=None, patterns=("*.json.gz",), **settings):
+    dataset = HubDataset("mine", REPOSITORY, patterns=patterns, text_field="content")
     endpoint = server if isinstance(server, str) else server.url
     wait = (lambda seconds: None) if waits is None else waits.append
     return HubSource(dataset, text_field="content", cache=tmp_path / "ours", endpoint=endpoint, wait=wait, **settings)
@@ -126,6 +129,158 @@ def test_a_refusal_is_not_tried_again(server, tmp_path, fault, message):
     with pytest.raises(DataError, match=message):
         read_all(source_at(server, tmp_path, waits))
     assert waits == []
+
+
+def entry(**changes):
+    lfs = {"oid": "ab" * 32, "size": 9, "pointerSize": 100}
+    return {"type": "file", "path": "a.json.gz", "size": 9, "oid": "cd" * 20, "lfs": lfs, **changes}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *((name, "leads out of the data set") for name in ("../a.json.gz", "b/../../a.json.gz", "/etc/a.json.gz")),
+        *(
+            (name, "leads out of the data set")
+            for name in ("b//a.json.gz", "./a.json.gz", "C:/a.json.gz", "b\\a.json.gz")
+        ),
+        *((name, "unsafe characters") for name in ("a\n.json.gz", "\x1b[31m.json.gz", "\ud800.json.gz")),
+        *((name, "the cache uses itself") for name in ("manifest.json", "Manifest.JSON/a.json.gz", ".cache/a.json.gz")),
+    ],
+)
+def test_names_of_files_that_lead_elsewhere_are_refused(server, tmp_path, name, message):
+    server.answers["tree"] = json.dumps([entry(), entry(path=name)]).encode()
+    with pytest.raises(DataError, match=message) as raised:
+        source_at(server, tmp_path, patterns=("*.json.gz", "*.json")).shards()
+    assert str(raised.value).isprintable()
+    assert not list(tmp_path.rglob("*.json"))
+    # The same list, kept by an earlier version or put there by somebody else.
+    folder = tmp_path / "ours" / "hub" / "someone--text" / "all"
+    folder.mkdir(parents=True)
+    values = {"repository": REPOSITORY, "commit": "c", "files": [{"path": name, "size": 1, "sha256": None}]}
+    (folder / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=rf"manifest\.json is damaged \(.*{message}.*delete it"):
+        source_at(server, tmp_path).shards()
+
+
+def test_a_manifest_of_the_repository_is_no_shard_and_does_no_harm(tmp_path):
+    with hub(REPOSITORY, {"manifest.json": b"{}", "sub/manifest.json": b"{}", "a.jsonl": lines("a")}) as server:
+        source = source_called(f"hub:{REPOSITORY}", server, tmp_path)
+        assert [shard.name for shard in source.shards()] == ["a.jsonl"]
+        assert len(read_all(source)) == 30
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "message"),
+    [
+        (
+            "tree",
+            json.dumps([{"type": "file", "path": "a.json.gz", "oid": "ab"}]),
+            r"not what it should be \(KeyError: 'size'",
+        ),
+        ("tree", json.dumps([entry(path=7)]), "7 is no path of a file"),
+        ("tree", json.dumps([entry(path=None)]), "None is no path of a file"),
+        ("tree", json.dumps([entry(size="9")]), "the size of a.json.gz is '9'"),
+        ("tree", json.dumps([entry(size=-1)]), "the size of a.json.gz is -1"),
+        ("tree", json.dumps([entry(size=True)]), "the size of a.json.gz is True"),
+        ("tree", json.dumps([entry(lfs={"oid": 5, "size": 9, "pointerSize": 9})]), "the SHA-256 of a.json.gz is 5"),
+        ("tree", json.dumps([entry(), entry()]), "it has 'a.json.gz' twice"),
+        ("tree", json.dumps({"error": "no"}), "not what it should be"),
+        ("tree", "[" * 100_000, "not what it should be"),
+        ("tree", "<html>", "not what it should be"),
+        ("info", json.dumps({"id": REPOSITORY, "sha": 7}), "7 is no commit"),
+        ("info", json.dumps({"id": REPOSITORY, "sha": "../x"}), "is no commit"),
+        ("info", json.dumps({"sha": None}), "not what it should be"),
+        ("info", "null", "not what it should be"),
+    ],
+)
+def test_odd_answers_end_in_one_sentence_at_once(server, tmp_path, kind, answer, message):
+    server.answers[kind] = answer.encode()
+    waits = []
+    with pytest.raises(DataError, match=message) as raised:
+        source_at(server, tmp_path, waits).shards()
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) <= 600
+    assert waits == []
+
+
+@pytest.mark.parametrize("kind", ["GET", "tree"])
+def test_a_hub_that_asks_for_an_hour_is_given_up_in_time(server, tmp_path, kind):
+    server.faults[kind] = ["429"] * 50
+    start = time.monotonic()
+    with pytest.raises(
+        DataError, match=r"nothing has arrived for 0\.005 minutes; it may limit your rate, which HF_TOKEN"
+    ):
+        read_all(source_at(server, tmp_path, patience=0.3))
+    assert time.monotonic() - start < 10
+    assert not list((tmp_path / "ours").rglob("*.gz"))
+
+
+def test_lasting_failures_of_a_request_end_after_half_a_minute(server, tmp_path):
+    server.faults["GET"] = ["500"] * 50
+    waits = []
+    with pytest.raises(DataError, match="the hub answered 500"):
+        read_all(source_at(server, tmp_path, waits))
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0]
+
+
+def test_what_arrives_is_time_won(tmp_path):
+    """A slow download is not given up while bytes arrive, however long it takes."""
+    sizes = iter(range(100))
+    gone = threading.Event()
+
+    def slow():
+        gone.wait(0.5)
+        return "whole"
+
+    assert request(slow, lambda seconds: None, patience=0.05, arrived=lambda: next(sizes)) == "whole"
+    with pytest.raises(RequestError, match="nothing has arrived"):
+        request(slow, lambda seconds: None, patience=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"files": []}, "it lists no files"),
+        ({"files": 7}, "is damaged"),
+        ({"files": [7]}, "is damaged"),
+        ({"files": [{"path": "a", "size": 1}]}, "is damaged"),
+        ({"files": [{"path": "a", "size": 1, "sha256": None, "more": 1}]}, "is damaged"),
+        ({"files": [{"path": ["a"], "size": 1, "sha256": None}]}, "is no path of a file"),
+        ({"repository": "else/where"}, "it is that of 'else/where'"),
+        ({"commit": None}, "None is no commit"),
+    ],
+)
+def test_a_kept_list_is_checked(server, tmp_path, changes, message):
+    folder = tmp_path / "ours" / "hub" / "someone--text" / "all"
+    folder.mkdir(parents=True)
+    files = [{"path": "a.json.gz", "size": 1, "sha256": None}]
+    kept = folder / "manifest.json"
+    kept.write_text(json.dumps({"repository": REPOSITORY, "commit": "c", "files": files, **changes}))
+    with pytest.raises(
+        DataError, match=rf"manifest\.json is damaged .*{message}.*delete it" if message != "is damaged" else message
+    ):
+        source_at(server, tmp_path).shards()
+    for content in (b"", bytes(99), b"[" * 100_000, b'{"files"'):
+        kept.write_bytes(content)
+        with pytest.raises(DataError, match=r"is damaged .*delete it"):
+            source_at(server, tmp_path).shards()
+
+
+def test_a_shard_is_in_its_place_only_once_it_is_checked(server, tmp_path, monkeypatch):
+    """A process that ends before the check leaves nothing that a later one would take."""
+
+    def ends(path, file):
+        assert path.stat().st_size == file.size
+        assert not list((tmp_path / "ours" / "hub" / "someone--text" / "all" / "data").glob("*"))
+        raise KeyboardInterrupt
+
+    source = source_at(server, tmp_path)
+    source.shards()
+    (tmp_path / "ours" / "hub" / "someone--text" / "all" / "data").mkdir()
+    monkeypatch.setattr("data.hub._check_download", ends)
+    with pytest.raises(KeyboardInterrupt):
+        read_all(source)
 
 
 def test_the_token_is_sent(tmp_path, monkeypatch):

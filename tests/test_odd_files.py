@@ -19,7 +19,7 @@ from data.plain import PLAIN_DOCUMENT, plain_documents
 TEXT = b"".join(b"line %d of a text that is not short\n" % number for number in range(60))
 
 
-def read(path, text_field=None, count=None):
+def read(path, text_field=None):
     source = open_source(str(path), text_field=text_field)
     return [document for shard in source.shards() for document in source.documents(shard)]
 
@@ -104,12 +104,10 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == [b"a", b"b"]
     assert "3 row(s)" in notes_after_reading(tmp_path / "a.parquet")[0]
-    for field in ("text", "nothing"):
-        split = load(Files(str(path), field), length=2, protocol="crop", held_out_share=0.5, held_out_bytes=2)
-        assert any("2 row(s)" in note for note in split.notes)
-        with pytest.raises(DataError, match="has no text field 'nothing': it has text"):
-            read(path, "nothing")
-        break
+    split = load(open_source(str(path)), length=2, protocol="crop", held_out_share=0.5, held_out_bytes=2)
+    assert any("2 row(s)" in note for note in split.notes)
+    with pytest.raises(DataError, match="line 1, has no text field 'nothing': it has text"):
+        read(path, "nothing")
 
 
 @pytest.mark.parametrize(
@@ -228,15 +226,18 @@ def test_a_file_without_line_ends_is_cut_after_spaces_or_between_characters():
 @pytest.mark.parametrize("end", ["\n", " "])
 def test_one_small_file_is_enough(tmp_path, size, documents, end):
     path = tmp_path / "own.txt"
-    text = end.join(f"sentence {number} of my own" for number in range(size // 20))[:size].ljust(size, ".")
+    sentence = "sentence {number} of my own" + " again" * (size // 10_000)
+    text = end.join(sentence.format(number=number) for number in range(size // len(sentence)))
+    text = text.ljust(size, ".")
     path.write_text(text)
     split = load(open_source(str(path)), length=64, protocol="crop", held_out_share=0.05, held_out_bytes=256)
-    count = len(read(path))
+    documents_read = read(path)
+    count = len(documents_read)
     assert 0 < count - len(split.training or ()) < count / 3
-    assert documents * (0.9 if end == "\n" else 0.45) <= count <= documents
+    assert documents * (0.8 if end == "\n" else 0.4) <= count <= documents
     assert ("is one small file: it is split into documents of about" in split.notes[0]) == (size < 2**21)
-    assert b"".join(read(path)) == text.encode()
-    assert max(map(len, read(path))) <= 3 * PLAIN_DOCUMENT
+    assert b"".join(documents_read) == text.encode()
+    assert max(map(len, documents_read)) <= 3 * PLAIN_DOCUMENT
 
 
 def test_too_little_text_says_what_to_do(tmp_path):
@@ -410,7 +411,6 @@ def test_a_folder_called_like_a_data_set_is_named(tmp_path, monkeypatch):
     (tmp_path / "fineweb").write_text("mine")
     monkeypatch.chdir(tmp_path)
     assert open_source("docs").notes[0] == "docs is the data set of that name; write ./docs for the folder called so"
-    assert [document for shard in open_source("stdlib").shards()[:0] for document in shard.name] == []
     assert not open_source("stdlib").notes
     assert read("./docs") == [b"mine"]
     assert not any("data set of that name" in note for note in open_source("./docs").notes)
