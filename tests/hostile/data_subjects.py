@@ -15,7 +15,7 @@ import pyarrow.parquet
 import zstandard
 from huggingface_hub import set_client_factory
 
-from data import AbstractSource, DataError
+from data import DataError
 from data.files import Files
 from data.hub import HubSource
 from data.hub_names import HubDataset
@@ -26,17 +26,13 @@ REPOSITORY = "someone/text"
 PARQUET = [f"text {number} é" * (number % 5) for number in range(40)]
 
 
-def _read(source: AbstractSource) -> object:
-    """All that a run reads: documents and notes, and whether the data set is streamed."""
-    return [[*source.documents(shard)] for shard in source.shards()], source.streamed, source.notes
-
-
 def _file(name: str) -> Callable[[Path, bytes], object]:
     def read(folder: Path, content: bytes) -> object:
         (folder / name).write_bytes(content)
-        # The name of the folder is in the notes.
-        documents, streamed, _ = _read(Files(str(folder / name), "text", memory_limit=2**20))
-        return documents, streamed
+        source = Files(str(folder / name), "text", memory_limit=2**20)
+        documents = [[*source.documents(shard)] for shard in source.shards()]
+        assert all(map(str.isprintable, source.notes))
+        return documents, source.streamed
 
     return read
 
