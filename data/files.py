@@ -65,7 +65,9 @@ class Files(AbstractSource):
     def held_out_source(self) -> AbstractSource | None:
         if self._held_out or not self._splits.held_out:
             return None
-        return Files(self._pattern, self._text_field, self._memory_limit, held_out=True)
+        source = Files(self._pattern, self._text_field, self._memory_limit, held_out=True)
+        source._left_out = self._left_out  # what is left out of either part is said once
+        return source
 
     @property
     def notes(self) -> tuple[str, ...]:

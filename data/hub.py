@@ -103,7 +103,7 @@ class HubSource(AbstractSource):
             dataset = dataclasses.replace(dataset, name=name)
         else:
             return None
-        return HubSource(
+        source = HubSource(
             dataset,
             text_field=self._text_field,
             cache=self._cache,
@@ -113,6 +113,8 @@ class HubSource(AbstractSource):
             patience=self._patience,
             held_out=True,
         )
+        source._left_out = self._left_out  # what is left out of either part is said once
+        return source
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -135,7 +137,7 @@ class HubSource(AbstractSource):
 
     def documents(self, shard: Shard) -> Iterator[bytes]:
         file = next(file for file in self._load_manifest().files if file.path == shard.name)
-        yield from read_documents(self._local(file), self._text_field, self._left_out.of(shard.name))
+        yield from read_documents(self._local(file), self._text_field, self._left_out.of(f"{self.name} {shard.name}"))
 
     def _load_manifest(self) -> Manifest:
         if self._manifest is None:

@@ -25,14 +25,18 @@ def ignored(kind: Kind, count: int) -> None:
 
 
 class LeftOut:
-    """The counts of each shard of a data set. Reading a shard again starts its counts anew."""
+    """The counts of each shard of a data set. Reading a shard again counts nothing twice."""
 
     def __init__(self):
-        self._shards: dict[str, Counter[Kind]] = {}
+        self._earlier: dict[str, Counter[Kind]] = {}
+        self._now: dict[str, Counter[Kind]] = {}
 
     def of(self, shard: str) -> Count:
-        """The function that counts for one shard, from 0."""
-        counts = self._shards[shard] = Counter()
+        """The function that counts for one reading of a shard."""
+        # The maximum of both: the shard may have been read further before than it is now.
+        self._earlier[shard] = self._earlier.get(shard, Counter()) | self._now.get(shard, Counter())
+        # All kinds from the start: notes may be wanted while another thread reads.
+        counts = self._now[shard] = Counter(dict.fromkeys(_SENTENCES, 0))
 
         def count(kind: Kind, number: int) -> None:
             counts[kind] += number
@@ -41,5 +45,6 @@ class LeftOut:
 
     def notes(self, name: str) -> tuple[str, ...]:
         """A note to the user for every count of the data set `name` that is not 0."""
-        total = sum(self._shards.values(), Counter())
+        shards = list(self._now.items())
+        total = sum((self._earlier[shard] | counts for shard, counts in shards), Counter())
         return tuple(text.format(count=total[kind], name=name) for kind, text in _SENTENCES.items() if total[kind])

@@ -11,10 +11,11 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data import DataError, load, open_source
+from data import DataError, load, open_batches, open_source
 from data.files import Files
 from data.json_lines import MOST_VALUES
 from data.plain import PLAIN_DOCUMENT, plain_documents
+from experiments.training.data import DataNotes
 
 TEXT = b"".join(b"line %d of a text that is not short\n" % number for number in range(60))
 
@@ -108,6 +109,26 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path):
     assert any("2 row(s)" in note for note in split.notes)
     with pytest.raises(DataError, match="line 1, has no text field 'nothing': it has text"):
         read(path, "nothing")
+
+
+def test_what_a_stream_leaves_out_is_said_at_the_end(tmp_path):
+    for number in range(3):
+        rows = [json.dumps({"text": f"text {number} {row}"}) for row in range(9)] + ['{"text": null}'] * 2
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "test.jsonl").write_text('{"text": "held out"}\n{"text": null}\n{"text": "held out too"}')
+    source = Files(str(tmp_path), "text", memory_limit=0)
+    split = load(source, length=4, protocol="crop", held_out_share=0.5, held_out_bytes=99)
+    assert f"1 row(s) of {tmp_path} without text" in split.notes[-2]
+    batches = open_batches(split, batch=4, seed=0)
+    notes = DataNotes(split, batches)
+    next(batches)
+    assert not any("row(s)" in note for note in notes.after(1, 9, batches))
+    while batches.epochs < 2:
+        next(batches)
+    assert f"7 row(s) of {tmp_path} without text (null, or no such field) were left out so far" in notes.after(
+        9, 9, batches
+    )
+    batches.close()
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ class DataNotes:
         # Of a stream it is said at its first batches, and again should it turn out to be little.
         self._said = split.coverage is not None
         self._said_little = split.coverage is not None
+        self._source_notes = set(split.notes)
 
     def after(self, step: int, total: int, batches: Batches) -> list[str]:
         """What is to be said after `step` of `total`."""
@@ -60,7 +61,12 @@ class DataNotes:
             if not self._said or (little and not self._said_little):
                 notes.append(self._split.coverage_note(coverage))
                 self._said, self._said_little = True, little
-        if batches.epochs >= 1.0 and step < total and not self._again:
+        again = batches.epochs >= 1.0 and step < total and not self._again
+        if self._split.training is None and (again or step == total):
+            # What a stream leaves out is counted while it is read.
+            notes += [note for note in self._split.source.notes if note not in self._source_notes]
+            self._source_notes.update(notes)
+        if again:
             self._again = True
             notes.append(
                 f"step {step}: all training text of {self._split.source.name} that can be shown has been gone through once; a "
