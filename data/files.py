@@ -17,11 +17,9 @@ from data.paths import find_files
 from data.plain import PLAIN_DOCUMENT, plain_documents
 from data.splits import Splits
 
-FEWEST = 16
-"""A data set that is one plain text file is split into at least about this many documents, so that some can be held out."""
-
-SMALLEST = 256
-"""Bytes of the documents of a very small file."""
+SMALL = 2 * 2**20
+"""A data set that is one plain text file of fewer bytes is split into shorter documents, so that some can be held out: about 32
+of at least 4096 bytes, which the usual rows have, or else about 8 of at least 64 bytes."""
 
 
 class Files(AbstractSource):
@@ -72,7 +70,7 @@ class Files(AbstractSource):
     @property
     def notes(self) -> tuple[str, ...]:
         small = ()
-        if PLAIN_DOCUMENT > self._document_size < self._only_text:
+        if self._document_size < min(PLAIN_DOCUMENT, self._only_text):
             small = (
                 f"{self.name} is one small file: it is split into documents of about {self._document_size:,} bytes, some of "
                 "which are held out",
@@ -89,17 +87,16 @@ class Files(AbstractSource):
     @property
     def _document_size(self) -> int:
         """The bytes after which a document of plain text ends. Without line ends, it has up to twice as many."""
-        return (
-            min(PLAIN_DOCUMENT, max(SMALLEST, self._only_text // (2 * FEWEST))) if self._only_text else PLAIN_DOCUMENT
-        )
+        size = self._only_text
+        return max(size // 32, min(4096, size // 8), 64) if 0 < size < SMALL else PLAIN_DOCUMENT
 
     @cached_property
     def _only_text(self) -> int:
-        """The bytes of the only file of plain text, if it has at most 2 `FEWEST` long documents; more if it has more; 0 if there
-        are several files, or the file is of another kind."""
+        """The bytes of the only file of plain text, or a number from `SMALL` on if it has more; 0 if there are several files, or
+        the file is of another kind."""
         if len(self._shards) != 1 or _kind(Path(self._shards[0].name)) in (".parquet", *JSON_LINES, *SUFFIXES):
             return 0
-        return self._expanded(self._shards[0], 2 * FEWEST * PLAIN_DOCUMENT)
+        return self._expanded(self._shards[0], SMALL)
 
     def _expanded(self, shard: Shard, at_most: int) -> int:
         """The bytes of a file after decompression, or a number above `at_most`; of a Parquet file, those of its texts."""

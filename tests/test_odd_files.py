@@ -243,7 +243,7 @@ def test_a_file_without_line_ends_is_cut_after_spaces_or_between_characters():
         assert all(100 <= len(document) <= 200 for document in cut[:-1])
 
 
-@pytest.mark.parametrize(("size", "documents"), [(5_000, 20), (40_000, 32), (2_200_000, 34)])
+@pytest.mark.parametrize(("size", "documents"), [(5_000, 8), (40_000, 10), (1_000_000, 32), (2_200_000, 34)])
 @pytest.mark.parametrize("end", ["\n", " "])
 def test_one_small_file_is_enough(tmp_path, size, documents, end):
     path = tmp_path / "own.txt"
@@ -251,11 +251,13 @@ def test_one_small_file_is_enough(tmp_path, size, documents, end):
     text = end.join(sentence.format(number=number) for number in range(size // len(sentence)))
     text = text.ljust(size, ".")
     path.write_text(text)
-    split = load(open_source(str(path)), length=64, protocol="crop", held_out_share=0.05, held_out_bytes=256)
+    split = load(open_source(str(path)), length=8, protocol="cut", held_out_share=0.05, held_out_bytes=256)
     documents_read = read(path)
     count = len(documents_read)
-    assert 0 < count - len(split.training or ()) < count / 3
-    assert documents * (0.8 if end == "\n" else 0.4) <= count <= documents
+    assert 0 < count - len(split.training or ()) <= count / 4
+    # Rows of the usual length can be cut of them, where there is enough text.
+    assert size < 40_000 or min(map(len, documents_read[:-1])) >= 4096
+    assert documents * (0.7 if end == "\n" else 0.4) <= count <= documents
     assert ("is one small file: it is split into documents of about" in split.notes[0]) == (size < 2**21)
     assert b"".join(documents_read) == text.encode()
     assert max(map(len, documents_read)) <= 3 * PLAIN_DOCUMENT
