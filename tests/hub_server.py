@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = hub.commits.get(hub.names.get(commit, commit), hub.files)
         if name not in files:
             return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        return self._send_file(files[name], commit, fault)
+        return self._send_file(files[name], hub.names.get(commit, commit), fault)
 
     def _send_file(self, content: bytes, commit: str, fault: str | None) -> None:
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from jaxtyping import Array, Float
-from safetensors import safe_open
 
 import unet
 from estimators import AbstractPositionwiseRouter, Boundaries, Layout, RuleRouter, SamplingOptions
@@ -22,6 +21,8 @@ from tests.hub_server import COMMIT, hub
 from tests.test_run import SMALL, start
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
+from unet.files.arrays import ArrayFile, file_content
+from unet.files.saving import metadata_of
 
 WEIGHTS = "model.safetensors"
 
@@ -67,13 +68,13 @@ def with_router(model, router):
 
 
 def changed(folder, change):
-    """The file in `folder` with its description of the model changed."""
-    with safe_open(folder / WEIGHTS, framework="numpy") as file:
-        metadata, arrays = dict(file.metadata()), {name: file.get_tensor(name) for name in list(file.keys())}
-    structure = json.loads(metadata["structure"])
-    change(structure, arrays, metadata)
-    metadata = {**metadata, "structure": json.dumps(structure)}
-    (folder / WEIGHTS).write_bytes(safetensors.numpy.save(arrays, metadata))
+    """The file in `folder` with its description of the model changed, and checksums that fit it."""
+    path = folder / WEIGHTS
+    with ArrayFile(path) as file:
+        arrays, structure = dict(file), json.loads(file.metadata["structure"])
+    more = change(structure, arrays) or {}
+    metadata = {**metadata_of(json.dumps(structure), arrays), **more}
+    path.write_bytes(b"".join(file_content(arrays, metadata)))
 
 
 def test_a_finished_run_loads_in_one_line(finished):
@@ -114,37 +115,37 @@ def test_ones_own_classes_and_rules_are_named_when_loading(model, tmp_path):
 def test_a_file_can_name_nothing_but_our_own_modules_and_rules(model, tmp_path, name, kind):
     unet.save(model, tmp_path)
     content = {kind: name} if kind == "function" else {kind: name, "fields": {}}
-    changed(tmp_path, lambda structure, arrays, metadata: structure["fields"].update(compute=content))
+    changed(tmp_path, lambda structure, arrays: structure["fields"].update(compute=content))
     with pytest.raises(unet.LoadError, match="not part of this library"):
         unet.load(tmp_path)
 
 
-def remove_array(structure, arrays, metadata):
+def remove_array(structure, arrays):
     del arrays["model.norm.weight"]
 
 
-def add_array(structure, arrays, metadata):
+def add_array(structure, arrays):
     arrays["model.extra"] = np.zeros(2)
 
 
-def twice(structure, arrays, metadata):
+def twice(structure, arrays):
     structure["fields"]["norm"]["fields"]["weight"] = {"array": "model.head.weight"}
 
 
-def older(structure, arrays, metadata):
+def older(structure, arrays):
     structure["fields"].pop("compute")
     structure["fields"]["precision"] = 32
 
 
-def nonsense(structure, arrays, metadata):
+def nonsense(structure, arrays):
     structure["fields"]["norm"] = {"shape": [1, 2]}
 
 
-def another_format(structure, arrays, metadata):
-    metadata["version"] = "7"
+def another_format(structure, arrays):
+    return {"version": "7"}
 
 
-def no_model(structure, arrays, metadata):
+def no_model(structure, arrays):
     structure.clear()
     structure.update({"tuple": [{"array": name} for name in arrays]})
 
@@ -154,7 +155,7 @@ def no_model(structure, arrays, metadata):
     [
         (remove_array, r"model\.norm\.weight is missing"),
         (add_array, r"its array model\.extra belongs to nothing"),
-        (twice, "named twice|belongs to nothing"),
+        (twice, r"the weight of its RMSNorm is an array of float32, shape \[16, 256\]"),
         (older, "another version: its UNet differs in compute, precision"),
         (nonsense, "description of the model is invalid"),
         (another_format, "has format version 7"),
