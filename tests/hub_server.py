@@ -21,7 +21,8 @@ class Hub(ThreadingHTTPServer):
     names of others to their commit and files.
 
     `faults` maps a kind of request (`info`, `tree`, `GET`, `HEAD`) to a list of faults, one of which each such request uses
-    up: `500`, `gated`, `missing`, `truncated`, `wrong size`, `wrong content`.
+    up: `429`, `500`, `gated`, `missing`, `truncated`, `wrong size`, `wrong content`; and for files `no commit`, `no tag`, `commit
+    outside`, `tag outside`.
     """
 
     daemon_threads = True
@@ -103,8 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "tree" if "/tree/" in path else "info" if path.startswith("/api/") else self.command
         hub.requests.append(f"{kind} {path}")
         fault = hub.faults[kind].pop(0) if hub.faults.get(kind) else None
-        if fault == "500":
-            return self._send(500, b"{}")
+        if fault in ("429", "500"):
+            return self._send(int(fault), b"{}")
         if fault == "gated":
             return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
         if hub.token is not None and self.headers.get("authorization") != f"Bearer {hub.token}":
@@ -131,6 +132,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, content: bytes, commit: str, fault: str | None) -> None:
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        if fault in ("no commit", "no tag"):
+            del headers["ETag" if fault == "no tag" else "X-Repo-Commit"]
+        if fault in ("commit outside", "tag outside"):
+            headers["ETag" if fault == "tag outside" else "X-Repo-Commit"] = "../../outside"
         if fault == "wrong size":
             content = content[:-3]
         if fault == "wrong content":

@@ -61,7 +61,7 @@ class Named:
 
 class Storage:
     def __init__(self, kind, member, size):
-        self.pid = ("storage", Named("torch", kind), member, "cpu", size)
+        self.pid: tuple = ("storage", Named("torch", kind), member, "cpu", size)
 
 
 class Changed:

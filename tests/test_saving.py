@@ -1,6 +1,10 @@
 """Models go to files, folders and the hub, and come back from there alone."""
 
+import functools
 import json
+import os
+import subprocess
+import sys
 
 import equinox as eqx
 import huggingface_hub.constants
@@ -17,6 +21,7 @@ from estimators.routers.rules import spacelike, whitespace
 from experiments.export import main as export
 from experiments.training.run_dir import read_config
 from tests.compositions import registered
+from tests.hostile.model_subjects import saved_files
 from tests.hub_server import COMMIT, hub
 from tests.test_run import SMALL, start
 from tests.test_run import corpus as corpus
@@ -186,6 +191,106 @@ def test_damage_is_said_in_a_sentence(model, tmp_path, damage, message):
     damage(tmp_path / WEIGHTS)
     with pytest.raises(unet.LoadError, match=message):
         unet.load(tmp_path)
+
+
+def another_dtype(arrays):
+    arrays["model.embedding"] = arrays["model.embedding"].astype(np.int32)
+
+
+def transposed(arrays):
+    arrays["model.embedding"] = arrays["model.embedding"].T.reshape(arrays["model.embedding"].shape)
+
+
+def one_bit(arrays):
+    arrays["model.norm.weight"].view(np.uint8)[3] ^= 1
+
+
+def exchanged(arrays):
+    first = "model.embedding"
+    second = "model.head.weight"
+    arrays[first], arrays[second] = (
+        arrays[second].reshape(arrays[first].shape),
+        arrays[first].reshape(arrays[second].shape),
+    )
+
+
+@pytest.mark.parametrize("change", [another_dtype, transposed, one_bit, exchanged])
+def test_arrays_that_are_not_those_that_were_saved_are_refused(model, tmp_path, change):
+    """By their checksums; a file without any, of an earlier version, is read as it is, where the kinds of its arrays fit."""
+    path = unet.save(model, tmp_path)
+    with ArrayFile(path) as file:
+        arrays, metadata = {name: np.array(array) for name, array in file.items()}, dict(file.metadata)
+    assert change(arrays) is None
+    path.write_bytes(b"".join(file_content(arrays, metadata)))
+    with pytest.raises(unet.LoadError, match=r"the array model\.\S+ is not the one that was saved"):
+        unet.load(tmp_path)
+    for without in ({"leaves"}, {"sha256"}, {"leaves", "sha256"}):
+        content = {name: value for name, value in metadata.items() if name not in without}
+        path.write_bytes(b"".join(file_content(arrays, content)))
+        with pytest.raises(unet.LoadError, match="description of the model is not the one"):
+            unet.load(tmp_path)
+
+
+def test_a_file_of_the_version_without_checksums_can_be_read(model, tmp_path):
+    path = unet.save(model, tmp_path)
+    with ArrayFile(path) as file:
+        arrays, structure = dict(file), file.metadata["structure"]
+    metadata = {"format": "caesura", "version": "3", "structure": structure}
+    path.write_bytes(safetensors.numpy.save(arrays, metadata))
+    assert eqx.tree_equal(unet.load(tmp_path).model, model)
+    # Kinds are compared without checksums too.
+    path.write_bytes(safetensors.numpy.save({**arrays, "model.embedding": np.zeros((256, 16), np.int32)}, metadata))
+    with pytest.raises(unet.LoadError, match="the embedding of its UNet is an array of int32"):
+        unet.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "content", "message"),
+    [
+        ("norm", 1, "the norm of its UNet is 1"),
+        ("stage", {"tuple": []}, "the stage of its UNet is a tuple"),
+        ("compute", "float99", "the compute of its UNet is 'float99'"),
+        ("norm", {"tuple": [[]]}, "invalid, or too deep"),
+        ("norm", functools.reduce(lambda inner, _: {"tuple": [inner]}, range(100), 1), "invalid, or too deep"),
+        ("norm", {"class": "unet.files/../layers.RMSNorm", "fields": {}}, "not part of this library"),
+        ("norm", {"class": "unet.\0.RMSNorm", "fields": {}}, r"unet\.\\x00\.RMSNorm"),
+    ],
+)
+def test_fields_of_another_kind_are_said(model, tmp_path, field, content, message):
+    unet.save(model, tmp_path)
+    changed(tmp_path, lambda structure, arrays: structure["fields"].update({field: content}))
+    with pytest.raises(unet.LoadError, match=message) as caught:
+        unet.load(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+SAVE_AGAIN = """
+import sys
+from pathlib import Path
+from tests.hostile.model_subjects import saved_files
+for path, content in saved_files().items():
+    Path(sys.argv[1], path).write_bytes(content)
+"""
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    """Also in another process, which orders sets and hash tables in its own way."""
+    environment = {**os.environ, "PYTHONHASHSEED": "4321"}
+    subprocess.run([sys.executable, "-c", SAVE_AGAIN, tmp_path], check=True, env=environment, capture_output=True)
+    for _ in range(5):
+        for name, content in saved_files().items():
+            assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_configuration_may_begin_with_a_byte_order_mark(model, tmp_path, mark):
+    unet.save(model, tmp_path)
+    (tmp_path / "config.json").write_text(mark + '{"estimator": "café"}', encoding="utf-8")
+    assert unet.load(tmp_path).config == {"estimator": "café"}
+    for content, message in [(b"{\xff}", "not UTF-8"), (b"[" * 100_000, "too deep"), (b"{" * 100_000, "damaged")]:
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(unet.LoadError, match=message):
+            unet.load(tmp_path)
 
 
 def test_what_has_no_name_cannot_be_kept(model, tmp_path):

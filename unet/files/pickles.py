@@ -15,7 +15,7 @@ from typing import Final
 
 from unet.files.errors import shown
 
-MEMORY = 200
+MEMORY = 150
 """A pickle takes at most so many times its own size in memory."""
 
 Arguments = tuple[object, ...]
@@ -134,12 +134,13 @@ class _Machine:
         return self._memo[number]
 
     def _make_tuple(self, name: str) -> None:
-        count = _SHORT_TUPLES.get(name)
-        if count is None:
+        if name == "TUPLE":
             self._stack.append(tuple(self._pop_to_mark()))
-        else:
-            items = [self.pop() for _ in range(count)]
-            self._stack.append(tuple(reversed(items)))
+            return
+        start = len(self._stack) - _SHORT_TUPLES[name]
+        if start < 0:
+            raise PickleError("its pickle is damaged (a tuple lacks parts)")
+        self._stack[start:] = [tuple(self._stack[start:])]
 
     def _fill_dict(self, name: str) -> None:
         if name == "EMPTY_DICT":

@@ -22,8 +22,8 @@ from unet.files.errors import LoadError, shown
 from unet.files.pickles import PickleError
 from unet.files.torch_tensors import STORAGE_TYPES, TensorPlace, read_tensors
 
-MAX_PICKLE_BYTES = 1 << 24
-"""Maximum size in bytes of the pickle of names and shapes. That of a model of a thousand tensors has a quarter of a million."""
+MAX_PICKLE_BYTES = 1 << 22
+"""Maximum size in bytes of the pickle of names and shapes. A tensor takes about 250; to read them all takes seconds."""
 
 MAX_USES = 2
 """All tensors together are at most so many times as large as the file. Tied ones share their data."""
