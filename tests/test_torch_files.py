@@ -5,6 +5,7 @@ import struct
 import time
 import tracemalloc
 import zipfile
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -191,6 +192,9 @@ def test_a_training_checkpoint_has_numbers_and_settings_beside_the_weights(tmp_p
         "model": {"a": tensor(), "_extra": None},
         "best": np.float64(1.25),
         "rate": np.float32(0.5),
+        "names": {"a", "b"},
+        "lists": defaultdict(list),
+        "bytes": b"12",
         "random": np.random.default_rng(0).standard_normal(3),
         "settings": settings,
         "optimizer": {"state": {0: {"exp_avg": tensor()}}, "param_groups": [{"lr": 0.1}]},

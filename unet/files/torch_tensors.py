@@ -155,13 +155,15 @@ _IGNORED_NAMES = {
 """Classes and functions of numbers and settings that a training loop saves beside the parameters. They are never called."""
 
 _NAMES: Names = {
+    # What pickles of protocol 2, PyTorch's usual one, call `builtins`.
+    **{("__builtin__", name): _ignore for name in (*_IGNORED_NAMES["builtins"], "unicode", "long", "xrange")},
     **{("torch", name): kind for name, kind in STORAGE_TYPES.items()},
     **{(module, name): _ignore for module, names in _IGNORED_NAMES.items() for name in names},
     ("collections", "Counter"): _new_dict,
     ("collections", "OrderedDict"): _new_dict,
     ("collections", "defaultdict"): _new_dict,
-    ("builtins", "dict"): _new_dict,
-    ("builtins", "tuple"): _size,
+    **{(module, "dict"): _new_dict for module in ("builtins", "__builtin__")},
+    **{(module, "tuple"): _size for module in ("builtins", "__builtin__")},
     ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _first,
