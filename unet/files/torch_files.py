@@ -190,6 +190,7 @@ def write_torch_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
     Raises `ValueError` for a dtype that PyTorch has no storage for.
     """
+    # Members have no time (ZipInfo), so that the same tensors give the same bytes.
     kinds = {kind.dtype: kind.name for kind in STORAGE_TYPES.values()}
     description = bytearray(b"\x80\x02ccollections\nOrderedDict\n)R(")
     temporary = path.with_name(f".{path.name}.tmp")
@@ -198,11 +199,11 @@ def write_torch_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             tensor = np.asarray(tensors[name])
             if tensor.dtype not in kinds:
                 raise ValueError(f"{name} is {tensor.dtype}, which PyTorch has no storage for")
-            archive.writestr(f"weights/data/{number}", tensor.tobytes())
+            archive.writestr(zipfile.ZipInfo(f"weights/data/{number}"), tensor.tobytes())
             description += _text(name) + _tensor(kinds[tensor.dtype], str(number), tensor.shape)
-        archive.writestr("weights/data.pkl", bytes(description + b"u."))
-        archive.writestr("weights/byteorder", b"little")
-        archive.writestr("weights/version", b"3\n")
+        archive.writestr(zipfile.ZipInfo("weights/data.pkl"), bytes(description + b"u."))
+        archive.writestr(zipfile.ZipInfo("weights/byteorder"), b"little")
+        archive.writestr(zipfile.ZipInfo("weights/version"), b"3\n")
     temporary.replace(path)
 
 
