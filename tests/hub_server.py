@@ -21,8 +21,8 @@ class Hub(ThreadingHTTPServer):
     names of others to their commit and files.
 
     `faults` maps a kind of request (`info`, `tree`, `GET`, `HEAD`) to a list of faults, one of which each such request uses
-    up: `500`, `429` (with the wish to wait for an hour), `gated`, `missing`, `truncated`, `wrong size`, `wrong content`.
-    `answers` maps `info` and `tree` to what is sent instead.
+    up: `500`, `429`, `429 for an hour`, `gated`, `missing`, `truncated`, `wrong size`, `wrong content`; and for files `no commit`,
+    `no tag`, `commit outside`, `tag outside`. `answers` maps `info` and `tree` to what is sent instead.
     """
 
     daemon_threads = True
@@ -105,9 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "tree" if "/tree/" in path else "info" if path.startswith("/api/") else self.command
         hub.requests.append(f"{kind} {path}")
         fault = hub.faults[kind].pop(0) if hub.faults.get(kind) else None
-        if fault == "500":
-            return self._send(500, b"{}")
-        if fault == "429":
+        if fault in ("429", "500"):
+            return self._send(int(fault), b"{}")
+        if fault == "429 for an hour":
             return self._send(429, b"{}", {"Retry-After": "3600"})
         if kind in hub.answers:
             return self._send(200, hub.answers[kind])
@@ -133,10 +133,14 @@ class _Handler(BaseHTTPRequestHandler):
         files = hub.commits.get(hub.names.get(commit, commit), hub.files)
         if name not in files:
             return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        return self._send_file(files[name], commit, fault)
+        return self._send_file(files[name], hub.names.get(commit, commit), fault)
 
     def _send_file(self, content: bytes, commit: str, fault: str | None) -> None:
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        if fault in ("no commit", "no tag"):
+            del headers["ETag" if fault == "no tag" else "X-Repo-Commit"]
+        if fault in ("commit outside", "tag outside"):
+            headers["ETag" if fault == "tag outside" else "X-Repo-Commit"] = "../../outside"
         if fault == "wrong size":
             content = content[:-3]
         if fault == "wrong content":

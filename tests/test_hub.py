@@ -206,7 +206,7 @@ def test_odd_answers_end_in_one_sentence_at_once(server, tmp_path, kind, answer,
 
 @pytest.mark.parametrize("kind", ["GET", "tree"])
 def test_a_hub_that_asks_for_an_hour_is_given_up_in_time(server, tmp_path, kind):
-    server.faults[kind] = ["429"] * 50
+    server.faults[kind] = ["429 for an hour"] * 50
     start = time.monotonic()
     with pytest.raises(
         DataError, match=r"nothing has arrived for 0\.005 minutes; it may limit your rate, which HF_TOKEN"

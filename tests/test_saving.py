@@ -1,6 +1,10 @@
 """Models go to files, folders and the hub, and come back from there alone."""
 
+import functools
 import json
+import os
+import subprocess
+import sys
 
 import equinox as eqx
 import huggingface_hub.constants
@@ -10,7 +14,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from jaxtyping import Array, Float
-from safetensors import safe_open
 
 import unet
 from estimators import AbstractPositionwiseRouter, Boundaries, Layout, RuleRouter, SamplingOptions
@@ -18,10 +21,13 @@ from estimators.routers.rules import spacelike, whitespace
 from experiments.export import main as export
 from experiments.training.run_dir import read_config
 from tests.compositions import registered
+from tests.hostile.model_subjects import saved_files
 from tests.hub_server import COMMIT, hub
 from tests.test_run import SMALL, start
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
+from unet.files.arrays import ArrayFile, file_content
+from unet.files.saving import metadata_of
 
 WEIGHTS = "model.safetensors"
 
@@ -67,13 +73,13 @@ def with_router(model, router):
 
 
 def changed(folder, change):
-    """The file in `folder` with its description of the model changed."""
-    with safe_open(folder / WEIGHTS, framework="numpy") as file:
-        metadata, arrays = dict(file.metadata()), {name: file.get_tensor(name) for name in list(file.keys())}
-    structure = json.loads(metadata["structure"])
-    change(structure, arrays, metadata)
-    metadata = {**metadata, "structure": json.dumps(structure)}
-    (folder / WEIGHTS).write_bytes(safetensors.numpy.save(arrays, metadata))
+    """The file in `folder` with its description of the model changed, and checksums that fit it."""
+    path = folder / WEIGHTS
+    with ArrayFile(path) as file:
+        arrays, structure = dict(file), json.loads(file.metadata["structure"])
+    more = change(structure, arrays) or {}
+    metadata = {**metadata_of(json.dumps(structure), arrays), **more}
+    path.write_bytes(b"".join(file_content(arrays, metadata)))
 
 
 def test_a_finished_run_loads_in_one_line(finished):
@@ -114,37 +120,37 @@ def test_ones_own_classes_and_rules_are_named_when_loading(model, tmp_path):
 def test_a_file_can_name_nothing_but_our_own_modules_and_rules(model, tmp_path, name, kind):
     unet.save(model, tmp_path)
     content = {kind: name} if kind == "function" else {kind: name, "fields": {}}
-    changed(tmp_path, lambda structure, arrays, metadata: structure["fields"].update(compute=content))
+    changed(tmp_path, lambda structure, arrays: structure["fields"].update(compute=content))
     with pytest.raises(unet.LoadError, match="not part of this library"):
         unet.load(tmp_path)
 
 
-def remove_array(structure, arrays, metadata):
+def remove_array(structure, arrays):
     del arrays["model.norm.weight"]
 
 
-def add_array(structure, arrays, metadata):
+def add_array(structure, arrays):
     arrays["model.extra"] = np.zeros(2)
 
 
-def twice(structure, arrays, metadata):
+def twice(structure, arrays):
     structure["fields"]["norm"]["fields"]["weight"] = {"array": "model.head.weight"}
 
 
-def older(structure, arrays, metadata):
+def older(structure, arrays):
     structure["fields"].pop("compute")
     structure["fields"]["precision"] = 32
 
 
-def nonsense(structure, arrays, metadata):
+def nonsense(structure, arrays):
     structure["fields"]["norm"] = {"shape": [1, 2]}
 
 
-def another_format(structure, arrays, metadata):
-    metadata["version"] = "7"
+def another_format(structure, arrays):
+    return {"version": "7"}
 
 
-def no_model(structure, arrays, metadata):
+def no_model(structure, arrays):
     structure.clear()
     structure.update({"tuple": [{"array": name} for name in arrays]})
 
@@ -154,7 +160,7 @@ def no_model(structure, arrays, metadata):
     [
         (remove_array, r"model\.norm\.weight is missing"),
         (add_array, r"its array model\.extra belongs to nothing"),
-        (twice, "named twice|belongs to nothing"),
+        (twice, r"the weight of its RMSNorm is an array of float32, shape \[16, 256\]"),
         (older, "another version: its UNet differs in compute, precision"),
         (nonsense, "description of the model is invalid"),
         (another_format, "has format version 7"),
@@ -185,6 +191,106 @@ def test_damage_is_said_in_a_sentence(model, tmp_path, damage, message):
     damage(tmp_path / WEIGHTS)
     with pytest.raises(unet.LoadError, match=message):
         unet.load(tmp_path)
+
+
+def another_dtype(arrays):
+    arrays["model.embedding"] = arrays["model.embedding"].astype(np.int32)
+
+
+def transposed(arrays):
+    arrays["model.embedding"] = arrays["model.embedding"].T.reshape(arrays["model.embedding"].shape)
+
+
+def one_bit(arrays):
+    arrays["model.norm.weight"].view(np.uint8)[3] ^= 1
+
+
+def exchanged(arrays):
+    first = "model.embedding"
+    second = "model.head.weight"
+    arrays[first], arrays[second] = (
+        arrays[second].reshape(arrays[first].shape),
+        arrays[first].reshape(arrays[second].shape),
+    )
+
+
+@pytest.mark.parametrize("change", [another_dtype, transposed, one_bit, exchanged])
+def test_arrays_that_are_not_those_that_were_saved_are_refused(model, tmp_path, change):
+    """By their checksums; a file without any, of an earlier version, is read as it is, where the kinds of its arrays fit."""
+    path = unet.save(model, tmp_path)
+    with ArrayFile(path) as file:
+        arrays, metadata = {name: np.array(array) for name, array in file.items()}, dict(file.metadata)
+    assert change(arrays) is None
+    path.write_bytes(b"".join(file_content(arrays, metadata)))
+    with pytest.raises(unet.LoadError, match=r"the array model\.\S+ is not the one that was saved"):
+        unet.load(tmp_path)
+    for without in ({"leaves"}, {"sha256"}, {"leaves", "sha256"}):
+        content = {name: value for name, value in metadata.items() if name not in without}
+        path.write_bytes(b"".join(file_content(arrays, content)))
+        with pytest.raises(unet.LoadError, match="description of the model is not the one"):
+            unet.load(tmp_path)
+
+
+def test_a_file_of_the_version_without_checksums_can_be_read(model, tmp_path):
+    path = unet.save(model, tmp_path)
+    with ArrayFile(path) as file:
+        arrays, structure = dict(file), file.metadata["structure"]
+    metadata = {"format": "caesura", "version": "3", "structure": structure}
+    path.write_bytes(safetensors.numpy.save(arrays, metadata))
+    assert eqx.tree_equal(unet.load(tmp_path).model, model)
+    # Kinds are compared without checksums too.
+    path.write_bytes(safetensors.numpy.save({**arrays, "model.embedding": np.zeros((256, 16), np.int32)}, metadata))
+    with pytest.raises(unet.LoadError, match="the embedding of its UNet is an array of int32"):
+        unet.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "content", "message"),
+    [
+        ("norm", 1, "the norm of its UNet is 1"),
+        ("stage", {"tuple": []}, "the stage of its UNet is a tuple"),
+        ("compute", "float99", "the compute of its UNet is 'float99'"),
+        ("norm", {"tuple": [[]]}, "invalid, or too deep"),
+        ("norm", functools.reduce(lambda inner, _: {"tuple": [inner]}, range(100), 1), "invalid, or too deep"),
+        ("norm", {"class": "unet.files/../layers.RMSNorm", "fields": {}}, "not part of this library"),
+        ("norm", {"class": "unet.\0.RMSNorm", "fields": {}}, r"unet\.\\x00\.RMSNorm"),
+    ],
+)
+def test_fields_of_another_kind_are_said(model, tmp_path, field, content, message):
+    unet.save(model, tmp_path)
+    changed(tmp_path, lambda structure, arrays: structure["fields"].update({field: content}))
+    with pytest.raises(unet.LoadError, match=message) as caught:
+        unet.load(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+SAVE_AGAIN = """
+import sys
+from pathlib import Path
+from tests.hostile.model_subjects import saved_files
+for path, content in saved_files().items():
+    Path(sys.argv[1], path).write_bytes(content)
+"""
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    """Also in another process, which orders sets and hash tables in its own way."""
+    environment = {**os.environ, "PYTHONHASHSEED": "4321"}
+    subprocess.run([sys.executable, "-c", SAVE_AGAIN, tmp_path], check=True, env=environment, capture_output=True)
+    for _ in range(5):
+        for name, content in saved_files().items():
+            assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_configuration_may_begin_with_a_byte_order_mark(model, tmp_path, mark):
+    unet.save(model, tmp_path)
+    (tmp_path / "config.json").write_text(mark + '{"estimator": "café"}', encoding="utf-8")
+    assert unet.load(tmp_path).config == {"estimator": "café"}
+    for content, message in [(b"{\xff}", "not UTF-8"), (b"[" * 100_000, "too deep"), (b"{" * 100_000, "damaged")]:
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(unet.LoadError, match=message):
+            unet.load(tmp_path)
 
 
 def test_what_has_no_name_cannot_be_kept(model, tmp_path):

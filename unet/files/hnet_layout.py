@@ -19,7 +19,8 @@ from estimators.routers import CosineRouter, Greedy
 from unet.attention import Attention
 from unet.blocks import PreNorm, Stack
 from unet.chunkers import Chunker, Projection, Select, Smooth
-from unet.files.published import LayoutError, WeightType, rounded, shape_of
+from unet.files.errors import shown
+from unet.files.published import LayoutError, WeightType, layer_count, rounded, shape_of
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.hnet import HNetConfig
 from unet.layers import ROTARY_BASE, Linear
@@ -89,6 +90,9 @@ def from_reference(
     from the embedding.
     """
     shape = shape_of(config, compute=dtype)
+    layers = layer_count(shape)
+    if layers > len(params):
+        raise LayoutError(f"the configuration has {layers} layers, more than there are parameters ({len(params)})")
     skeleton = eqx.filter_eval_shape(new_hnet, shape, chunk_sizes=chunk_sizes)
     parameters = list(named_parameters(skeleton))
     sources, given = {parameter.name: parameter.name for parameter in parameters}, set(params)
@@ -121,7 +125,7 @@ def _check_tied(params: Mapping[str, np.ndarray]) -> None:
 
 
 def _example(names: Sequence[str]) -> str:
-    return f" (such as {names[0]})" if names else ""
+    return f" (such as {shown(names[0])})" if names else ""
 
 
 def _weight(parameter: Parameter, value: np.ndarray, dtype: WeightType) -> Array:
@@ -129,12 +133,16 @@ def _weight(parameter: Parameter, value: np.ndarray, dtype: WeightType) -> Array
         raise LayoutError(
             f"{parameter.name} has shape {list(value.shape)}; the configuration asks for {list(parameter.shape)}"
         )
-    if value.dtype not in (np.float32, np.float16, jnp.bfloat16):
-        raise LayoutError(f"{parameter.name} is {value.dtype}; weights must be float32, float16 or bfloat16")
-    wanted = jnp.float32 if parameter.name.endswith(FLOAT32_PARAMETERS) else jnp.dtype(dtype)
+    if value.dtype not in (np.float64, np.float32, np.float16, jnp.bfloat16):
+        raise LayoutError(f"{parameter.name} is {value.dtype}; weights must be float64, float32, float16 or bfloat16")
+    wanted = jnp.dtype(jnp.float32 if parameter.name.endswith(FLOAT32_PARAMETERS) else dtype)
     value = value.T if parameter.transposed else value.reshape(parameter.leaf.shape)
+    with np.errstate(over="ignore"):
+        converted = value.astype(wanted, order="C")
+    if wanted.itemsize < value.dtype.itemsize and not np.array_equal(np.isfinite(value), np.isfinite(converted)):
+        raise LayoutError(f"{parameter.name} has values that are too large for {wanted}")
     # Wait, or pending copies would pile up in memory.
-    return jax.block_until_ready(jnp.asarray(value.astype(wanted, order="C")))
+    return jax.block_until_ready(jnp.asarray(converted))
 
 
 class ReferenceParams(Mapping[str, np.ndarray]):

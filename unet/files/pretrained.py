@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError, safe_open
 
-from unet.files.hnet_layout import (
-    LayoutError,
-    WeightType,
-    from_reference,
-    named_parameters,
-    reference_config,
-    to_reference,
-)
-from unet.files.saving import LoadError, download, write_atomically
-from unet.files.torch_files import TorchFile, TorchFileError, write_torch_file
+from unet.files.errors import LayoutError, LoadError
+from unet.files.hnet_layout import WeightType, from_reference, named_parameters, reference_config, to_reference
+from unet.files.hub import Repository
+from unet.files.json_files import read_json
+from unet.files.saving import write_atomically
+from unet.files.torch_files import write_torch_file
+from unet.files.weights import INDEX, TORCH, only_weights, open_weights, read_index
 from unet.model import UNet
 
 
@@ -58,26 +53,6 @@ PUBLISHED: Mapping[str, Mapping[str, object]] = {
 OWNER = "cartesia-ai"
 
 
-class _Safetensors(Mapping[str, np.ndarray]):
-    """The arrays of a safetensors file, each read on access."""
-
-    def __init__(self, path: Path):
-        try:
-            self._file = safe_open(path, framework="numpy")
-        except SafetensorError as error:
-            raise LoadError(f"{path} is damaged ({error})") from None
-        self._names = list(self._file.keys())
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def load_hnet(
     where: str | Path,
     *,
@@ -86,33 +61,36 @@ def load_hnet(
     chunk_sizes: Sequence[float] | None = None,
 ) -> UNet:
     """A published H-Net: by its name on the hub (`cartesia-ai/hnet_1stage_L`, or `owner/name@revision`), or from a `.pt` or
-    `.safetensors` file in the released layout, or a folder with one such file.
+    `.safetensors` file in the released layout, the index of several `.safetensors` files, or a folder with one of these.
 
-    `config`: the JSON file of its configuration; by default one beside the weights (`config.json`, or with the name of the
-    weights), or else the published configuration of that name. `dtype` is that of weights and products, `chunk_sizes` the
-    target number of positions per chunk in further training; see `unet.from_reference`. No more than one parameter is in memory
-    beside the model. Raises `LoadError` if there is no such model, if it is damaged, and if it does not fit its configuration.
+    What compilers and wrappers put before names (`_orig_mod.`, `module.`) is taken off. `config`: the JSON file of its
+    configuration; by default one beside the weights (`config.json`, or with the name of the weights), or else the published
+    configuration of that name. `dtype` is that of weights and products, `chunk_sizes` the target number of positions per chunk in
+    further training; see `unet.from_reference`. No more than one parameter is in memory beside the model. Raises `LoadError` if
+    there is no such model, if it is damaged, and if it does not fit its configuration.
     """
     text = str(where)
     weights = Path(where)
     if not weights.exists():
         owner, _, name = text.partition("/")
-        if weights.suffix in (".pt", ".safetensors") or owner in ("", ".", "..", "~") or not name or "/" in name:
+        if (
+            weights.suffix in (".safetensors", ".json", *TORCH)
+            or owner in ("", ".", "..", "~")
+            or not name
+            or "/" in name
+        ):
             raise LoadError(f"{where} is not a file, nor the name of a repository of the hub (owner/name)")
         try:
             weights = _fetched(text)
         except LoadError as error:
             raise LoadError(f"there is no file or folder {where} here, and {error}") from None
     if weights.is_dir():
-        weights = _only_weights(weights)
+        weights = only_weights(weights)
     settings = _config(weights, None if config is None else Path(config))
     try:
-        params = _Safetensors(weights) if weights.suffix == ".safetensors" else TorchFile(weights)
-        return from_reference(settings, params, dtype=dtype, chunk_sizes=chunk_sizes)
-    except (LayoutError, TorchFileError) as error:
-        raise LoadError(f"{weights}: {error}" if isinstance(error, LayoutError) else str(error)) from None
-    except SafetensorError as error:
-        raise LoadError(f"{weights} is damaged ({error})") from None
+        return from_reference(settings, open_weights(weights), dtype=dtype, chunk_sizes=chunk_sizes)
+    except LayoutError as error:
+        raise LoadError(f"{weights}: {error}") from None
 
 
 def save_hnet(model: UNet, folder: Path, *, name: str = "model", kind: Literal["pt", "safetensors"] = "pt") -> Path:
@@ -136,38 +114,30 @@ def parameter_count(model: UNet) -> int:
     return sum(one.leaf.size for one in named_parameters(model))
 
 
-def _only_weights(folder: Path) -> Path:
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
-    if len(files) != 1:
-        names = ", ".join(path.name for path in files) or "none"
-        raise LoadError(f"{folder} must hold one file of weights (.pt or .safetensors); it holds {names}")
-    return files[0]
-
-
 def _config(weights: Path, path: Path | None) -> Mapping[str, object]:
-    beside = [weights.with_suffix(".json"), weights.with_name("config.json")]
+    name = weights.name.removesuffix(INDEX) if weights.name.endswith(INDEX) else weights.stem
+    beside = [weights.with_name(f"{name}.json"), weights.with_name("config.json")]
     path = next((one for one in beside if one.is_file()), None) if path is None else path
     if path is None:
-        if weights.stem in PUBLISHED:
-            return PUBLISHED[weights.stem]
+        if name in PUBLISHED:
+            return PUBLISHED[name]
         raise LoadError(
             f"{weights} has no configuration beside it ({beside[0].name}, config.json) and is not named like a published model: "
             "put one there, or pass one with config="
         )
-    try:
-        settings: object = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read as a configuration ({error})") from None
-    if not isinstance(settings, dict):
-        raise LoadError(f"{path} holds no JSON object")
-    return settings
+    return read_json(path)
 
 
 def _fetched(repository: str) -> Path:
     """The path of the downloaded weights of a hub repository; its configuration, if there is one, is downloaded beside them."""
     name = repository.partition("@")[0].partition("/")[2]
-    return download(
-        repository,
-        [f"{name}.safetensors", "model.safetensors", f"{name}.pt"],
-        beside=[f"{name}.json", "config.json"],
+    on_hub = Repository(repository)
+    weights = on_hub.first(
+        [f"{name}.safetensors", "model.safetensors", f"{name}{INDEX}", f"model{INDEX}", f"{name}.pt"]
     )
+    if weights.name.endswith(INDEX):
+        for file in sorted(set(read_index(weights).values())):
+            on_hub.first([file])
+    for file in (f"{name}.json", "config.json"):
+        on_hub.optional(file)
+    return weights

@@ -1,0 +1,73 @@
+"""Reading and writing safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from unet.files.errors import LoadError, shown
+
+ALIGNMENT = 8
+"""The data in a safetensors file begins at a multiple of so many bytes."""
+
+
+class ArrayFile(Mapping[str, np.ndarray]):
+    """The arrays of a safetensors file, each read on access. Raises `LoadError` for a damaged file, and for arrays of types that
+    NumPy does not have."""
+
+    def __init__(self, path: Path):
+        # The reader of the format reports folders and permissions in words of its own.
+        with path.open("rb"):
+            pass
+        self._path = path
+        try:
+            self._file = safe_open(path, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise LoadError(f"{path} is damaged ({shown(error)})") from None
+        self._names = frozenset(self._file.keys())
+        self.metadata: Mapping[str, str] = self._file.metadata() or {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, AttributeError, TypeError) as error:
+            raise LoadError(f"{self._path}: the array {shown(name)} cannot be read ({shown(error)})") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __enter__(self) -> ArrayFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, where)
+
+
+def file_content(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
+    """A safetensors file, as its header and its data. The same arrays and metadata give the same bytes.
+
+    The library that writes the format orders metadata at random, so only its order of the arrays is kept.
+    """
+    content = safetensors.numpy.save(dict(arrays))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(
+        {"__metadata__": dict(metadata), **json.loads(content[8:start])}, separators=(",", ":")
+    ).encode()
+    header += b" " * (-len(header) % ALIGNMENT)
+    return len(header).to_bytes(8, "little") + header, memoryview(content)[start:]
