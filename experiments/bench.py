@@ -23,12 +23,15 @@ from experiments.benchmark.roofline import PartCost
 from experiments.benchmark.steps import AlternativeName, alternative_step, estimator_steps, training_step
 from experiments.benchmark.timing import Timing, time_interleaved
 from experiments.benchmark.whole_step import StepReport, compile_in_subprocess
+from experiments.command import exit_code
 from experiments.comparison.intervals import ALIKE, CONFIDENCE
+from experiments.config.arguments import parsed
 from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
-from experiments.launch import use_cpu_devices, with_large_pages
-from experiments.reporting.display import Display, exit_code
+from experiments.devices import use_cpu_devices
+from experiments.launch import program
+from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
 from experiments.training.data import load_split
 from experiments.training.run_dir import json_text, write_atomically
@@ -366,9 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, or 2 for a user's error."""
     display = Display()
     given = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code(display, lambda: bench(tyro.cli(Command, prog="python -m experiments.bench", args=given), display))
+    return exit_code(display, lambda: bench(parsed(Command, "python -m experiments.bench", given), display))
 
 
 if __name__ == "__main__":
-    with_large_pages()
-    sys.exit(main())
+    program(main)

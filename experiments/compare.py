@@ -15,16 +15,18 @@ from pathlib import Path
 import tyro
 
 from estimators.registry import COMPARED
+from experiments.command import exit_code
 from experiments.comparison.comparison import REFERENCE, write_comparison
 from experiments.comparison.finished import by_estimator, is_finished, read_finished, read_tables, without
 from experiments.comparison.pairs import Names, every_pair
+from experiments.config.arguments import PATHS, usage
 from experiments.config.errors import ConfigError, require
 from experiments.config.files import from_json, to_json
 from experiments.config.flags import shared_out
 from experiments.config.plugins import trusted
 from experiments.config.settings import RunConfig
-from experiments.launch import with_large_pages
-from experiments.reporting.display import Display, exit_code
+from experiments.launch import program
+from experiments.reporting.display import Display
 from experiments.run import parse
 from experiments.training.run_dir import CONFIG, SUMMARY, differing, held, prepare_new, write_atomically
 from experiments.training.stopping import stop_signals
@@ -95,9 +97,14 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Requested]:
 
     Prints help or a usage error and raises `SystemExit` (2 for an error); raises `ConfigError` for inconsistent values.
     """
-    config, rest = tyro.cli(
-        CompareConfig, prog="python -m experiments.compare", args=list(arguments), return_unknown_args=True
-    )
+    with usage(arguments):
+        config, rest = tyro.cli(
+            CompareConfig,
+            prog="python -m experiments.compare",
+            args=list(arguments),
+            return_unknown_args=True,
+            registry=PATHS,
+        )
     for flag in ("--estimator", "--seed", "--resume", "--overwrite"):
         if any(given == flag or given.startswith(flag + "=") for given in rest):
             raise ConfigError(
@@ -264,17 +271,16 @@ def compare(config: CompareConfig, requested: Requested, display: Display) -> in
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 0, 1 where a run failed, 2 for a user's error, 130 after Ctrl-C or `kill`."""
     display = Display()
-    try:
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def command() -> int:
         # `KeyboardInterrupt` on `kill` too, and on Ctrl-C where a shell that started this in the background ignores it: the runs
         # have sessions of their own and would stay behind.
         with stop_signals(signal.default_int_handler):
-            given = sys.argv[1:] if arguments is None else arguments
-            return exit_code(display, lambda: compare(*parse_compare(given), display))
-    except KeyboardInterrupt:
-        display.note("stopped; the same command goes on from here")
-        return 130
+            return compare(*parse_compare(given), display)
+
+    return exit_code(display, command, stopped="stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":
-    with_large_pages()
-    sys.exit(main())
+    program(main)

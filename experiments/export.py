@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ import tyro
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from experiments.command import command_line
 from experiments.config.errors import ConfigError
 from experiments.config.files import to_json
 from experiments.config.plugins import import_plugins, load_model, modules_of
 from experiments.config.settings import RunConfig
-from experiments.reporting.display import Display, command_line
+from experiments.launch import program
+from experiments.reporting.display import Display
 from experiments.training.run_dir import SUMMARY, read_config
 from unet import UNet
 from unet.files.hnet_layout import LayoutError, to_reference
@@ -168,4 +169,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import jax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from data import Split, load, open_source
+from experiments.command import command_line
 from experiments.config.build import build_model, require_fit
 from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
@@ -37,8 +37,8 @@ from experiments.laboratory.results import (
 )
 from experiments.laboratory.scale import noise
 from experiments.laboratory.subjects import RATE, SHAPE, Subject, held_out_texts, make_optimizer, train_subject
-from experiments.launch import with_large_pages
-from experiments.reporting.display import Display, command_line
+from experiments.launch import program
+from experiments.reporting.display import Display
 from experiments.training.prepared import prepare, require_prerequisite
 from experiments.training.run_dir import json_text, refuse_existing, write_atomically
 from unet import Chunker, Distribute, MeanPool, Select, Smooth
@@ -297,5 +297,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with_large_pages()
-    sys.exit(main())
+    program(main)

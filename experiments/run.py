@@ -9,13 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.command import exit_code
+from experiments.config.arguments import expanded
 from experiments.config.errors import ConfigError
 from experiments.config.flags import parse_run
 from experiments.config.plugins import import_plugins, named_modules, plugins_in
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
-from experiments.launch import use_cpu_devices, with_large_pages
-from experiments.reporting.display import Display, bits_per_byte, exit_code
+from experiments.devices import use_cpu_devices
+from experiments.launch import program
+from experiments.reporting.display import Display, bits_per_byte
 from experiments.reporting.report import write_report
 from experiments.reporting.shading import shade
 from experiments.reporting.summary import summary_of
@@ -45,7 +48,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         raise ConfigError(f"--model {known.model!r} is none of {', '.join(PRESETS)}")
     default = PRESETS[known.model]
     if known.resume and known.out is not None:
-        default = dataclasses.replace(read_config(Path(known.out), modules), resume=False, overwrite=False)
+        default = dataclasses.replace(read_config(Path(expanded(known.out)), modules), resume=False, overwrite=False)
     config = parse_run(arguments, default, program="python -m experiments.run")
     # Given several times, all of them count.
     config = dataclasses.replace(config, plugin=plugins_in(arguments))
@@ -109,5 +112,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with_large_pages()
-    sys.exit(main())
+    program(main)

@@ -13,6 +13,7 @@ import jax
 import tyro
 
 from data import Row
+from experiments.command import command_line
 from experiments.comparison.comparison import MeanAndError
 from experiments.config.errors import ConfigError, require
 from experiments.config.plugins import import_plugins, load_model
@@ -33,8 +34,8 @@ from experiments.evaluation.segmentation import (
     label_bytes,
     open_segmenter,
 )
-from experiments.launch import with_large_pages
-from experiments.reporting.display import Display, command_line
+from experiments.launch import program
+from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
 from experiments.training.data import load_split
 from experiments.training.run_dir import differing, json_text, read_config, refuse_existing, write_atomically
@@ -283,5 +284,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with_large_pages()
-    sys.exit(main())
+    program(main)

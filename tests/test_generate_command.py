@@ -11,7 +11,8 @@ import pytest
 
 import unet
 from experiments.evaluation.segmentation import character_spans
-from experiments.generate import MARKS, main, shown
+from experiments.generate import main
+from experiments.reporting.texts import MARKS, shown
 from tests.compositions import registered
 from tests.test_run import usual_promotion as usual_promotion
 from unet.decoding.generate import Generation, Piece
