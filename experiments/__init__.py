@@ -1,5 +1,6 @@
 """Training, evaluation and reports: everything a user runs."""
 
+import os
 import sys
 
 from experiments.launch import begin, hidden_package
@@ -9,3 +10,6 @@ if sys.argv[:1] == ["-m"]:
     begin()
 elif (_hidden := hidden_package()) is not None:
     raise ImportError(_hidden)
+
+# The hub's client reads this when it is imported, and would send the versions of installed packages with its requests.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

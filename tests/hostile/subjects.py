@@ -1,0 +1,7 @@
+"""Every kind of file that the library reads."""
+
+from __future__ import annotations
+
+from tests.hostile.subject import Subject
+
+SUBJECTS: tuple[Subject, ...] = ()
