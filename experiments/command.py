@@ -93,4 +93,4 @@ def sentence_of(error: OSError) -> str:
     """What the operating system refused, where, and what to do."""
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     advice = ADVICE.get(error.errno or 0, "")
-    return f"{where}{error.strerror or error or type(error).__name__}{advice and f'; {advice}'}"
+    return f"{where}{error.strerror or str(error) or type(error).__name__}{advice and f'; {advice}'}"

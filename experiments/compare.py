@@ -29,7 +29,7 @@ from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.run import parse
 from experiments.training.run_dir import CONFIG, SUMMARY, differing, held, prepare_new, write_atomically
-from experiments.training.stopping import stop_signals
+from experiments.training.stopping import stop_requests, stop_signals
 
 LOGS = "logs"
 BYTE_MODEL_RUN = "byte-model"
@@ -211,24 +211,38 @@ def run_jobs(jobs: list[Job], at_once: int, logs: Path, display: Display) -> lis
                 else:
                     display.note(f"{job.name} finished, {done} of {len(jobs)}: {_last_line(job, logs)}")
     except BaseException:
-        processes = [job.process for job in running if job.process is not None]
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        for process in processes:
-            process.wait()
+        _stop([job.process for job in running if job.process is not None])
         raise
     return failed
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Have runs save a checkpoint and end. On another interrupt they end at once, with the last one that they have saved."""
+    try:
+        with stop_signals(signal.SIG_IGN):
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        with stop_signals(signal.SIG_IGN):
+            for process in processes:
+                process.kill()
+                process.wait()
 
 
 def _launch(job: Job, core: int | None, logs: Path) -> None:
     """Start a run in a process of its own; `--resume` of a run without a checkpoint starts it."""
     command = [sys.executable, "-m", "experiments.run", "--resume", "--out", str(job.folder)]
     command += ["--plugin", *job.plugins] if job.plugins else []
-    with (logs / f"{job.name}.log").open("ab") as log:
+    # An interrupt before the process is known would leave it behind.
+    with (logs / f"{job.name}.log").open("ab") as log, stop_requests() as requested:
         # In a session of its own, or Ctrl-C would reach it before it is told to stop.
         job.process = subprocess.Popen(
             command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
+    if requested:
+        raise KeyboardInterrupt
     job.core = core
     if core is not None:
         os.sched_setaffinity(job.process.pid, {core})
@@ -269,7 +283,7 @@ def compare(config: CompareConfig, requested: Requested, display: Display) -> in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, 1 where a run failed, 2 for a user's error, 130 after Ctrl-C or `kill`."""
+    """The command line. Returns the exit code, 1 where a run failed, 130 after `kill` too."""
     display = Display()
     given = sys.argv[1:] if arguments is None else arguments
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Sequence
@@ -14,12 +15,14 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from experiments.command import command_line
+from experiments.config.arguments import expanded
 from experiments.config.errors import ConfigError
 from experiments.config.files import to_json
 from experiments.config.plugins import import_plugins, load_model, modules_of
 from experiments.config.settings import RunConfig
 from experiments.launch import program
 from experiments.reporting.display import Display
+from experiments.reporting.terminal import escaped
 from experiments.training.run_dir import SUMMARY, read_config
 from unet import UNet
 from unet.files.hnet_layout import LayoutError, to_reference
@@ -54,6 +57,7 @@ def export(config: ExportConfig, display: Display) -> None:
 
     Raises `ConfigError` for a model without the requested layout, for a folder that is not empty, and if the hub refuses.
     """
+    config = dataclasses.replace(config, run=expanded(config.run), to=expanded(config.to))
     run = Path(config.run)
     # Missing files raise an error before anything is written.
     model, settings = load_model(run, import_plugins(config.plugin)).model, read_config(run, config.plugin)
@@ -107,7 +111,7 @@ def card(settings: RunConfig, summary: Path, layout: ExportLayout = "own") -> st
         "tags: [byte-level, learned-tokenization]",
         "---",
         "",
-        f"# {settings.estimator}, {settings.model}, trained on {settings.dataset}",
+        f"# {settings.estimator}, {settings.model}, trained on {escaped(settings.dataset)}",
         "",
         "A byte-level language model of [Caesura](https://pypi.org/project/caesura-lm/) that draws its own token boundaries.",
         "",
@@ -164,7 +168,7 @@ def _upload(folder: Path, repository: str, *, private: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0, or 2 for invalid input."""
+    """Run the command line. Returns the exit code."""
     return command_line(ExportConfig, export, "experiments.export", arguments)
 
 

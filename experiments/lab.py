@@ -140,10 +140,10 @@ def find(config: LabConfig, name: str, split: Split) -> Candidate:
 def _measure_named(config: LabConfig, display: Display) -> None:
     """Measure the estimators that are named, and write and show their table."""
     refuse_existing(config.out, ESTIMATOR_FILES, overwrite=config.overwrite)
+    config.out.mkdir(parents=True, exist_ok=True)
     split = _split(config)
     texts = _texts(config, split)
     candidates = [find(config, name, split) for name in config.estimators]
-    config.out.mkdir(parents=True, exist_ok=True)
     models = []
     for candidate in candidates:
         display.note(f"{candidate.name}: {config.models} models")
@@ -292,7 +292,7 @@ def _over_sets(sets: Sequence[Subjects], key: PRNGKeyArray) -> list[Finding]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 2 for a user's error."""
+    """The command line. Returns the exit code."""
     return command_line(LabConfig, run, "experiments.lab", arguments)
 
 

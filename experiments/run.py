@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from experiments.reporting.report import write_report
 from experiments.reporting.shading import shade
 from experiments.reporting.summary import summary_of
 from experiments.training.prepared import write_prepared
-from experiments.training.run_dir import SUMMARY, differing, held, prepare_new, read_config
+from experiments.training.run_dir import CHECKPOINTS, SUMMARY, differing, held, prepare_new, read_config
 from experiments.training.session import NonFiniteError
 from experiments.training.setup import Setup, set_up
 from experiments.training.train import Interrupted, train
@@ -92,14 +93,19 @@ def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, 1 for a run that failed, 2 for a user's error, 128 + n after signal n."""
+    """The command line. Returns the exit code, 128 + n after signal n."""
     display = Display()
 
     def command() -> None:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         # Two halves of a batch side by side beat one product on two cores at these sizes.
         use_cpu_devices(2)
-        run(config, display)
+        try:
+            run(config, display)
+        except KeyboardInterrupt:
+            if config.overwrite or not any((config.run_dir / CHECKPOINTS).glob("[0-9]*")):
+                raise
+            raise Interrupted(f"stopped; {config.run_dir} has its last checkpoint", signal.SIGINT) from None
 
     try:
         return exit_code(display, command)

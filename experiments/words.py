@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from experiments.evaluation.segmentation import (
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
+from experiments.reporting.terminal import escaped, write_output
 from experiments.training.data import load_split
 from experiments.training.run_dir import differing, json_text, read_config, refuse_existing, write_atomically
 
@@ -116,6 +116,7 @@ def analyse_runs(config: WordsConfig, display: Display) -> None:
     """Analyse the runs one after another and print the tables. Raises `ConfigError`, `DataError` and `LoadError`."""
     if config.out is not None:
         refuse_existing(config.out, FILES, overwrite=config.overwrite)
+        config.out.mkdir(parents=True, exist_ok=True)
     segment = open_segmenter(config.segmenter)
     models = {folder: load_model(folder, import_plugins(config.plugin)).model for folder in config.runs}
     runs = {folder: read_config(folder, config.plugin) for folder in config.runs}
@@ -134,14 +135,16 @@ def analyse_runs(config: WordsConfig, display: Display) -> None:
         batch = runs[folder].batch // runs[folder].optimizer.accumulate
         results = evaluate_rows(model, rows, batch=batch, capacity=first.length, key=jax.random.key(config.seed))
         analyses[folder] = analyse(results, labels)
+        require(
+            math.isfinite(analyses[folder].bpb),
+            f"{folder}: this model's probabilities are not numbers: its weights are too large to compute with",
+        )
         if config.placements:
             moved = evaluate_placements(model, rows, results, labels, batch=batch, seed=config.seed)
             analyses[folder].placements.update(moved)
     grouped = {name: [analyses[folder] for folder in group] for name, group in groups(runs).items()}
-    text = markdown(grouped, labels, config.segmenter)
-    sys.stdout.write(text)
+    text = escaped(markdown(grouped, labels, config.segmenter), keep="\n")
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
         write_atomically(config.out / FILES[0], text)
         write_atomically(
             config.out / FILES[1],
@@ -155,6 +158,8 @@ def analyse_runs(config: WordsConfig, display: Display) -> None:
             ),
         )
         display.note(f"see {config.out / FILES[0]}")
+    # Last, since it may be that nobody reads it.
+    write_output(text)
 
 
 BASELINES = {"own": "", "uniform": "uniform, all bytes", "uniform_characters": "uniform, ends of characters"}
@@ -279,7 +284,7 @@ def _placement_rows(grouped: Mapping[str, Sequence[RunAnalysis]]) -> list[list[s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0, or 2 for invalid input."""
+    """Run the command line. Returns the exit code."""
     return command_line(WordsConfig, analyse_runs, "experiments.words", arguments)
 
 
