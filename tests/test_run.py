@@ -179,6 +179,25 @@ def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
     assert summary(copy)["val_bpb"] == summary(finished)["val_bpb"]
 
 
+def test_an_interrupted_report_is_written_by_resuming(finished, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    for name in ("summary.json", "report.html"):
+        (copy / name).unlink()
+
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_report", interrupt)
+        assert start("--resume", "--out", copy) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"stopped; {copy} has its last checkpoint; go on with --resume"
+    assert not (copy / "summary.json").exists()
+    assert start("--resume", "--out", copy) == 0
+    assert summary(copy)["val_bpb"] == summary(finished)["val_bpb"]
+
+
 def message(capsys):
     return " ".join(capsys.readouterr().err.split())
 
