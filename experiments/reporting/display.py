@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 from data import DataError
-from experiments.config.errors import ConfigError, PluginError
+from experiments.config.errors import ConfigError, PluginError, RunError
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
 from experiments.reporting.shading import Character, colour_of
@@ -112,7 +112,8 @@ def _megabytes(num_bytes: float | int | None) -> str:
 
 
 def exit_code(display: Display, command: Callable[[], int | None]) -> int:
-    """Run `command` and return its exit code (None counts as 0), or 2 for invalid input, whose error is printed."""
+    """Run `command` and return its exit code (None counts as 0), 2 for invalid input, or 1 for a failure of what is around it;
+    an error is printed."""
     try:
         return command() or 0
     except (ConfigError, DataError, LoadError) as error:
@@ -120,6 +121,9 @@ def exit_code(display: Display, command: Callable[[], int | None]) -> int:
             traceback.print_exception(error.__cause__)
         display.note(f"error: {error}")
         return 2
+    except RunError as error:
+        display.note(f"error: {error}")
+        return 1
 
 
 def command_line(
