@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -104,7 +105,7 @@ def _set_up(config: RunConfig) -> Setup:
     try:
         return set_up(config)
     except DataError as error:
-        if config.resume and "there is no data set" in str(error):
+        if config.resume and not os.path.exists(config.dataset):
             raise DataError(f"{error}; where the data have moved to is said with --dataset") from None
         raise
 
