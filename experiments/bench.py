@@ -34,7 +34,7 @@ from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
 from experiments.training.data import load_split
-from experiments.training.run_dir import json_text, write_atomically
+from experiments.training.run_dir import json_text, make_folder, write_atomically
 from unet.config import UNetConfig
 from unet.ops import Implementation
 
@@ -354,7 +354,7 @@ def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int, 
 def bench(config: AbstractMeasurement, display: Display) -> None:
     """Measure, and write it down where asked. Raises `ConfigError` and `DataError`."""
     if config.json is not None:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(config.json.parent, "--json in")
         require(not config.json.is_dir(), f"--json {config.json} is a folder; name a file")
     use_cpu_devices(config.devices)
     found = config.measure(display)

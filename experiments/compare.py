@@ -21,15 +21,16 @@ from experiments.comparison.finished import by_estimator, is_finished, read_fini
 from experiments.comparison.pairs import Names, every_pair
 from experiments.config.arguments import PATHS, usage
 from experiments.config.errors import ConfigError, require
-from experiments.config.files import from_json, to_json
+from experiments.config.files import to_json
 from experiments.config.flags import shared_out
 from experiments.config.plugins import trusted
 from experiments.config.settings import RunConfig
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.run import parse
-from experiments.training.run_dir import CONFIG, SUMMARY, differing, held, prepare_new, write_atomically
+from experiments.training.run_dir import CONFIG, SUMMARY, differing, held, make_folder, prepare_new, read_config
 from experiments.training.stopping import stop_requests, stop_signals
+from unet.files.saving import write_atomically
 
 LOGS = "logs"
 BYTE_MODEL_RUN = "byte-model"
@@ -168,7 +169,7 @@ def ready(run: RunConfig) -> Job:
     if not path.is_file():
         prepare_new(run)
         return Job(folder.name, folder, plugins)
-    there = from_json(path.read_text(), str(path), plugins)
+    there = read_config(folder, plugins)
     # How many cores a run had moves its curve by no more than rounding. A byte model serves for seeds named later, too.
     may_differ = ("devices", "seed") if folder.name.startswith(BYTE_MODEL_RUN) else ("devices",)
     if changed := differing(run, there, may_differ):
@@ -260,7 +261,7 @@ def compare(config: CompareConfig, requested: Requested, display: Display) -> in
     compared = runs[len(byte_models) :]
     elsewhere = read_tables(config.tables, compared)
     runs = [*byte_models, *without(compared, elsewhere)]
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_folder(config.out)
     logs = config.out / LOGS
     logs.mkdir(exist_ok=True)
     jobs = [ready(run) for run in runs]

@@ -40,7 +40,7 @@ from experiments.laboratory.subjects import RATE, SHAPE, Subject, held_out_texts
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.training.prepared import prepare, require_prerequisite
-from experiments.training.run_dir import json_text, refuse_existing, write_atomically
+from experiments.training.run_dir import held, json_text, refuse_existing, write_atomically
 from unet import Chunker, Distribute, MeanPool, Select, Smooth
 
 FILES = ("lab.md", "lab.json", "lab.png")
@@ -114,10 +114,11 @@ class LabConfig:
 
 def run(config: LabConfig, display: Display) -> None:
     """Do what is asked for and write the results. Raises `ConfigError` and `DataError`."""
-    if config.estimators:
-        _measure_named(config, display)
-    else:
-        _do_all(config, display)
+    with held(config.out, display.note):
+        if config.estimators:
+            _measure_named(config, display)
+        else:
+            _do_all(config, display)
 
 
 def find(config: LabConfig, name: str, split: Split) -> Candidate:
@@ -140,7 +141,6 @@ def find(config: LabConfig, name: str, split: Split) -> Candidate:
 def _measure_named(config: LabConfig, display: Display) -> None:
     """Measure the estimators that are named, and write and show their table."""
     refuse_existing(config.out, ESTIMATOR_FILES, overwrite=config.overwrite)
-    config.out.mkdir(parents=True, exist_ok=True)
     split = _split(config)
     texts = _texts(config, split)
     candidates = [find(config, name, split) for name in config.estimators]
@@ -165,7 +165,6 @@ def _do_all(config: LabConfig, display: Display) -> None:
     except ImportError as error:
         raise ConfigError(f"the laboratory needs diffrax ({error}): pip install 'caesura-lm[lab]'") from error
 
-    config.out.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
 
     def note(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
 from experiments.reporting.terminal import escaped, write_output
 from experiments.training.data import load_split
-from experiments.training.run_dir import differing, json_text, read_config, refuse_existing, write_atomically
+from experiments.training.run_dir import differing, held, json_text, read_config, refuse_existing, write_atomically
 
 FILES = ("words.md", "words.json")
 
@@ -116,7 +117,11 @@ def analyse_runs(config: WordsConfig, display: Display) -> None:
     """Analyse the runs one after another and print the tables. Raises `ConfigError`, `DataError` and `LoadError`."""
     if config.out is not None:
         refuse_existing(config.out, FILES, overwrite=config.overwrite)
-        config.out.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if config.out is None else held(config.out, display.note):
+        _analyse_runs(config, display)
+
+
+def _analyse_runs(config: WordsConfig, display: Display) -> None:
     segment = open_segmenter(config.segmenter)
     models = {folder: load_model(folder, import_plugins(config.plugin)).model for folder in config.runs}
     runs = {folder: read_config(folder, config.plugin) for folder in config.runs}

@@ -371,9 +371,10 @@ def test_a_second_interrupt_waits_for_no_checkpoint(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             self.told += (sig,)
 
-        def wait(self, timeout=None):
+        def wait(self, timeout: float | None = None) -> int:
             if self.told[-1] == signal.SIGTERM:
                 os.kill(os.getpid(), signal.SIGINT)
+            return 0
 
         def kill(self):
             self.told += (signal.SIGKILL,)

@@ -22,7 +22,7 @@ from experiments.config.errors import ConfigError, RunError
 from experiments.reporting.display import Display
 from experiments.reporting.report import html_page
 from experiments.reporting.shading import Character
-from experiments.reporting.terminal import Lenient, OutputClosed, escaped, one_line, visible, write_output
+from experiments.reporting.terminal import Lenient, OutputClosed, escaped, message, visible, write_output
 from experiments.reporting.texts import MARKS, PlainTexts, ShownTexts, content_of, standard_output
 from unet.decoding.generate import Generation, Piece, TextStream
 from unet.files.saving import LoadError
@@ -45,13 +45,13 @@ def test_control_characters_are_made_visible():
 
 
 def test_messages_are_one_bounded_line():
-    assert one_line("two\n  lines\tand\x1b") == "two lines and\\x1b"
+    assert message("two\n  lines\tand\x1b") == "two lines and\\x1b"
     for text in ("x" * 10**7, "\x00" * 10**6, "y" * 601):
-        line = one_line(f"start {text} what to do")
+        line = message(f"start {text} what to do")
         assert len(line) <= 600
         assert line.startswith("start")
         assert line.endswith("what to do")
-    assert one_line("z" * 600) == "z" * 600
+    assert message("z" * 600) == "z" * 600
 
 
 def test_a_display_shows_nothing_that_a_terminal_acts_on(capsys):
@@ -204,7 +204,7 @@ ENDS = [
 @pytest.mark.parametrize(
     ("error", "code", "said"), ENDS, ids=[f"{type(error).__name__}-{code}" for error, code, _ in ENDS]
 )
-def test_every_end_has_its_exit_code_and_one_line(error, code, said, capsys):
+def test_every_end_has_its_exit_code_and_message(error, code, said, capsys):
     def command():
         raise error
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from estimators.lookup import Part, PartError
+from experiments.reporting.terminal import escaped
 
 
 class ConfigError(Exception):
@@ -18,6 +19,13 @@ class PluginError(ConfigError):
 
 class RunError(Exception):
     """What failed although the settings were right, such as a full disk, said in one sentence. Commands exit with 1."""
+
+
+def one_line(text: str, longest: int = 300) -> str:
+    """What somebody else wrote, to be quoted in an error: one line of at most `longest` characters, none of which a terminal acts
+    on."""
+    plain = escaped(text[: longest + 1])
+    return plain if len(plain) <= longest else f"{plain[: longest - 1]}…"
 
 
 def refused(error: PartError) -> ConfigError:

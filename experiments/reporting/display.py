@@ -14,7 +14,7 @@ from rich.text import Text
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
 from experiments.reporting.shading import Character, colour_of
-from experiments.reporting.terminal import Lenient, escaped, one_line, visible
+from experiments.reporting.terminal import Lenient, escaped, message, visible
 
 
 class Display:
@@ -32,7 +32,7 @@ class Display:
 
     def error(self, text: str) -> None:
         """Print what went wrong, in one line of bounded length."""
-        self.note(one_line(f"error: {text}"))
+        self.note(message(f"error: {text}"))
 
     def start(self, config: RunConfig, parameters: int, capacity: int, done: int) -> None:
         """Print a description of the run and start the progress bar at `done` steps."""

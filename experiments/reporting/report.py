@@ -17,7 +17,8 @@ from experiments.config.settings import RunConfig
 from experiments.reporting.shading import Character, colour_of
 from experiments.reporting.summary import Summary
 from experiments.reporting.terminal import escaped
-from experiments.training.run_dir import read_metrics, write_atomically
+from experiments.training.metrics_log import read_metrics
+from unet.files.saving import write_atomically
 from unet.losses import level_prefix
 
 PICTURE_COLUMNS, PICTURE_LINES = 96, 26

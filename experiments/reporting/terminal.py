@@ -32,7 +32,7 @@ def _code(character: str) -> str:
     return f"\\x{byte:02x}" if 0x80 <= byte < 0x100 else character.encode("unicode_escape", "surrogatepass").decode()
 
 
-def one_line(text: str, longest: int = LONGEST) -> str:
+def message(text: str, longest: int = LONGEST) -> str:
     """A message in one line, escaped, and without its middle where it would be longer than `longest` characters."""
     end = longest // 3
     if len(text) > 2 * longest:  # escaping millions of characters takes a while

@@ -12,6 +12,7 @@ from data import Split
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
 from experiments.reporting.display import Display
+from experiments.training.checkpoint import SaveError
 from experiments.training.data import EPOCHS, SHOWN, latest
 from experiments.training.dropped import DroppedBoundaries
 from experiments.training.session import Session
@@ -57,8 +58,9 @@ def _notes(config: RunConfig, setup: Setup) -> list[str]:
 def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> Outcome:
     """Train to the end, from the last checkpoint in `run_dir` if there is one.
 
-    Raises `Interrupted` after SIGINT or SIGTERM, `NonFiniteError`, `DataError`, and `ConfigError` for a checkpoint that
-    does not fit or data that has changed.
+    The model is in `run_dir` then. Raises `Interrupted` after SIGINT or SIGTERM, `NonFiniteError`, `DataError`, `ConfigError`
+    for a checkpoint that does not fit or data that has changed, and `RunError` for files that cannot be written, with everything
+    saved where that is possible.
     """
     for note in (*setup.split.notes, *_notes(config, setup)):
         display.note(note)
@@ -77,6 +79,9 @@ def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> O
                     name = signal.Signals(requested[0]).name
                     message = f"{name}: stopped at step {session.step} of {total} and saved {run_dir}"
                     raise Interrupted(message, requested[0])
+            session.save_model()
+    except (OSError, SaveError) as error:
+        raise session.rescued(error) from error
     finally:
         display.stop()
         session.close()
