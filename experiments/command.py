@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from jax.errors import JaxRuntimeError
 
-from data import DataError
+from data import DataError, WorkerError
 from experiments.config.arguments import parsed
 from experiments.config.errors import ConfigError, PluginError, RunError
 from experiments.launch import CLOSED, STOPPED, interruptible
@@ -58,7 +58,7 @@ def exit_code(display: Display, command: Callable[[], int | None], stopped: str 
         if isinstance(error, PluginError):
             traceback.print_exception(error.__cause__)
         display.error(str(error))
-        return 2
+        return 1 if isinstance(error, WorkerError) else 2
     except RunError as error:
         display.error(str(error))
     except OSError as error:

@@ -89,7 +89,17 @@ def program(main: Callable[[], int]) -> NoReturn:
     signal.signal(signal.SIGINT, lambda *_: os._exit(code))
     for stream in (sys.stdout, sys.stderr):
         drop_unwritten(stream)
+    if code == STOPPED:
+        # Threads of the libraries that were at work, as on a checkpoint, would each end in a traceback now.
+        to_nowhere(2)
     sys.exit(code)
+
+
+def to_nowhere(descriptor: int) -> None:
+    """Have everything that is written there vanish."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def drop_unwritten(stream: Stream | None) -> None:
@@ -99,9 +109,7 @@ def drop_unwritten(stream: Stream | None) -> None:
     try:
         stream.flush()
     except (OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        to_nowhere(stream.fileno())
 
 
 def replace_unknown(stream: Stream | None) -> None:

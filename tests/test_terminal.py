@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
 
-from data import DataError
+from data import DataError, WorkerError
 from experiments import bench, compare, export, lab, launch, words
 from experiments import generate as generate_module
 from experiments import run as run_module
@@ -169,6 +169,7 @@ def test_a_terminal_gets_nothing_of_the_texts_that_it_acts_on(growing, monkeypat
 
 ENDS = [
     (ConfigError("no such setting"), 2, "error: no such setting"),
+    (WorkerError("a process was ended"), 1, "error: a process was ended"),
     (DataError(f"{HOSTILE} is\nno file"), 2, "error: a\\x1b[2J"),
     (LoadError("x" * 10_000), 2, "error: xxx"),
     (RunError("the disk is full"), 1, "error: the disk is full"),
@@ -288,6 +289,7 @@ def test_a_reader_that_has_had_enough_ends_a_command_in_silence(closed_pipe, mon
     for module, (_, arguments) in COMMANDS.items():
         assert module.main([*arguments, "--help"]) == 141
     monkeypatch.setattr(sys, "stdout", None)
+    assert lab.main(["--help"]) == 141
     assert exit_code(Display(), lambda: write_output("x")) == 141
     assert exit_code(Display(), lambda: None) == 0
     assert capsys.readouterr().err == ""
@@ -394,6 +396,9 @@ def test_threads_other_than_the_first_have_commands_too(capsys):
 
 def test_a_program_ends_with_the_code_of_its_command(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "")
+    # After an interrupt without what threads of libraries have to say of it.
+    silent = []
+    monkeypatch.setattr(launch, "to_nowhere", silent.append)
     before = signal.getsignal(signal.SIGINT)
 
     def stopped(error):
@@ -409,6 +414,8 @@ def test_a_program_ends_with_the_code_of_its_command(monkeypatch):
             with pytest.raises(SystemExit) as end:
                 launch.program(main)
             assert end.value.code == code
+            assert silent == [2] * (code == 130)
+            silent.clear()
             assert signal.getsignal(signal.SIGINT) not in (before, signal.default_int_handler)
     finally:
         signal.signal(signal.SIGINT, before)

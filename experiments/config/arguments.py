@@ -14,6 +14,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from experiments.config.errors import ConfigError
+from experiments.launch import Stream
 from experiments.reporting.terminal import OutputClosed, escaped
 
 Settings = TypeVar("Settings")
@@ -55,21 +56,30 @@ def parsed(settings: type[Settings], program: str, arguments: Sequence[str]) -> 
 def usage(arguments: Sequence[str]) -> Iterator[None]:
     """For a call of tyro: its messages come without control characters and are of bounded length, and it may be that nobody reads
     them. Raises `OutputClosed` then."""
-    unusual = not all(one.isprintable() and len(one) < 1000 for one in arguments)
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors) if unusual else contextlib.nullcontext():
+    usual = all(one.isprintable() and len(one) < 1000 for one in arguments)
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as redirected:
+        if sys.stdout is None:
+            redirected.enter_context(contextlib.redirect_stdout(output))
+        if sys.stderr is None or not usual:
+            redirected.callback(_write, sys.stderr, errors)
+            redirected.enter_context(contextlib.redirect_stderr(errors))
+        try:
             try:
                 yield
             finally:
                 # Help would be written at the very end otherwise.
-                if sys.stdout is not None:
-                    sys.stdout.flush()
-    except BrokenPipeError:
-        raise OutputClosed from None
-    finally:
-        if unusual and sys.stderr is not None:
-            sys.stderr.write(_plain(errors.getvalue()))
+                print(end="", flush=True)
+        except BrokenPipeError:
+            raise OutputClosed from None
+        finally:
+            if output.getvalue():
+                raise OutputClosed from None
+
+
+def _write(stream: Stream | None, content: io.StringIO) -> None:
+    if stream is not None:
+        stream.write(_plain(content.getvalue()))
 
 
 def _plain(text: str, longest: int = 3000) -> str:
