@@ -11,6 +11,7 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -276,26 +277,21 @@ def test_without_a_checkpoint_nothing_says_what_the_data_were(corpus, tmp_path, 
     assert "has other settings for dataset" in message(capsys)
 
 
-@pytest.fixture(scope="module")
-def broken(finished, tmp_path_factory):
-    """A model whose loss is not a number."""
-    model = load(finished).model
-    folder = tmp_path_factory.mktemp("broken")
-    save(eqx.tree_at(lambda model: model.embedding, model, np.nan * model.embedding), folder)
-    return folder
-
-
 def test_a_run_that_diverges_at_once_promises_no_checkpoint_and_gives_back_the_old_run(
-    finished, broken, corpus, tmp_path, capsys
+    finished, corpus, tmp_path, capsys
 ):
-    copy = tmp_path / "copy"
+    """With weights that are not numbers, which are refused, and with ones that are too large to compute with."""
+    copy, broken, model = tmp_path / "copy", tmp_path / "broken", load(finished).model
     shutil.copytree(finished, copy)
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    assert start("--dataset", corpus, "--out", copy, *SMALL, "--overwrite", "--init", broken) == 1
+    for value, code in ((np.nan, 2), (3e38, 1)):
+        save(eqx.tree_at(lambda model: model.embedding, model, jnp.full_like(model.embedding, value)), broken)
+        assert start("--dataset", corpus, "--out", copy, *SMALL, "--overwrite", "--init", broken) == code
+        assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
     text = message(capsys)
-    assert "error: loss became nan at step 1 (64 bytes); there is no checkpoint yet, and the weights of --init" in text
-    assert f"the run that was in {copy} before is there again" in text
-    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert f"error: {broken} holds weights that are not numbers" in text
+    assert "at step 1 (64 bytes); there is no checkpoint yet, and the weights of --init" in text
+    assert text.count(f"the run that was in {copy} before is there again") == 1
 
 
 def test_a_run_that_diverges_later_names_its_last_checkpoint(corpus, tmp_path, capsys):
