@@ -104,7 +104,7 @@ class Checkpoints:
                     args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
                     force=True,
                 )
-            self._list_files(progress.step)
+            write_list(self._folder / str(progress.step))
         except Exception as error:  # orbax and tensorstore raise what they like
             self._manager.reload()
             for left in self._folder.glob(f"{progress.step}.*"):
@@ -164,10 +164,6 @@ class Checkpoints:
         (self._folder / str(step)).rename(self._folder / _DAMAGED / str(step))
         self._manager.reload()
 
-    def _list_files(self, step: int) -> None:
-        folder = self._folder / str(step)
-        write_atomically(folder / _FILES, json.dumps(_digests(folder), indent=1) + "\n")
-
     def _read(self, step: int, item: str, how: ocp.args.CheckpointArgs):
         """One part of a checkpoint; its type is whatever `how` reads."""
         with _quiet():
@@ -175,6 +171,12 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def write_list(folder: Path) -> Path:
+    """Write the list of a checkpoint's files, which `require_undamaged` reads; returns its path."""
+    write_atomically(folder / _FILES, json.dumps(_digests(folder), indent=1) + "\n")
+    return folder / _FILES
 
 
 def require_undamaged(folder: Path) -> None:
