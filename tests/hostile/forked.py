@@ -40,9 +40,10 @@ def in_child(
     log: Path,
     *,
     killed_after: float | None = None,
-    before: Callable = lambda: None,
+    before: Callable[[], object] = lambda: None,
+    after: Callable[[], object] = lambda: None,
 ) -> Ended:
-    """Run a command in a process of its own, which calls `before` first and is killed after `killed_after` seconds of CPU
+    """Run a command in a process of its own, which calls `before` and `after` and is killed after `killed_after` seconds of CPU
     time."""
     pid = os.fork()
     if pid == 0:
@@ -57,6 +58,7 @@ def in_child(
                 signal.signal(signal.SIGPROF, signal.SIG_DFL)
                 signal.setitimer(signal.ITIMER_PROF, killed_after)
             code = MAINS[name](list(arguments))
+            after()
         except SystemExit as stopped:
             code = stopped.code if isinstance(stopped.code, int) else 98
         except BaseException:
