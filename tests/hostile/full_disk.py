@@ -52,7 +52,7 @@ def _trial(folder: Path, given: list[str], change: int, expected: object, overwr
     error = errors[0] if errors else ""
     old = overwrite and (out / "config.json").exists() and '"seed": 1' in (out / "config.json").read_text()
     goes_on = (out / "config.json").exists() and not old
-    if "go on with --resume" in error and not goes_on:
+    if re.search("with --resume(?! --out)", error) and not goes_on:
         wrong.append(f"nothing to resume: {error}")
     again = in_child("run", [*(["--resume"] if goes_on else [*given, *flags]), "--out", str(out)], log)
     if again.code or left_by(out) != expected:
