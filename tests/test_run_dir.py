@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import export
 from experiments.config.errors import ConfigError, RunError
 from experiments.config.presets import PRESETS
 from experiments.training import run_dir
@@ -17,6 +18,7 @@ from experiments.training.metrics_log import MetricsLog, read_metrics, undamaged
 from experiments.training.replacing import discard_replaced, replacing
 from experiments.training.rescue import RunFolder, save_elsewhere
 from experiments.training.run_dir import held, make_folder, prepare_new, read_config, read_summary, require_free
+from tests.conftest import small_model
 
 OLD = {"config.json": "old", "metrics.jsonl": "lines", "summary.json": "{}", "checkpoints/4/state": "numbers"}
 
@@ -290,3 +292,34 @@ def test_a_rescue_goes_beside_the_run_or_else_to_the_folder_for_temporary_files(
     assert tried[2].parent == tmp_path / "temporary"
     assert sorted(path.name for path in run.parent.iterdir()) == ["run", "run-rescued"]
     assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_an_export_that_was_killed_can_be_done_again_and_takes_nobody_s_files(tmp_path, monkeypatch):
+    folder, names = tmp_path / "exported", ["README.md", "config.json", "model.safetensors"]
+
+    def write():
+        export._require_free(folder)
+        export._write_to(folder, model, PRESETS["tiny"], {"parameters": 8184}, "own")
+
+    def kill(*_):
+        raise Killed
+
+    model = small_model()
+    for place, name in ((export, "save"), (Path, "rename"), (Path, "rmdir")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, kill)
+            with pytest.raises(Killed):
+                write()
+        (folder / "mine.txt").write_text("mine")
+        with pytest.raises(ConfigError, match="is not empty"):
+            write()
+        assert (folder / "mine.txt").read_text() == "mine"
+        (folder / "mine.txt").unlink()
+    write()
+    assert sorted(path.name for path in folder.iterdir()) == names
+    with pytest.raises(ConfigError, match="is not empty"):
+        write()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty"):
+        export._require_free(tmp_path / "other")

@@ -8,8 +8,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -74,6 +74,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self._folder = folder.absolute()
+        logging.getLogger("absl").addFilter(_quiet_logs)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             enable_async_checkpointing=False,
@@ -98,14 +99,14 @@ class Checkpoints:
             return
         meta = {**vars(progress), "leaves": _describe(arrays)}
         try:
-            with _quiet():
-                self._manager.save(
-                    progress.step,
-                    args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
-                    force=True,
-                )
-            self._list_files(progress.step)
+            self._manager.save(
+                progress.step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
+                force=True,
+            )
+            write_list(self._folder / str(progress.step))
         except Exception as error:  # orbax and tensorstore raise what they like
+            sys.unraisablehook = _quiet_threads
             self._manager.reload()
             for left in self._folder.glob(f"{progress.step}.*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -164,17 +165,18 @@ class Checkpoints:
         (self._folder / str(step)).rename(self._folder / _DAMAGED / str(step))
         self._manager.reload()
 
-    def _list_files(self, step: int) -> None:
-        folder = self._folder / str(step)
-        write_atomically(folder / _FILES, json.dumps(_digests(folder), indent=1) + "\n")
-
     def _read(self, step: int, item: str, how: ocp.args.CheckpointArgs):
         """One part of a checkpoint; its type is whatever `how` reads."""
-        with _quiet():
-            return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
 
     def close(self) -> None:
         self._manager.close()
+
+
+def write_list(folder: Path) -> Path:
+    """Write the list of a checkpoint's files, which `require_undamaged` reads; returns its path."""
+    write_atomically(folder / _FILES, json.dumps(_digests(folder), indent=1) + "\n")
+    return folder / _FILES
 
 
 def require_undamaged(folder: Path) -> None:
@@ -199,19 +201,15 @@ def require_undamaged(folder: Path) -> None:
             raise DamagedError(f"{one_line(name, 80)} {what}")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax logs what it raises as well, with tracebacks, from several threads."""
+def _quiet_logs(record: logging.LogRecord) -> bool:
+    """Orbax logs what it raises as well, with tracebacks, from several threads and after it has given up."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
-    def nothing(record: logging.LogRecord) -> bool:
-        return False
 
-    logger = logging.getLogger("absl")
-    logger.addFilter(nothing)
-    try:
-        yield
-    finally:
-        logger.removeFilter(nothing)
+def _quiet_threads(unraisable: sys.UnraisableHookArgs) -> None:
+    """The writes of a checkpoint that failed go on reporting to an event loop that is closed."""
+    if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
+        sys.__unraisablehook__(unraisable)
 
 
 def _said(error: Exception) -> str:
