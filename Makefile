@@ -1,5 +1,5 @@
 # make run: train on the text that Python carries, a few minutes on a laptop; make test: everything that CI checks;
-# make fuzz: many more damaged and hostile files than the tests try, for hours.
+# make fuzz: many more damaged and hostile files than the tests try, commands killed at random moments and full disks, for hours.
 # make lock: the hashes of everything that constraints.txt names; make audit: whether any of it has known vulnerabilities.
 # Both set up .venv by themselves; only Python >= 3.11, git and make must be there. What was compiled once is kept in .cache.
 
@@ -30,6 +30,8 @@ audit: $(VENV)/installed-maintain
 
 fuzz: $(VENV)/installed-test
 	$(BIN)/python -m tests.hostile.fuzz $(ARGS)
+	$(BIN)/python -m tests.hostile.kills
+	$(BIN)/python -m tests.hostile.full_disk
 
 $(VENV)/installed-run: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .

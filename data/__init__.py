@@ -2,7 +2,7 @@
 
 from data.coverage import Coverage
 from data.documents import BOS, AbstractSource, DataError, Shard
-from data.loader import Batch, Batches, Split, check_workers, load, open_batches
+from data.loader import Batch, Batches, Split, WorkerError, check_workers, load, open_batches
 from data.rows import HeldOutRow, MemoryRows, Protocol, Row
 from data.sources import open_source
 
@@ -19,6 +19,7 @@ __all__ = [
     "Row",
     "Shard",
     "Split",
+    "WorkerError",
     "check_workers",
     "load",
     "open_batches",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import NotRequired, TypedDict
 
 import grain
@@ -153,6 +157,23 @@ def check_workers(split: Split, workers: int) -> None:
         )
 
 
+class WorkerError(DataError):
+    """A process that prepares batches was ended from outside."""
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """SIGINT waits until the end of the block; in processes that start inside it for ever."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Batches(Iterator[Batch]):
     """An infinite iterator over training batches. `state` returns the position as plain JSON; `open_batches` resumes from it.
 
@@ -177,10 +198,11 @@ class Batches(Iterator[Batch]):
         self._iterator = iterator
         self._rows_per_epoch = rows_per_epoch
         self._step = step
+        self._begun = False
         self.epochs, self.coverage = epochs, coverage
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        batch = self._next_read()
         self._step += 1
         if self._rows_per_epoch is not None:
             self.epochs = self._step * len(batch["bytes"]) / self._rows_per_epoch
@@ -193,6 +215,24 @@ class Batches(Iterator[Batch]):
             if counts.bytes and (self.coverage is None or counts.bytes > self.coverage.bytes):
                 self.coverage = counts
         return Batch(bytes=batch["bytes"], segments=batch["segments"], mask=batch["mask"])
+
+    def _next_read(self) -> ReadBatch:
+        try:
+            if self._begun:
+                return next(self._iterator)
+            # Worker processes start here, and keep what is held back: Ctrl-C in a terminal is sent to all processes.
+            with _interrupts_held_back():
+                batch = next(self._iterator)
+            self._begun = True
+            return batch
+        except RuntimeError as error:
+            found = re.search(r"Worker process was terminated.* exit code (-?\d+)", str(error))
+            if found is None:
+                raise
+            raise WorkerError(
+                f"a process that prepares batches was ended from outside (exit code {found[1]}), as where memory runs out: go on "
+                "with fewer --data.workers"
+            ) from None
 
     def state(self) -> dict[str, object]:
         """The number of batches so far, the epochs and, for a stream, its `StreamState`."""
@@ -236,6 +276,8 @@ def open_batches(
         epochs = step * batch / rows_per_epoch
     if workers:
         _parse_worker_flags()
+        # Otherwise it starts with the first worker, and lets SIGINT through again.
+        resource_tracker.ensure_running()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     iterator = iter(dataset)
     if state is not None and isinstance(state["stream"], dict):

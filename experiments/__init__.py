@@ -3,13 +3,12 @@
 import os
 import sys
 
-from experiments.launch import hidden_package
+from experiments.launch import begin, hidden_package
 
-if (_hidden := hidden_package()) is not None:
-    # While `python -m` looks for a command, before that command could say anything.
-    if sys.argv[:1] == ["-m"]:
-        print(f"error: {_hidden}", file=sys.stderr)
-        sys.exit(2)
+# While `python -m` looks for a command, before that command could say anything.
+if sys.argv[:1] == ["-m"]:
+    begin()
+elif (_hidden := hidden_package()) is not None:
     raise ImportError(_hidden)
 
 # The hub's client reads this when it is imported, and would send the versions of installed packages with its requests.

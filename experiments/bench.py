@@ -23,15 +23,18 @@ from experiments.benchmark.roofline import PartCost
 from experiments.benchmark.steps import AlternativeName, alternative_step, estimator_steps, training_step
 from experiments.benchmark.timing import Timing, time_interleaved
 from experiments.benchmark.whole_step import StepReport, compile_in_subprocess
+from experiments.command import exit_code
 from experiments.comparison.intervals import ALIKE, CONFIDENCE
+from experiments.config.arguments import PATHS, usage
 from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
-from experiments.launch import use_cpu_devices, with_large_pages
-from experiments.reporting.display import Display, exit_code
+from experiments.devices import use_cpu_devices
+from experiments.launch import program
+from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
 from experiments.training.data import load_split
-from experiments.training.run_dir import json_text, write_atomically
+from experiments.training.run_dir import json_text, make_folder, write_atomically
 from unet.config import UNetConfig
 from unet.ops import Implementation
 
@@ -350,10 +353,12 @@ def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int, 
 
 def bench(config: AbstractMeasurement, display: Display) -> None:
     """Measure, and write it down where asked. Raises `ConfigError` and `DataError`."""
+    if config.json is not None:
+        make_folder(config.json.parent, "--json in")
+        require(not config.json.is_dir(), f"--json {config.json} is a folder; name a file")
     use_cpu_devices(config.devices)
     found = config.measure(display)
     if config.json is not None:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
         name = type(config).__name__.lower()
         content = {
             "settings": dataclasses.asdict(config),
@@ -362,13 +367,18 @@ def bench(config: AbstractMeasurement, display: Display) -> None:
         write_atomically(config.json, json_text(content))
 
 
+def parse(arguments: Sequence[str]) -> AbstractMeasurement:
+    """The measurement that a command line asks for. Prints help or a usage error and raises `SystemExit` (2 for an error)."""
+    with usage(arguments):
+        return tyro.cli(Command, prog="python -m experiments.bench", args=list(arguments), registry=PATHS)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 2 for a user's error."""
+    """The command line. Returns the exit code."""
     display = Display()
     given = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code(display, lambda: bench(tyro.cli(Command, prog="python -m experiments.bench", args=given), display))
+    return exit_code(display, lambda: bench(parse(given), display))
 
 
 if __name__ == "__main__":
-    with_large_pages()
-    sys.exit(main())
+    program(main)

@@ -15,19 +15,22 @@ from pathlib import Path
 import tyro
 
 from estimators.registry import COMPARED
+from experiments.command import exit_code
 from experiments.comparison.comparison import REFERENCE, write_comparison
 from experiments.comparison.finished import by_estimator, is_finished, read_finished, read_tables, without
 from experiments.comparison.pairs import Names, every_pair
+from experiments.config.arguments import PATHS, usage
 from experiments.config.errors import ConfigError, require
-from experiments.config.files import from_json, to_json
+from experiments.config.files import to_json
 from experiments.config.flags import shared_out
 from experiments.config.plugins import trusted
 from experiments.config.settings import RunConfig
-from experiments.launch import with_large_pages
-from experiments.reporting.display import Display, exit_code
+from experiments.launch import program
+from experiments.reporting.display import Display
 from experiments.run import parse
-from experiments.training.run_dir import CONFIG, SUMMARY, differing, held, prepare_new, write_atomically
-from experiments.training.stopping import stop_signals
+from experiments.training.run_dir import CONFIG, SUMMARY, differing, held, make_folder, prepare_new, read_config
+from experiments.training.stopping import stop_requests, stop_signals
+from unet.files.saving import write_atomically
 
 LOGS = "logs"
 BYTE_MODEL_RUN = "byte-model"
@@ -95,9 +98,14 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Requested]:
 
     Prints help or a usage error and raises `SystemExit` (2 for an error); raises `ConfigError` for inconsistent values.
     """
-    config, rest = tyro.cli(
-        CompareConfig, prog="python -m experiments.compare", args=list(arguments), return_unknown_args=True
-    )
+    with usage(arguments):
+        config, rest = tyro.cli(
+            CompareConfig,
+            prog="python -m experiments.compare",
+            args=list(arguments),
+            return_unknown_args=True,
+            registry=PATHS,
+        )
     for flag in ("--estimator", "--seed", "--resume", "--overwrite"):
         if any(given == flag or given.startswith(flag + "=") for given in rest):
             raise ConfigError(
@@ -161,7 +169,7 @@ def ready(run: RunConfig) -> Job:
     if not path.is_file():
         prepare_new(run)
         return Job(folder.name, folder, plugins)
-    there = from_json(path.read_text(), str(path), plugins)
+    there = read_config(folder, plugins)
     # How many cores a run had moves its curve by no more than rounding. A byte model serves for seeds named later, too.
     may_differ = ("devices", "seed") if folder.name.startswith(BYTE_MODEL_RUN) else ("devices",)
     if changed := differing(run, there, may_differ):
@@ -204,24 +212,38 @@ def run_jobs(jobs: list[Job], at_once: int, logs: Path, display: Display) -> lis
                 else:
                     display.note(f"{job.name} finished, {done} of {len(jobs)}: {_last_line(job, logs)}")
     except BaseException:
-        processes = [job.process for job in running if job.process is not None]
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        for process in processes:
-            process.wait()
+        _stop([job.process for job in running if job.process is not None])
         raise
     return failed
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Have runs save a checkpoint and end. On another interrupt they end at once, with the last one that they have saved."""
+    try:
+        with stop_signals(signal.SIG_IGN):
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        with stop_signals(signal.SIG_IGN):
+            for process in processes:
+                process.kill()
+                process.wait()
 
 
 def _launch(job: Job, core: int | None, logs: Path) -> None:
     """Start a run in a process of its own; `--resume` of a run without a checkpoint starts it."""
     command = [sys.executable, "-m", "experiments.run", "--resume", "--out", str(job.folder)]
     command += ["--plugin", *job.plugins] if job.plugins else []
-    with (logs / f"{job.name}.log").open("ab") as log:
+    # An interrupt before the process is known would leave it behind.
+    with (logs / f"{job.name}.log").open("ab") as log, stop_requests() as requested:
         # In a session of its own, or Ctrl-C would reach it before it is told to stop.
         job.process = subprocess.Popen(
             command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
+    if requested:
+        raise KeyboardInterrupt
     job.core = core
     if core is not None:
         os.sched_setaffinity(job.process.pid, {core})
@@ -239,7 +261,7 @@ def compare(config: CompareConfig, requested: Requested, display: Display) -> in
     compared = runs[len(byte_models) :]
     elsewhere = read_tables(config.tables, compared)
     runs = [*byte_models, *without(compared, elsewhere)]
-    config.out.mkdir(parents=True, exist_ok=True)
+    make_folder(config.out)
     logs = config.out / LOGS
     logs.mkdir(exist_ok=True)
     jobs = [ready(run) for run in runs]
@@ -262,19 +284,18 @@ def compare(config: CompareConfig, requested: Requested, display: Display) -> in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, 1 where a run failed, 2 for a user's error, 130 after Ctrl-C or `kill`."""
+    """The command line. Returns the exit code, 1 where a run failed, 130 after `kill` too."""
     display = Display()
-    try:
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def command() -> int:
         # `KeyboardInterrupt` on `kill` too, and on Ctrl-C where a shell that started this in the background ignores it: the runs
         # have sessions of their own and would stay behind.
         with stop_signals(signal.default_int_handler):
-            given = sys.argv[1:] if arguments is None else arguments
-            return exit_code(display, lambda: compare(*parse_compare(given), display))
-    except KeyboardInterrupt:
-        display.note("stopped; the same command goes on from here")
-        return 130
+            return compare(*parse_compare(given), display)
+
+    return exit_code(display, command, stopped="stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":
-    with_large_pages()
-    sys.exit(main())
+    program(main)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import dataclasses
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,18 +14,27 @@ import tyro
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from experiments.command import command_line
+from experiments.config.arguments import expanded
 from experiments.config.errors import ConfigError
 from experiments.config.files import to_json
 from experiments.config.plugins import import_plugins, load_model, modules_of
 from experiments.config.settings import RunConfig
-from experiments.reporting.display import Display, command_line
-from experiments.training.run_dir import SUMMARY, read_config
+from experiments.config.structure import Flat
+from experiments.launch import program
+from experiments.reporting.display import Display
+from experiments.reporting.terminal import escaped
+from experiments.training.run_dir import SUMMARY, is_temporary, make_folder, read_config, read_summary
 from unet import UNet
 from unet.files.hnet_layout import LayoutError, to_reference
 from unet.files.pretrained import save_hnet
 from unet.files.saving import CONFIG, WEIGHTS, save, write_atomically
 
 CARD = "README.md"
+FILES = (CARD, CONFIG, WEIGHTS, "model.json", "model.pt")
+"""What an export leaves, whichever its layout."""
+_UNFINISHED = ".export.tmp"
+"""Folder inside that of an export, while it is written."""
 
 ExportLayout = Literal["own", "hnet-pt", "hnet-safetensors"]
 """Format of the exported files."""
@@ -51,11 +60,16 @@ class ExportConfig:
 def export(config: ExportConfig, display: Display) -> None:
     """Write weights, configuration and model card to a folder or to the hub.
 
-    Raises `ConfigError` for a model without the requested layout, for a folder that is not empty, and if the hub refuses.
+    Raises `ConfigError` for a model without the requested layout, for a folder that is not empty, and if the hub refuses, and
+    `RunError` for a folder that cannot be written to. An export that was killed can be done again.
     """
+    config = dataclasses.replace(config, run=expanded(config.run), to=expanded(config.to))
     run = Path(config.run)
+    if not config.to.startswith("hub:"):
+        _require_free(Path(config.to))
     # Missing files raise an error before anything is written.
     model, settings = load_model(run, import_plugins(config.plugin)).model, read_config(run, config.plugin)
+    summary = read_summary(run) if (run / SUMMARY).is_file() else {}
     if config.layout != "own":
         try:
             to_reference(model)
@@ -63,21 +77,40 @@ def export(config: ExportConfig, display: Display) -> None:
             raise ConfigError(f"--layout {config.layout}: {error}") from None
     if config.to.startswith("hub:"):
         with tempfile.TemporaryDirectory() as folder:
-            _write(Path(folder), model, settings, run / SUMMARY, config.layout)
+            _write(Path(folder), model, settings, summary, config.layout)
             _upload(Path(folder), config.to[4:], private=config.private)
     else:
-        folder = Path(config.to)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"--to {folder} is not empty; name a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder, model, settings, run / SUMMARY, config.layout)
+        _write_to(Path(config.to), model, settings, summary, config.layout)
     function = "load" if config.layout == "own" else "load_hnet"
     known = _known(settings) if config.layout == "own" else ""
     display.note(f'{config.to}: load it with unet.{function}("{config.to}"{known})')
 
 
-def _write(folder: Path, model: UNet, settings: RunConfig, summary: Path, layout: ExportLayout) -> None:
-    # The model is written last, so that a folder with a model is complete.
+def _require_free(folder: Path) -> None:
+    """Raise `ConfigError` for a folder with anything in it, but for what an export left that was killed."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--to {folder} is a file; name a folder")
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    unfinished = {_UNFINISHED, *FILES} if _UNFINISHED in present else set[str]()
+    if any(not is_temporary(name) for name in present - unfinished):
+        raise ConfigError(f"--to {folder} is not empty; name a new folder")
+
+
+def _write_to(folder: Path, model: UNet, settings: RunConfig, summary: Flat, layout: ExportLayout) -> None:
+    """Write to a folder inside first: while that is there, the export is not complete."""
+    make_folder(folder, "--to")
+    _require_free(folder)
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    unfinished = folder / _UNFINISHED
+    unfinished.mkdir()
+    _write(unfinished, model, settings, summary, layout)
+    for path in sorted(unfinished.iterdir()):
+        path.rename(folder / path.name)
+    unfinished.rmdir()
+
+
+def _write(folder: Path, model: UNet, settings: RunConfig, summary: Flat, layout: ExportLayout) -> None:
     write_atomically(folder / CARD, card(settings, summary, layout))
     if layout != "own":
         save_hnet(model, folder, kind="pt" if layout == "hnet-pt" else "safetensors")
@@ -92,7 +125,7 @@ def _known(settings: RunConfig) -> str:
     return f", known=[{modules}]" if modules else ""
 
 
-def card(settings: RunConfig, summary: Path, layout: ExportLayout = "own") -> str:
+def card(settings: RunConfig, summary: Flat, layout: ExportLayout = "own") -> str:
     """The model card, with metadata for the hub."""
     own = layout == "own"
     loaded = (
@@ -106,7 +139,7 @@ def card(settings: RunConfig, summary: Path, layout: ExportLayout = "own") -> st
         "tags: [byte-level, learned-tokenization]",
         "---",
         "",
-        f"# {settings.estimator}, {settings.model}, trained on {settings.dataset}",
+        f"# {settings.estimator}, {settings.model}, trained on {escaped(settings.dataset)}",
         "",
         "A byte-level language model of [Caesura](https://pypi.org/project/caesura-lm/) that draws its own token boundaries.",
         "",
@@ -120,12 +153,11 @@ def card(settings: RunConfig, summary: Path, layout: ExportLayout = "own") -> st
         "```",
         "",
     ]
-    if summary.is_file():
-        values = json.loads(summary.read_text())
+    if summary:
         lines += ["| | |", "|---|---|"]
         for name, label in CARD_METRICS.items():
-            if values.get(name) is not None:
-                lines.append(f"| {label} | {_number(values[name])} |")
+            if (value := summary.get(name)) is not None:
+                lines.append(f"| {label} | {_number(value)} |")
         lines.append("")
     if own:
         lines.append(f"All settings of the run are in `{CONFIG}`; `{WEIGHTS}` holds the model.")
@@ -163,9 +195,9 @@ def _upload(folder: Path, repository: str, *, private: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0, or 2 for invalid input."""
+    """Run the command line. Returns the exit code."""
     return command_line(ExportConfig, export, "experiments.export", arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

@@ -8,30 +8,26 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import jax
 import numpy as np
 import tyro
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
 
+from experiments.command import command_line
+from experiments.config.arguments import expanded
 from experiments.config.errors import ConfigError, require
 from experiments.config.plugins import import_plugins, load_model
-from experiments.evaluation.segmentation import character_spans
-from experiments.launch import with_large_pages
-from experiments.reporting.display import Display, command_line
-from unet import Generation, Sampling, TextStream, utf8
+from experiments.launch import program
+from experiments.reporting.display import Display
+from experiments.reporting.terminal import write_output
+from experiments.reporting.texts import AbstractTexts, standard_output
+from unet import Generation, Sampling, TextStream
 from unet.decoding.generate import CHUNK, Piece, Throughput, joined
 
 STREAMED = 8
 """Bytes between two updates of a streamed text."""
-
-MARKS = ("·", "│", "┃")
-"""Shown after a byte that ends a token, by boundary depth: at one level, at two levels, at three or more."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +73,12 @@ class GenerateConfig:
 
 
 def generate(config: GenerateConfig, display: Display) -> None:
-    """Load the model, generate, and print the texts. Raises `ConfigError` and `LoadError`."""
-    model = load_model(config.run, import_plugins(config.plugin)).model
-    prompt = sys.stdin.buffer.read() if config.prompt == "-" else os.fsencode(config.prompt)
+    """Load the model, generate, and print the texts. Raises `ConfigError`, `LoadError` and `OutputClosed`."""
+    model = load_model(expanded(config.run), import_plugins(config.plugin)).model
     try:
         stream = TextStream(
             model,
-            [prompt] * config.num,
+            [_prompt(config)] * config.num,
             max_bytes=config.max_bytes,
             key=jax.random.key(config.seed),
             sampling=Sampling(config.temperature, config.top_k, config.top_p, config.min_p),
@@ -94,87 +89,56 @@ def generate(config: GenerateConfig, display: Display) -> None:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    texts = stream_texts(stream, config) if config.stream else generate_texts(stream)
+    output = standard_output(marks=config.show_boundaries)
+    texts = stream_texts(stream, output) if config.stream else generate_texts(stream)
     if config.json:
-        sys.stdout.write(json.dumps(document(config, texts, stream.throughput)) + "\n")
+        content = json.dumps(document(config, texts, stream.throughput), allow_nan=False)
+        write_output(content + "\n")
     elif not config.stream:
-        console = _console()
-        for number, text in enumerate(texts):
-            if config.num > 1:
-                console.rule(f"{number + 1}", style="dim")
-            console.print(shown(text, marks=config.show_boundaries))
+        output.write(texts)
     display.note(report(texts, stream.throughput))
 
 
+def _prompt(config: GenerateConfig) -> bytes:
+    if config.prompt != "-":
+        return os.fsencode(config.prompt)
+    if sys.stdin is None:
+        raise ConfigError("--prompt - reads standard input, which is closed")
+    return sys.stdin.buffer.read()
+
+
 def generate_texts(stream: TextStream) -> tuple[Generation, ...]:
-    """Generate all texts to their ends."""
+    """Generate all texts to their ends. Raises `ConfigError` where the model's probabilities are no numbers."""
     pieces: list[list[Piece]] = [[] for _ in stream.prompts]
     for new in stream:
-        for parts, piece in zip(pieces, new, strict=True):
-            parts += [] if piece is None else [piece]
+        _add(pieces, new)
     return _so_far(stream, pieces)
 
 
-def stream_texts(stream: TextStream, config: GenerateConfig) -> tuple[Generation, ...]:
-    """Generate all texts to their ends and print them meanwhile, in complete characters."""
+def stream_texts(stream: TextStream, output: AbstractTexts) -> tuple[Generation, ...]:
+    """The same, and print them meanwhile, in complete characters."""
     pieces: list[list[Piece]] = [[] for _ in stream.prompts]
-    with _screen(len(pieces)) as show:
+    with output.growing(len(pieces)):
         for new in stream:
-            for parts, piece in zip(pieces, new, strict=True):
-                parts += [] if piece is None else [piece]
-            show([shown(text, marks=config.show_boundaries) for text in _so_far(stream, pieces)])
+            _add(pieces, new)
+            output.grow(_so_far(stream, pieces))
     return _so_far(stream, pieces)
+
+
+def _add(pieces: Sequence[list[Piece]], new: Sequence[Piece | None]) -> None:
+    for parts, piece in zip(pieces, new, strict=True):
+        if piece is None:
+            continue
+        if not np.isfinite(piece.logprobs).all():
+            raise ConfigError(
+                "this model's probabilities are not numbers: its weights are too large to compute with; name another model"
+            )
+        parts.append(piece)
 
 
 def _so_far(stream: TextStream, pieces: Sequence[Sequence[Piece]]) -> tuple[Generation, ...]:
     generated = (joined(parts) for parts in pieces)
     return tuple(map(Generation, stream.prompts, stream.prompt_boundary_depth, generated))
-
-
-@contextmanager
-def _screen(count: int):
-    """A function that prints the current state of all texts. One text is appended to; several are redrawn in place."""
-    console = _console()
-    if count == 1:
-        printed = 0
-
-        def append(texts: Sequence[Text]) -> None:
-            nonlocal printed
-            console.print(texts[0][printed:], end="")
-            console.file.flush()
-            printed = len(texts[0])
-
-        yield append
-        console.print()
-        return
-    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
-
-        def redraw(texts: Sequence[Text]) -> None:
-            live.update(
-                Group(*(Text(f"{n + 1}  ", style="dim").append(text) for n, text in enumerate(texts))), refresh=True
-            )
-
-        yield redraw
-
-
-def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
-
-
-def shown(text: Generation, *, marks: bool) -> Text:
-    """Prompt (dim) and generated text in complete characters. `marks`: whether to mark characters that end a token. Invalid bytes
-    become U+FFFD. An incomplete last character is left out until the text has ended."""
-    content = text.prompt + text.piece.bytes
-    end = len(content) if text.piece.finish is not None else max(utf8.whole_characters(content), len(text.prompt))
-    closed = np.concatenate([text.prompt_boundary_depth, text.piece.boundary_depth])
-    result = Text()
-    for first, last in character_spans(content[:end]):
-        character = content[first:last].decode("utf-8", errors="replace")
-        result.append(character, style="dim" if first < len(text.prompt) else "")
-        depth = int(closed[first:last].max())
-        if marks and depth:
-            result.append(MARKS[min(depth, len(MARKS)) - 1], style="dim cyan")
-    return result
 
 
 def document(config: GenerateConfig, texts: Sequence[Generation], throughput: Throughput) -> dict[str, object]:
@@ -217,13 +181,9 @@ def report(texts: Sequence[Generation], throughput: Throughput) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0, 2 for invalid input, 130 after Ctrl-C."""
-    try:
-        return command_line(GenerateConfig, generate, "experiments.generate", arguments)
-    except KeyboardInterrupt:
-        return 130
+    """Run the command line. Returns the exit code."""
+    return command_line(GenerateConfig, generate, "experiments.generate", arguments)
 
 
 if __name__ == "__main__":
-    with_large_pages()
-    sys.exit(main())
+    program(main)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import jax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from data import Split, load, open_source
+from experiments.command import command_line
 from experiments.config.build import build_model, require_fit
 from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
@@ -37,10 +37,10 @@ from experiments.laboratory.results import (
 )
 from experiments.laboratory.scale import noise
 from experiments.laboratory.subjects import RATE, SHAPE, Subject, held_out_texts, make_optimizer, train_subject
-from experiments.launch import with_large_pages
-from experiments.reporting.display import Display, command_line
+from experiments.launch import program
+from experiments.reporting.display import Display
 from experiments.training.prepared import prepare, require_prerequisite
-from experiments.training.run_dir import json_text, refuse_existing, write_atomically
+from experiments.training.run_dir import held, json_text, refuse_existing, write_atomically
 from unet import Chunker, Distribute, MeanPool, Select, Smooth
 
 FILES = ("lab.md", "lab.json", "lab.png")
@@ -114,10 +114,11 @@ class LabConfig:
 
 def run(config: LabConfig, display: Display) -> None:
     """Do what is asked for and write the results. Raises `ConfigError` and `DataError`."""
-    if config.estimators:
-        _measure_named(config, display)
-    else:
-        _do_all(config, display)
+    with held(config.out, display.note):
+        if config.estimators:
+            _measure_named(config, display)
+        else:
+            _do_all(config, display)
 
 
 def find(config: LabConfig, name: str, split: Split) -> Candidate:
@@ -143,7 +144,6 @@ def _measure_named(config: LabConfig, display: Display) -> None:
     split = _split(config)
     texts = _texts(config, split)
     candidates = [find(config, name, split) for name in config.estimators]
-    config.out.mkdir(parents=True, exist_ok=True)
     models = []
     for candidate in candidates:
         display.note(f"{candidate.name}: {config.models} models")
@@ -165,7 +165,6 @@ def _do_all(config: LabConfig, display: Display) -> None:
     except ImportError as error:
         raise ConfigError(f"the laboratory needs diffrax ({error}): pip install 'caesura-lm[lab]'") from error
 
-    config.out.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
 
     def note(text: str) -> None:
@@ -292,10 +291,9 @@ def _over_sets(sets: Sequence[Subjects], key: PRNGKeyArray) -> list[Finding]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, or 2 for a user's error."""
+    """The command line. Returns the exit code."""
     return command_line(LabConfig, run, "experiments.lab", arguments)
 
 
 if __name__ == "__main__":
-    with_large_pages()
-    sys.exit(main())
+    program(main)

@@ -1,17 +1,18 @@
-"""The process that a command runs in, settled before anything large is allocated."""
+"""The process that a command runs in, from before its first import until after its last line.
+
+Nothing here imports more than Python's own modules: a command takes seconds to import the rest, and has to answer meanwhile.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import platform
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-
-import jax
-
-from experiments.config.errors import ConfigError
+from typing import NoReturn, Protocol, runtime_checkable
 
 MEMORY_SETTINGS = ":".join(
     f"glibc.malloc.{name}={value}"
@@ -25,7 +26,117 @@ MEMORY_SETTINGS = ":".join(
     }.items()
 )
 
+
+@runtime_checkable
+class Stream(Protocol):
+    """What is used of a standard stream, whatever stands for it."""
+
+    def write(self, text: str, /) -> int: ...
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool: ...
+
+    def fileno(self) -> int: ...
+
+
 PACKAGES = ("data", "estimators", "unet")
+
+STOPPED = 128 + signal.SIGINT
+"""The exit code after Ctrl-C."""
+CLOSED = 128 + 13
+"""The exit code where nobody reads standard output any more, as of programs that SIGPIPE (13) ends."""
+
+
+def begin() -> None:
+    """Settle the process of `python -m experiments.…`, before that command imports anything.
+
+    Ends it with one line where a package of this library is hidden, and on Ctrl-C until `interruptible` is called.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop_at_once)
+    _hold_back(signal.SIG_UNBLOCK)
+    if (hidden := hidden_package()) is not None:
+        print(f"error: {hidden}", file=sys.stderr)
+        sys.exit(2)
+    # A Ctrl-C while Python starts anew comes to the new process once it is here.
+    _hold_back(signal.SIG_BLOCK)
+    with_large_pages()
+    _hold_back(signal.SIG_UNBLOCK)
+    # A file that is opened next would get the number of a standard stream that is closed, and what is meant for that stream.
+    open_descriptors()
+    # Of a notebook that starts this: matplotlib refuses to be imported where it knows no such backend. Figures go to files.
+    os.environ.pop("MPLBACKEND", None)
+    replace_unknown(sys.stdout)
+
+
+def interruptible() -> None:
+    """From here on Ctrl-C raises `KeyboardInterrupt`, as usual in Python."""
+    if signal.getsignal(signal.SIGINT) is _stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def program(main: Callable[[], int]) -> NoReturn:
+    """Run a command and end the process with its exit code, in silence where nobody reads its output or where it is stopped."""
+    with_large_pages()
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = STOPPED
+    except SystemExit as stopped:
+        code = stopped.code if isinstance(stopped.code, int) else 0
+    # While Python waits for the threads and exit handlers of the libraries.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(code))
+    for stream in (sys.stdout, sys.stderr):
+        drop_unwritten(stream)
+    if code == STOPPED:
+        # Threads of the libraries that were at work, as on a checkpoint, would each end in a traceback now.
+        to_nowhere(2)
+    sys.exit(code)
+
+
+def to_nowhere(descriptor: int) -> None:
+    """Have everything that is written there vanish."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def drop_unwritten(stream: Stream | None) -> None:
+    """Forget what a stream holds that cannot be written, or Python would complain of it at the very end."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        to_nowhere(stream.fileno())
+
+
+def replace_unknown(stream: Stream | None) -> None:
+    """Have a stream put question marks for characters that its encoding does not have."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
+def open_descriptors() -> None:
+    """Connect those of the three standard streams that are closed to nothing."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number, which is this one.
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _hold_back(how: int) -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(how, {signal.SIGINT})
+
+
+def _stop_at_once(number: int, frame: object) -> None:
+    os.write(2, b"stopped\n")
+    os._exit(STOPPED)
 
 
 def with_large_pages() -> None:
@@ -63,22 +174,3 @@ def hidden_package() -> str | None:
                 "folder, or rename it"
             )
     return None
-
-
-def use_cpu_devices(count: int) -> None:
-    """Let a CPU count as so many devices, but for what was settled before: by XLA_FLAGS, or by a use of JAX.
-
-    Raises `ConfigError` where JAX_PLATFORMS names what is not there.
-    """
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        # Too late where JAX has been used: then there are as many devices as there are.
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", min(count, os.cpu_count() or 1))
-    try:
-        jax.devices()
-    except RuntimeError as error:
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"JAX finds no device ({reason}): JAX_PLATFORMS is {asked!r}; unset it, or name cpu"
-        ) from None

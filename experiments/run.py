@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from experiments.config.errors import ConfigError
+from data import DataError
+from experiments.command import exit_code
+from experiments.config.arguments import expanded
+from experiments.config.errors import ConfigError, RunError, one_line
 from experiments.config.flags import parse_run
 from experiments.config.plugins import import_plugins, named_modules, plugins_in
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
-from experiments.launch import use_cpu_devices, with_large_pages
-from experiments.reporting.display import Display, bits_per_byte, exit_code
+from experiments.devices import use_cpu_devices
+from experiments.launch import program
+from experiments.reporting.display import Display, bits_per_byte
 from experiments.reporting.report import write_report
-from experiments.reporting.shading import shade
+from experiments.reporting.shading import Character, shade
 from experiments.reporting.summary import summary_of
 from experiments.training.prepared import write_prepared
-from experiments.training.run_dir import SUMMARY, differing, held, prepare_new, read_config
-from experiments.training.session import NonFiniteError
+from experiments.training.replacing import replacing
+from experiments.training.rescue import save_elsewhere
+from experiments.training.run_dir import (
+    SUMMARY,
+    differing,
+    has_checkpoint,
+    held,
+    moved,
+    prepare_new,
+    read_config,
+    require_free,
+)
 from experiments.training.setup import Setup, set_up
-from experiments.training.train import Interrupted, train
-from unet.files.saving import save, write_atomically
+from experiments.training.train import Interrupted, Outcome, train
+from unet.files.saving import WEIGHTS, save, write_atomically
 
 SAMPLE_ROWS = 6
 
@@ -45,39 +63,68 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         raise ConfigError(f"--model {known.model!r} is none of {', '.join(PRESETS)}")
     default = PRESETS[known.model]
     if known.resume and known.out is not None:
-        default = dataclasses.replace(read_config(Path(known.out), modules), resume=False, overwrite=False)
+        default = dataclasses.replace(read_config(Path(expanded(known.out)), modules), resume=False, overwrite=False)
     config = parse_run(arguments, default, program="python -m experiments.run")
     # Given several times, all of them count.
     config = dataclasses.replace(config, plugin=plugins_in(arguments))
     if config.resume:
-        saved = read_config(config.run_dir, modules)
-        if changed := differing(config, saved):
-            raise ConfigError(
-                f"the run in {config.run_dir} has other settings for {', '.join(changed)}: resume it without changing them, "
-                "or start a new run in another --out"
-            )
+        _require_same(config, read_config(config.run_dir, modules))
     return config
 
 
+def _require_same(config: RunConfig, saved: RunConfig) -> None:
+    """Raise `ConfigError` where a run that goes on would have other settings. Its data may have moved, since a checkpoint says
+    what they were."""
+    there = moved(config, saved) if has_checkpoint(config.run_dir) else saved
+    if changed := differing(config, there):
+        raise ConfigError(
+            f"the run in {config.run_dir} has other settings for {', '.join(changed)}: resume it without changing them, or start "
+            "a new run in another --out"
+        )
+
+
 def run(config: RunConfig, display: Display) -> None:
-    """Train, evaluate, and leave everything in the run's folder."""
-    setup = set_up(config)
-    with held(config.run_dir):
+    """Train, evaluate, and leave everything in the run's folder.
+
+    Raises `ConfigError`, `DataError` and `LoadError` for what cannot be run, before anything is touched, `RunError` for what
+    fails later, and what `train` raises.
+    """
+    run_dir = config.run_dir
+    with held(run_dir, display.note):
         if not config.resume:
-            prepare_new(config)
-        write_prepared(config.run_dir, setup.prepared)
-        _run_in(config.run_dir, config, setup, display)
+            require_free(config)
+        setup = _set_up(config)
+        with contextlib.nullcontext() if config.resume else replacing(run_dir, display.note):
+            try:
+                if not config.resume:
+                    prepare_new(config)
+                write_prepared(run_dir, setup.prepared)
+                _run_in(run_dir, config, setup, display)
+            except OSError as error:
+                again = "; go on with --resume once that is mended" if has_checkpoint(run_dir) else ""
+                raise RunError(f"{one_line(str(error))}{again}") from error
+
+
+def _set_up(config: RunConfig) -> Setup:
+    try:
+        return set_up(config)
+    except DataError as error:
+        if config.resume and not os.path.exists(config.dataset):
+            raise DataError(f"{error}; where the data have moved to is said with --dataset") from None
+        raise
 
 
 def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display) -> None:
     outcome = train(config, setup, run_dir, display)
-    rows = outcome.split.held_out_rows(SAMPLE_ROWS * max(config.length, 1))[:SAMPLE_ROWS]
-    shaded = shade(outcome.model, rows, seed=config.seed)
-    summary = summary_of(config, outcome)
-    write_report(run_dir, config, summary, shaded)
-    save(outcome.model, run_dir)
-    # Last, so that a folder with a summary is a finished run.
-    write_atomically(run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    try:
+        shaded = _write_results(run_dir, config, outcome)
+    except Exception as error:  # whatever a report stumbles over, the training was not for nothing
+        place = run_dir if (run_dir / WEIGHTS).is_file() else save_elsewhere(run_dir, partial(save, outcome.model))
+        where = "its model is saved nowhere" if place is None else f"its model is saved in {place}"
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise RunError(
+            f"the training has ended and {where}, but its report could not be written ({reason}); go on with --resume to write it"
+        ) from error
     if outcome.validation.rate > 0:
         display.sample([character for row in shaded[:3] for character in row][:600])
     if outcome.dropped.warning:
@@ -88,26 +135,38 @@ def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display) ->
     )
 
 
+def _write_results(run_dir: Path, config: RunConfig, outcome: Outcome) -> list[list[Character]]:
+    """Write the report and the summary. Returns held-out text with its boundaries."""
+    rows = outcome.split.held_out_rows(SAMPLE_ROWS * max(config.length, 1))[:SAMPLE_ROWS]
+    shaded = shade(outcome.model, rows, seed=config.seed)
+    summary = summary_of(config, outcome)
+    write_report(run_dir, config, summary, shaded)
+    # Last, so that a folder with a summary is a finished run.
+    write_atomically(run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return shaded
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, 1 for a run that failed, 2 for a user's error, 128 + n after signal n."""
+    """The command line. Returns the exit code, 128 + n after signal n."""
     display = Display()
 
     def command() -> None:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         # Two halves of a batch side by side beat one product on two cores at these sizes.
         use_cpu_devices(2)
-        run(config, display)
+        try:
+            run(config, display)
+        except KeyboardInterrupt:
+            if config.overwrite or not has_checkpoint(config.run_dir):
+                raise
+            raise Interrupted(f"stopped; {config.run_dir} has its last checkpoint", signal.SIGINT) from None
 
     try:
         return exit_code(display, command)
-    except NonFiniteError as error:
-        display.note(f"error: {error}")
-        return 1
     except Interrupted as error:
         display.note(f"{error}; go on with --resume")
         return 128 + error.signal_number
 
 
 if __name__ == "__main__":
-    with_large_pages()
-    sys.exit(main())
+    program(main)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ import jax
 import tyro
 
 from data import Row
+from experiments.command import command_line
 from experiments.comparison.comparison import MeanAndError
 from experiments.config.errors import ConfigError, require
 from experiments.config.plugins import import_plugins, load_model
@@ -33,11 +34,12 @@ from experiments.evaluation.segmentation import (
     label_bytes,
     open_segmenter,
 )
-from experiments.launch import with_large_pages
-from experiments.reporting.display import Display, command_line
+from experiments.launch import program
+from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
+from experiments.reporting.terminal import escaped, write_output
 from experiments.training.data import load_split
-from experiments.training.run_dir import differing, json_text, read_config, refuse_existing, write_atomically
+from experiments.training.run_dir import differing, held, json_text, read_config, refuse_existing, write_atomically
 
 FILES = ("words.md", "words.json")
 
@@ -115,6 +117,11 @@ def analyse_runs(config: WordsConfig, display: Display) -> None:
     """Analyse the runs one after another and print the tables. Raises `ConfigError`, `DataError` and `LoadError`."""
     if config.out is not None:
         refuse_existing(config.out, FILES, overwrite=config.overwrite)
+    with contextlib.nullcontext() if config.out is None else held(config.out, display.note):
+        _analyse_runs(config, display)
+
+
+def _analyse_runs(config: WordsConfig, display: Display) -> None:
     segment = open_segmenter(config.segmenter)
     models = {folder: load_model(folder, import_plugins(config.plugin)).model for folder in config.runs}
     runs = {folder: read_config(folder, config.plugin) for folder in config.runs}
@@ -133,14 +140,16 @@ def analyse_runs(config: WordsConfig, display: Display) -> None:
         batch = runs[folder].batch // runs[folder].optimizer.accumulate
         results = evaluate_rows(model, rows, batch=batch, capacity=first.length, key=jax.random.key(config.seed))
         analyses[folder] = analyse(results, labels)
+        require(
+            math.isfinite(analyses[folder].bpb),
+            f"{folder}: this model's probabilities are not numbers: its weights are too large to compute with",
+        )
         if config.placements:
             moved = evaluate_placements(model, rows, results, labels, batch=batch, seed=config.seed)
             analyses[folder].placements.update(moved)
     grouped = {name: [analyses[folder] for folder in group] for name, group in groups(runs).items()}
-    text = markdown(grouped, labels, config.segmenter)
-    sys.stdout.write(text)
+    text = escaped(markdown(grouped, labels, config.segmenter), keep="\n")
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
         write_atomically(config.out / FILES[0], text)
         write_atomically(
             config.out / FILES[1],
@@ -154,6 +163,8 @@ def analyse_runs(config: WordsConfig, display: Display) -> None:
             ),
         )
         display.note(f"see {config.out / FILES[0]}")
+    # Last, since it may be that nobody reads it.
+    write_output(text)
 
 
 BASELINES = {"own": "", "uniform": "uniform, all bytes", "uniform_characters": "uniform, ends of characters"}
@@ -278,10 +289,9 @@ def _placement_rows(grouped: Mapping[str, Sequence[RunAnalysis]]) -> list[list[s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns 0, or 2 for invalid input."""
+    """Run the command line. Returns the exit code."""
     return command_line(WordsConfig, analyse_runs, "experiments.words", arguments)
 
 
 if __name__ == "__main__":
-    with_large_pages()
-    sys.exit(main())
+    program(main)

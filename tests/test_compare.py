@@ -356,6 +356,44 @@ def test_settings_are_checked_for_what_is_compared(launched, corpus, tmp_path, c
     assert "which was not chosen" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_second_interrupt_waits_for_no_checkpoint(tmp_path, monkeypatch):
+    """Of a run that takes its time over one, as of one that has just been started."""
+
+    class Slow(subprocess.Popen):
+        told = ()
+        _child_created = False
+
+        def __init__(self):
+            """Without a process."""
+
+        def send_signal(self, sig):
+            # Ignored until all have been told.
+            os.kill(os.getpid(), signal.SIGINT)
+            self.told += (sig,)
+
+        def wait(self, timeout: float | None = None) -> int:
+            if self.told[-1] == signal.SIGTERM:
+                os.kill(os.getpid(), signal.SIGINT)
+            return 0
+
+        def kill(self):
+            self.told += (signal.SIGKILL,)
+
+    slow = [Slow(), Slow()]
+    compare_module._stop(slow)
+    assert [one.told for one in slow] == [(signal.SIGTERM, signal.SIGKILL)] * 2
+
+    def popen(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+        return slow[0]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    job = compare_module.Job("run", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        compare_module._launch(job, None, tmp_path)
+    assert job.process is slow[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_comparison_stops_its_runs(tmp_path, number, monkeypatch):
     job = compare_module.Job("run", tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError, load, open_batches, open_source
+from data import Batches, DataError, WorkerError, load, open_batches, open_source
 from data.builtin import as_prose
 from data.coverage import Coverage, shown_bytes
 from data.documents import AbstractSource, Shard, document_rank
@@ -505,3 +506,29 @@ def test_what_is_no_sequence_of_bases_is_refused(tmp_path, content, message):
     source = open_source(str(tmp_path / "genome.fa"))
     with pytest.raises(DataError, match=message):
         list(source.documents(source.shards()[0]))
+
+
+class Workers:
+    """An iterator of batches that says whether SIGINT is held back, and ends like one whose worker process was killed."""
+
+    def __init__(self):
+        self.held_back = []
+
+    def __next__(self):
+        self.held_back.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        if len(self.held_back) == 3:
+            raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search the logs above.")
+        return {"bytes": [], "segments": [], "mask": []}
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals are held back on Unix")
+def test_processes_of_batches_are_not_stopped_by_an_interrupt_and_missed_when_they_are_killed():
+    batches = object.__new__(Batches)
+    workers = Workers()
+    batches.__dict__.update(_iterator=workers, _begun=False, _step=0, _rows_per_epoch=10, epochs=0.0, coverage=None)
+    next(batches)
+    next(batches)
+    with pytest.raises(WorkerError, match=r"ended from outside \(exit code -9\).* fewer --data.workers"):
+        next(batches)
+    assert workers.held_back == [True, False, False]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

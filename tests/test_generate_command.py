@@ -5,13 +5,18 @@ import io
 import json
 import sys
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
 
 import unet
+from experiments import export, words
+from experiments.config.errors import ConfigError
 from experiments.evaluation.segmentation import character_spans
-from experiments.generate import MARKS, main, shown
+from experiments.generate import main
+from experiments.reporting.texts import MARKS, shown
+from experiments.training.initial import initial_weights
 from tests.compositions import registered
 from tests.test_run import usual_promotion as usual_promotion
 from unet.decoding.generate import Generation, Piece
@@ -107,6 +112,34 @@ def test_a_missing_or_damaged_run_is_named(folder, tmp_path, capsys):
     code, _, err = run(capsys, tmp_path)
     assert code == 2
     assert "is damaged" in err
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_model_whose_weights_are_not_numbers_is_refused_by_every_command(tmp_path, capsys, monkeypatch, value):
+    broken = eqx.tree_at(
+        lambda model: model.embedding, registered("sfe"), replace_fn=lambda leaf: leaf.at[3, 2].set(value)
+    )
+    unet.save(broken, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    folder = str(tmp_path / "run")
+    for command, arguments in (
+        (main, ["run", "--json"]),
+        (export.main, ["run", "--to", "there"]),
+        (words.main, ["run", "--segmenter", "whitespace"]),
+    ):
+        assert command(arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "run holds weights that are not numbers, in 1 of" in captured.err
+        assert ".embedding" in captured.err
+    with pytest.raises(ConfigError, match="weights that are not numbers"):
+        initial_weights(folder, registered("sfe"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_closed_standard_input_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run(capsys, folder, "--prompt", "-")[::2] == (2, "error: --prompt - reads standard input, which is closed")
 
 
 def piece_of(content, finish, closed=()):

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from experiments.config.errors import ConfigError
+from experiments.devices import use_cpu_devices
 
 ROOT = Path(__file__).parent.parent
 RESTARTED = """
@@ -17,12 +21,13 @@ print(sys.warnoptions, sys.flags.safe_path, sys.flags.utf8_mode, "GLIBC_TUNABLES
 """
 
 
-def python(*arguments, folder=None, **environment):
+def python(*arguments, folder=None, path=(), **environment):
+    """What a new interpreter makes of these arguments. None of these gets as far as importing JAX, which takes seconds."""
     given = {name: value for name, value in os.environ.items() if name not in ("GLIBC_TUNABLES", "XLA_FLAGS")}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=folder,
-        env={**given, "PYTHONPATH": str(ROOT), **environment},
+        env={**given, "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))), **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -48,17 +53,53 @@ def test_a_module_that_hides_a_package_is_named(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_platform_that_is_not_there_is_named(tmp_path):
-    done = python("-m", "experiments.run", "--steps", "1", folder=tmp_path, JAX_PLATFORMS="abacus")
-    assert done.returncode == 2
-    assert "JAX_PLATFORMS is 'abacus'; unset it, or name cpu" in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+FIRST_IMPORT = """
+import os, signal, sys
+os.fstat(0), os.fstat(1), os.fstat(2)  # open, or the next file would be taken for one of them
+os.write(1, f"{'MPLBACKEND' in os.environ} {sys.stdout and sys.stdout.errors}\\n".encode())
+os.kill(os.getpid(), signal.SIGINT)
+raise AssertionError("went on")
+"""
 
 
-def test_the_users_own_number_of_devices_stands(tmp_path):
-    code = "from experiments.launch import use_cpu_devices; import jax; use_cpu_devices(2); print(len(jax.devices()))"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
-    assert python("-c", code, folder=tmp_path, **flags).stdout == "3\n"
-    used = "import jax; jax.devices(); " + code
-    assert python("-c", used, folder=tmp_path, JAX_PLATFORMS="cpu").stdout == "1\n"
+@pytest.mark.parametrize("command", ["run", "export"])
+def test_commands_are_stopped_while_they_import_and_keep_nothing_of_a_notebook(tmp_path, command):
+    """Something that is imported first stands in for seconds of imports."""
+    (tmp_path / "jax.py").write_text(FIRST_IMPORT)
+    backend = "module://matplotlib_inline.backend_inline"
+    done = python(
+        "-m", f"experiments.{command}", "--help", path=[tmp_path], MPLBACKEND=backend, PYTHONIOENCODING="ascii"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "False replace\n", "stopped\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closed streams as shells of Unix close them")
+def test_closed_streams_are_no_place_for_files(tmp_path):
+    (tmp_path / "jax.py").write_text(FIRST_IMPORT)
+    line = f'exec "{sys.executable}" -m experiments.run >&- <&- 2>&-'
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    assert subprocess.run(["sh", "-c", line], env=environment, check=False).returncode == 130
+
+
+def test_a_platform_that_is_not_there_is_named(monkeypatch):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'abacus'\nmore")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "abacus")
+    with pytest.raises(ConfigError, match="JAX_PLATFORMS is 'abacus'; unset it, or name cpu"):
+        use_cpu_devices(2)
+
+
+def test_the_users_own_number_of_devices_stands(monkeypatch):
+    here = len(jax.devices())
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda *setting: asked.append(setting))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    use_cpu_devices(2)
+    assert asked == []
+    monkeypatch.undo()
+    # JAX has been used.
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    use_cpu_devices(1)
+    assert len(jax.devices()) == here

@@ -1,5 +1,6 @@
 """Runs as a user starts them: what they leave, how they resume, how they fail."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,13 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import run as run_module
 from experiments.reporting.metrics import metric_of
-from experiments.training.run_dir import held, read_metrics
+from experiments.training.metrics_log import MetricsLog, read_metrics
+from experiments.training.run_dir import held, prepare_new
+from experiments.training.setup import set_up
+from unet.files.saving import load, save
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -23,8 +29,6 @@ SMALL = (
     *("--evaluation.bytes", "64", "--evaluation.times", "2", "--checkpoint.times", "4"),
 )
 TIMES = ("seconds", "bytes_per_second")
-CHANGES: dict[str, int] = {}
-"""How many changes of its files an undisturbed run makes, once counted."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -121,14 +125,13 @@ def test_two_processes_never_share_a_folder(finished, corpus, capsys):
 
 def interrupt_at(monkeypatch, step):
     """Have the run receive a SIGTERM when it has logged `step`."""
-    from experiments.training.run_dir import MetricsLog
-
     write = MetricsLog.write
 
     def write_and_interrupt(self, record):
-        write(self, record)
+        error = write(self, record)
         if record["step"] == step:
             os.kill(os.getpid(), signal.SIGTERM)
+        return error
 
     monkeypatch.setattr(MetricsLog, "write", write_and_interrupt)
 
@@ -145,23 +148,13 @@ def test_an_interrupted_run_saves_and_resumes_bit_for_bit(finished, corpus, tmp_
     assert summary(out) == summary(finished)
 
 
-@pytest.mark.parametrize("share", [0.03, 0.6])
-def test_a_killed_run_resumes_bit_for_bit(finished, corpus, tmp_path, share):
-    """SIGKILL at changes of the run's files spread over its whole life."""
+@pytest.mark.parametrize("change", [4, 71])
+def test_a_killed_run_resumes_bit_for_bit(finished, corpus, tmp_path, change):
+    """SIGKILL at an early and at a late change of the run's files, of about 120; tests.hostile.kills has many more."""
     out = tmp_path / "run"
     arguments = ["--dataset", str(corpus), "--out", str(out), *SMALL]
-
-    def child(limit):
-        command = [sys.executable, "-m", "tests.killed_run", str(limit), *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-
-    total = CHANGES.get("total")
-    if total is None:
-        whole = child(0)
-        assert whole.returncode == 0, whole.stderr
-        total = CHANGES["total"] = int(whole.stdout.split()[-1])
-        shutil.rmtree(out)
-    killed = child(max(2, round(share * total)))
+    command = [sys.executable, "-m", "tests.killed_run", str(change), *arguments]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     if not (out / "config.json").exists():
         assert start("--resume", "--out", out) == 2
@@ -171,11 +164,22 @@ def test_a_killed_run_resumes_bit_for_bit(finished, corpus, tmp_path, share):
     assert summary(out) == summary(finished)
 
 
-def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
+def test_an_interrupted_report_is_written_by_resuming(finished, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
+    for name in ("summary.json", "report.html"):
+        (copy / name).unlink()
+
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_report", interrupt)
+        assert start("--resume", "--out", copy) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"stopped; {copy} has its last checkpoint; go on with --resume"
+    assert not (copy / "summary.json").exists()
     assert start("--resume", "--out", copy) == 0
-    assert curve(copy) == curve(finished)
     assert summary(copy)["val_bpb"] == summary(finished)["val_bpb"]
 
 
@@ -222,50 +226,126 @@ def test_a_run_is_resumed_with_its_own_settings(finished, capsys):
     assert "has other settings for seed" in message(capsys)
 
 
-def largest(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-@pytest.mark.parametrize(
-    ("damage", "found"),
-    [
-        (lambda folder: cut(largest(folder / "state")), "is not as it was written"),
-        (lambda folder: largest(folder / "state").unlink(), "is missing"),
-        (lambda folder: cut(folder / "files.json"), "files.json is no JSON"),
-        (lambda folder: ((folder / "files.json").unlink(), cut(folder / "meta" / "metadata")), "JSONDecodeError"),
-    ],
-)
-def test_a_damaged_checkpoint_is_named(finished, tmp_path, capsys, damage, found):
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    damage(copy / "checkpoints" / "8")
-    assert start("--resume", "--out", copy) == 2
-    text = message(capsys)
-    assert f"checkpoint {copy / 'checkpoints' / '8'} is damaged" in text
-    assert found in text
-
-
-def test_changed_data_is_noticed(corpus, tmp_path, capsys, monkeypatch):
-    text, out = tmp_path / "text.jsonl", tmp_path / "run"
+def test_data_are_known_by_their_content_wherever_they_are(finished, corpus, tmp_path, capsys, monkeypatch):
+    """They have moved, or the run goes on from another folder: --dataset says where they are now."""
+    text, moved, out = Path("text.jsonl"), tmp_path / "elsewhere" / "text.jsonl", tmp_path / "run"
+    moved.parent.mkdir()
+    monkeypatch.chdir(tmp_path)
     text.write_text(corpus.read_text())
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
         assert start("--dataset", text, "--out", out, *SMALL) == 128 + signal.SIGTERM
-    text.write_text(corpus.read_text().replace("a", "b"))
+    monkeypatch.chdir(moved.parent)
     assert start("--resume", "--out", out) == 2
+    assert "where the data have moved to is said with --dataset" in message(capsys)
+    moved.write_text(corpus.read_text().replace("a", "b"))
+    assert start("--resume", "--out", out, "--dataset", moved) == 2
     assert "is not the data that" in message(capsys)
+    assert json.loads((out / "config.json").read_text())["dataset"] == "text.jsonl"
+    moved.write_text(corpus.read_text())
+    assert start("--resume", "--out", out, "--dataset", moved, "--rate", "0.3") == 2
+    assert f"the run in {out} has other settings for rate:" in message(capsys)
+    assert start("--resume", "--out", out, "--dataset", moved) == 0
+    assert curve(out) == curve(finished)
+    assert json.loads((out / "config.json").read_text())["dataset"] == str(moved)
 
 
-def test_a_diverging_run_stops_and_keeps_its_last_checkpoint(corpus, tmp_path, capsys):
+def test_without_a_checkpoint_nothing_says_what_the_data_were(corpus, tmp_path, capsys):
+    config = run_module.parse(["--dataset", str(corpus), "--out", str(tmp_path / "run"), *SMALL])
+    prepare_new(config)
+    assert start("--resume", "--out", tmp_path / "run", "--dataset", "docs") == 2
+    assert "has other settings for dataset" in message(capsys)
+
+
+def test_a_run_that_diverges_at_once_promises_no_checkpoint_and_gives_back_the_old_run(
+    finished, corpus, tmp_path, capsys
+):
+    """With weights that are not numbers, which are refused, and with ones that are too large to compute with."""
+    copy, broken, model = tmp_path / "copy", tmp_path / "broken", load(finished).model
+    shutil.copytree(finished, copy)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for value, code in ((np.nan, 2), (3e38, 1)):
+        save(eqx.tree_at(lambda model: model.embedding, model, jnp.full_like(model.embedding, value)), broken)
+        assert start("--dataset", corpus, "--out", copy, *SMALL, "--overwrite", "--init", broken) == code
+        assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    text = message(capsys)
+    assert f"error: {broken} holds weights that are not numbers" in text
+    assert "at step 1 (64 bytes); there is no checkpoint yet, and the weights of --init" in text
+    assert text.count(f"the run that was in {copy} before is there again") == 1
+
+
+def test_a_run_that_diverges_later_names_its_last_checkpoint(corpus, tmp_path, capsys):
     out = tmp_path / "run"
     assert start("--dataset", corpus, "--out", out, *SMALL, "--optimizer.learning-rate", "1e30") == 1
     text = message(capsys)
     assert "error: loss became nan at step" in text or "error: gradient_norm became" in text
+    steps = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert (f", of step {steps[-1]}, is from before it" if steps else "there is no checkpoint yet:") in text
     assert not (out / "summary.json").exists()
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_with_its_weights_again(finished, corpus, tmp_path):
+    """A comparison starts its runs so."""
+    arguments = ["--dataset", str(corpus), "--out", str(tmp_path / "run"), "--init", str(finished), *SMALL]
+    config = run_module.parse(arguments)
+    prepare_new(config)
+    begun = set_up(dataclasses.replace(config, resume=True)).model
+    np.testing.assert_array_equal(begun.embedding, load(finished).model.embedding)
+
+
+def test_a_run_whose_folder_vanishes_is_saved_beside_it_and_goes_on_from_there(
+    finished, corpus, tmp_path, monkeypatch, capsys
+):
+    out, rescued, write = tmp_path / "run", tmp_path / "run-rescued", MetricsLog.write
+
+    def write_and_delete(self, record):
+        if record["step"] == 5:
+            shutil.rmtree(out, ignore_errors=True)
+        return write(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", write_and_delete)
+        assert start("--dataset", corpus, "--out", out, *SMALL) == 1
+    text = message(capsys)
+    assert f"error: {out} has vanished while the run was at work there; step 6 of 8 and its model are saved in" in text
+    assert f"go on with --resume --out {rescued}" in text
+    assert load(rescued)
+    assert start("--resume", "--out", rescued) == 0
+    assert curve(rescued) == curve(finished)
+    assert summary(rescued) == summary(finished)
+
+
+def test_a_report_that_fails_costs_no_model_and_is_written_by_going_on(finished, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    for name in ("model.safetensors", "summary.json"):
+        (copy / name).unlink()
+
+    def fail(*arguments):
+        raise ValueError("no glyph\nfor that")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_report", fail)
+        assert start("--resume", "--out", copy) == 1
+    text = message(capsys)
+    assert f"the training has ended and its model is saved in {copy}, but its report could not be written" in text
+    assert "(ValueError: no glyph\\nfor that); go on with --resume to write it" in text
+    assert load(copy)
+    assert not (copy / "summary.json").exists()
+    assert start("--resume", "--out", copy) == 0
+    assert curve(copy) == curve(finished)
+    assert summary(copy) == summary(finished)
+
+
+def test_a_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(finished, tmp_path, capsys):
+    """The checkpoints themselves are tested without a run."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "checkpoints" / "8" / "files.json").write_bytes(b"\0" * 64)
+    assert start("--resume", "--out", copy) == 0
+    assert f"{copy / 'checkpoints' / '8'} is damaged" in message(capsys)
+    assert curve(copy) == curve(finished)
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == ["6", "8"]
 
 
 WRONG = [

@@ -36,7 +36,8 @@ from experiments.reporting.report import html_page, picture, scale, shaded_html
 from experiments.reporting.shading import Character, shade
 from experiments.training.data import load_split
 from experiments.training.dropped import TOLERATED
-from experiments.training.run_dir import json_text, write_atomically
+from experiments.training.run_dir import json_text
+from unet.files.saving import write_atomically
 
 REFERENCE = BASELINE
 """The estimator that gains are relative to."""

@@ -7,14 +7,17 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from experiments.comparison.pairs import Curve
 from experiments.config.errors import ConfigError
 from experiments.config.files import from_values, to_json
 from experiments.config.plugins import load_model, modules_of, trusted
 from experiments.config.settings import RunConfig
+from experiments.config.structure import Flat, flat, parsed
 from experiments.reporting.summary import Summary
-from experiments.training.run_dir import SUMMARY, differing, read_config, read_metrics
+from experiments.training.metrics_log import read_metrics
+from experiments.training.run_dir import SUMMARY, differing, read_config, read_summary
 from unet.flops import matrix_flops
 from unet.losses import level_prefix
 
@@ -58,7 +61,7 @@ def is_finished(folder: Path) -> bool:
 def read_finished(folder: Path, plugins: Collection[str] = ()) -> FinishedRun:
     """The finished run in a folder; `plugins` are modules that it may name."""
     config = read_config(folder, plugins)
-    return FinishedRun(config, json.loads((folder / SUMMARY).read_text()), curve(folder, config), folder)
+    return FinishedRun(config, read_summary(folder), curve(folder, config), folder)
 
 
 def read_tables(paths: Sequence[Path], runs: Sequence[RunConfig]) -> list[FinishedRun]:
@@ -93,21 +96,40 @@ def _portable(run: RunConfig) -> RunConfig:
 
 def _read_table(path: Path, plugins: Collection[str]) -> list[FinishedRun]:
     try:
-        methods = json.loads(path.read_text())["methods"]
-        runs = [_run_of(run, str(path), plugins) for method in methods for run in method["runs"]]
+        values = parsed(path.read_bytes())
+        methods = _part(values, "methods", list)
+        return [_run_of(run, str(path), plugins) for method in methods for run in _part(method, "runs", list)]
     except OSError as error:
         raise ConfigError(f"--tables {path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"--tables {path} is not the table.json of a comparison ({error!r})") from None
-    return runs
+    except ValueError as error:
+        raise ConfigError(f"--tables {path} is not the table.json of a comparison ({error})") from None
 
 
-def _run_of(values: Mapping[str, object], where: str, plugins: Collection[str]) -> FinishedRun:
-    summary, points = values["summary"], values["curve"]
-    if not isinstance(summary, dict) or not isinstance(points, list):
-        raise TypeError("a run has a summary and a curve")
-    config = from_values(values["config"], where, plugins)
-    return FinishedRun(config, summary, [(point["flops"], point["bytes"] / 1e6, point["val_bpb"]) for point in points])
+def _run_of(values: object, where: str, plugins: Collection[str]) -> FinishedRun:
+    """A run in a table. Raises `ValueError` and `ConfigError`."""
+    summary = flat(_part(values, "summary", dict))
+    config = from_values(_part(values, "config", dict), where, plugins)
+    points = [flat(point) for point in _part(values, "curve", list)]
+    curve = [tuple(_number(point, name) for name in ("flops", "bytes", "val_bpb")) for point in points]
+    if not isinstance(summary.get("parameters"), int):
+        raise ValueError("a summary has no number of parameters")
+    return FinishedRun(config, summary, [(flops, num_bytes / 1e6, bpb) for flops, num_bytes, bpb in curve])
+
+
+Kind = TypeVar("Kind", list, dict)
+
+
+def _part(values: object, name: str, kind: type[Kind]) -> Kind:
+    part = values.get(name) if isinstance(values, dict) else None
+    if not isinstance(part, kind):
+        raise ValueError(f"it has no {name} where one belongs")
+    return part
+
+
+def _number(point: Flat, name: str) -> float:
+    if not isinstance(value := point.get(name), int | float):
+        raise ValueError(f"a point of a curve has no {name}")
+    return float(value)
 
 
 def by_estimator(runs: Sequence[FinishedRun], names: Sequence[str]) -> Runs:
@@ -125,7 +147,7 @@ def curve(folder: Path, config: RunConfig | None = None) -> Curve:
     for record in read_metrics(folder):
         # Not every step may be logged: bytes between the last training record and a validation count at the validation's rate.
         prefix = "" if "rate" in record else "val_"
-        bytes_so_far, rate = record["bytes"], record.get(f"{prefix}rate")
+        bytes_so_far, rate = record.get("bytes"), record.get(f"{prefix}rate")
         if not isinstance(bytes_so_far, int | float) or not isinstance(rate, float):
             continue
         inner = [record.get(f"{prefix}{level_prefix(level)}rate") for level in range(1, len(config.levels))]

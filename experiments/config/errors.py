@@ -1,4 +1,4 @@
-"""The error of a setting that cannot be."""
+"""What ends a command: a setting that cannot be, or a failure of what is around it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from estimators.lookup import Part, PartError
+from experiments.reporting.terminal import escaped
 
 
 class ConfigError(Exception):
@@ -14,6 +15,17 @@ class ConfigError(Exception):
 
 class PluginError(ConfigError):
     """The same where code of somebody else failed; its own exception is the cause, and shown."""
+
+
+class RunError(Exception):
+    """What failed although the settings were right, such as a full disk, said in one sentence. Commands exit with 1."""
+
+
+def one_line(text: str, longest: int = 300) -> str:
+    """What somebody else wrote, to be quoted in an error: one line of at most `longest` characters, none of which a terminal acts
+    on."""
+    plain = escaped(text[: longest + 1])
+    return plain if len(plain) <= longest else f"{plain[: longest - 1]}…"
 
 
 def refused(error: PartError) -> ConfigError:

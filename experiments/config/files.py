@@ -6,10 +6,10 @@ import dataclasses
 import json
 from collections.abc import Collection
 
-from experiments.config.errors import ConfigError, require
+from experiments.config.errors import ConfigError, one_line, require
 from experiments.config.plugins import require_known
 from experiments.config.settings import RunConfig
-from experiments.config.structure import structured
+from experiments.config.structure import parsed, structured
 
 
 def to_json(config: RunConfig) -> str:
@@ -20,13 +20,13 @@ def to_json(config: RunConfig) -> str:
     return json.dumps(values, indent=2, default=str) + "\n"
 
 
-def from_json(text: str, where: str, plugins: Collection[str] = ()) -> RunConfig:
+def from_json(text: str | bytes, where: str, plugins: Collection[str] = ()) -> RunConfig:
     """The configuration that `to_json` wrote. A setting that is missing has its default. `plugins`: modules that it may name.
 
     Raises `ConfigError`, naming `where` and the setting, for anything else.
     """
     try:
-        values = json.loads(text)
+        values = parsed(text)
     except ValueError as error:
         raise ConfigError(f"{where} is not the configuration of a run ({error})") from None
     return from_values(values, where, plugins)
@@ -40,10 +40,8 @@ def from_values(values: object, where: str, plugins: Collection[str] = ()) -> Ru
     try:
         require("plugin" not in values, "there is no setting plugin")
         config = structured(values, RunConfig)
-    except (ValueError, ConfigError) as error:
-        raise ConfigError(f"{where} is not the configuration of a run: {error}") from None
-    if unused := sorted(config.settings.keys() - config.sections.keys()):
-        raise ConfigError(
-            f"{where} is not the configuration of a run: nothing it names has settings {', '.join(unused)}"
-        )
+        unused = sorted(config.settings.keys() - config.sections.keys())
+        require(not unused, f"nothing it names has settings {', '.join(unused)}")
+    except (ValueError, OverflowError, RecursionError, ConfigError) as error:
+        raise ConfigError(f"{where} is not the configuration of a run: {one_line(str(error))}") from None
     return config

@@ -17,6 +17,7 @@ import tyro
 
 from estimators.lookup import Kind, Part, PartError, Setting, default_of, field_help, find, installed
 from estimators.registry import ESTIMATORS
+from experiments.config.arguments import PATHS, expanded, usage
 from experiments.config.build import require_fit
 from experiments.config.errors import ConfigError, refused
 from experiments.config.parts import KINDS, Names, Section, Values, levels_of, sections_in
@@ -189,7 +190,8 @@ def _parsed(
         what = f"{EVERYTHING} shows the flags of every estimator, and explains these:"
         flags.__doc__ = "\n".join([f"{RunConfig.__doc__}\n\n{what}", *further])
     defaults = {one.name: one.default for one in shown if one.kind}
-    return tyro.cli(flags, prog=program, args=list(given), default=flags(**defaults))
+    with usage(given):
+        return tyro.cli(flags, prog=program, args=list(given), default=flags(**defaults), registry=PATHS)
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ def _built(parsed: object, default: RunConfig, sections: Mapping[str, Section]) 
                 value = cls(**{name: getattr(value, name) for name in _names_of(cls)})
             except ValueError as error:
                 raise ConfigError(f"--{one.name}: {error}") from None
-        values[one.name] = value
+        values[one.name] = expanded(value) if one.name == "init" and isinstance(value, str) else value
     settings = {name: vars(getattr(parsed, name)) for name in sections}
     return RunConfig(**values, settings=settings)  # type: ignore[bad-argument-type]  # from the same class's own fields
 

@@ -14,10 +14,15 @@ import types
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import equinox as eqx
+import jax
+import numpy as np
+
 from estimators.lookup import PartError, imported
 from experiments.config.errors import ConfigError, refused
 from experiments.config.parts import KINDS
 from experiments.config.settings import RunConfig
+from unet import UNet
 from unet.files.saving import WEIGHTS, Loaded, load, outside_classes
 
 
@@ -67,7 +72,10 @@ def trusted(config: RunConfig) -> tuple[str, ...]:
 
 
 def load_model(where: str | Path, plugins: Sequence[types.ModuleType] = ()) -> Loaded:
-    """`unet.load`, with the classes of `plugins` and, where the model needs others, of installed packages."""
+    """`unet.load`, with the classes of `plugins` and, where the model needs others, of installed packages.
+
+    Raises `ConfigError` for a model of other classes, and for one whose weights are not numbers.
+    """
     needed = outside_modules(where)
     known = [*plugins, *announced(needed)]
     # A package that is installed for this, or that the command line names, is trusted with all of its modules.
@@ -79,7 +87,20 @@ def load_model(where: str | Path, plugins: Sequence[types.ModuleType] = ()) -> L
             f"{where} was made with classes of {', '.join(lacking)}, which are not part of this library: add --plugin "
             f"{' '.join(lacking)} if you trust them"
         )
-    return load(where, known=known)
+    loaded = load(where, known=known)
+    require_numbers(loaded.model, str(where))
+    return loaded
+
+
+def require_numbers(model: UNet, where: str) -> None:
+    """Raise `ConfigError` where weights are infinite or NaN: such a model has nothing to say."""
+    arrays = jax.tree_util.tree_leaves_with_path(eqx.filter(model, eqx.is_inexact_array))
+    wrong = [jax.tree_util.keystr(path) for path, leaf in arrays if not np.isfinite(np.asarray(leaf)).all()]
+    if wrong:
+        raise ConfigError(
+            f"{where} holds weights that are not numbers, in {len(wrong)} of {len(arrays)} arrays such as {wrong[0]}: its "
+            "training diverged, or the file was damaged; name another model"
+        )
 
 
 def outside_modules(where: str | Path) -> list[str]:

@@ -1,8 +1,10 @@
-"""Plain values to settings, with every type checked."""
+"""JSON to plain values and settings, with every type checked."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar, get_args, get_origin
@@ -10,17 +12,55 @@ from typing import Literal, TypeVar, get_args, get_origin
 import cattrs
 from cattrs.errors import ForbiddenExtraKeysError
 
+from experiments.config.errors import one_line
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
 
 Settings = TypeVar("Settings")
 
+Flat = dict[str, float | int | str | None]
+"""A JSON object without anything nested."""
+LARGEST = 2**63
+"""The largest whole number of a flat object, in size: larger ones are no numbers of steps or bytes."""
+
+
+def parsed(content: str | bytes) -> object:
+    """The value of a JSON text. Raises `ValueError` in one sentence for anything else, NaN and infinity included."""
+    try:
+        # Not by the encoding that JSON would guess from zeros.
+        text = content.decode() if isinstance(content, bytes) else content
+        return json.loads(text, parse_constant=_refused_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 from byte {error.start} on") from None
+    except ValueError as error:
+        raise ValueError(one_line(str(error))) from None
+
+
+def _refused_constant(name: str) -> object:
+    raise ValueError(f"JSON has no {name}")
+
+
+def flat(value: object) -> Flat:
+    """`value`, if it is an object of numbers, texts and nulls. Raises `ValueError` in one sentence for anything else."""
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    for name, part in value.items():
+        if isinstance(part, float) and not math.isfinite(part):
+            raise ValueError(f"{one_line(name, 60)} is too large a number")
+        if isinstance(part, int) and not -LARGEST <= part < LARGEST:
+            raise ValueError(f"{one_line(name, 60)} is too large a number")
+        if part is not None and not isinstance(part, float | int | str):
+            raise ValueError(f"{one_line(name, 60)} is neither a number nor a text")
+    return value
+
 
 def structured(values: object, kind: type[Settings], where: str = "") -> Settings:
     """`values` as an instance of the dataclass `kind`; a setting that is missing has its default.
 
-    Raises `ValueError` in one sentence that names the setting, below `where`, for one that does not exist, a wrong type, and
-    what the dataclass refuses itself.
+    Raises `ValueError` in one short sentence that names the setting, below `where`, for one that does not exist, a wrong type,
+    and what the dataclass refuses itself.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where}: it is no JSON object" if where else "it is no JSON object")
@@ -30,7 +70,7 @@ def structured(values: object, kind: type[Settings], where: str = "") -> Setting
         sentence, *_ = cattrs.transform_error(error, format_exception=_sentence)
         what, _, place = sentence.rpartition(" @ $")
         name = ".".join(part for part in (where, place.removeprefix(".")) if part)
-        raise ValueError(f"{name}{': ' if name else ''}{what}") from None
+        raise ValueError(one_line(f"{name}{': ' if name else ''}{what}")) from None
 
 
 def _sentence(error: BaseException, kind: object) -> str:
@@ -43,27 +83,32 @@ def _sentence(error: BaseException, kind: object) -> str:
     return str(error)
 
 
+def _quoted(value: object) -> str:
+    """A value that a file has, in an error."""
+    return one_line(repr(value), 80)
+
+
 def _number(value: object, kind: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is no number")
+        raise TypeError(f"{_quoted(value)} is no number")
     return float(value)
 
 
 def _whole_number(value: object, kind: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is no whole number")
+        raise TypeError(f"{_quoted(value)} is no whole number")
     return value
 
 
 def _truth_value(value: object, kind: object) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{value!r} is neither true nor false")
+        raise TypeError(f"{_quoted(value)} is neither true nor false")
     return value
 
 
 def _string(value: object, kind: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no string")
+        raise TypeError(f"{_quoted(value)} is no string")
     return value
 
 
@@ -75,7 +120,7 @@ def _choice(value: object, kind: object) -> object:
     for choice in get_args(kind):
         if value == choice and type(value) is type(choice):
             return choice
-    raise TypeError(f"{value!r} is none of {', '.join(map(str, get_args(kind)))}")
+    raise TypeError(f"{_quoted(value)} is none of {', '.join(map(str, get_args(kind)))}")
 
 
 def _shape(value: object, kind: object) -> UNetConfig | HNetConfig:
@@ -88,7 +133,7 @@ def _sections(value: object, kind: object) -> dict[str, object]:
         raise TypeError("it is no JSON object")
     for name, inside in value.items():
         if not isinstance(inside, dict):
-            raise TypeError(f"{name} is no JSON object")
+            raise TypeError(f"{one_line(name, 60)} is no JSON object")
     return value
 
 
@@ -101,6 +146,8 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook(str, _string)
     converter.register_structure_hook_func(lambda kind: get_origin(kind) is Literal, _choice)
     converter.register_structure_hook(Path, _path)
+    # What may be anything.
+    converter.register_structure_hook_func(lambda kind: kind is object, lambda value, kind: value)
     # Plain values, whose types are checked against those of the parts that they belong to.
     converter.register_structure_hook_func(lambda kind: kind == Mapping[str, Mapping[str, object]], _sections)
     converter.register_structure_hook(UNetConfig | HNetConfig, _shape)

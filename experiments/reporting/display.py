@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import math
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import IO, cast
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from data import DataError
-from experiments.config.errors import ConfigError, PluginError
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
 from experiments.reporting.shading import Character, colour_of
-from unet.files.saving import LoadError
-
-Settings = TypeVar("Settings")
+from experiments.reporting.terminal import Lenient, escaped, message, visible
 
 
 class Display:
-    """A progress bar, one line per validation, and notes, all on standard error."""
+    """A progress bar, one line per validation, and notes, all on standard error; nothing where that is gone."""
 
     def __init__(self, quiet: bool = False):
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        errors = cast("IO[str]", Lenient(sys.stderr))
+        self.console = Console(file=errors, stderr=True, quiet=quiet, highlight=False, emoji=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
     def note(self, text: str) -> None:
-        """Print `text`."""
-        self.console.print(text, markup=False)
+        """Print `text`, which may have several lines."""
+        self.console.print(escaped(text, keep="\n\t"), markup=False)
+
+    def error(self, text: str) -> None:
+        """Print what went wrong, in one line of bounded length."""
+        self.note(message(f"error: {text}"))
 
     def start(self, config: RunConfig, parameters: int, capacity: int, done: int) -> None:
         """Print a description of the run and start the progress bar at `done` steps."""
@@ -95,7 +93,7 @@ class Display:
         text = Text()
         for character in characters:
             red, green, blue = colour_of(character.prob)
-            shown = "⏎\n" if character.text == "\n" else character.text
+            shown = "⏎\n" if character.text == "\n" else visible(character.text)
             text.append(shown, style=f"black on #{red:02x}{green:02x}{blue:02x}")
         self.console.print("held-out text, boundary probability from blue (0) to red (1):")
         self.console.print(text)
@@ -109,26 +107,3 @@ def bits_per_byte(validation: Validation) -> str:
 
 def _megabytes(num_bytes: float | int | None) -> str:
     return f"{np.nan if num_bytes is None else num_bytes / 1e6:.2f}"
-
-
-def exit_code(display: Display, command: Callable[[], int | None]) -> int:
-    """Run `command` and return its exit code (None counts as 0), or 2 for invalid input, whose error is printed."""
-    try:
-        return command() or 0
-    except (ConfigError, DataError, LoadError) as error:
-        if isinstance(error, PluginError):
-            traceback.print_exception(error.__cause__)
-        display.note(f"error: {error}")
-        return 2
-
-
-def command_line(
-    settings: type[Settings], command: Callable[[Settings, Display], None], name: str, arguments: Sequence[str] | None
-) -> int:
-    """Run `command` with settings parsed from the command line. Returns the exit code.
-
-    `name`: the module name for `python -m`. `arguments`: the command line; None for that of this process.
-    """
-    display = Display()
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    return exit_code(display, lambda: command(tyro.cli(settings, prog=f"python -m {name}", args=given), display))

@@ -16,7 +16,9 @@ from matplotlib.patches import Rectangle
 from experiments.config.settings import RunConfig
 from experiments.reporting.shading import Character, colour_of
 from experiments.reporting.summary import Summary
-from experiments.training.run_dir import read_metrics, write_atomically
+from experiments.reporting.terminal import escaped
+from experiments.training.metrics_log import read_metrics
+from unet.files.saving import write_atomically
 from unet.losses import level_prefix
 
 PICTURE_COLUMNS, PICTURE_LINES = 96, 26
@@ -69,6 +71,8 @@ A line at the right of a character marks a sampled boundary. ▪ is the start of
 
 def html_page(title: str, body: str) -> str:
     """A self-contained HTML page with this title and body."""
+    # The name of a data set may be that of a file that is no UTF-8.
+    title = escaped(title)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
+import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -15,10 +19,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
-from experiments.config.errors import ConfigError
-from experiments.training.run_dir import write_atomically
+from experiments.config.errors import ConfigError, RunError, one_line
+from experiments.config.structure import flat, parsed, structured
+from unet.files.saving import write_atomically
 
 _TRASH = "trash"
+_DAMAGED = "damaged"
+"""Folder for checkpoints that cannot be read, until there is a newer one that can."""
 _FILES = "files.json"
 """SHA-256 of every file of a checkpoint, beside them."""
 
@@ -36,6 +43,17 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class _Meta:
+    """`Progress`, and of every array by name its shape, dtype and SHA-256."""
+
+    step: int
+    seconds: float
+    data: dict[str, object]
+    fingerprint: str
+    leaves: dict[str, tuple[tuple[int, ...], str, str]]
+
+
+@dataclass(frozen=True)
 class Restored(Generic[Arrays]):
     """A checkpoint that was read and found whole."""
 
@@ -43,11 +61,20 @@ class Restored(Generic[Arrays]):
     progress: Progress
 
 
+class DamagedError(Exception):
+    """A checkpoint is not as it was written."""
+
+
+class SaveError(RunError):
+    """A checkpoint could not be written."""
+
+
 class Checkpoints:
     """The checkpoints of one run, by step. Opening them sweeps away what a killed process left half written."""
 
     def __init__(self, folder: Path, keep: int):
         self._folder = folder.absolute()
+        logging.getLogger("absl").addFilter(_quiet_logs)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             enable_async_checkpointing=False,
@@ -56,74 +83,87 @@ class Checkpoints:
             todelete_subdir=_TRASH,
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-        self._sweep()
+        shutil.rmtree(self._folder / _TRASH, ignore_errors=True)
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest one."""
+        return self._manager.latest_step()
 
     def save(self, arrays: PyTree[Array], progress: Progress) -> None:
-        """Commit a checkpoint; returns once it is complete. The same step is not written twice."""
+        """Commit a checkpoint; returns once it is complete. The same step is not written twice.
+
+        Raises `SaveError` where it cannot be written; what was written of it is deleted.
+        """
         if progress.step in self._manager.all_steps():
             return
         meta = {**vars(progress), "leaves": _describe(arrays)}
-        self._manager.save(
-            progress.step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
-            force=True,
-        )
-        self._list_files(progress.step)
-        self._sweep()
-
-    def restore(self, like: Arrays) -> Restored[Arrays] | None:
-        """The latest checkpoint, with the structure and the devices of `like`; None where none was committed.
-
-        Raises `ConfigError` where it cannot be read, does not fit, or holds other bits than were written.
-        """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        where = f"the checkpoint {self._folder / str(step)}"
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        self._check_files(step, where)
         try:
-            meta = self._read(step, "meta", ocp.args.JsonRestore())
-            saved, expected = meta["leaves"], _describe(like)
-            for name in sorted(saved.keys() | expected.keys()):
-                if name not in saved or name not in expected or saved[name][:2] != expected[name][:2]:
-                    raise ConfigError(
-                        f"{where} does not fit this model: {name} differs; resume it with its own settings"
-                    )
-            arrays = self._read(step, "state", ocp.args.StandardRestore(abstract))
-        except ConfigError:
-            raise
-        except Exception as error:  # orbax lets whatever its readers raise through, bare Exceptions among them
-            raise _damaged(where, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
-        if _describe(arrays) != saved:
-            raise _damaged(where, "its bits are not those written")
-        return Restored(arrays, Progress(meta["step"], meta["seconds"], meta["data"], meta["fingerprint"]))
+            self._manager.save(
+                progress.step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
+                force=True,
+            )
+            write_list(self._folder / str(progress.step))
+        except Exception as error:  # orbax and tensorstore raise what they like
+            sys.unraisablehook = _quiet_threads
+            self._manager.reload()
+            for left in self._folder.glob(f"{progress.step}.*"):
+                shutil.rmtree(left, ignore_errors=True)
+            raise SaveError(f"the checkpoint of step {progress.step} cannot be written ({_said(error)})") from error
+        for name in (_TRASH, _DAMAGED):
+            shutil.rmtree(self._folder / name, ignore_errors=True)
 
-    def _list_files(self, step: int) -> None:
-        folder = self._folder / str(step)
-        digests = {str(path.relative_to(folder)): _digest(path) for path in sorted(_files(folder))}
-        write_atomically(folder / _FILES, json.dumps(digests, indent=1) + "\n")
+    def restore(self, like: Arrays, note: Callable[[str], None]) -> Restored[Arrays] | None:
+        """The latest checkpoint that is whole, with the structure and the devices of `like`; None where none was committed.
+        `note` is told of damaged ones, which are put aside.
 
-    def _check_files(self, step: int, where: str) -> None:
-        """Raises `ConfigError` naming the first file that is not as it was written.
-
-        Orbax would notice most of it too, but the threads of its readers go on complaining after it has given up. A
-        process killed between the checkpoint's rename and its list leaves no list: what is read is checked even so.
+        Raises `ConfigError` where all are damaged, or one does not fit.
         """
-        folder = self._folder / str(step)
-        try:
-            digests = json.loads((folder / _FILES).read_text())
-        except FileNotFoundError:
-            return
-        except ValueError as error:
-            raise _damaged(where, f"{_FILES} is no JSON") from error
-        for name, digest in digests.items():
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                same = _digest(folder / name) == digest
-            except FileNotFoundError as error:
-                raise _damaged(where, f"{name} is missing") from error
-            if not same:
-                raise _damaged(where, f"{name} is not as it was written")
+                restored = self._restored(step, like)
+            except DamagedError as error:
+                damaged[step] = f"the checkpoint {self._folder / str(step)} is damaged ({error})"
+                continue
+            for later, sentence in damaged.items():
+                self._put_aside(later)
+                note(f"{sentence}: going on from that of step {step}")
+            return restored
+        if damaged:
+            raise ConfigError(
+                f"{' and '.join(damaged.values())}: there is none to go on from; start again with --overwrite"
+            )
+        return None
+
+    def _restored(self, step: int, like: Arrays) -> Restored[Arrays]:
+        require_undamaged(self._folder / str(step))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            meta = structured(self._read(step, "meta", ocp.args.JsonRestore()), _Meta)
+        except Exception as error:  # orbax lets whatever its readers raise through, bare Exceptions among them
+            raise DamagedError(_said(error)) from error
+        expected = _describe(like)
+        for name in sorted(meta.leaves.keys() | expected.keys()):
+            if name not in meta.leaves or name not in expected or meta.leaves[name][:2] != expected[name][:2]:
+                raise ConfigError(
+                    f"the checkpoint {self._folder / str(step)} does not fit this model: {one_line(name, 80)} differs; resume it "
+                    "with its own settings"
+                )
+        try:
+            arrays = self._read(step, "state", ocp.args.StandardRestore(abstract))
+        except Exception as error:  # as above
+            raise DamagedError(_said(error)) from error
+        if meta.step != step or _describe(arrays) != meta.leaves:
+            raise DamagedError("its bits are not those written")
+        return Restored(arrays, Progress(meta.step, meta.seconds, meta.data, meta.fingerprint))
+
+    def _put_aside(self, step: int) -> None:
+        (self._folder / _DAMAGED).mkdir(exist_ok=True)
+        shutil.rmtree(self._folder / _DAMAGED / str(step), ignore_errors=True)
+        (self._folder / str(step)).rename(self._folder / _DAMAGED / str(step))
+        self._manager.reload()
 
     def _read(self, step: int, item: str, how: ocp.args.CheckpointArgs):
         """One part of a checkpoint; its type is whatever `how` reads."""
@@ -132,16 +172,60 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
-    def _sweep(self) -> None:
-        shutil.rmtree(self._folder / _TRASH, ignore_errors=True)
+
+def write_list(folder: Path) -> Path:
+    """Write the list of a checkpoint's files, which `require_undamaged` reads; returns its path."""
+    write_atomically(folder / _FILES, json.dumps(_digests(folder), indent=1) + "\n")
+    return folder / _FILES
 
 
-def _damaged(where: str, what: str) -> ConfigError:
-    return ConfigError(f"{where} is damaged ({what}); delete that folder to go on from the one before it")
+def require_undamaged(folder: Path) -> None:
+    """Raise `DamagedError` naming the first file of a checkpoint that is not as it was written.
+
+    Orbax would notice most of it too, but the threads of its readers go on complaining after it has given up. A process killed
+    between the checkpoint's rename and its list leaves no list: what is read is checked even so.
+    """
+    try:
+        written = flat(parsed((folder / _FILES).read_bytes()))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{_FILES}: {_said(error)}") from error
+    try:
+        found = _digests(folder)
+    except OSError as error:
+        raise DamagedError(_said(error)) from error
+    for name in sorted(written.keys() | found.keys()):
+        if written.get(name) != found.get(name):
+            what = "is missing" if name not in found else "is not as it was written"
+            raise DamagedError(f"{one_line(name, 80)} {what}")
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file() and path.name != _FILES)
+def _quiet_logs(record: logging.LogRecord) -> bool:
+    """Orbax logs what it raises as well, with tracebacks, from several threads and after it has given up."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _quiet_threads(unraisable: sys.UnraisableHookArgs) -> None:
+    """The writes of a checkpoint that failed go on reporting to an event loop that is closed."""
+    if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
+        sys.__unraisablehook__(unraisable)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # The sentence of tensorstore begins with paths, again and again.
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    lines = str(error).strip().splitlines()
+    return one_line(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder` but the list itself and what an operating system leaves."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _FILES)
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files if not path.name.startswith(".")}
 
 
 def _digest(path: Path) -> str:
@@ -149,11 +233,11 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _describe(arrays: PyTree[Array]) -> dict[str, list[object]]:
+def _describe(arrays: PyTree[Array]) -> dict[str, tuple[tuple[int, ...], str, str]]:
     """Shape, dtype and SHA-256 of every leaf by its path."""
-    described: dict[str, list[object]] = {}
+    described: dict[str, tuple[tuple[int, ...], str, str]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         value = np.ascontiguousarray(leaf)
         digest = hashlib.sha256(value.view(np.uint8).data if value.ndim else value.tobytes()).hexdigest()
-        described[jax.tree_util.keystr(path)] = [list(value.shape), str(value.dtype), digest]
+        described[jax.tree_util.keystr(path)] = (value.shape, str(value.dtype), digest)
     return described

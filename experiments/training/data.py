@@ -7,7 +7,7 @@ from pathlib import Path
 from data import Batches, Split, load, open_source
 from data.coverage import LITTLE
 from experiments.config.settings import RunConfig
-from experiments.training.run_dir import read_metrics
+from experiments.training.metrics_log import read_metrics
 
 EPOCHS, SHOWN = "epochs", "shown_fraction"
 """What metrics and summaries call them."""

@@ -26,12 +26,14 @@ class DroppedBoundaries:
         """The counts that the last line of `metrics.jsonl` with a `record` has: those of a run that goes on."""
         counted = cls(levels)
         for record in records:
-            if isinstance(step := record.get("step"), int) and f"{level_prefix(levels - 1)}drawn_so_far" in record:
+            drawn, dropped = (
+                [record.get(f"{level_prefix(level)}{what}_so_far") for level in range(levels)]
+                for what in ("drawn", "dropped")
+            )
+            numbers = [value for value in (*drawn, *dropped) if isinstance(value, int | float)]
+            if isinstance(step := record.get("step"), int) and levels and len(numbers) == 2 * levels:
                 counted._steps = step
-                counted._drawn = [float(record[f"{level_prefix(level)}drawn_so_far"] or 0.0) for level in range(levels)]
-                counted._dropped = [
-                    float(record[f"{level_prefix(level)}dropped_so_far"] or 0.0) for level in range(levels)
-                ]
+                counted._drawn, counted._dropped = numbers[:levels], numbers[levels:]
         return counted
 
     def add(self, record: Record) -> None:

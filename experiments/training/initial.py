@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from experiments.config.errors import ConfigError
-from experiments.config.plugins import load_model
+from experiments.config.plugins import load_model, require_numbers
 from unet.files.pretrained import load_hnet
 from unet.files.saving import WEIGHTS, describes_itself
 from unet.model import UNet
@@ -27,6 +27,7 @@ def initial_weights(where: str, fresh: UNet, plugins: Sequence[ModuleType] = ())
     path = Path(where)
     known = where.startswith("hub:") or describes_itself(path / WEIGHTS if path.is_dir() else path)
     found = load_model(where, plugins).model if known else load_hnet(where)
+    require_numbers(found, f"--init {where}")
     ours, theirs = (
         {
             jax.tree_util.keystr(path): leaf

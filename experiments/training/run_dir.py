@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
-import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +17,10 @@ try:
 except ImportError:  # Windows has no such locks; runs there are not kept from sharing a folder.
     fcntl = None
 
-from experiments.config.errors import ConfigError, require
+from experiments.config.errors import ConfigError, RunError, one_line, require
 from experiments.config.files import from_json, to_json
 from experiments.config.settings import RunConfig
+from experiments.config.structure import Flat, flat, parsed
 from unet.files.saving import CONFIG, WEIGHTS, write_atomically
 
 METRICS = "metrics.jsonl"
@@ -26,15 +28,15 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 PREPARED = "prepared.safetensors"
 """What the estimator found out from text before training."""
+REPLACED = "replaced"
+"""The run that was in a folder before, until the new one has its first checkpoint."""
 OWN_FILES = (
     *(CONFIG, METRICS, SUMMARY, CHECKPOINTS, "report.html", "boundaries.png"),
-    *(WEIGHTS, PREPARED),
+    *(WEIGHTS, PREPARED, REPLACED),
 )
 
 OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every", "plugin")
 """Settings that do not change the results of a run, so that they may differ when it is resumed."""
-
-Record = Mapping[str, float | int | str | None]
 
 
 def json_text(value: object) -> str:
@@ -53,52 +55,97 @@ def json_text(value: object) -> str:
     return json.dumps(plain(value), indent=2, default=str) + "\n"
 
 
+def make_folder(folder: Path, flag: str = "--out") -> list[Path]:
+    """Make `folder` where it is missing, and try whether files can be written there. Returns the folders made, the innermost
+    first.
+
+    Raises `ConfigError` where it is a file, `RunError` where it cannot be made or written to; then nothing is left behind.
+    """
+    made: list[Path] = []
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{flag} {folder} is a file; name a folder")
+        missing = [one for one in (folder, *folder.parents) if not one.exists()]
+        for one in reversed(missing):
+            one.mkdir(exist_ok=True)
+            made.insert(0, one)
+        trial = folder / ".trial.tmp"
+        trial.write_bytes(b"")
+        trial.unlink()
+    except OSError as error:
+        remove_empty(made)
+        reason = error.strerror or type(error).__name__
+        raise RunError(f"{flag} {folder}: nothing can be written there ({reason}); name another folder") from None
+    return made
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those of `folders` that have nothing in them, the innermost first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """Keep `folder`, made where it is missing, to one process, for as long as that process lives.
 
-    The lock is on the folder itself and leaves no file. Raises `ConfigError` where another process holds it, or where
-    `folder` is a file.
+    The lock is on the folder itself and leaves no file, nor does a folder stay that was made here and is empty at the end. Where
+    the file system has no locks, `note` is told so. Raises `ConfigError` where another process holds it, and what `make_folder`
+    raises.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
+    made = make_folder(folder)
+    descriptor = None
+    try:
+        descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
+        if descriptor is not None and not _locked(folder, descriptor):
+            note(
+                f"{folder} lies on a file system without locks: nothing keeps a second run from working there, so start none"
+            )
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        remove_empty(made)
+
+
+def _locked(folder: Path, descriptor: int) -> bool:
+    """Whether the file system gave the lock. Raises `ConfigError` where another process has it."""
+    assert fcntl is not None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
         raise ConfigError(f"another process is at work in {folder}: wait for it, or name another --out") from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        # NFS says EBADF of folders, which cannot be opened for writing.
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL):
+            return False
+        raise
+    return True
 
 
-def prepare_new(config: RunConfig) -> Path:
-    """Make the folder of a new run and put its configuration there.
-
-    Raises `ConfigError` where the folder has anything in it, unless the run may overwrite it; even then only what a run
-    leaves is deleted, and a folder with anything else in it is refused.
-    """
+def require_free(config: RunConfig) -> None:
+    """Raise `ConfigError` where the folder of a new run has anything in it, unless the run may overwrite it; even then a folder
+    with anything that no run leaves is refused."""
     folder = config.run_dir
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    if present and not config.overwrite:
+    ours = [name for name in present if is_temporary(name)]
+    if len(present) > len(ours) and not config.overwrite:
         raise ConfigError(
             f"{folder} is not empty: go on with its run (--resume), delete it first (--overwrite), or name another --out"
         )
-    foreign = [name for name in present if name not in OWN_FILES and not _is_temporary(name)]
+    foreign = [name for name in present if name not in OWN_FILES and name not in ours]
     if foreign:
-        raise ConfigError(f"{folder} holds files that no run wrote ({', '.join(foreign[:3])}); it is left as it is")
-    for name in present:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG, to_json(config))
-    return folder
+        names = one_line(", ".join(foreign[:3]))
+        raise ConfigError(f"{folder} holds files that no run wrote ({names}); it is left as it is")
+
+
+def prepare_new(config: RunConfig) -> Path:
+    """Make the folder of a new run and put its configuration there. Raises what `require_free` and `make_folder` raise."""
+    make_folder(config.run_dir)
+    require_free(config)
+    write_atomically(config.run_dir / CONFIG, to_json(dataclasses.replace(config, resume=False, overwrite=False)))
+    return config.run_dir
 
 
 def refuse_existing(folder: Path, names: Collection[str], *, overwrite: bool) -> None:
@@ -121,49 +168,47 @@ def differing(run: RunConfig, saved: RunConfig, may_differ: Collection[str] = ()
     ]
 
 
+def moved(run: RunConfig, saved: RunConfig) -> RunConfig:
+    """`saved` with the places that `run` has for its data, their cache, the weights it began with and the run whose model it
+    reads: what lies there is recognised by its content. The model is known only where it was kept with the run."""
+    data = dataclasses.replace(saved.data, cache=run.data.cache)
+    init = saved.init if saved.init is None or run.init is None else run.init
+    there = dataclasses.replace(saved, dataset=run.dataset, data=data, init=init)
+    needs = saved.first.prerequisite
+    if needs is None or run.estimator != saved.estimator or not (run.run_dir / PREPARED).is_file():
+        return there
+    value = getattr(run.first, needs.setting)
+    return there.with_settings(**{saved.parts[0].estimator.section: {needs.setting: value}})
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint was committed in the folder of a run."""
+    inside = folder / CHECKPOINTS
+    return inside.is_dir() and any(path.name.isdigit() for path in inside.iterdir())
+
+
 def read_config(folder: Path, plugins: Collection[str] = ()) -> RunConfig:
     """The configuration of the run in `folder`; `plugins` are modules that it may name. Raises `ConfigError` if there is none."""
     path = folder / CONFIG
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no run to resume: there is no {CONFIG} in it")
-    return from_json(path.read_text(), str(path), plugins)
+        kept = folder / REPLACED
+        where = f"; the run that was to be replaced is in {kept}" if kept.is_dir() else ""
+        raise ConfigError(f"{folder} holds no run to resume: there is no {CONFIG} in it{where}")
+    return from_json(path.read_bytes(), str(path), plugins)
 
 
-def read_metrics(folder: Path) -> Iterator[dict[str, float | int | str | None]]:
-    """The records of a run in order; a last line that was cut off by a crash is left out."""
-    path = folder / METRICS
-    if not path.exists():
-        return
-    with path.open() as stream:
-        for line in stream:
-            if line.endswith("\n"):
-                yield json.loads(line)
+def read_summary(folder: Path) -> Flat:
+    """The results of a finished run. Raises `ConfigError` where they are damaged."""
+    path = folder / SUMMARY
+    try:
+        values = flat(parsed(path.read_bytes()))
+        if not isinstance(values.get("parameters"), int):
+            raise ValueError("it has no number of parameters")
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): --resume of that run writes it again") from None
+    return values
 
 
-class MetricsLog:
-    """`metrics.jsonl`, one JSON object a line, in order of `step`."""
-
-    def __init__(self, folder: Path, keep_steps: int):
-        """Opens the log, dropping records of steps after `keep_steps`, which a resumed run writes again."""
-        kept = [record for record in read_metrics(folder) if _step(record) <= keep_steps]
-        write_atomically(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
-        self._stream = (folder / METRICS).open("a")
-
-    def write(self, record: Record) -> None:
-        """Append one record and hand it to the operating system."""
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-def _step(record: Record) -> int:
-    step = record["step"]
-    if not isinstance(step, int):
-        raise ConfigError(f"{METRICS} has a record whose step is {step!r}, not a whole number")
-    return step
-
-
-def _is_temporary(name: str) -> bool:
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name was left by a process that was killed while it wrote it."""
     return name.startswith(".") and name.endswith(".tmp")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -11,35 +12,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from data import DataError, open_batches
-from experiments.config.errors import ConfigError
+from experiments.config.errors import ConfigError, RunError, one_line
+from experiments.config.files import to_json
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation, evaluate
 from experiments.reporting.display import Display
-from experiments.training.checkpoint import Checkpoints, Progress
+from experiments.training.checkpoint import Checkpoints, Progress, SaveError
 from experiments.training.data import DataNotes, data_record
 from experiments.training.dropped import DroppedBoundaries
+from experiments.training.metrics_log import MetricsLog
+from experiments.training.prepared import write_prepared
 from experiments.training.records import Record, step_record, validation_record
-from experiments.training.run_dir import CHECKPOINTS, METRICS, MetricsLog, read_metrics
+from experiments.training.replacing import discard_replaced
+from experiments.training.rescue import RunFolder, save_elsewhere
+from experiments.training.run_dir import CHECKPOINTS, CONFIG, METRICS
 from experiments.training.setup import Setup
 from experiments.training.step import compiled
-from experiments.training.trainer import Trainer
 from unet import UNet
+from unet.files.saving import save, write_atomically
 
 
-class NonFiniteError(Exception):
-    """A loss or a gradient was not a finite number; the last checkpoint from before it stands."""
+class NonFiniteError(RunError):
+    """A loss or a gradient was not a finite number; the last checkpoint from before it, if there is one, stands."""
 
 
 class Session:
     """The state of a run: `step` steps are done, and `validation` is the latest one.
 
-    Begins at the last checkpoint in `run_dir`, if there is one. Raises `ConfigError` where that does not fit, or where the data
-    have changed.
+    Begins at the last checkpoint in `run_dir` that is whole, if there is one. Raises `ConfigError` where that does not fit, where
+    all are damaged, or where the data have changed.
     """
 
     def __init__(self, config: RunConfig, setup: Setup, run_dir: Path, display: Display):
         self.config, self.setup, self.run_dir, self.display = config, setup, run_dir, display
-        self.trainer = Trainer.on(config, setup.model, setup.split)
+        self.trainer, self._folder = setup.trainer, RunFolder(run_dir)
         self._step_function = compiled(self.trainer.step)
         self._state = setup.placement.replicated(self.trainer.first_state())
         self._held_out = setup.split.held_out_rows(config.evaluation.bytes)
@@ -55,21 +61,27 @@ class Session:
         )
         self._data_notes = DataNotes(setup.split, self._batches)
         self._log = MetricsLog(run_dir, self.step)
-        self.dropped = DroppedBoundaries.so_far(read_metrics(run_dir), len(setup.model.stage.estimators))
-        self._warned = False
+        if self._log.damaged:
+            display.note(f"{self._log.damaged} damaged line(s) of {run_dir / METRICS} are left out")
+        self.dropped = DroppedBoundaries.so_far(self._log.kept, len(setup.model.stage.estimators))
+        self._warned = self._cannot_log = False
         self.speed = Speedometer(config.bytes_per_step)
         self._started = time.perf_counter()
         self.validation: Validation | None = None
 
     def _restore(self) -> Progress | None:
         """Take over the last checkpoint, if there is one; returns how far it is."""
-        restored = self._checkpoints.restore(self._state)
+        restored = self._checkpoints.restore(self._state, self.display.note)
         if restored is None:
             return None
         if restored.progress.fingerprint != self.setup.split.fingerprint:
             raise ConfigError(
                 f"{self.config.dataset} is not the data that {self.run_dir} was trained on: it has changed since"
             )
+        # Where the data, or the run itself, have moved.
+        config = to_json(dataclasses.replace(self.config, resume=False))
+        if config != (self.run_dir / CONFIG).read_text():
+            write_atomically(self.run_dir / CONFIG, config)
         self._state = restored.arrays
         self.display.note(f"resumed at step {restored.progress.step} of {self.config.total_steps}")
         return restored.progress
@@ -102,7 +114,7 @@ class Session:
         self._refuse_non_finite(record)
         total = self.config.total_steps
         if self.step % self.config.log_every == 0 or self.step == total:
-            self._log.write({**record, **self.dropped.record, "seconds": round(self.seconds, 3)})
+            self._write({**record, **self.dropped.record, "seconds": round(self.seconds, 3)})
         self.display.progress(self.step, record, self.speed.bytes_per_second)
         self._note()
 
@@ -127,15 +139,62 @@ class Session:
     def log_validation(self) -> None:
         """Evaluate, log and show it."""
         self.validation = self.validate()
-        self._log.write(validation_record(self.step, self.step * self.config.bytes_per_step, self.validation))
+        self._write(validation_record(self.step, self.step * self.config.bytes_per_step, self.validation))
         self.display.validation(self.step, self.validation)
         self.speed.pause()
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        fingerprint = self.setup.split.fingerprint
-        self._checkpoints.save(self._state, Progress(self.step, self.seconds, self._batches.state(), fingerprint))
+        """Write a checkpoint; the run that this one replaces is deleted. Raises `OSError` or `SaveError` where that fails."""
+        self._folder.require_there()
+        # First, so that no checkpoint is ahead of the log, not even after a power loss.
+        self._log.sync()
+        self._checkpoints.save(self._state, self._progress())
+        discard_replaced(self.run_dir)
         self.speed.pause()
+
+    def save_model(self) -> None:
+        """Write the model to the run's folder. Raises `OSError`."""
+        self._folder.require_there()
+        save(self.model, self.run_dir)
+
+    def rescued(self, error: Exception) -> RunError:
+        """Save everything to where that is still possible. Returns what to say of it and of the `error`."""
+        failed, step = one_line(str(error)), f"step {self.step} of {self.config.total_steps}"
+        try:
+            self.save()
+            return RunError(f"{failed}; {step} is saved in {self.run_dir}: go on with --resume once that is mended")
+        except (OSError, SaveError):
+            place = save_elsewhere(self.run_dir, self._write_whole)
+        last = self._checkpoints.latest
+        here = "" if last is None else f"with --resume from step {last} once that is mended"
+        if place is not None:
+            again = f", or {here}" if here else ""
+            return RunError(
+                f"{failed}; {step} and its model are saved in {place}: go on with --resume --out {place}{again}"
+            )
+        return RunError(f"{failed}; {step} could be saved nowhere" + (f": go on {here}" if here else ""))
+
+    def _write_whole(self, folder: Path) -> None:
+        """Write a run to `folder` that can go on from there."""
+        save(self.model, folder)
+        write_atomically(
+            folder / CONFIG, to_json(dataclasses.replace(self.config, out=folder, resume=False, overwrite=False))
+        )
+        write_prepared(folder, self.setup.prepared)
+        write_atomically(folder / METRICS, self._log.content())
+        checkpoints = Checkpoints(folder / CHECKPOINTS, self.config.checkpoint.keep)
+        checkpoints.save(self._state, self._progress())
+        checkpoints.close()
+
+    def _progress(self) -> Progress:
+        return Progress(self.step, self.seconds, self._batches.state(), self.setup.split.fingerprint)
+
+    def _write(self, record: Record) -> None:
+        """Log a record, or say that it has to wait for the next checkpoint, which needs the log."""
+        error = self._log.write(record)
+        if error is not None and not self._cannot_log:
+            self.display.note(f"{self.run_dir / METRICS} cannot be written now ({error}); what belongs there is kept")
+        self._cannot_log = error is not None
 
     def close(self) -> None:
         """Let go of the files and of the processes that prepare batches."""
@@ -148,10 +207,18 @@ class Session:
             value = record[name]
             if value is None or not math.isfinite(value):
                 raise NonFiniteError(
-                    f"{name} became {value} at step {record['step']} ({record['bytes']} bytes); the last checkpoint in "
-                    f"{self.run_dir / CHECKPOINTS} and {self.run_dir / METRICS} are from before it: resume with a lower "
-                    "--optimizer.learning-rate in a new --out, or look there for what went wrong"
+                    f"{name} became {value} at step {record['step']} ({record['bytes']} bytes); {self._before()}: start again "
+                    "in a new --out with a lower --optimizer.learning-rate"
                 )
+
+    def _before(self) -> str:
+        """What there is from before a loss that was not finite."""
+        last = self._checkpoints.latest
+        if last is not None:
+            return f"the last checkpoint in {self.run_dir / CHECKPOINTS}, of step {last}, is from before it"
+        if self.config.init is not None and self.step == 1:
+            return f"there is no checkpoint yet, and the weights of --init {self.config.init} gave it at once"
+        return "there is no checkpoint yet"
 
 
 class Speedometer:

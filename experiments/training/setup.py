@@ -18,18 +18,21 @@ from experiments.training.data import load_split
 from experiments.training.initial import initial_weights
 from experiments.training.placement import Placement, with_implementation
 from experiments.training.prepared import prepare, read_prepared, require_prerequisite
+from experiments.training.run_dir import has_checkpoint
+from experiments.training.trainer import Trainer
 from unet import UNet
 from unet.files.saving import require_saveable
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The data of a run, what its estimator was prepared with, the fresh model, the keys that its training steps and its
-    validations draw from, and how all of it lies on the devices."""
+    """The data of a run, what its estimator was prepared with, the fresh model and its trainer, the keys that its training steps
+    and its validations draw from, and how all of it lies on the devices."""
 
     split: Split
     prepared: PyTree
     model: UNet
+    trainer: Trainer
     key_steps: PRNGKeyArray
     key_evaluate: PRNGKeyArray
     placement: Placement
@@ -51,7 +54,8 @@ def set_up(config: RunConfig) -> Setup:
         require_saveable(model)
     except ValueError as error:
         raise ConfigError(f"{error}: the model could not be saved when it is trained") from None
-    # A run that goes on has its weights in its checkpoint.
-    if config.init is not None and not config.resume:
+    # A run that goes on has its weights in its checkpoint; one that was stopped before the first has not.
+    if config.init is not None and not (config.resume and has_checkpoint(config.run_dir)):
         model = initial_weights(config.init, model, (*modules_of(config), *import_plugins(config.plugin)))
-    return Setup(split, prepared, model, named_key(key, "steps"), named_key(key, "evaluation"), placement)
+    trainer = Trainer.on(config, model, split)
+    return Setup(split, prepared, model, trainer, named_key(key, "steps"), named_key(key, "evaluation"), placement)

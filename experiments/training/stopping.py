@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,8 +12,12 @@ WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def stop_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `handler`, until the end of the block."""
+def stop_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
+    """SIGINT and SIGTERM call `handler`, until the end of the block. Does nothing outside the main thread, where Python does not
+    allow it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in WATCHED}
     for number in WATCHED:
         signal.signal(number, handler)

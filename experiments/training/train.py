@@ -8,10 +8,11 @@ from pathlib import Path
 
 from jaxtyping import PyTree
 
-from data import Split
+from data import DataError, Split
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
 from experiments.reporting.display import Display
+from experiments.training.checkpoint import SaveError
 from experiments.training.data import EPOCHS, SHOWN, latest
 from experiments.training.dropped import DroppedBoundaries
 from experiments.training.session import Session
@@ -57,8 +58,9 @@ def _notes(config: RunConfig, setup: Setup) -> list[str]:
 def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> Outcome:
     """Train to the end, from the last checkpoint in `run_dir` if there is one.
 
-    Raises `Interrupted` after SIGINT or SIGTERM, `NonFiniteError`, `DataError`, and `ConfigError` for a checkpoint that
-    does not fit or data that has changed.
+    The model is in `run_dir` then. Raises `Interrupted` after SIGINT or SIGTERM, `NonFiniteError`, `DataError`, `ConfigError`
+    for a checkpoint that does not fit or data that has changed, and `RunError` for files that cannot be written, with everything
+    saved where that is possible.
     """
     for note in (*setup.split.notes, *_notes(config, setup)):
         display.note(note)
@@ -67,16 +69,23 @@ def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> O
     try:
         with stop_requests() as requested:
             while session.step < total:
-                session.train_step()
+                try:
+                    session.train_step()
+                except DataError:
+                    # What ends a run, such as a scheduler's SIGTERM, may have ended its workers too.
+                    if requested:
+                        raise _stopped(session, requested[0]) from None
+                    raise
                 if _is_due(session.step, total, config.evaluation.times):
                     session.log_validation()
                 if _is_due(session.step, total, config.checkpoint.times):
                     session.save()
                 if requested:
                     session.save()
-                    name = signal.Signals(requested[0]).name
-                    message = f"{name}: stopped at step {session.step} of {total} and saved {run_dir}"
-                    raise Interrupted(message, requested[0])
+                    raise _stopped(session, requested[0])
+            session.save_model()
+    except (OSError, SaveError) as error:
+        raise session.rescued(error) from error
     finally:
         display.stop()
         session.close()
@@ -94,6 +103,11 @@ def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> O
         epochs=latest(run_dir, EPOCHS),
         shown=latest(run_dir, SHOWN),
     )
+
+
+def _stopped(session: Session, number: int) -> Interrupted:
+    done = f"step {session.step} of {session.config.total_steps}"
+    return Interrupted(f"{signal.Signals(number).name}: stopped at {done} and saved {session.run_dir}", number)
 
 
 def _is_due(step: int, total: int, times: int) -> bool:

@@ -1,0 +1,29 @@
+"""The devices that a command computes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import jax
+
+from experiments.config.errors import ConfigError
+
+
+def use_cpu_devices(count: int) -> None:
+    """Let a CPU count as so many devices, but for what was settled before: by XLA_FLAGS, or by a use of JAX.
+
+    Raises `ConfigError` where JAX_PLATFORMS names what is not there.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        # Too late where JAX has been used: then there are as many devices as there are.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", min(count, os.cpu_count() or 1))
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"JAX finds no device ({reason}): JAX_PLATFORMS is {asked!r}; unset it, or name cpu"
+        ) from None

@@ -1,0 +1,103 @@
+"""A run that takes the place of another: the old one is kept until the new one has its first checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from experiments.config.errors import RunError
+from experiments.training.run_dir import REPLACED, has_checkpoint, is_temporary
+
+# Every state that a killed process can leave is told from the others by which of these folders there is.
+_MOVING = ".moving.tmp"
+"""Holds files of the old run on their way to `replaced` or back; nothing of the new run is there yet."""
+_DISCARDED = ".discarded.tmp"
+"""An old run that is being deleted."""
+
+
+@contextmanager
+def replacing(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
+    """Moves the run in `folder` aside, to a folder inside, so that a new one can begin there.
+
+    Where the block fails before the new run has a checkpoint, the old run is put back, and `note` is told so. Raises `RunError`
+    where the old run cannot be moved, which is then as before.
+    """
+    _settle(folder)
+    try:
+        moved = _move_aside(folder)
+    except OSError as error:
+        _put_back(folder)
+        raise RunError(f"the run in {folder} cannot be replaced: {error}") from None
+    try:
+        yield
+    except BaseException:
+        if moved and (folder / REPLACED).is_dir():
+            try:
+                _restore(folder)
+                note(f"the run that was in {folder} before is there again")
+            except OSError as error:
+                note(f"the run that was in {folder} before is kept in {folder / REPLACED} ({error})")
+        raise
+
+
+def discard_replaced(folder: Path) -> None:
+    """Delete the run that was moved aside, if there is one: the new one has a checkpoint."""
+    kept, discarded = folder / REPLACED, folder / _DISCARDED
+    if kept.is_dir() or discarded.is_dir():
+        shutil.rmtree(discarded, ignore_errors=True)
+        if kept.is_dir():
+            # A rename is atomic, a recursive delete is not: half a run must not look like one.
+            kept.rename(discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Finish what a killed process began."""
+    _put_back(folder)
+    if (folder / REPLACED).is_dir():
+        if has_checkpoint(folder):
+            discard_replaced(folder)
+        else:
+            _restore(folder)
+    for path in folder.iterdir():
+        if is_temporary(path.name):
+            _delete(path)
+
+
+def _move_aside(folder: Path) -> bool:
+    """Whether there was a run to move."""
+    present = list(folder.iterdir())
+    if not present:
+        return False
+    (folder / _MOVING).mkdir()
+    for path in present:
+        path.rename(folder / _MOVING / path.name)
+    (folder / _MOVING).rename(folder / REPLACED)
+    return True
+
+
+def _put_back(folder: Path) -> None:
+    """Undo a move that did not end."""
+    moving = folder / _MOVING
+    if moving.is_dir():
+        for path in list(moving.iterdir()):
+            path.rename(folder / path.name)
+        moving.rmdir()
+
+
+def _restore(folder: Path) -> None:
+    """Delete what there is of the new run, and put the old one back."""
+    for path in list(folder.iterdir()):
+        if path.name != REPLACED:
+            _delete(path)
+    (folder / REPLACED).rename(folder / _MOVING)
+    _put_back(folder)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
