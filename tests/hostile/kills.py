@@ -98,7 +98,8 @@ class Trials:
         pid = _start("compare", command, self.folder / "log")
         yield f"after {moment:.2f} s" + (" with its runs" if too else "")
         time.sleep(moment)
-        os.kill(pid, signal.SIGKILL)
+        # The comparison, and not its runs, which have sessions of their own.
+        os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         for child in _processes(out):
             if too:
@@ -148,6 +149,7 @@ def _start(name: str, command: tuple[str, ...], log: Path) -> int:
     pid = os.fork()
     if pid == 0:
         try:
+            os.setsid()
             in_child(name, command, log)
         finally:
             os._exit(0)
