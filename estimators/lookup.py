@@ -210,9 +210,15 @@ def shared_sections(cls: type) -> dict[str, type]:
 
 
 def construct(part: Part, settings: Mapping[str, object], given: Mapping[str, object]) -> object:
-    """The part itself, made by its constructor from settings and from what it asks for of `given`."""
+    """The part itself, made by its constructor from settings and from what it asks for of `given`. Raises `PartError` for
+    settings that it refuses."""
     names = {argument.name for argument in _arguments(part)}
-    return part.cls(**settings, **{name: value for name, value in given.items() if name in names})
+    try:
+        return part.cls(**settings, **{name: value for name, value in given.items() if name in names})
+    except PartError:
+        raise
+    except ValueError as error:
+        raise PartError(f"--{part.section.replace('_', '-')}: {error}") from None
 
 
 def default_of(field: dataclasses.Field) -> object:

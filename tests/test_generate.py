@@ -290,15 +290,15 @@ def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_byte_kept():
     ("settings", "message"),
     [
         ({"prompts": []}, "no prompt"),
-        ({"max_bytes": 0}, "at least 1 byte"),
+        ({"max_bytes": 0}, "max_bytes must be a whole number from 1 to"),
         ({"stop": [""]}, "stop string"),
         ({"prompts": [b"a\xfe"]}, "holds the byte 254 or 255"),
         ({"prompts": [b"\xf0"], "max_bytes": 2, "valid": True}, "cannot complete"),
         ({"key": jax.random.split(KEY, 2)}, "2 keys for 1 texts"),
         ({"sampling": Sampling(temperature=-1.0)}, "temperature"),
-        ({"sampling": Sampling(top_k=0)}, "top-k"),
-        ({"sampling": Sampling(top_p=0.0)}, "top-p"),
-        ({"sampling": Sampling(min_p=1.5)}, "min-p"),
+        ({"sampling": Sampling(top_k=0)}, "top_k"),
+        ({"sampling": Sampling(top_p=0.0)}, "top_p"),
+        ({"sampling": Sampling(min_p=1.5)}, "min_p"),
     ],
     ids=str,
 )
@@ -311,7 +311,7 @@ def test_what_cannot_be_written_is_refused(sfe, settings, message):
 def test_what_cannot_be_scored_is_refused(sfe):
     with pytest.raises(ValueError, match="2 contexts for 1"):
         score(sfe, ["a"], contexts=["b", "c"], key=None)
-    with pytest.raises(ValueError, match="at least 1 text"):
+    with pytest.raises(ValueError, match="batch must be a whole number from 1 to"):
         score(sfe, ["a"], key=None, batch=0)
 
 

@@ -18,6 +18,7 @@ from estimators.base import (
     Routed,
     SamplingOptions,
 )
+from estimators.bounds import Count, check_bounds
 from estimators.decode_state import last_positions
 from estimators.equations import start_of
 
@@ -91,11 +92,10 @@ def character_last(layout: Layout) -> Bool[Array, "batch length"]:
 class EveryNth:
     """At every `stride`-th byte of a document, starting with the first (MegaByte; H-Net's "pool")."""
 
-    stride: int
+    stride: Count
 
     def __post_init__(self):
-        if self.stride < 1:
-            raise ValueError(f"a stride must be at least 1 byte; got {self.stride}")
+        check_bounds(self)
 
     def __call__(self, layout: Layout) -> Bool[Array, "batch length"]:
         return layout.document_positions % self.stride == 0
@@ -150,11 +150,10 @@ class Thinned(AbstractRouter):
     """
 
     rule: RuleRouter
-    every: int = eqx.field(static=True)
+    every: Count = eqx.field(static=True)
 
     def __check_init__(self):
-        if self.every < 1:
-            raise ValueError(f"to take every n-th boundary, n must be at least 1; got {self.every}")
+        check_bounds(self)
 
     @property
     def rate(self) -> float | None:

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar, get_args, get_origin
 import cattrs
 from cattrs.errors import ForbiddenExtraKeysError
 
+from estimators.bounds import shown
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
 
@@ -45,25 +46,25 @@ def _sentence(error: BaseException, kind: object) -> str:
 
 def _number(value: object, kind: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is no number")
+        raise TypeError(f"{shown(value)} is no number")
     return float(value)
 
 
 def _whole_number(value: object, kind: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is no whole number")
+        raise TypeError(f"{shown(value)} is no whole number")
     return value
 
 
 def _truth_value(value: object, kind: object) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{value!r} is neither true nor false")
+        raise TypeError(f"{shown(value)} is neither true nor false")
     return value
 
 
 def _string(value: object, kind: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no string")
+        raise TypeError(f"{shown(value)} is no string")
     return value
 
 
@@ -75,7 +76,7 @@ def _choice(value: object, kind: object) -> object:
     for choice in get_args(kind):
         if value == choice and type(value) is type(choice):
             return choice
-    raise TypeError(f"{value!r} is none of {', '.join(map(str, get_args(kind)))}")
+    raise TypeError(f"{shown(value)} is none of {', '.join(map(str, get_args(kind)))}")
 
 
 def _shape(value: object, kind: object) -> UNetConfig | HNetConfig:
