@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -226,8 +227,9 @@ def default_of(field: dataclasses.Field) -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def field_help(cls: type) -> dict[str, str]:
-    """The string below each field of a class and of its bases."""
+@functools.cache
+def field_help(cls: type) -> Mapping[str, str]:
+    """The string below each field of a class and of its bases. Cached, since sources are slow to read."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         try:

@@ -126,6 +126,6 @@ def test_uniform_prefers_no_place():
 
 
 def test_uniform_refuses_impossible_rates():
-    with pytest.raises(ValueError, match="target_rate must be a number from 1e-06 to 0.999999; got 1.0"):
+    with pytest.raises(ValueError, match=r"target_rate must be a number from 1e-06 to 0\.999999; got 1\.0"):
         Uniform(chunker=Chunker(Select(), Distribute()), target_rate=1.0)
     assert equations.logit(0.5) == 0.0

@@ -140,12 +140,12 @@ class HNetConfig(AbstractShape):
             raise ValueError(f"stage {stage} has attention layers ({letters}): its heads must be at least 1")
         if attends and (dim % heads or rotary_dim % 2 or not 0 <= rotary_dim <= dim // heads):
             raise ValueError(
-                f"stage {stage}: {heads} heads must divide a width of {dim}, and rotary_dims be an even number of dimensions of "
+                f"stage {stage}: {heads} heads must divide its width in dims, {dim}, and rotary_dims be an even number of dimensions of "
                 f"a head; got {rotary_dim}"
             )
         if set(letters) & set("mM") and self.expand * dim % HEAD:
             raise ValueError(
-                f"stage {stage}: {self.expand} x {dim} is not a multiple of {HEAD}, as Mamba-2 layers need"
+                f"stage {stage}: expand x dims, {self.expand} x {dim}, is not a multiple of {HEAD}, as Mamba-2 layers need"
             )
         if set(letters) & set("MT") and self.mlp_dims[stage] < 1:
             raise ValueError(
@@ -212,7 +212,7 @@ class HNetConfig(AbstractShape):
                 implementation=self.implementation,
             )
         wider = self.dims[stage] - self.dims[stage - 1] if stage else 0
-        return Widened(jnp.zeros((wider,)), own) if wider else own
+        return Widened(jnp.zeros((wider,), jnp.float32), own) if wider else own
 
     def _stack(self, letters: str, stage: int, residuals: int, key: PRNGKeyArray, *, last: bool = False) -> Stack:
         """The stack of a network. `last`: whether the output head follows, which needs a norm before it. `residuals`: see

@@ -42,4 +42,4 @@ class NoObjective(AbstractObjective):
         return False
 
     def __call__(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
-        return ObjectiveOutput(jnp.zeros(()), {})
+        return ObjectiveOutput(jnp.zeros((), jnp.float32), {})

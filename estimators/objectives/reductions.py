@@ -199,7 +199,8 @@ class Critic(AbstractReduction):
 
     def __init__(self, dim: int, loss_weight: float = 1.0):
         """`dim` is the width of the encoder's states. The critic starts at zero."""
-        self.weight, self.bias, self.loss_weight = jnp.zeros(dim), jnp.zeros(()), loss_weight
+        self.weight, self.bias = jnp.zeros(dim, jnp.float32), jnp.zeros((), jnp.float32)
+        self.loss_weight = loss_weight
 
     @property
     def needs_early_exit(self) -> bool:

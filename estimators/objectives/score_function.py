@@ -46,7 +46,7 @@ class ScoreFunctionObjective(AbstractObjective):
     def credit(self, inputs: ObjectiveInputs) -> Credit:
         """The credit of each action after all reductions."""
         rewards = jax.lax.stop_gradient(jnp.where(inputs.mask, inputs.log_prob, 0.0))
-        credit = Credit(rewards, None, jnp.zeros(()), None)
+        credit = Credit(rewards, None, jnp.zeros((), jnp.float32), None)
         for reduction in self.reductions:
             credit = reduction(credit, inputs)
         return credit

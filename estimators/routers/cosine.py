@@ -29,7 +29,8 @@ class CosineRouter(AbstractRouter):
 
     def __init__(self, dim: int, *, target_rate: float = 0.2):
         """`target_rate` only determines capacities; the objective trains the rate. Raises `ValueError` for one outside (0, 1)."""
-        self.query, self.key, self.target_rate = jnp.eye(dim), jnp.eye(dim), target_rate
+        self.query, self.key = jnp.eye(dim, dtype=jnp.float32), jnp.eye(dim, dtype=jnp.float32)
+        self.target_rate = target_rate
 
     def __check_init__(self):
         check_bounds(self)

@@ -48,9 +48,9 @@ class MLPRouter(AbstractPositionwiseRouter):
         require_within("inner", inner, Width)
         key_in, key_out = jax.random.split(key)
         self.weight_in = jax.random.normal(key_in, (inner, dim), jnp.float32) * dim**-0.5
-        self.bias_in = jnp.zeros(inner)
+        self.bias_in = jnp.zeros(inner, jnp.float32)
         self.weight_out = jax.random.normal(key_out, (inner,), jnp.float32) * 0.1 * inner**-0.5
-        self.bias_out = jnp.asarray(logit(target_rate if start is None else start))
+        self.bias_out = jnp.asarray(logit(target_rate if start is None else start), jnp.float32)
         self.target_rate = target_rate
         self.temperature = temperature
 

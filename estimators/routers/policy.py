@@ -55,7 +55,7 @@ class WindowedPolicy(AbstractRouter):
             raise ValueError(
                 f"a target rate of {target_rate} has the logit {logit(target_rate):.3g}, beyond the cap of {cap}: raise the cap"
             )
-        self.weight = jnp.zeros((1 + window, dim))
+        self.weight = jnp.zeros((1 + window, dim), jnp.float32)
         self.target_rate = target_rate
         self.scale = scale
         self.cap = cap

@@ -104,7 +104,7 @@ class EveryNth:
 def certain(actions: Bool[Array, "batch length"], layout: Layout) -> Boundaries:
     """The boundaries of a deterministic rule: probabilities 0 and 1, and no position `decided` by a policy."""
     actions = (actions | layout.starts) & layout.mask
-    logits = jnp.where(actions, CERTAIN, -CERTAIN)
+    logits = jnp.where(actions, jnp.float32(CERTAIN), jnp.float32(-CERTAIN))
     return Boundaries(actions, logits, actions.astype(jnp.float32), jnp.zeros_like(actions), layout.starts)
 
 

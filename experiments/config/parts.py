@@ -51,7 +51,7 @@ class Section:
             require(
                 not odd or value == setting.default,
                 f"--{self.name}.{setting.name}".replace("_", "-")
-                + f" must be a finite number of usual size; got {shown(one)}",
+                + f" must be a finite number that 64 bits hold; got {shown(one)}",
             )
 
     def given(self, values: Values) -> dict[str, object]:

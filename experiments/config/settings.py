@@ -226,7 +226,7 @@ def _require_amounts(config: RunConfig) -> None:
         f"a warm-up of {optimizer.warmup_bytes} bytes is longer than the run: name a shorter --optimizer.warmup-bytes, or None "
         "for 5 % of the run",
     )
-    require(config.evaluation.bytes >= config.length, "--evaluation.bytes must hold at least one sequence")
+    require(config.evaluation.bytes >= config.length, f"--evaluation.bytes must be at least --length, {config.length}")
     require(not (config.resume and config.overwrite), "--resume goes on with a run and --overwrite deletes it: use one")
 
 
@@ -234,7 +234,8 @@ def _require_levels(config: RunConfig) -> None:
     inside = max(config.unet.levels - 1, 0)
     given = max(len(config.inner_estimators), len(config.inner_rates))
     require(
-        given <= inside, f"{given} inner levels are named, but --model {config.model} has {inside} inside its first"
+        given <= inside,
+        f"{given} inner levels are named (--inner-estimators, --inner-rates), but --model {config.model} has {inside} inside its first",
     )
 
 
