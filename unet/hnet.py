@@ -140,8 +140,8 @@ class HNetConfig(AbstractShape):
             raise ValueError(f"stage {stage} has attention layers ({letters}): its heads must be at least 1")
         if attends and (dim % heads or rotary_dim % 2 or not 0 <= rotary_dim <= dim // heads):
             raise ValueError(
-                f"stage {stage}: {heads} heads must divide its width in dims, {dim}, and rotary_dims be an even number of dimensions of "
-                f"a head; got {rotary_dim}"
+                f"stage {stage}: {heads} heads must divide its width in dims, {dim}, and rotary_dims be an even number of "
+                f"dimensions of a head; got {rotary_dim}"
             )
         if set(letters) & set("mM") and self.expand * dim % HEAD:
             raise ValueError(

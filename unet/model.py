@@ -303,7 +303,8 @@ class UNet(eqx.Module):
             return branch
 
         which = smallest_with_room(encoded.most_tokens, choices)
-        branches = [loss_at(capacity) for capacity in choices or (None,)]
+        # There are no more tokens than bytes.
+        branches = [loss_at(min(capacity, bytes.shape[1])) for capacity in choices] or [loss_at(None)]
         loss, output = switch_with_gradient(which, branches, (self, encoded, sampling, layout))
         # `output.loss` comes from the auxiliary output and carries no gradient.
         return dataclasses.replace(output, loss=loss)

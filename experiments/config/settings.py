@@ -235,7 +235,8 @@ def _require_levels(config: RunConfig) -> None:
     given = max(len(config.inner_estimators), len(config.inner_rates))
     require(
         given <= inside,
-        f"{given} inner levels are named (--inner-estimators, --inner-rates), but --model {config.model} has {inside} inside its first",
+        f"{given} inner levels are named (--inner-estimators, --inner-rates), but --model {config.model} has {inside} inside its "
+        "first",
     )
 
 

@@ -66,7 +66,6 @@ def nasty_for(kind: object, value: object) -> Iterator[object]:
     """Nasty values in place of `value`, and the bounds themselves and what lies just beyond."""
     bounds = next((one for one in _metadata(kind) if isinstance(one, Within)), None)
     edges = () if bounds is None else (bounds.low, bounds.high, 2 * bounds.high)
-    whole = number_in(kind) is int
     # Thousands of layers take long to build, even without arrays.
     for one in (*(WHOLE if number_in(kind) is int else OTHERS), *(edge for edge in edges if edge != 4096)):
         yield (one, *value[1:]) if isinstance(value, tuple) else (one,) if _is_tuple(kind) else one
@@ -115,20 +114,25 @@ def walked(
                 seen.append(made)
 
 
+def replaced(settings, **changes):
+    """`dataclasses.replace` for fields that are known by name only."""
+    return dataclasses.replace(settings, **changes)
+
+
 def small(**changes: object) -> RunConfig:
     """A run whose own numbers leave room."""
-    return dataclasses.replace(config_of("stride"), batch=4, length=64, **changes)
+    return replaced(config_of("stride"), batch=4, length=64, **changes)
 
 
 def test_every_number_of_a_run_and_of_its_parts():
     seen: list[RunConfig] = []
     base = small(bytes=2**30)
-    walked(base, "", lambda name, value: dataclasses.replace(base, **{name: value}), seen)
+    walked(base, "", lambda name, value: replaced(base, **{name: value}), seen)
     for part in ("target", "optimizer", "data", "evaluation", "checkpoint"):
         own = getattr(base, part)
 
         def changed(name, value, part=part, own=own):
-            return dataclasses.replace(base, **{part: dataclasses.replace(own, **{name: value})})
+            return replaced(base, **{part: replaced(own, **{name: value})})
 
         walked(own, f"{part}.", changed, seen)
     for config in seen:
@@ -144,7 +148,7 @@ def test_every_number_of_a_models_shape(shape):
 
     def changed(name, value):
         try:
-            return dataclasses.replace(base, unet=dataclasses.replace(base.unet, **{name: value}))
+            return replaced(base, unet=replaced(base.unet, **{name: value}))
         except ValueError as error:
             raise ConfigError(f"--unet: {error}") from None
 
@@ -194,15 +198,17 @@ def test_every_number_of_every_part():
     }
 
 
+def _measurement(cls: type) -> Callable[..., object]:
+    needed = {"target": "h100"} if cls is bench.Compile else {}
+    return lambda **changes: cls(**needed, **changes)
+
+
 COMMANDS: Mapping[type, Callable[..., object]] = {
     GenerateConfig: lambda **changes: GenerateConfig("run", **changes),
     CompareConfig: CompareConfig,
     LabConfig: lambda **changes: LabConfig(Path("lab"), **changes),
     WordsConfig: lambda **changes: WordsConfig((Path("run"),), **changes),
-    **{
-        cls: (lambda cls: lambda **changes: cls(**({"target": "h100"} if cls is bench.Compile else {}), **changes))(cls)
-        for cls in typing.get_args(bench.Command)
-    },
+    **{cls: _measurement(cls) for cls in typing.get_args(bench.Command)},
 }
 
 
