@@ -26,8 +26,8 @@ from experiments.evaluation.segmentation import character_spans
 from experiments.launch import with_large_pages
 from experiments.reporting.display import Display, command_line
 from unet import Generation, Sampling, TextStream, utf8
-from unet.decoding.generate import CHUNK, NumBytes, Piece, Throughput, joined
-from unet.decoding.sampling import Temperature, TopK, TopP
+from unet.decoding.generate import CHUNK, Piece, Throughput, joined
+from unet.decoding.sampling import NumBytes, Temperature, TopK, TopP
 from unet.decoding.score import Texts
 
 STREAMED = 8

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from estimators.base import BOS, EOS, VOCAB, Keys, uniforms_from
-from estimators.bounds import Within, require_within
+from estimators.bounds import require_within
 from estimators.decode_state import update_state
 from unet.decoding import utf8
 from unet.decoding.kv_cache import most_slots, with_room
-from unet.decoding.sampling import Sampling, draw
+from unet.decoding.sampling import ChunkBytes, NumBytes, Sampling, draw
 from unet.decoding.score import drawing_keys, keys_of, prefill, rate_of, texts_as_bytes
 from unet.hierarchy import boundary_depth
 from unet.model import TextState, UNet
@@ -30,11 +30,6 @@ CHUNK = 64
 
 RESERVED = 2**13
 """Slots of a cache, at most, that are reserved before there is anything to fill them; longer ones double as they fill."""
-
-NumBytes = Annotated[int, Within(1, 2**30)]
-"""Of one text."""
-ChunkBytes = Annotated[int, Within(1, 2**16)]
-"""Decoded per compiled call."""
 
 
 @dataclass(frozen=True)
@@ -261,9 +256,8 @@ class TextStream:
         end with a complete character (the prompt itself is not checked). `greedy_boundaries`: greedy instead of sampled
         boundaries. `endless`: never draw the byte EOS, which otherwise ends a text. `chunk`: bytes decoded per piece.
 
-        Raises `ValueError` for no prompts, limits out of range, an empty stop string, a prompt that contains the byte BOS or
-        EOS, a prompt whose last character cannot be completed (`valid`), and a number of keys other than one or one per prompt;
-        `TypeError` for prompts, stop strings or keys that are none.
+        Raises `ValueError` for no prompts, limits out of range, an empty stop string, a prompt with the byte BOS or EOS or whose
+        last character cannot be completed (`valid`), and keys neither one nor one per prompt; `TypeError` for what is no text.
         """
         require_within("max_bytes", max_bytes, NumBytes)
         require_within("chunk", chunk, ChunkBytes)

@@ -14,6 +14,10 @@ from estimators.bounds import MARGIN, Share, Within, require_within
 
 Temperature = Annotated[float, Within(MARGIN, 1 / MARGIN, zero=True)]
 """0 is greedy."""
+NumBytes = Annotated[int, Within(1, 2**30)]
+"""Of one text."""
+ChunkBytes = Annotated[int, Within(1, 2**16)]
+"""Decoded per compiled call."""
 TopK = Annotated[int, Within(1, VOCAB)]
 TopP = Annotated[float, Within(MARGIN, 1.0)]
 
