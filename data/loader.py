@@ -271,7 +271,7 @@ def open_batches(
         # Batches are formed before they are distributed, so that they do not depend on the number of workers.
         # The number of repeats is finite but never reached: grain cannot make batches of size 1 from an infinite data set.
         repeated = grain.MapDataset.source(rows).shuffle(seed=seed).repeat(2**60 // len(rows))
-        batches = repeated.random_map(rows.row, seed=seed + 1)
+        batches = repeated.random_map(rows.row, seed=(seed + 1) % 2**32)
         dataset = batches.batch(batch)[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
         epochs = step * batch / rows_per_epoch
     if workers:

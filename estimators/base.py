@@ -19,6 +19,7 @@ lags      1 + the number of past boundaries that a policy sees
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import abstractmethod
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from estimators.equations import confidence, start_of
+from estimators.keys import threefry_keys
 
 Value = TypeVar("Value")
 
@@ -218,12 +220,9 @@ def has_many(key: Keys) -> bool:
 
 def uniforms_from(keys: Key[Array, " batch"], first: Int[Array, " batch"], length: int) -> Float[Array, "batch length"]:
     """Uniform numbers for `length` positions of a document from `first` on, each a function of the key and the position."""
-    if jax.random.key_impl(keys) != "threefry2x32":
-        # With other generators, numbers drawn from a batch of keys depend on the whole batch.
-        keys = jax.random.wrap_key_data(jax.random.key_data(keys)[..., :2], impl="threefry2x32")
     document_positions = first[:, None] + jnp.arange(length, dtype=jnp.int32)
-    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, document_positions)
-    return jax.vmap(jax.vmap(jax.random.uniform))(keys)
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(threefry_keys(keys), document_positions)
+    return jax.vmap(jax.vmap(functools.partial(jax.random.uniform, dtype=jnp.float32)))(keys)
 
 
 class Routed(eqx.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from jaxtyping import PyTree
 
@@ -14,6 +14,7 @@ from estimators.base import (
     AbstractObjective,
     AbstractRouter,
 )
+from estimators.bounds import LARGEST_BYTES, VocabularySize, Weight, Within, check_bounds
 from estimators.objectives import Imitation, NoObjective
 from estimators.routers import Guided, PrefixRouter, PrefixTree
 from estimators.sections import PolicySettings
@@ -55,17 +56,14 @@ class Distilled(AbstractEstimator):
 class VocabularySettings:
     """The vocabulary of a byte-pair encoding, learned from the training text."""
 
-    vocabulary: int = 65_536
+    vocabulary: VocabularySize = 65_536
     """Tokens to learn at most. The first so many are used whose rate comes nearest to --rate; a run says which rate that is."""
-    text_bytes: int = 2**24
+    text_bytes: Annotated[int, Within(1, LARGEST_BYTES)] = 2**24
     """Training text to learn them from, at most: the first that the run sees, and never more than it sees. Memory follows the
     different words in it: some 4 MB for each MB of English, 100 MB for each MB of a text without spaces."""
 
     def __post_init__(self):
-        if self.vocabulary < 257:
-            raise ValueError(f"vocabulary holds 256 bytes and at least one merge: 257 or more; got {self.vocabulary}")
-        if self.text_bytes < 1:
-            raise ValueError(f"text-bytes is an amount of text, at least 1; got {self.text_bytes}")
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,11 @@ class DistilledConfig(BPEConfig):
     section: ClassVar[str] = "distilled"
 
     policy: PolicySettings = field(default_factory=PolicySettings)
-    imitation_weight: float = 0.1
+    imitation_weight: Weight = 0.1
     """Weight of the cross-entropy."""
+
+    def __post_init__(self):
+        check_bounds(self)
 
     def build(self, context: Context) -> AbstractEstimator:
         guide = super().build(context).router

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from estimators.base import AbstractChunker, AbstractEstimator, AbstractObjective, AbstractRouter
+from estimators.bounds import Weight, check_bounds
 from estimators.objectives import RatioObjective
 from estimators.routers import CosineRouter, Greedy
 from estimators.sections import MLPSettings
@@ -49,9 +50,12 @@ class DynamicChunkingConfig(EstimatorConfig):
 
     routing: Literal["cosine", "direct"] = "cosine"
     """Boundaries where neighbouring states differ, or scored from each state alone by the perceptron of --mlp."""
-    ratio_weight: float = 0.03
+    ratio_weight: Weight = 0.03
     """Weight of the ratio loss (H-Net eq. 10)."""
     mlp: MLPSettings = field(default_factory=MLPSettings)
+
+    def __post_init__(self):
+        check_bounds(self)
 
     def build(self, context: Context) -> AbstractEstimator:
         # Greedy actions: with probabilities below one half there would be no boundary to learn from.

@@ -19,6 +19,7 @@ from estimators.base import (
     AbstractObjective,
     AbstractRouter,
 )
+from estimators.bounds import Finite, check_bounds
 from estimators.objectives import NoObjective
 from estimators.routers import AbstractPatchRule, CombinedRule, EntropyRouter, GlobalRule, RiseRule
 from estimators.routers.entropy import ByteModel, find_threshold, next_byte_entropy
@@ -59,8 +60,11 @@ class EntropyConfig(EstimatorConfig):
     rule: Literal["global", "rise", "combined"] = "global"
     """A token closes where the entropy of the next byte passes a threshold, where it rises by more than one, or both (BLT). The
     threshold is found from the data: that on the rise for the rule of that name, that on the entropy for the others."""
-    increase: float = 0.0
+    increase: Finite = 0.0
     """Least rise of the entropy in nats, for the combined rule."""
+
+    def __post_init__(self):
+        check_bounds(self)
 
     @property
     def patch_rule(self) -> Callable[[float], AbstractPatchRule]:

@@ -11,6 +11,7 @@ from estimators.base import (
     AbstractObjective,
     AbstractRouter,
 )
+from estimators.bounds import Count, check_bounds
 from estimators.objectives import NoObjective
 from estimators.routers import EveryNth, RuleRouter, Thinned, UniformRouter
 from estimators.routers.rules import character_first, character_last, every_byte, spacelike, whitespace
@@ -94,12 +95,11 @@ class Isotropic(AbstractEstimator):
 class StrideConfig(EstimatorConfig):
     """Boundaries at every n-th byte."""
 
-    stride: int | None = None
+    stride: Count | None = None
     """Bytes per token; by default the whole number nearest to 1 / rate."""
 
     def __post_init__(self):
-        if self.stride is not None and self.stride < 1:
-            raise ValueError(f"stride must be at least 1; got {self.stride}")
+        check_bounds(self)
 
     def build(self, context: Context) -> AbstractEstimator:
         return Stride(chunker=context.chunker, stride=round(1 / context.rate) if self.stride is None else self.stride)
@@ -111,14 +111,13 @@ class CharactersConfig(EstimatorConfig):
 
     outermost_only: ClassVar[bool] = True
 
-    every: int = 1
+    every: Count = 1
     """Characters per token, white space and punctuation among them."""
     at: Literal["last", "first"] = "last"
     """The byte of a character at which a token closes."""
 
     def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1; got {self.every}")
+        check_bounds(self)
 
     def build(self, context: Context) -> AbstractEstimator:
         return Characters(chunker=context.chunker, every=self.every, at=self.at)

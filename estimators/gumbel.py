@@ -8,6 +8,7 @@ from typing import ClassVar
 from jaxtyping import PRNGKeyArray
 
 from estimators.base import AbstractChunker, AbstractEstimator, AbstractObjective, AbstractRouter
+from estimators.bounds import Weight, check_bounds
 from estimators.objectives import BinomialPrior
 from estimators.routers import MLPRouter
 from estimators.sections import MLPSettings
@@ -51,8 +52,11 @@ class GumbelConfig(EstimatorConfig):
     learns_through: ClassVar[Learns | None] = "relaxed"
 
     mlp: MLPSettings = field(default_factory=MLPSettings)
-    prior_weight: float = 1.0
+    prior_weight: Weight = 1.0
     """Weight of the binomial prior."""
+
+    def __post_init__(self):
+        check_bounds(self)
 
     def build(self, context: Context) -> AbstractEstimator:
         return StraightThroughGumbel(

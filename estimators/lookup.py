@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -210,9 +211,15 @@ def shared_sections(cls: type) -> dict[str, type]:
 
 
 def construct(part: Part, settings: Mapping[str, object], given: Mapping[str, object]) -> object:
-    """The part itself, made by its constructor from settings and from what it asks for of `given`."""
+    """The part itself, made by its constructor from settings and from what it asks for of `given`. Raises `PartError` for
+    settings that it refuses."""
     names = {argument.name for argument in _arguments(part)}
-    return part.cls(**settings, **{name: value for name, value in given.items() if name in names})
+    try:
+        return part.cls(**settings, **{name: value for name, value in given.items() if name in names})
+    except PartError:
+        raise
+    except ValueError as error:
+        raise PartError(f"--{part.section.replace('_', '-')}: {error}") from None
 
 
 def default_of(field: dataclasses.Field) -> object:
@@ -220,8 +227,9 @@ def default_of(field: dataclasses.Field) -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def field_help(cls: type) -> dict[str, str]:
-    """The string below each field of a class and of its bases."""
+@functools.cache
+def field_help(cls: type) -> Mapping[str, str]:
+    """The string below each field of a class and of its bases. Cached, since sources are slow to read."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from estimators.base import AbstractChunker, AbstractEstimator, AbstractObjective, AbstractRouter, Estimator
+from estimators.bounds import Positive, check_bounds
 from estimators.objectives import ScoreFunctionObjective
 from estimators.objectives.reductions import AbstractReduction, BatchCentre, Discount, EarlyExit, ImportanceWeight
 from estimators.routers import Bernoulli, CosineRouter, OffPolicy, WindowedPolicy
@@ -82,12 +83,11 @@ class OffPolicyConfig(ScoreFunctionConfig):
 
     section: ClassVar[str] = "offpolicy"
 
-    clip: float | None = 1.0
+    clip: Positive | None = 1.0
     """Upper bound of importance weights; None leaves them unbounded and unbiased."""
 
     def __post_init__(self):
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be positive; got {self.clip}")
+        check_bounds(self)
 
     def build(self, context: Context) -> AbstractEstimator:
         router = OffPolicy(self.router(context), Bernoulli(context.rate))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from estimators.bounds import Lags, Positive, Samples, Weight, Width, check_bounds
 from estimators.equations import logit
 from estimators.lookup import Kind
 from estimators.objectives import ScoreFunctionObjective
@@ -44,18 +45,15 @@ REDUCTIONS = Kind(
 class PolicySettings:
     """The windowed policy of the score-function paper."""
 
-    window: int = 7
+    window: Lags = 7
     """Past boundaries that the policy sees; 0 for a policy without memory."""
-    scale: float = 16.0
+    scale: Positive = 16.0
     """Divisor of the policy's raw logits (eq. 18); a smaller one makes the policy move faster."""
-    cap: float = 6.0
+    cap: Positive = 6.0
     """Bound of the policy's logits in training (eq. 19)."""
 
     def __post_init__(self):
-        if self.window < 0:
-            raise ValueError(f"window counts past boundaries and cannot be negative; got {self.window}")
-        if not (self.scale > 0 and self.cap > 0):
-            raise ValueError(f"scale and cap must be positive; got {self.scale} and {self.cap}")
+        check_bounds(self)
 
     def check(self, rate: float, sequences: int) -> None:
         """Raise `ValueError` for a rate that the policy cannot reach."""
@@ -74,17 +72,16 @@ class ScoreFunctionSettings:
     reductions: tuple[str, ...] = field(default=(EARLY_EXIT, "discount", BATCH_CENTRE), metadata={"kind": REDUCTIONS})
     """Variance reductions in the order in which they apply: early-exit, discount, generalised-advantage, critic, batch-centre,
     sample-centre, importance-weight, or package.module:Class. The settings of each are flags of its own."""
-    samples: int = 1
+    samples: Samples = 1
     """Samples of boundaries for each sequence and encoder pass; sample-centre needs 2 or more."""
-    policy_weight: float = 1e-2
+    policy_weight: Weight = 1e-2
     """Weight of the policy loss (eq. 22)."""
-    rate_weight: float | None = None
+    rate_weight: Weight | None = None
     """Weight of the loss that holds the rate; by default 0.01, and 0.3 for a chunker that smooths, whose own gradient moves the
     probabilities as much as the policy's."""
 
     def __post_init__(self):
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1; got {self.samples}")
+        check_bounds(self)
         if SAMPLE_CENTRE in self.reductions and self.samples < 2:
             raise ValueError("sample-centre compares samples for one sequence: ask for --sfe.samples 2 or more")
 
@@ -113,16 +110,13 @@ class ScoreFunctionSettings:
 class MLPSettings:
     """The perceptron that scores each position alone."""
 
-    inner: int | None = None
+    inner: Width | None = None
     """Width of its hidden layer; by default that of the model."""
-    temperature: float = 0.5
+    temperature: Positive = 0.5
     """Temperature of the relaxed samples."""
 
     def __post_init__(self):
-        if self.inner is not None and self.inner < 1:
-            raise ValueError(f"inner must be at least 1; got {self.inner}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive; got {self.temperature}")
+        check_bounds(self)
 
     def router(self, context: Context, start: float | None = None) -> MLPRouter:
         """The router; `start`: its first probability, by default the target rate."""

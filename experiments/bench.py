@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from estimators.bounds import MARGIN, Count, Length, Rate, Sequences, Within
 from estimators.registry import BASELINE, DEFAULT, ESTIMATORS, REGULAR
 from experiments.benchmark.generation import CacheReport, GenerationReport, measure_caches, measure_generation
 from experiments.benchmark.models import ModelReport, measure
@@ -26,7 +27,7 @@ from experiments.benchmark.whole_step import StepReport, compile_in_subprocess
 from experiments.command import exit_code
 from experiments.comparison.intervals import ALIKE, CONFIDENCE
 from experiments.config.arguments import PATHS, usage
-from experiments.config.errors import ConfigError, require
+from experiments.config.errors import ConfigError, require, require_bounds
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
 from experiments.devices import use_cpu_devices
@@ -62,13 +63,13 @@ class AbstractMeasurement(ABC):
 class AbstractTimed(AbstractMeasurement):
     """A measurement of times, in turns."""
 
-    rounds: int = 7
+    rounds: Annotated[int, Within(1, 10_000)] = 7
     """Times that every alternative is measured, in turns; medians are reported, from 6 on with their intervals."""
-    calls: int = 5
+    calls: Count = 5
     """Calls that each measurement takes together."""
 
     def __post_init__(self):
-        require(self.rounds >= 1 and self.calls >= 1, "--rounds and --calls must be at least 1")
+        require_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +80,19 @@ class OfModel:
     """Text to work on: anything that --dataset of experiments.run takes."""
     model: str = "tiny"
     """Preset of the model."""
-    rate: float | None = None
+    rate: Rate | None = None
     """Target rate, instead of the preset's."""
-    early_exit_fraction: float | None = None
+    early_exit_fraction: Annotated[float, Within(MARGIN, 1.0)] | None = None
     """Share of positions at which the early head predicts, instead of the preset's."""
-    batch: int | None = None
+    batch: Sequences | None = None
     """Sequences per step, instead of the preset's."""
-    length: int | None = None
+    length: Length | None = None
     """Bytes per sequence, instead of the preset's."""
     remat: bool | None = None
     """Recompute blocks in the backward pass, instead of what the preset says."""
+
+    def __post_init__(self):
+        require_bounds(self)
 
     def run(self, estimator: str, model: str | None = None) -> RunConfig:
         """The run that is measured, of another preset where one is named. Raises `ConfigError`."""
@@ -96,16 +100,13 @@ class OfModel:
         require(name in PRESETS, f"--model {name} is none of {', '.join(PRESETS)}")
         run = PRESETS[name]
         shape = run.unet
-        try:
-            unet = dataclasses.replace(
-                shape,
-                early_exit_fraction=shape.early_exit_fraction
-                if self.early_exit_fraction is None
-                else self.early_exit_fraction,
-                remat=shape.remat if self.remat is None else self.remat,
-            )
-        except ValueError as error:
-            raise ConfigError(f"--early-exit-fraction: {error}") from error
+        unet = dataclasses.replace(
+            shape,
+            early_exit_fraction=shape.early_exit_fraction
+            if self.early_exit_fraction is None
+            else self.early_exit_fraction,
+            remat=shape.remat if self.remat is None else self.remat,
+        )
         return dataclasses.replace(
             run,
             unet=unet,

@@ -11,16 +11,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from estimators.bounds import Seed, Within
 from estimators.registry import COMPARED
 from experiments.command import exit_code
 from experiments.comparison.comparison import REFERENCE, write_comparison
 from experiments.comparison.finished import by_estimator, is_finished, read_finished, read_tables, without
 from experiments.comparison.pairs import Names, every_pair
 from experiments.config.arguments import PATHS, usage
-from experiments.config.errors import ConfigError, require
+from experiments.config.errors import ConfigError, require, require_bounds
 from experiments.config.files import to_json
 from experiments.config.flags import shared_out
 from experiments.config.plugins import trusted
@@ -49,23 +51,24 @@ class CompareConfig:
     among them."""
     pairs: tuple[str, ...] = ()
     """Which of them to compare with each other, as FIRST:SECOND, such as sfe:hnet sfe:uniform; by default every two."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of parameters, data order and boundaries."""
     tables: tuple[Path, ...] = ()
     """table.json of comparisons made elsewhere with the same settings: their runs count as if they had been done here."""
     out: Path = field(default=Path("runs/compare"))
     """Folder for the runs, the table and the report."""
-    jobs: int = 1
+    jobs: Annotated[int, Within(1, 1024)] = 1
     """Runs at a time; on a CPU each gets a core of its own, which for small models is faster than sharing two."""
 
     def __post_init__(self):
+        require_bounds(self)
         require(
             len(set(self.estimators)) == len(self.estimators) and len(set(self.seeds)) == len(self.seeds),
             "--estimators and --seeds name each estimator and each seed once",
         )
         require(
-            bool(self.estimators and self.seeds) and self.jobs >= 1,
-            "a comparison needs at least one estimator, one seed and one job",
+            bool(self.estimators and self.seeds),
+            "a comparison needs at least one estimator and one seed",
         )
         pairs_of(self)
 

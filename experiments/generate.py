@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import tyro
 
+from estimators.bounds import Seed, Share
 from experiments.command import command_line
 from experiments.config.arguments import expanded
-from experiments.config.errors import ConfigError, require
+from experiments.config.errors import ConfigError, require, require_bounds
 from experiments.config.plugins import import_plugins, load_model
 from experiments.launch import program
 from experiments.reporting.display import Display
@@ -25,6 +26,8 @@ from experiments.reporting.terminal import write_output
 from experiments.reporting.texts import AbstractTexts, standard_output
 from unet import Generation, Sampling, TextStream
 from unet.decoding.generate import CHUNK, Piece, Throughput, joined
+from unet.decoding.sampling import NumBytes, Temperature, TopK, TopP
+from unet.decoding.score import Texts
 
 STREAMED = 8
 """Bytes between two updates of a streamed text."""
@@ -38,17 +41,17 @@ class GenerateConfig:
     """Folder of a finished run or of an exported model, a .safetensors file, or hub:owner/name."""
     prompt: str = ""
     """Text to continue; - reads it from standard input."""
-    num: int = 1
+    num: Texts = 1
     """Number of texts, sampled independently."""
-    max_bytes: int = 256
+    max_bytes: NumBytes = 256
     """Maximum bytes of each text after the prompt."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature of bytes; 0 is greedy decoding."""
-    top_k: int | None = None
+    top_k: TopK | None = None
     """Sample only from this number of most probable bytes."""
-    top_p: float | None = None
+    top_p: TopP | None = None
     """Nucleus sampling: sample only from the smallest set of most probable bytes whose probabilities sum to at least this."""
-    min_p: float | None = None
+    min_p: Share | None = None
     """Sample only from bytes with at least this fraction of the highest probability."""
     stop: tuple[str, ...] = ()
     """Stop strings. A text ends before the first one."""
@@ -56,7 +59,7 @@ class GenerateConfig:
     """Sample only bytes that keep the text valid UTF-8."""
     greedy_boundaries: bool = False
     """Greedy boundaries: end a token wherever p > 0.5."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of bytes and boundaries."""
     show_boundaries: bool = False
     """Mark the ends of tokens: · of the outermost level, │ of two levels, ┃ of more."""
@@ -68,7 +71,7 @@ class GenerateConfig:
     """Print one JSON document instead."""
 
     def __post_init__(self):
-        require(self.num >= 1 and self.max_bytes >= 1, "--num and --max-bytes must be at least 1")
+        require_bounds(self)
         require(not (self.json and self.stream), "--json prints one document at the end: leave out --stream")
 
 

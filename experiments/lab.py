@@ -12,14 +12,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import jax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from data import Split, load, open_source
+from estimators.bounds import LARGEST_INDEX, MARGIN, Count, Positive, Within
 from experiments.command import command_line
 from experiments.config.build import build_model, require_fit
-from experiments.config.errors import ConfigError, require
+from experiments.config.errors import ConfigError, require, require_bounds
 from experiments.config.presets import PRESETS
 from experiments.laboratory.gradients import Subjects, findings
 from experiments.laboratory.greedy import SPREAD, greedy_start
@@ -58,58 +60,45 @@ class LabConfig:
     do nothing else."""
     dataset: str = "docs"
     """Text to train the small models on: anything that --dataset of experiments.run takes."""
-    length: int | None = None
+    length: Annotated[int, Within(3, 12)] | None = None
     """Bytes of a text, of which 2 to the power of length - 1 boundary strings are tried: by default 10, with --estimators 6."""
-    models: int = 5
+    models: Annotated[int, Within(2, 1000)] = 5
     """Small models of different seeds for each chunker, and runs of `tiny`: intervals are over these."""
-    sets: int = 2
+    sets: Annotated[int, Within(1, 1000)] = 2
     """Sets of texts that the gradients of each model are averaged over; its flows use the first."""
-    texts: int | None = None
+    texts: Annotated[int, Within(2, 1000)] | None = None
     """Texts of a set: by default 6, with --estimators 2, which are the batch of a training step."""
-    steps: int = 400
+    steps: Count = 400
     """Training steps of the small models, of 64 texts each."""
-    time: float = 3000.0
+    time: Annotated[float, Within(MARGIN, 1e9)] = 3000.0
     """Time for which the gradient flows run."""
-    learning_rates: tuple[float, ...] = (1.0, 8.0)
+    learning_rates: tuple[Positive, ...] = (1.0, 8.0)
     """Learning rates of stochastic gradient descent."""
-    paths: int = 8
+    paths: Annotated[int, Within(1, 1000)] = 8
     """Paths of stochastic gradient descent for each model."""
-    after: tuple[int, ...] = (0, 100)
+    after: tuple[Annotated[int, Within(0, LARGEST_INDEX)], ...] = (0, 100)
     """Training steps after which the noise in the model of ordinary size is measured."""
-    draws: int = 32
+    draws: Annotated[int, Within(8, 2**16)] = 32
     """Draws of boundaries in the model of ordinary size; a multiple of 4."""
-    seed: int = 0
-    """Seed of the models and of all noise."""
+    seed: Annotated[int, Within(0, 2**32 - 2001)] = 0
+    """Seed of the models and of all noise; models and batches take some of the numbers after it."""
     overwrite: bool = False
     """Replace the files of an earlier run."""
 
     def __post_init__(self):
-        require(
-            3 <= self.bytes <= 12,
-            f"--length lies between 3 and 12, since every boundary string is tried; got {self.bytes}",
-        )
-        require(self.models >= 2, f"--models must be at least 2, since intervals are over models; got {self.models}")
-        require(
-            self.sets >= 1 and self.paths >= 1,
-            f"--sets and --paths must be at least 1; got {self.sets} and {self.paths}",
-        )
-        require(self.batch >= 2, f"--texts must be at least 2, since returns are centred over them; got {self.batch}")
-        require(self.steps >= 1 and self.time > 0, "--steps must be at least 1 and --time positive")
-        require(self.draws >= 8 and self.draws % 4 == 0, f"--draws is a multiple of 4 and at least 8; got {self.draws}")
-        require(
-            all(rate > 0 for rate in self.learning_rates) and all(steps >= 0 for steps in self.after),
-            "--learning-rates must be positive and --after not negative",
-        )
+        # Every boundary string is tried, intervals are over models, and returns are centred over texts.
+        require_bounds(self)
+        require(self.draws % 4 == 0, f"--draws must be a multiple of 4; got {self.draws}")
 
     @property
     def bytes(self) -> int:
         """The length of a text."""
-        return self.length or (6 if self.estimators else 10)
+        return (6 if self.estimators else 10) if self.length is None else self.length
 
     @property
     def batch(self) -> int:
         """The texts of a set."""
-        return self.texts or (2 if self.estimators else 6)
+        return (2 if self.estimators else 6) if self.texts is None else self.texts
 
 
 def run(config: LabConfig, display: Display) -> None:

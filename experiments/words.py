@@ -13,9 +13,10 @@ import jax
 import tyro
 
 from data import Row
+from estimators.bounds import LARGEST_BYTES, Seed, Within
 from experiments.command import command_line
 from experiments.comparison.comparison import MeanAndError
-from experiments.config.errors import ConfigError, require
+from experiments.config.errors import ConfigError, require, require_bounds
 from experiments.config.plugins import import_plugins, load_model
 from experiments.config.settings import RunConfig
 from experiments.evaluation.boundaries import (
@@ -55,12 +56,12 @@ class WordsConfig:
     """Folders of finished runs on the same data."""
     segmenter: SegmenterName = "jieba"
     """Definition of word ends: jieba for Chinese (pip install 'caesura-lm[words]'), or white space."""
-    bytes: int | None = None
+    bytes: Annotated[int, Within(1, LARGEST_BYTES)] | None = None
     """Maximum number of held-out bytes; by default that of the runs' validation."""
     placements: bool = False
     """Also evaluate each model with the same number of boundaries at other positions: random ones, first, middle or last bytes of
     characters, ends of tokens or of words."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampled boundaries and of random positions."""
     plugin: tuple[str, ...] = ()
     """Modules with classes of your own that the runs hold, as package.module."""
@@ -72,7 +73,7 @@ class WordsConfig:
     def __post_init__(self):
         require(bool(self.runs), "name at least one folder of a finished run")
         require(len({folder.resolve() for folder in self.runs}) == len(self.runs), "each run is named once")
-        require(self.bytes is None or self.bytes >= 1, f"--bytes must be at least 1; got {self.bytes}")
+        require_bounds(self)
 
 
 def held_out_settings(run: RunConfig) -> tuple[str | int | float | None, ...]:

@@ -50,9 +50,10 @@ def test_unet_knows_only_the_abstract_kinds_of_estimators():
         name for path, name in imports_of("unet") if name.split(".")[0] == "estimators" and path.stem != "hnet_layout"
     }
     # Beside the abstract kinds, what is of no estimator: equations, decode states, how keys of random numbers are split, how
-    # parts are found by name.
+    # parts are found by name, and the bounds of numbers.
     assert names == {
         "estimators.base",
+        "estimators.bounds",
         "estimators.decode_state",
         "estimators.equations",
         "estimators.keys",

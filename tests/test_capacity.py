@@ -90,8 +90,27 @@ def test_only_the_largest_size_drops_boundaries():
 
 @pytest.mark.parametrize(
     ("capacities", "message"),
-    [(((8, 4),), "must ascend"), (((),), "must ascend"), ((8, (2, 4)), "only the outermost level")],
+    [
+        ((0,), "a capacity must be a whole number from 1"),
+        ((8, -1), "a capacity must"),
+        (((8, 4),), "must ascend"),
+        (((),), "must ascend"),
+        ((8, (2, 4)), "only the outermost level"),
+    ],
 )
 def test_sizes_that_make_no_sense_are_refused(capacities, message):
     with pytest.raises(ValueError, match=message):
         small_model(small_score_function()).loss(text_bytes(1, 8), key=None, capacities=capacities)
+
+
+def test_a_capacity_beyond_the_length_is_the_length():
+    model, bytes = small_model(small_score_function()), text_bytes(2, 12)
+    key = jax.random.key(1)
+    whole = losses(model, bytes, key=key, capacities=12)
+    for capacities in (2**31 - 1, ((2**30, 2**31 - 1),)):
+        more = losses(model, bytes, key=key, capacities=capacities)
+        np.testing.assert_allclose(more.loss, whole.loss, rtol=1e-6)
+        np.testing.assert_allclose(more.padding, whole.padding, rtol=1e-6)
+    for samples in (0, -1, 2**40):
+        with pytest.raises(ValueError, match="samples must be a whole number from 1 to 4096"):
+            model.loss(bytes, key=key, samples=samples)

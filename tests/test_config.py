@@ -16,7 +16,7 @@ CHANGES = [
     ("batch", 16.5, "batch: 16.5 is no whole number"),
     ("seed", True, "seed: True is no whole number"),
     ("rate", "much", "rate: 'much' is no number"),
-    ("rate", 1, "--rate is a share of bytes strictly between 0 and 1; got 1.0"),
+    ("rate", 1, "--rate must be a number from 1e-06 to 0.999999; got 1.0"),
     ("resume", 0, "resume: 0 is neither true nor false"),
     ("dataset", 3, "dataset: 3 is no string"),
     ("out", 3, "out: 3 is no string"),
@@ -35,7 +35,7 @@ CHANGES = [
     ("antique", 2, "there is no setting antique; another version wrote it"),
     ("unet.dim", 7, "unet: heads must divide dim"),
     ("unet.width", 7, "unet: there is no setting width; another version wrote it"),
-    ("settings.policy.window", -1, "--policy: window counts past boundaries and cannot be negative; got -1"),
+    ("settings.policy.window", -1, "--policy: window must be a whole number from 0 to 1024; got -1"),
     ("settings.policy.window", "2", "--policy: window: '2' is no whole number"),
 ]
 
@@ -78,7 +78,7 @@ def test_a_setting_that_is_newer_than_the_file_has_its_default():
 def test_values_that_are_impossible_by_themselves_are_refused_where_they_are_defined():
     with pytest.raises(ValueError, match="sample-centre compares samples"):
         ScoreFunctionSettings(("sample-centre",))
-    with pytest.raises(ValueError, match="stride must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="stride must be a whole number from 1 to 2147483647; got 0"):
         StrideConfig(0)
-    with pytest.raises(ConfigError, match=r"--optimizer\.learning-rate must be positive"):
+    with pytest.raises(ConfigError, match=r"--optimizer\.learning-rate must be a number from 1e-30 to 1e\+30; got nan"):
         OptimizerConfig(learning_rate=float("nan"))

@@ -7,10 +7,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from estimators import trainable
 from tests.compositions import config_of, registered
 from tests.conftest import text_bytes
+
+
+def test_a_hessian_vector_product_is_the_gradient_of_a_product():
+    usual, bytes, products = config_of("sfe"), text_bytes(2, 16), []
+    native = dataclasses.replace(usual, unet=dataclasses.replace(usual.unet, implementation="native"))
+    for config, capacities in ((usual, ((8, 16),)), (native, ())):
+        model = registered("sfe", config)
+        params, static = eqx.partition(model, trainable(model))
+
+        def loss(params, static=static, capacities=capacities):
+            return eqx.combine(params, static).loss(bytes, key=jax.random.key(0), capacities=capacities).loss
+
+        @jax.jit
+        def product(params, loss=loss):
+            def slope(p):
+                return sum(map(jnp.vdot, jax.tree.leaves(jax.grad(loss)(p)), jax.tree.leaves(params)))
+
+            return ravel_pytree(jax.grad(slope)(params))[0]
+
+        products.append(product(params))
+        if config is usual:
+            # Not in forward mode, as `UNet.loss` says.
+            with pytest.raises(TypeError, match="forward-mode"):
+                jax.jit(lambda p, loss=loss: jax.jvp(loss, (p,), (p,))).lower(params)
+    assert float(jnp.max(jnp.abs(products[1]))) > 1e-3
+    np.testing.assert_allclose(products[0], products[1], rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["sfe", "gumbel", "hnet"])

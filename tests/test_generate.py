@@ -15,6 +15,7 @@ from tests.compositions import config_of, registered
 from tests.conftest import small_model
 from unet import Flat, Sampling, TextStream, generate, score, utf8
 from unet.blocks import transformer
+from unet.decoding import generate as generation
 from unet.decoding.generate import joined
 from unet.decoding.kv_cache import cache_bytes, most_slots
 from unet.decoding.sampling import draw, kept
@@ -290,15 +291,22 @@ def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_byte_kept():
     ("settings", "message"),
     [
         ({"prompts": []}, "no prompt"),
-        ({"max_bytes": 0}, "at least 1 byte"),
+        ({"max_bytes": 0}, "max_bytes must be a whole number from 1 to"),
         ({"stop": [""]}, "stop string"),
         ({"prompts": [b"a\xfe"]}, "holds the byte 254 or 255"),
         ({"prompts": [b"\xf0"], "max_bytes": 2, "valid": True}, "cannot complete"),
         ({"key": jax.random.split(KEY, 2)}, "2 keys for 1 texts"),
+        ({"max_bytes": 2**31}, "max_bytes must be a whole number from 1 to"),
+        ({"chunk": 10**9}, "chunk must be a whole number from 1 to"),
         ({"sampling": Sampling(temperature=-1.0)}, "temperature"),
-        ({"sampling": Sampling(top_k=0)}, "top-k"),
-        ({"sampling": Sampling(top_p=0.0)}, "top-p"),
-        ({"sampling": Sampling(min_p=1.5)}, "min-p"),
+        ({"sampling": Sampling(temperature=math.nan)}, "temperature must be 0, or a number from 1e-06"),
+        ({"sampling": Sampling(temperature=math.inf)}, "temperature"),
+        ({"sampling": Sampling(top_k=10**11)}, "top_k must be a whole number from 1 to 256"),
+        ({"sampling": Sampling(top_p=1e-320)}, "top_p"),
+        ({"sampling": Sampling(min_p=math.nan)}, "min_p"),
+        ({"sampling": Sampling(top_k=0)}, "top_k"),
+        ({"sampling": Sampling(top_p=0.0)}, "top_p"),
+        ({"sampling": Sampling(min_p=1.5)}, "min_p"),
     ],
     ids=str,
 )
@@ -311,7 +319,7 @@ def test_what_cannot_be_written_is_refused(sfe, settings, message):
 def test_what_cannot_be_scored_is_refused(sfe):
     with pytest.raises(ValueError, match="2 contexts for 1"):
         score(sfe, ["a"], contexts=["b", "c"], key=None)
-    with pytest.raises(ValueError, match="at least 1 text"):
+    with pytest.raises(ValueError, match="batch must be a whole number from 1 to"):
         score(sfe, ["a"], key=None, batch=0)
 
 
@@ -330,3 +338,15 @@ def test_a_model_without_tokens_has_slots_for_every_byte_from_the_start():
     model = eqx.tree_at(lambda m: m.stage, small_model(), full)
     stream = TextStream(model, [b"so it is " * 20], max_bytes=400, key=KEY)
     assert most_slots(stream.state) >= 1 + 180 + 400
+
+
+def test_a_cache_is_not_reserved_for_a_text_that_may_never_come(sfe, monkeypatch):
+    stream = TextStream(sfe, ["so"], max_bytes=2**30, key=KEY)
+    assert most_slots(stream.state) <= 2 * generation.RESERVED
+    assert next(iter(stream))[0] is not None
+    # A cache that doubles as it fills changes no byte.
+    whole = write(sfe, ["so it"], max_bytes=90, key=KEY, chunk=8, endless=True).texts[0].piece
+    monkeypatch.setattr(generation, "RESERVED", 8)
+    grown = write(sfe, ["so it"], max_bytes=90, key=KEY, chunk=8, endless=True).texts[0].piece
+    assert grown.bytes == whole.bytes
+    np.testing.assert_allclose(grown.logprobs, whole.logprobs, atol=1e-5)

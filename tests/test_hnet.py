@@ -267,8 +267,8 @@ def test_layouts_are_read_as_they_are_published():
         ({"heads": (2, 3, 4)}, "3 heads must divide"),
         ({"rotary_dims": (8, 3, 8)}, "even number"),
         ({"mlp_dims": (0, 0, 32)}, "MLP"),
-        ({"state": 0}, "at least 1"),
-        ({"windows": (4, -1, 0)}, "not negative"),
+        ({"state": 0}, "state must be a whole number from 1"),
+        ({"windows": (4, -1, 0)}, "windows must be a whole number from 0"),
     ],
 )
 def test_shapes_that_make_no_model_are_refused(changes, message):
@@ -363,7 +363,7 @@ def test_every_stage_of_a_preset_is_described_by_its_json(tmp_path):
     ("changes", "message"),
     [
         ({"inner_rates": (0.3, 0.3)}, "2 inner levels are named"),
-        ({"inner_rates": (1.5,)}, "strictly between 0 and 1"),
+        ({"inner_rates": (1.5,)}, "--inner-rates must be a number from 1e-06"),
         ({"inner_estimators": ("bpe",)}, "bpe reads bytes, not tokens"),
         ({"inner_estimators": ("characters",)}, "characters reads bytes, not tokens"),
         ({"inner_rates": (0.001,)}, "a rate of 0.001 lies beyond policy logits"),

@@ -14,9 +14,13 @@ import optax
 import pytest
 
 from estimators import BatchCentre, Discount, EarlyExit, Estimator, ScoreFunctionObjective, trainable
-from tests.compositions import registered
+from estimators.base import uniforms_from
+from estimators.registry import ESTIMATORS
+from experiments.config.build import build_model
+from tests.compositions import config_of, prepared_for, registered
 from tests.conftest import losses, small_model, small_score_function, text_bytes
 from unet import Chunker, Distribute, Select, UNet, UNetConfig, generate, load, save, score
+from unet.decoding.score import keys_of
 
 KEY = jax.random.key(3)
 
@@ -51,6 +55,55 @@ def test_settings_of_jax_change_no_promise(setting, name):
         assert both[1].piece.bytes == alone.piece.bytes
         np.testing.assert_array_equal(both[1].piece.boundaries, alone.piece.boundaries)
         assert np.isfinite(score(model, "so it goes", key=jax.random.key(0))[0].log_prob)
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS.house))
+def test_under_64_bit_types_a_model_has_the_same_values_and_everything_is_float32(name):
+    def built() -> UNet:
+        config = config_of(name)
+        return build_model(config, jax.random.key(0), prepared_for(config))
+
+    usual = built()
+    with wide():
+        model, bytes = built(), text_bytes(2, 16)
+
+        def loss(model):
+            return model.loss(bytes, key=KEY, capacities=((8, 16),))
+
+        gradient = eqx.filter_grad(lambda model: loss(model).loss)
+        computed = eqx.filter_eval_shape(lambda m: (loss(m), gradient(m), m(bytes, key=KEY)), model)
+        kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(computed) if hasattr(leaf, "dtype")}
+        assert "float64" not in kinds
+    assert eqx.tree_equal(usual, model)
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_the_keys_of_texts_depend_on_themselves_alone(kind):
+    keys = jax.random.split(jax.random.key(0, impl=kind), 4)
+    made = keys_of(keys, 4)
+    assert str(jax.random.key_impl(made)) == "threefry2x32"
+    data = np.asarray(jax.random.key_data(made))
+    assert len({tuple(row) for row in data.tolist()}) == 4
+    for number in range(4):
+        alone = keys_of(keys[number : number + 1], 1)
+        np.testing.assert_array_equal(jax.random.key_data(alone)[0], data[number])
+    if kind == "threefry2x32":
+        np.testing.assert_array_equal(data, jax.random.key_data(keys))
+    else:
+        # Every word of a longer key counts.
+        words = np.array(jax.random.key_data(keys[:1]))
+        words[0, 3] ^= 1
+        other = keys_of(jax.random.wrap_key_data(jnp.asarray(words), impl=kind), 1)
+        assert not np.array_equal(jax.random.key_data(other)[0], data[0])
+    one, several = (keys_of(jax.random.key(1, impl=kind), count) for count in (1, 3))
+    np.testing.assert_array_equal(jax.random.key_data(one)[0], jax.random.key_data(several)[0])
+
+
+def test_uniform_numbers_of_a_text_are_the_same_under_64_bit_types():
+    first = jnp.zeros((2,), jnp.int32)
+    usual = uniforms_from(jax.random.split(KEY, 2), first, 5)
+    with wide():
+        np.testing.assert_array_equal(usual, uniforms_from(jax.random.split(KEY, 2), first, 5))
 
 
 def test_one_array_of_actions_and_one_capacity_are_those_of_the_outermost_level():
@@ -107,11 +160,12 @@ def test_the_shapes_of_a_model_train_where_its_arrays_do():
 WRONG = """
 import equinox as eqx, jax, jax.numpy as jnp
 from estimators import Estimator, NoObjective, ScoreFunction, WindowedPolicy
-from unet import Chunker, Distribute, Select, UNet, UNetConfig
+from unet import Chunker, Distribute, Select, UNet, UNetConfig, generate, score
 
 chunker, router = Chunker(Select(), Distribute()), WindowedPolicy(16, window=2)
 shape = UNetConfig(16, 2, 1, 1, 1, window=4)
 model = UNet(shape, ScoreFunction(16, chunker=chunker, window=2), key=jax.random.key(0))
+key = jax.random.key(1)
 cases = [
     (lambda: model(jnp.full((1, 8), 300)), "bytes must lie between 0 and 255; got 300"),
     (lambda: model.loss(jnp.full((1, 8), -1), key=None), "bytes must lie between 0 and 255; got -1"),
@@ -121,6 +175,16 @@ cases = [
     (lambda: Estimator(chunker, router, NoObjective()), "the router of a Estimator must be an AbstractRouter; got a Chunker"),
     (lambda: Estimator(router, router, NoObjective()), "must be an AbstractChunker; got a WindowedPolicy"),
     (lambda: UNet(shape, ScoreFunction(32, chunker=chunker), key=jax.random.key(0)), "width 32, but this shape has 16 there"),
+    (lambda: UNetConfig(16.0, 2, 1, 1, 1), "dim must be a whole number from 1 to 65536; got 16.0"),
+    (lambda: generate(model, [b"a", 3], max_bytes=4, key=key), "text 1 must be a string or bytes; got a int"),
+    (lambda: generate(model, ["a"], max_bytes=4, key=key, stop=[None]), "text 0 must be a string or bytes"),
+    (lambda: generate(model, ["a"], max_bytes=4.5, key=key), "max_bytes must be a whole number from 1"),
+    (lambda: score(model, [["a"]], key=key), "text 0 must be a string or bytes; got a list"),
+    (lambda: score(model, ["a"], contexts=[0], key=key), "text 0 must be a string or bytes; got a int"),
+    (lambda: score(model, ["a", "b"], contexts="ab", key=key), "1 contexts for 2 texts"),
+    (lambda: score(model, ["a" + chr(0xD83D)], key=key), "text 0 holds half a surrogate pair at 1"),
+    (lambda: score(model, ["a"], key=7), "must be one of JAX, such as jax.random.key(0); got a int"),
+    (lambda: score(model, ["a"], key=jax.random.split(key, (2, 2))), "got keys of shape (2, 2)"),
 ]
 for number, (case, message) in enumerate(cases):
     try:
@@ -136,7 +200,7 @@ print("refused", len(cases))
 def test_what_cannot_be_meant_is_refused_without_checks_of_types():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", WRONG], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout == "refused 8\n", done.stderr[-2000:]
+    assert done.stdout == "refused 18\n", done.stderr[-2000:]
 
 
 def test_a_shape_of_another_width_is_refused_where_the_model_is_made():

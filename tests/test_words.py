@@ -254,7 +254,7 @@ def test_the_command_leaves_tables_of_seeds_together(runs, tmp_path, capsys, mon
         (("sfe-0", "shorter"), "different held-out text"),
         (("bytes",), "no level of tokens"),
         (("nothing",), "neither a finished run"),
-        (("sfe-0", "--bytes", "0"), "--bytes must be at least 1"),
+        (("sfe-0", "--bytes", "0"), "--bytes must be a whole number from 1 to"),
     ],
 )
 def test_invalid_input_is_one_sentence(runs, capsys, arguments, message):

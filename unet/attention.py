@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from estimators.base import Layout
+from estimators.bounds import Width, require_within
 from estimators.equations import soft_cap
 from unet.cross import VisibleTokens
 from unet.decoding.kv_cache import AnyCache, KVCache, KVUpdate, attend_cached
@@ -222,6 +223,7 @@ class Attention(AbstractMixer):
         """Query, key and value share one matrix, in this order. `cap`: bound of the logits (None: none). `rotary_dim`:
         dimensions of a head with rotary embeddings (None: all). Raises `ValueError` if `heads` does not divide `dim`, or a head
         has fewer than `rotary_dim` dimensions."""
+        require_within("heads", heads, Width)
         if dim % heads:
             raise ValueError(f"{heads} heads do not divide a width of {dim}")
         if rotary_dim is not None and not 0 <= rotary_dim <= dim // heads:

@@ -27,7 +27,7 @@ def switch_with_gradient(
 ) -> tuple[Array, Aside]:
     """`branches[which](operands)`: a scalar to differentiate, and auxiliary arrays.
 
-    With several branches it can be differentiated only once: each branch computes its gradient immediately, so residuals of
+    With several branches there is no forward mode: each branch computes its gradient immediately, so residuals of
     branches not taken are never stored, as `lax.switch` alone would store them; the auxiliary arrays then carry no gradient. A
     single branch is called directly.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import equinox as eqx
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import VOCAB, AbstractEstimator
+from estimators.bounds import MARGIN, Layers, Vectors, Width, Window, Within, check_bounds
 from estimators.keys import named_key
 from unet.blocks import Attends, Stack, attending, transformer
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
@@ -38,7 +39,7 @@ class AbstractShape(ABC):
 
     compute: Literal["float32", "bfloat16"] = "float32"
     """Dtype of hidden states and matrix products; parameters, losses and the insides of norms and softmax stay float32."""
-    early_exit_fraction: float = 1.0
+    early_exit_fraction: Annotated[float, Within(MARGIN, 1.0)] = 1.0
     """Fraction of the positions, drawn anew every step, at which the early-exit head predicts in training; the others get its
     mean over these."""
     remat: bool = False
@@ -48,16 +49,16 @@ class AbstractShape(ABC):
     `interpret`, which emulates the kernels on the host, slowly, or `native`: XLA with JAX's own derivatives, so that the loss
     can be differentiated more than once and in forward mode."""
 
-    ngrams: tuple[int, ...] = ()
+    ngrams: tuple[Annotated[int, Within(2, MAX_NGRAM)], ...] = ()
     """Lengths of the byte n-grams whose hashed embeddings are added to each byte's own (BLT: 3 4 5 6 7 8); by default none."""
-    ngram_buckets: int = 500_000
+    ngram_buckets: Annotated[int, Within(1, 2**31)] = 500_000
     """Rows of each n-gram table."""
-    ngram_functions: int = 1
+    ngram_functions: Annotated[int, Within(1, len(PRIMES))] = 1
     """Hash functions for each length of n-grams, each with a table of its own (BLT: 1)."""
     attend: Attends = "none"
     """Which decoder blocks cross-attend from every byte to its token: none, the first, or every one (as BLT). With as many
     heads as self-attention; at every token level."""
-    attend_vectors: int = 2
+    attend_vectors: Vectors = 2
     """Number of vectors into which each token is unfolded for this."""
 
     def new_ngrams(self, key: PRNGKeyArray) -> HashedNgrams | None:
@@ -74,17 +75,7 @@ class AbstractShape(ABC):
         )
 
     def __post_init__(self):
-        if not 1 <= self.ngram_buckets <= 2**31 or any(not 2 <= size <= MAX_NGRAM for size in self.ngrams):
-            raise ValueError(
-                f"ngrams must have two bytes or more, at most {MAX_NGRAM}, and tables one row or more, at most 2^31; got "
-                f"{self.ngrams}, {self.ngram_buckets}"
-            )
-        if not 1 <= self.ngram_functions <= len(PRIMES):
-            raise ValueError(f"ngram_functions must lie between 1 and {len(PRIMES)}; got {self.ngram_functions}")
-        if self.attend_vectors < 1:
-            raise ValueError(f"attend_vectors must be at least 1; got {self.attend_vectors}")
-        if not 0 < self.early_exit_fraction <= 1:
-            raise ValueError(f"early_exit_fraction must be above 0, at most 1; got {self.early_exit_fraction}")
+        check_bounds(self)
 
     @property
     @abstractmethod
@@ -110,29 +101,23 @@ class UNetConfig(AbstractShape):
     Raises `ValueError` for values that cannot make a model.
     """
 
-    dim: int
+    dim: Width
     """Width of every hidden state."""
-    heads: int
+    heads: Width
     """Attention heads; divides `dim`."""
-    encoder_layers: int
+    encoder_layers: Layers
     """Byte-level blocks before the boundaries."""
-    main_layers: int
+    main_layers: Layers
     """Token-level blocks."""
-    decoder_layers: int
+    decoder_layers: Layers
     """Byte-level blocks after upsampling."""
-    window: int = 64
+    window: Window = 64
     """Bytes that byte-level attention sees, the current one included."""
     token_positions: Literal["byte", "chunk"] = "byte"
     """Rotary positions of tokens: the byte position of the boundary, or the index of the token."""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("dim", "heads", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("encoder_layers", "main_layers", "decoder_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} cannot be negative; got {getattr(self, name)}")
         if self.attend != "none" and not self.decoder_layers:
             raise ValueError(
                 f"attend {self.attend} needs a decoder block that attends to tokens, but decoder_layers is 0"

@@ -94,7 +94,7 @@ class StageSampling(eqx.Module):
 
     def capacity(self, length: int) -> int:
         """The maximum number of tokens for a sequence of `length` positions at the outermost level."""
-        return self.capacities[0] if self.capacities else length
+        return min(self.capacities[0], length) if self.capacities else length
 
     def inner(self) -> StageSampling:
         """The options of the next level inside."""

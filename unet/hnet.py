@@ -9,13 +9,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import VOCAB, AbstractEstimator
+from estimators.bounds import Width, Within, shown
 from estimators.keys import named_key
 from unet.attention import Attention
 from unet.blocks import PreNorm, Stack, attending
@@ -31,6 +32,8 @@ STD = 0.02
 
 MAX_LAYERS = 4096
 """Most layers of one network, so that a mistyped layout does not fill the memory."""
+MAX_STAGES = 16
+"""Most stages, one inside another."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +61,29 @@ def read_layout(text: str) -> Networks:
     """
     try:
         parsed = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"a layout must be a JSON list; got {text!r} ({error})") from None
-    return _networks(parsed)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"a layout must be a JSON list; got {shown(text)} ({str(error)[:100]})") from None
+    return _networks(parsed, MAX_STAGES)
 
 
-def _networks(parsed: object) -> Networks:
+def _networks(parsed: object, stages: int) -> Networks:
+    if not stages:
+        raise ValueError(f"a layout must have at most {MAX_STAGES} stages, one inside another")
     if isinstance(parsed, list) and len(parsed) == 1:
         return Networks(main=_letters(parsed[0]))
     if isinstance(parsed, list) and len(parsed) == 3:
-        return Networks(_letters(parsed[0]), _networks(parsed[1]), _letters(parsed[2]))
-    raise ValueError(f"a stage of a layout must be a list of one or three parts; got {json.dumps(parsed)}")
+        return Networks(_letters(parsed[0]), _networks(parsed[1], stages - 1), _letters(parsed[2]))
+    raise ValueError(f"a stage of a layout must be a list of one or three parts; got {shown(parsed)}")
 
 
 def _letters(part: object) -> str:
     if not isinstance(part, str) or not re.fullmatch(r"([mMtT]\d{1,9})*", part):
         raise ValueError(
-            f'a network of a layout must be letters of mMtT, each with a number, such as "T1m4"; got {json.dumps(part)}'
+            f'a network of a layout must be letters of mMtT, each with a number, such as "T1m4"; got {shown(part)}'
         )
     runs = [(letter, int(number)) for letter, number in re.findall(r"([mMtT])(\d+)", part)]
     if sum(number for _, number in runs) > MAX_LAYERS:
-        raise ValueError(f"a network of a layout must have at most {MAX_LAYERS} layers; got {json.dumps(part)}")
+        raise ValueError(f"a network of a layout must have at most {MAX_LAYERS} layers; got {shown(part)}")
     return "".join(letter * number for letter, number in runs)
 
 
@@ -91,21 +96,21 @@ class HNetConfig(AbstractShape):
 
     layout: str
     """Layers of all networks, as published: `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`."""
-    dims: tuple[int, ...]
+    dims: tuple[Width, ...]
     """Widths of hidden states; they never shrink inward."""
-    mlp_dims: tuple[int, ...]
+    mlp_dims: tuple[Annotated[int, Within(0, 2**20)], ...]
     """Inner widths of the MLPs; 0 at stages without any."""
-    heads: tuple[int, ...]
+    heads: tuple[Annotated[int, Within(0, 2**16)], ...]
     """Attention heads."""
-    rotary_dims: tuple[int, ...]
+    rotary_dims: tuple[Annotated[int, Within(0, 2**16)], ...]
     """Dimensions of a head with rotary embeddings."""
-    windows: tuple[int, ...]
+    windows: tuple[Annotated[int, Within(0, 2**24)], ...]
     """Positions that attention sees, its own included; 0 for all before it."""
-    state: int = 128
+    state: Width = 128
     """Columns of the state matrix of a Mamba-2 head (d_state)."""
-    conv_width: int = 4
+    conv_width: Annotated[int, Within(1, 1024)] = 4
     """Positions that the convolution of a Mamba-2 layer sees, its own included."""
-    expand: int = 2
+    expand: Annotated[int, Within(1, 64)] = 2
     """Inner width of a Mamba-2 layer, as a multiple of its stage's width."""
     network_norms: bool = True
     """End every network with a norm, not only the last one."""
@@ -123,8 +128,6 @@ class HNetConfig(AbstractShape):
                 raise ValueError(f"{name} needs {stages} numbers, one for each stage; got {getattr(self, name)}")
         if any(inner < outer for outer, inner in zip(self.dims, self.dims[1:], strict=False)):
             raise ValueError(f"widths must grow inward or stay equal; got dims {self.dims}")
-        if min(self.state, self.conv_width, self.expand) < 1:
-            raise ValueError("state, conv_width and expand must be at least 1")
         for stage, letters in enumerate(_stages(networks)):
             self._check_stage(stage, letters)
         if self.attend != "none":
@@ -133,16 +136,16 @@ class HNetConfig(AbstractShape):
     def _check_stage(self, stage: int, letters: str) -> None:
         dim, heads, rotary_dim = self.dims[stage], self.heads[stage], self.rotary_dims[stage]
         attends = bool(set(letters) & set("tT"))
-        if dim < 1 or self.windows[stage] < 0 or (attends and heads < 1):
-            raise ValueError(f"stage {stage}: widths and heads must be at least 1, and windows not negative")
+        if attends and heads < 1:
+            raise ValueError(f"stage {stage} has attention layers ({letters}): its heads must be at least 1")
         if attends and (dim % heads or rotary_dim % 2 or not 0 <= rotary_dim <= dim // heads):
             raise ValueError(
-                f"stage {stage}: {heads} heads must divide a width of {dim}, and rotary_dims be an even number of dimensions of "
-                f"a head; got {rotary_dim}"
+                f"stage {stage}: {heads} heads must divide its width in dims, {dim}, and rotary_dims be an even number of "
+                f"dimensions of a head; got {rotary_dim}"
             )
         if set(letters) & set("mM") and self.expand * dim % HEAD:
             raise ValueError(
-                f"stage {stage}: {self.expand} x {dim} is not a multiple of {HEAD}, as Mamba-2 layers need"
+                f"stage {stage}: expand x dims, {self.expand} x {dim}, is not a multiple of {HEAD}, as Mamba-2 layers need"
             )
         if set(letters) & set("MT") and self.mlp_dims[stage] < 1:
             raise ValueError(
@@ -209,7 +212,7 @@ class HNetConfig(AbstractShape):
                 implementation=self.implementation,
             )
         wider = self.dims[stage] - self.dims[stage - 1] if stage else 0
-        return Widened(jnp.zeros((wider,)), own) if wider else own
+        return Widened(jnp.zeros((wider,), jnp.float32), own) if wider else own
 
     def _stack(self, letters: str, stage: int, residuals: int, key: PRNGKeyArray, *, last: bool = False) -> Stack:
         """The stack of a network. `last`: whether the output head follows, which needs a norm before it. `residuals`: see

@@ -197,7 +197,7 @@ def _summary(
     positions = jnp.maximum(jnp.sum(layout.mask), 1).astype(jnp.float32)
     token_positions = layout.bytes.shape[0] * (capacity or layout.bytes.shape[1])
     if not levels:
-        zero = jnp.zeros(())
+        zero = jnp.zeros((), jnp.float32)
         return LossOutput(loss, log_prob, early_log_prob, rate=zero, overflow=zero, padding=zero, metrics={})
     metrics: dict[str, Float[Array, ""]] = {}
     for number, (level, output) in enumerate(zip(levels, outputs, strict=True)):

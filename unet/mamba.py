@@ -68,7 +68,7 @@ class Mamba2(AbstractMixer):
         # The inverse of softplus.
         self.dt_bias = dt + jnp.log(-jnp.expm1(-dt))
         self.A_log = jnp.log(jax.random.uniform(key_a, (heads,), jnp.float32, minval=1.0, maxval=16.0))
-        self.D = jnp.ones((heads,))
+        self.D = jnp.ones((heads,), jnp.float32)
         self.norm = ScaleNorm(inner)
         self.project_out = Linear(inner, dim, key=key_out)
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, PRNGKeyArray, PyTree
 
 from estimators.base import VOCAB, AbstractEstimator, Keys, Layout, uniforms_from
+from estimators.bounds import Count, Samples, require_within
 from estimators.decode_state import AbstractDecodeState, last_positions, update_state
 from unet.capacity import smallest_with_room, switch_with_gradient
 from unet.config import AbstractShape
@@ -83,8 +84,11 @@ def _at_most_float32(leaf: PyTree) -> PyTree:
 
 
 def _bounds(capacities: Sequence[int] | int) -> tuple[int, ...]:
-    """Capacities as a tuple; a single one becomes a tuple of one."""
-    return (capacities,) if isinstance(capacities, int) else tuple(capacities)
+    """Capacities as a tuple; a single one becomes a tuple of one. Raises `ValueError` for one that is no number of tokens."""
+    bounds = (capacities,) if isinstance(capacities, int) else tuple(capacities)
+    for capacity in bounds:
+        require_within("a capacity", capacity, Count)
+    return bounds
 
 
 def _choices(capacities: Sequence[int | Sequence[int]] | int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -169,6 +173,7 @@ class UNet(eqx.Module):
         rows of the batch. A single array of actions, or a single capacity, is for the outermost level. Raises `ValueError` for
         invalid bytes.
         """
+        require_within("samples", samples, Samples)
         layout = plain_layout(check_bytes(bytes), segments, mask)
         actions = (actions,) if isinstance(actions, jax.Array | np.ndarray) else tuple(actions)
         sampling = StageSampling(key, actions, target_rate, _bounds(capacities), samples, training)
@@ -264,8 +269,16 @@ class UNet(eqx.Module):
 
         If the outermost of `capacities` is a sequence of several in ascending order, the token level runs at the smallest one
         that fits every sequence of the batch; only the largest drops boundaries. All of them are in one compiled program, so it
-        serves every rate. The loss can then be differentiated only once.
+        serves every rate.
+
+        Derivatives are in reverse mode: `jax.jvp` and `jax.jacfwd` raise `TypeError`, except for a shape with
+        `implementation="native"` and no choice of capacities. A Hessian-vector product is the gradient of a product, as
+        `jax.grad(lambda p: jnp.vdot(jax.grad(loss)(p), v))(params)`, for any capacities, where no Pallas kernel runs (on a CPU,
+        or with `implementation` "xla" or "native").
+
+        Raises `ValueError` for invalid bytes, for capacities that do not ascend, and for capacities or samples below 1.
         """
+        require_within("samples", samples, Samples)
         choices, bounds = _choices(capacities)
         layout = plain_layout(check_bytes(bytes), segments, mask)
         sampling = StageSampling(key, (), target_rate, bounds, samples, training)
@@ -290,7 +303,8 @@ class UNet(eqx.Module):
             return branch
 
         which = smallest_with_room(encoded.most_tokens, choices)
-        branches = [loss_at(capacity) for capacity in choices or (None,)]
+        # There are no more tokens than bytes.
+        branches = [loss_at(min(capacity, bytes.shape[1])) for capacity in choices] or [loss_at(None)]
         loss, output = switch_with_gradient(which, branches, (self, encoded, sampling, layout))
         # `output.loss` comes from the auxiliary output and carries no gradient.
         return dataclasses.replace(output, loss=loss)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import equinox as eqx
 
 from estimators.base import AbstractObjective, ObjectiveInputs, ObjectiveOutput
+from estimators.bounds import Rate, Weight, check_bounds
 from estimators.equations import (
     binomial_prior_loss,
-    logit,
 )
 from estimators.objectives.rate import aimed_rate
 
@@ -21,11 +21,11 @@ class BinomialPrior(AbstractObjective):
     Its gradient passes through `Boundaries.relaxed`. Raises `ValueError` for boundaries without it.
     """
 
-    target_rate: float = eqx.field(static=True)
-    weight: float = eqx.field(static=True, default=1.0)
+    target_rate: Rate = eqx.field(static=True)
+    weight: Weight = eqx.field(static=True, default=1.0)
 
     def __check_init__(self):
-        logit(self.target_rate)
+        check_bounds(self)
 
     @property
     def needs_early_exit(self) -> bool:

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from estimators.base import AbstractObjective, ObjectiveInputs, ObjectiveOutput
+from estimators.bounds import Weight, check_bounds
 from estimators.equations import (
     action_log_prob,
     masked_mean,
@@ -18,7 +19,10 @@ class Imitation(AbstractObjective):
     With a `Guided` router this distils the guide into the student.
     """
 
-    weight: float = eqx.field(static=True, default=0.1)
+    weight: Weight = eqx.field(static=True, default=0.1)
+
+    def __check_init__(self):
+        check_bounds(self)
 
     @property
     def needs_early_exit(self) -> bool:
@@ -38,4 +42,4 @@ class NoObjective(AbstractObjective):
         return False
 
     def __call__(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
-        return ObjectiveOutput(jnp.zeros(()), {})
+        return ObjectiveOutput(jnp.zeros((), jnp.float32), {})

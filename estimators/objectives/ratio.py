@@ -8,8 +8,8 @@ from __future__ import annotations
 import equinox as eqx
 
 from estimators.base import AbstractObjective, ObjectiveInputs, ObjectiveOutput
+from estimators.bounds import Rate, Weight, check_bounds
 from estimators.equations import (
-    logit,
     ratio_loss,
 )
 from estimators.objectives.rate import aimed_rate
@@ -21,11 +21,11 @@ class RatioObjective(AbstractObjective):
     It trains the rate only; all other gradients reach the router through the chunker.
     """
 
-    target_rate: float = eqx.field(static=True)
-    weight: float = eqx.field(static=True, default=0.03)
+    target_rate: Rate = eqx.field(static=True)
+    weight: Weight = eqx.field(static=True, default=0.03)
 
     def __check_init__(self):
-        logit(self.target_rate)
+        check_bounds(self)
 
     @property
     def needs_early_exit(self) -> bool:

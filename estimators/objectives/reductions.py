@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from estimators.base import ObjectiveInputs
+from estimators.bounds import Positive, Share, Weight, check_bounds
 from estimators.equations import (
     batch_centred,
     discounted_returns,
@@ -96,8 +97,11 @@ class EarlyExit(AbstractReduction):
     position $i + j$ does not depend on $a_i$.
     """
 
-    weight: float = eqx.field(static=True, default=0.1)
+    weight: Weight = eqx.field(static=True, default=0.1)
     """Weight of the early head's own loss (eq. 22)."""
+
+    def __check_init__(self):
+        check_bounds(self)
 
     @property
     def needs_early_exit(self) -> bool:
@@ -117,11 +121,11 @@ class EarlyExit(AbstractReduction):
 class Discount(AbstractReduction):
     r"""Returns discounted by $\gamma$ (SFE eq. 13). Biased for $\gamma < 1$."""
 
-    factor: float = eqx.field(static=True, default=0.99)
+    factor: Share = eqx.field(static=True, default=0.99)
     """Discount of rewards per byte (eq. 13); 1 leaves discounting out."""
 
     def __check_init__(self):
-        _require_share("a discount", self.factor)
+        check_bounds(self)
 
     @property
     def needs_early_exit(self) -> bool:
@@ -187,12 +191,16 @@ class Critic(AbstractReduction):
 
     weight: Float[Array, " dim"]
     bias: Float[Array, ""]
-    loss_weight: float = eqx.field(static=True)
+    loss_weight: Weight = eqx.field(static=True)
     """Weight of the critic's own loss."""
+
+    def __check_init__(self):
+        check_bounds(self)
 
     def __init__(self, dim: int, loss_weight: float = 1.0):
         """`dim` is the width of the encoder's states. The critic starts at zero."""
-        self.weight, self.bias, self.loss_weight = jnp.zeros(dim), jnp.zeros(()), loss_weight
+        self.weight, self.bias = jnp.zeros(dim, jnp.float32), jnp.zeros((), jnp.float32)
+        self.loss_weight = loss_weight
 
     @property
     def needs_early_exit(self) -> bool:
@@ -229,16 +237,17 @@ class GeneralisedAdvantage(AbstractReduction):
     """
 
     critic: Critic
-    discount: float = eqx.field(static=True)
+    discount: Share = eqx.field(static=True)
     """Discount of rewards per byte."""
-    decay: float = eqx.field(static=True)
+    decay: Share = eqx.field(static=True)
     """Lambda: the decay of advantages; a smaller one relies more on the critic."""
+
+    def __check_init__(self):
+        check_bounds(self)
 
     def __init__(self, dim: int, discount: float = 0.99, decay: float = 0.95, loss_weight: float = 1.0):
         r"""`discount` is γ and `decay` λ; `loss_weight` is the weight of the critic's own loss. Raises `ValueError` for a
         discount or decay outside [0, 1]."""
-        _require_share("a discount", discount)
-        _require_share("the decay of advantages", decay)
         self.critic, self.discount, self.decay = Critic(dim, loss_weight), discount, decay
 
     @property
@@ -271,8 +280,11 @@ class ImportanceWeight(AbstractReduction):
     boundaries have no `behaviour_log_prob`, if rewards have been summed already, and if it is used twice.
     """
 
-    clip: float | None = eqx.field(static=True, default=None)
+    clip: Positive | None = eqx.field(static=True, default=None)
     """Upper bound of importance weights; None leaves them unbounded and unbiased."""
+
+    def __check_init__(self):
+        check_bounds(self)
 
     @property
     def needs_early_exit(self) -> bool:
@@ -302,8 +314,3 @@ def _centred(
     if weights is None:
         return batch_centred(returns, mask, leave_one_out)
     return weighted_batch_centred(returns, weights, mask, leave_one_out)
-
-
-def _require_share(what: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{what} must lie between 0 and 1; got {value}")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from estimators.base import AbstractObjective, ObjectiveInputs, ObjectiveOutput
+from estimators.bounds import Rate, Weight, check_bounds
 from estimators.equations import (
     action_log_prob,
     bernoulli_entropy,
@@ -31,9 +32,12 @@ class ScoreFunctionObjective(AbstractObjective):
     """
 
     reductions: tuple[AbstractReduction, ...] = eqx.field(converter=tuple)
-    target_rate: float = eqx.field(static=True)
-    policy_weight: float = eqx.field(static=True, default=1e-2)
-    rate_weight: float = eqx.field(static=True, default=1e-2)
+    target_rate: Rate = eqx.field(static=True)
+    policy_weight: Weight = eqx.field(static=True, default=1e-2)
+    rate_weight: Weight = eqx.field(static=True, default=1e-2)
+
+    def __check_init__(self):
+        check_bounds(self)
 
     @property
     def needs_early_exit(self) -> bool:
@@ -42,7 +46,7 @@ class ScoreFunctionObjective(AbstractObjective):
     def credit(self, inputs: ObjectiveInputs) -> Credit:
         """The credit of each action after all reductions."""
         rewards = jax.lax.stop_gradient(jnp.where(inputs.mask, inputs.log_prob, 0.0))
-        credit = Credit(rewards, None, jnp.zeros(()), None)
+        credit = Credit(rewards, None, jnp.zeros((), jnp.float32), None)
         for reduction in self.reductions:
             credit = reduction(credit, inputs)
         return credit

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from estimators.base import AbstractRouter, Boundaries, Layout, Routed, SamplingOptions
+from estimators.bounds import Rate, check_bounds
 from estimators.decode_state import last_positions
 from estimators.equations import (
-    logit,
     routing_probability,
 )
 
@@ -25,12 +25,15 @@ class CosineRouter(AbstractRouter):
 
     query: Float[Array, "dim dim"]
     key: Float[Array, "dim dim"]
-    target_rate: float = eqx.field(static=True)
+    target_rate: Rate = eqx.field(static=True)
 
     def __init__(self, dim: int, *, target_rate: float = 0.2):
         """`target_rate` only determines capacities; the objective trains the rate. Raises `ValueError` for one outside (0, 1)."""
-        logit(target_rate)
-        self.query, self.key, self.target_rate = jnp.eye(dim), jnp.eye(dim), target_rate
+        self.query, self.key = jnp.eye(dim, dtype=jnp.float32), jnp.eye(dim, dtype=jnp.float32)
+        self.target_rate = target_rate
+
+    def __check_init__(self):
+        check_bounds(self)
 
     @property
     def dim(self) -> int | None:

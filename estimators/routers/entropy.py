@@ -23,6 +23,7 @@ from estimators.base import (
     Routed,
     SamplingOptions,
 )
+from estimators.bounds import Finite, require_within
 from estimators.decode_state import last_positions
 from estimators.equations import entropy, patch_on_rise, patch_on_rise_over_threshold, patch_over_threshold
 from estimators.routers.rules import certain
@@ -95,7 +96,8 @@ class GlobalRule(AbstractPatchRule):
     threshold: Frozen[Float[Array, ""]]
 
     def __init__(self, threshold: float):
-        """`threshold` in nats."""
+        """`threshold` in nats. Raises `ValueError` for one that is not finite."""
+        require_within("threshold", threshold, Finite)
         self.threshold = Frozen(jnp.asarray(threshold, jnp.float32))
 
     def __call__(
@@ -113,7 +115,8 @@ class RiseRule(AbstractPatchRule):
     threshold: Frozen[Float[Array, ""]]
 
     def __init__(self, threshold: float):
-        """`threshold` in nats."""
+        """`threshold` in nats. Raises `ValueError` for one that is not finite."""
+        require_within("threshold", threshold, Finite)
         self.threshold = Frozen(jnp.asarray(threshold, jnp.float32))
 
     def __call__(
@@ -132,7 +135,9 @@ class CombinedRule(AbstractPatchRule):
     increase: Frozen[Float[Array, ""]]
 
     def __init__(self, threshold: float, increase: float = 0.0):
-        """Both in nats."""
+        """Both in nats. Raises `ValueError` for values that are not finite."""
+        require_within("threshold", threshold, Finite)
+        require_within("increase", increase, Finite)
         self.threshold = Frozen(jnp.asarray(threshold, jnp.float32))
         self.increase = Frozen(jnp.asarray(increase, jnp.float32))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import AbstractPositionwiseRouter, Boundaries, Layout, SamplingOptions
+from estimators.bounds import Positive, Rate, Width, check_bounds, require_within
 from estimators.equations import (
     gumbel_sigmoid,
     logit,
@@ -27,8 +28,8 @@ class MLPRouter(AbstractPositionwiseRouter):
     bias_in: Float[Array, " inner"]
     weight_out: Float[Array, " inner"]
     bias_out: Float[Array, ""]
-    target_rate: float = eqx.field(static=True)
-    temperature: float = eqx.field(static=True)
+    target_rate: Rate = eqx.field(static=True)
+    temperature: Positive = eqx.field(static=True)
 
     def __init__(
         self,
@@ -43,16 +44,18 @@ class MLPRouter(AbstractPositionwiseRouter):
         """`inner` is the width of the hidden layer, by default `dim`; `temperature` is τ; `start` is the approximate initial
         probability, by default the target rate. Under `Greedy`, start at one half: lower probabilities give no boundaries.
         Raises `ValueError` for a temperature that is not positive or a rate outside (0, 1)."""
-        if temperature <= 0:
-            raise ValueError(f"the temperature must be positive; got {temperature}")
         inner = dim if inner is None else inner
+        require_within("inner", inner, Width)
         key_in, key_out = jax.random.split(key)
         self.weight_in = jax.random.normal(key_in, (inner, dim), jnp.float32) * dim**-0.5
-        self.bias_in = jnp.zeros(inner)
+        self.bias_in = jnp.zeros(inner, jnp.float32)
         self.weight_out = jax.random.normal(key_out, (inner,), jnp.float32) * 0.1 * inner**-0.5
-        self.bias_out = jnp.asarray(logit(target_rate if start is None else start))
+        self.bias_out = jnp.asarray(logit(target_rate if start is None else start), jnp.float32)
         self.target_rate = target_rate
         self.temperature = temperature
+
+    def __check_init__(self):
+        check_bounds(self)
 
     @property
     def dim(self) -> int | None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from estimators.base import AbstractRouter, Boundaries, Layout, Routed, SamplingOptions
+from estimators.bounds import Lags, Positive, Rate, require_within
 from estimators.decode_state import last_positions
 from estimators.equations import (
     logit,
@@ -41,17 +42,20 @@ class WindowedPolicy(AbstractRouter):
         scale: float = 16.0,
         cap: float = 6.0,
     ):
-        """`scale` is D; `cap` bounds the logits in training. Raises `ValueError` for a window below 0, a rate outside (0, 1) or
-        beyond the cap, and a scale or cap that is not positive."""
-        if window < 0:
-            raise ValueError(f"window counts past boundaries and cannot be negative; got {window}")
-        if scale <= 0 or cap <= 0:
-            raise ValueError(f"scale and cap must be positive; got scale {scale} and cap {cap}")
+        """`scale` is D; `cap` bounds the logits in training. Raises `ValueError` for a window outside 0 … 1024, a rate
+        outside (0, 1) or beyond the cap, and a scale or cap that is not positive."""
+        require_within("window", window, Lags)
+        for name, value, kind in (
+            ("target_rate", target_rate, Rate),
+            ("scale", scale, Positive),
+            ("cap", cap, Positive),
+        ):
+            require_within(name, value, kind)
         if abs(logit(target_rate)) >= cap:
             raise ValueError(
                 f"a target rate of {target_rate} has the logit {logit(target_rate):.3g}, beyond the cap of {cap}: raise the cap"
             )
-        self.weight = jnp.zeros((1 + window, dim))
+        self.weight = jnp.zeros((1 + window, dim), jnp.float32)
         self.target_rate = target_rate
         self.scale = scale
         self.cap = cap

@@ -17,6 +17,7 @@ from estimators.base import (
     Routed,
     SamplingOptions,
 )
+from estimators.bounds import VocabularySize, require_within
 from estimators.routers.rules import certain
 from estimators.sharding import varying_zeros
 
@@ -29,10 +30,10 @@ def train_vocabulary(texts: Iterable[bytes], size: int) -> list[bytes]:
     """The tokens of a byte-pair encoding learned from `texts`: the single bytes, then the merges in order.
 
     `texts` are read once and not kept: memory grows with the number of distinct words (see `WORDS`), not with length. Raises
-    `ImportError` without the extra `bpe` (the `tokenizers` library) and `ValueError` for a `size` below 257.
+    `ImportError` without the extra `bpe` (the `tokenizers` library) and `ValueError` for a `size` below 257 (256
+    bytes and one merge) or above 2^24.
     """
-    if size < 257:
-        raise ValueError(f"a vocabulary needs a size of at least 257: 256 bytes and one merge; got {size}")
+    require_within("the size of a vocabulary", size, VocabularySize)
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as error:

@@ -13,18 +13,16 @@ from estimators.base import (
     Layout,
     SamplingOptions,
 )
-from estimators.equations import (
-    logit,
-)
+from estimators.bounds import Rate, check_bounds
 
 
 class Bernoulli(AbstractPositionwiseRouter):
     """An independent boundary at every byte, with the same probability everywhere."""
 
-    target_rate: float = eqx.field(static=True)
+    target_rate: Rate = eqx.field(static=True)
 
     def __check_init__(self):
-        logit(self.target_rate)
+        check_bounds(self)
 
     @property
     def rate(self) -> float | None:
@@ -46,10 +44,10 @@ class UniformRouter(AbstractPositionwiseRouter):
     probability π. Without a key it is greedy, which means no boundaries for rates up to one half.
     """
 
-    target_rate: float = eqx.field(static=True)
+    target_rate: Rate = eqx.field(static=True)
 
     def __check_init__(self):
-        logit(self.target_rate)
+        check_bounds(self)
 
     @property
     def rate(self) -> float | None:

@@ -18,6 +18,7 @@ from estimators.base import (
     Routed,
     SamplingOptions,
 )
+from estimators.bounds import Count, check_bounds
 from estimators.decode_state import last_positions
 from estimators.equations import start_of
 
@@ -91,11 +92,10 @@ def character_last(layout: Layout) -> Bool[Array, "batch length"]:
 class EveryNth:
     """At every `stride`-th byte of a document, starting with the first (MegaByte; H-Net's "pool")."""
 
-    stride: int
+    stride: Count
 
     def __post_init__(self):
-        if self.stride < 1:
-            raise ValueError(f"a stride must be at least 1 byte; got {self.stride}")
+        check_bounds(self)
 
     def __call__(self, layout: Layout) -> Bool[Array, "batch length"]:
         return layout.document_positions % self.stride == 0
@@ -104,7 +104,7 @@ class EveryNth:
 def certain(actions: Bool[Array, "batch length"], layout: Layout) -> Boundaries:
     """The boundaries of a deterministic rule: probabilities 0 and 1, and no position `decided` by a policy."""
     actions = (actions | layout.starts) & layout.mask
-    logits = jnp.where(actions, CERTAIN, -CERTAIN)
+    logits = jnp.where(actions, jnp.float32(CERTAIN), jnp.float32(-CERTAIN))
     return Boundaries(actions, logits, actions.astype(jnp.float32), jnp.zeros_like(actions), layout.starts)
 
 
@@ -150,11 +150,10 @@ class Thinned(AbstractRouter):
     """
 
     rule: RuleRouter
-    every: int = eqx.field(static=True)
+    every: Count = eqx.field(static=True)
 
     def __check_init__(self):
-        if self.every < 1:
-            raise ValueError(f"to take every n-th boundary, n must be at least 1; got {self.every}")
+        check_bounds(self)
 
     @property
     def rate(self) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from estimators.bounds import violation
 from estimators.lookup import Part, PartError
 from experiments.reporting.terminal import escaped
 
@@ -55,3 +56,9 @@ def require(holds: bool, otherwise: str) -> None:
     """Raise `ConfigError` with the sentence `otherwise` unless the condition holds."""
     if not holds:
         raise ConfigError(otherwise)
+
+
+def require_bounds(settings: object, prefix: str = "--") -> None:
+    """Raise `ConfigError` if a field of a dataclass of flags is not within its bounds. `prefix`: what its flags begin with."""
+    sentence = violation(settings, lambda field: f"{prefix}{field.replace('_', '-')}")
+    require(sentence is None, str(sentence))

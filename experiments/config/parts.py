@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from estimators.bounds import shown
 from estimators.lookup import Kind, Part, PartError, Setting, default_of, field_help, find, settings_of
 from estimators.registry import ESTIMATORS, configuration, sections_of
 from estimators.sections import REDUCTIONS
 from estimators.settings import EstimatorConfig
-from experiments.config.errors import ConfigError, outside_errors
+from experiments.config.errors import ConfigError, outside_errors, require
 from experiments.config.structure import structured
 from unet.chunkers.named import CHUNKERS, POOLS
 
@@ -36,7 +38,21 @@ class Section:
 
     def read(self, values: Values) -> object:
         """The settings, from plain values. Raises `ConfigError` for wrong ones."""
-        return self._read(values, self.cls)
+        read = self._read(values, self.cls)
+        for one in self.settings:
+            self._require_finite(one, getattr(read, one.name))
+        return read
+
+    def _require_finite(self, setting: Setting, value: object) -> None:
+        """Raise `ConfigError` for NaN, an infinity, or a whole number that no 64 bits hold, unless it is the default."""
+        for one in value if isinstance(value, tuple | list) else (value,):
+            odd = isinstance(one, float) and not math.isfinite(one)
+            odd |= isinstance(one, int) and not -(2**63) <= one < 2**63
+            require(
+                not odd or value == setting.default,
+                f"--{self.name}.{setting.name}".replace("_", "-")
+                + f" must be a finite number that 64 bits hold; got {shown(one)}",
+            )
 
     def given(self, values: Values) -> dict[str, object]:
         """Those of the settings that `values` have. Raises `ConfigError` for wrong ones."""

@@ -8,13 +8,15 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from estimators.bounds import LARGEST_BYTES, LARGEST_INDEX, Count, Length, Rate, Seed, Sequences, Within
 from estimators.lookup import Part, PartError
 from estimators.registry import DEFAULT, WITHOUT_TOKENS
 from estimators.settings import EstimatorConfig
-from experiments.config.errors import ConfigError, outside_errors, refused, require
+from experiments.config.errors import ConfigError, outside_errors, refused, require, require_bounds
 from experiments.config.parts import Level, Names, chosen, estimator_config, levels_of, plain_values, sections_in
 from experiments.config.sections import (
     CheckpointConfig,
@@ -54,21 +56,21 @@ class RunConfig:
     fineweb-edu-100BT, hub:owner/name or hub:owner/name/folder, both with @revision behind or not, or a file, folder or glob."""
     model: str = "tiny"
     """Preset that all other defaults come from."""
-    length: int = 4096
+    length: Length = 4096
     """Bytes per sequence."""
-    batch: int = 32
+    batch: Sequences = 32
     """Sequences per step."""
-    bytes: int = 6_000_000
+    bytes: Annotated[int, Within(1, LARGEST_BYTES)] = 6_000_000
     """Training bytes; rounded down to whole steps."""
-    steps: int | None = None
+    steps: Count | None = None
     """Training steps, instead of --bytes."""
-    rate: float = 0.2
+    rate: Rate = 0.2
     """Target share of bytes with a boundary."""
     inner_estimators: tuple[str, ...] = ()
     """Estimators of the levels of tokens inside the first, from the outside in; --estimator for those not named."""
-    inner_rates: tuple[float, ...] = ()
+    inner_rates: tuple[Rate, ...] = ()
     """Target rates of these levels, as fractions of the tokens of the level around; --rate for those not named."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of parameters, data order and boundaries."""
     init: str | None = None
     """Start from the weights of this model: a run's folder or an exported model, hub:owner/name, or a published H-Net by name
@@ -87,16 +89,16 @@ class RunConfig:
     """How a token is made of its bytes: by default as the estimator was published."""
     pool_boundary: bool = False
     """Add the position at the boundary to the pooled value (H-Net fig. 13, +Res)."""
-    capacity_slack: float = 1.35
+    capacity_slack: Annotated[float, Within(1.0, 1e6)] = 1.35
     """Capacity in training (most tokens per sequence), as a multiple of the number expected at --rate, or at the rate of an
     untrained router where that is higher (about one half for hnet and sfe-cosine). Boundaries beyond it are dropped and
     counted."""
-    buckets: int = 4
+    buckets: Annotated[int, Within(1, 64)] = 4
     """Capacities to choose from, up to --capacity-slack x --rate x --length: each step runs the token level at the smallest that
     fits its tokens. There is one more where an untrained router draws more. 1: the largest alone. Each takes time to compile."""
-    devices: int | None = None
+    devices: Count | None = None
     """Devices that share a batch; by default all there are (a CPU counts as up to two)."""
-    log_every: int = 1
+    log_every: Count = 1
     """Steps between lines of metrics.jsonl."""
     target: TargetConfig = field(default_factory=TargetConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -197,19 +199,19 @@ def transformer_shape(config: RunConfig) -> UNetConfig:
 
 
 def _require_amounts(config: RunConfig) -> None:
-    for name in ("batch", "bytes", "log_every", "buckets"):
-        require(
-            getattr(config, name) >= 1, f"--{name.replace('_', '-')} must be at least 1; got {getattr(config, name)}"
-        )
-    require(config.length >= 2, "--length must be at least 2: one byte to read and one to predict")
-    require(config.steps is None or config.steps >= 1, f"--steps must be at least 1; got {config.steps}")
-    require(config.devices is None or config.devices >= 1, f"--devices must be at least 1; got {config.devices}")
+    require_bounds(config)
+    require(
+        config.bytes_per_step <= LARGEST_INDEX,
+        f"--batch {config.batch} x --length {config.length} must be at most {LARGEST_INDEX} bytes a step",
+    )
     require(
         config.total_steps >= 1,
         f"--bytes {config.bytes} is less than one step of {config.batch} x {config.length} bytes",
     )
-    require(0 < config.rate < 1, f"--rate is a share of bytes strictly between 0 and 1; got {config.rate}")
-    require(config.capacity_slack >= 1, "--capacity-slack below 1 would drop boundaries at the target rate")
+    require(
+        config.total_steps <= LARGEST_INDEX,
+        f"--bytes {config.bytes} in steps of {config.batch} x {config.length} bytes must be at most {LARGEST_INDEX} steps",
+    )
     optimizer = config.optimizer
     require(
         config.batch % optimizer.accumulate == 0,
@@ -224,7 +226,7 @@ def _require_amounts(config: RunConfig) -> None:
         f"a warm-up of {optimizer.warmup_bytes} bytes is longer than the run: name a shorter --optimizer.warmup-bytes, or None "
         "for 5 % of the run",
     )
-    require(config.evaluation.bytes >= config.length, "--evaluation.bytes must hold at least one sequence")
+    require(config.evaluation.bytes >= config.length, f"--evaluation.bytes must be at least --length, {config.length}")
     require(not (config.resume and config.overwrite), "--resume goes on with a run and --overwrite deletes it: use one")
 
 
@@ -232,10 +234,10 @@ def _require_levels(config: RunConfig) -> None:
     inside = max(config.unet.levels - 1, 0)
     given = max(len(config.inner_estimators), len(config.inner_rates))
     require(
-        given <= inside, f"{given} inner levels are named, but --model {config.model} has {inside} inside its first"
+        given <= inside,
+        f"{given} inner levels are named (--inner-estimators, --inner-rates), but --model {config.model} has {inside} inside its "
+        "first",
     )
-    for rate in config.inner_rates:
-        require(0 < rate < 1, f"--inner-rates are shares strictly between 0 and 1; got {rate}")
 
 
 def require_free_names(sections: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import HeldOutRow, Row
 from estimators import AbstractOffPolicyRouter, Layout, equations
+from estimators.bounds import Sequences, require_within
 from estimators.routers.rules import is_spacelike, is_whitespace
 from unet.hierarchy import Hierarchy, StageSampling
 from unet.likelihood import continues, next_logprobs, plain_layout
@@ -202,6 +203,7 @@ def evaluate_batches(
 
     `actions`: boundaries to use instead of sampled ones. The additional passes of an off-policy router are then skipped.
     """
+    require_within("batch", batch, Sequences)
     batch = min(batch, len(rows))
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]

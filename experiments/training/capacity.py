@@ -31,7 +31,7 @@ def training_capacities(config: RunConfig, router: AbstractRouter | None, split:
         return rated_capacities(config, router)
     rows = split.held_out_rows(min(config.evaluation.bytes, MEASURED_BYTES))
     layout = stack_rows(rows, len(rows))
-    nothing = jnp.zeros((*layout.bytes.shape, 1))
+    nothing = jnp.zeros((*layout.bytes.shape, 1), jnp.float32)
     drawn = jnp.sum(router(nothing, layout, SamplingOptions(boundary_scan)).actions, axis=1)
     return _spread(config, float(jnp.mean(drawn)), 1.25 * float(jnp.max(drawn)))
 

@@ -21,7 +21,7 @@ class TargetState(eqx.Module):
     offset: Float[Array, ""]
 
     def __init__(self):
-        self.step, self.offset = jnp.zeros((), jnp.int32), jnp.zeros(())
+        self.step, self.offset = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
 
 
 class TargetSchedule(eqx.Module):

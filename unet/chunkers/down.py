@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from estimators.base import Boundaries, Downsampled, Tokens
+from estimators.bounds import Vectors, Width, require_within
 from estimators.decode_state import AbstractDecodeState, update_state
 from unet.chunkers.chunker import AbstractDownsampler, Hidden, Mask
 from unet.cross import CrossLayer
@@ -246,9 +247,9 @@ class AttentionPool(AbstractDownsampler):
         key: PRNGKeyArray,
     ):
         """`heads`: the number of attention heads. Tokens are `vectors` (k) times as wide as `dim`. Raises `ValueError` if
-        `heads` does not divide `dim`, or `vectors` is below 1."""
-        if vectors < 1:
-            raise ValueError(f"a token must have at least one vector; got {vectors}")
+        `heads` does not divide `dim`, or `vectors` is not within 1 … 1024."""
+        require_within("heads", heads, Width)
+        require_within("vectors", vectors, Vectors)
         key_unfold, key_cross = jax.random.split(key)
         self.unfold, self.cross = Linear(dim, vectors * dim, key=key_unfold), CrossLayer(dim, heads, key=key_cross)
         self.implementation = implementation

@@ -75,9 +75,11 @@ class Projection(eqx.Module):
     def __init__(self, dim: int, *, key: PRNGKeyArray | None = None):
         """With a key the bias starts as in the released code, which keeps PyTorch's initial value: uniform within `dim**-0.5`.
         Without one it starts at zero."""
-        self.weight, bound = jnp.zeros((dim, dim)), dim**-0.5
+        self.weight, bound = jnp.zeros((dim, dim), jnp.float32), dim**-0.5
         self.bias = (
-            jnp.zeros(dim) if key is None else jax.random.uniform(key, (dim,), jnp.float32, minval=-bound, maxval=bound)
+            jnp.zeros(dim, jnp.float32)
+            if key is None
+            else jax.random.uniform(key, (dim,), jnp.float32, minval=-bound, maxval=bound)
         )
 
     def __call__(self, hidden: Hidden) -> Hidden:

@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from estimators.base import BOS, EOS, VOCAB, Keys, uniforms_from
+from estimators.bounds import require_within
 from estimators.decode_state import update_state
 from unet.decoding import utf8
-from unet.decoding.kv_cache import with_room
-from unet.decoding.sampling import Sampling, draw
+from unet.decoding.kv_cache import most_slots, with_room
+from unet.decoding.sampling import ChunkBytes, NumBytes, Sampling, draw
 from unet.decoding.score import drawing_keys, keys_of, prefill, rate_of, texts_as_bytes
 from unet.hierarchy import boundary_depth
 from unet.model import TextState, UNet
@@ -26,6 +27,9 @@ from unet.numerics import with_rank_promotion
 
 CHUNK = 64
 """Bytes decoded per compiled call."""
+
+RESERVED = 2**13
+"""Slots of a cache, at most, that are reserved before there is anything to fill them; longer ones double as they fill."""
 
 
 @dataclass(frozen=True)
@@ -234,29 +238,31 @@ class TextStream:
     def __init__(
         self,
         model: UNet,
-        prompts: Sequence[bytes],
+        prompts: Sequence[str | bytes] | str | bytes,
         *,
         max_bytes: int,
         key: Keys,
         sampling: Sampling | None = None,
-        stop: Sequence[bytes] = (),
+        stop: Sequence[str | bytes] | str | bytes = (),
         valid: bool = False,
         greedy_boundaries: bool = False,
         endless: bool = False,
         chunk: int = CHUNK,
     ):  # Ten parameters, since few are used at once: an object would hold the same names.
-        """Prefill the prompts.
+        """Prefill the prompts, or a single one.
 
-        `max_bytes`: limit for each text, not counting its prompt. `key`: one for all texts, or one each. `stop`: strings that
-        end a text and are not part of it. `valid`: draw only bytes that keep the text valid UTF-8 and let it end with a
-        complete character (the prompt itself is not checked). `greedy_boundaries`: greedy instead of sampled boundaries.
-        `endless`: never draw the byte EOS, which otherwise ends a text. `chunk`: bytes decoded per piece.
+        `max_bytes`: limit for each text, not counting its prompt. `key`: one for all texts, or one each. `stop`: strings, or a
+        single one, that end a text and are not part of it. `valid`: draw only bytes that keep the text valid UTF-8 and let it
+        end with a complete character (the prompt itself is not checked). `greedy_boundaries`: greedy instead of sampled
+        boundaries. `endless`: never draw the byte EOS, which otherwise ends a text. `chunk`: bytes decoded per piece.
 
-        Raises `ValueError` for no prompts, limits below 1, an empty stop string, a prompt that contains the byte BOS or EOS, a
-        prompt whose last character cannot be completed (`valid`), and a number of keys other than one or one per prompt.
+        Raises `ValueError` for no prompts, limits out of range, an empty stop string, a prompt with the byte BOS or EOS or whose
+        last character cannot be completed (`valid`), and keys neither one nor one per prompt; `TypeError` for what is no text.
         """
-        if max_bytes < 1 or chunk < 1:
-            raise ValueError(f"max_bytes and chunk must be at least 1 byte; got {max_bytes} and {chunk}")
+        require_within("max_bytes", max_bytes, NumBytes)
+        require_within("chunk", chunk, ChunkBytes)
+        prompts, stop = texts_as_bytes(prompts), texts_as_bytes(stop)
+        sampling = (Sampling() if sampling is None else sampling).checked()
         if not prompts:
             raise ValueError("there is no prompt; to generate from nothing, pass one empty prompt")
         if not all(stop):
@@ -270,9 +276,7 @@ class TextStream:
         sizes, depth = [1 + len(prompt) for prompt in prompts], np.asarray(ready.depth)
         self.prompts = tuple(prompts)
         self.prompt_boundary_depth = tuple(row[1:size].copy() for row, size in zip(depth, sizes, strict=True))
-        self._settings = DecodeSettings(
-            model, (Sampling() if sampling is None else sampling).checked(), valid, endless, chunk
-        )
+        self._settings = DecodeSettings(model, sampling, valid, endless, chunk)
         self._texts = tuple(_Text(tuple(stop)) for _ in prompts)
         # A full cache grows, but each new size compiles a new program. So reserve slots for the token rate of the prompts,
         # smoothed by the expected rate because short prompts say little, plus a margin.
@@ -280,7 +284,7 @@ class TextStream:
         rate = float(np.max((tokens + 64 * rate_of(model)) / (np.array(sizes) + 64)))
         self._expected = math.ceil(1.2 * rate * max_bytes) + chunk
         self._state = DecodeState(
-            with_room(ready.state, self._expected),
+            self._with_reserve(ready.state),
             ready.logits,
             jax.vmap(jax.random.fold_in, (0, None))(keys, 1),
             jnp.full((len(prompts),), max_bytes, jnp.int32),
@@ -316,7 +320,11 @@ class TextStream:
         """The state with slots for another chunk; if caches must grow for it, they get the expected number of slots again."""
         state = self._state.state
         grown = with_room(state, self._settings.length)
-        return grown if grown is state else with_room(state, self._expected)
+        return grown if grown is state else self._with_reserve(state)
+
+    def _with_reserve(self, state: TextState) -> TextState:
+        """The state with the expected number of slots more, or with twice as many as it has where that is less."""
+        return with_room(state, max(self._settings.length, min(self._expected, max(RESERVED, most_slots(state)))))
 
 
 class _Text:
@@ -364,11 +372,11 @@ def generate(
     """Generate the whole continuation of each prompt (or of a single one); arguments as in `TextStream`."""
     stream = TextStream(
         model,
-        texts_as_bytes(prompts),
+        prompts,
         max_bytes=max_bytes,
         key=key,
         sampling=sampling,
-        stop=texts_as_bytes(stop),
+        stop=stop,
         valid=valid,
         greedy_boundaries=greedy_boundaries,
         endless=endless,

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from estimators.base import VOCAB
+from estimators.bounds import MARGIN, Share, Within, require_within
+
+Temperature = Annotated[float, Within(MARGIN, 1 / MARGIN, zero=True)]
+"""0 is greedy."""
+NumBytes = Annotated[int, Within(1, 2**30)]
+"""Of one text."""
+ChunkBytes = Annotated[int, Within(1, 2**16)]
+"""Decoded per compiled call."""
+TopK = Annotated[int, Within(1, VOCAB)]
+TopP = Annotated[float, Within(MARGIN, 1.0)]
 
 
 class Sampling(eqx.Module):
@@ -25,14 +39,13 @@ class Sampling(eqx.Module):
     def checked(self) -> Sampling:
         """The same options as arrays, so that one compiled program serves all values. Raises `ValueError` for values out of
         range."""
-        if self.temperature < 0:
-            raise ValueError(f"the temperature must not be negative; got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top-k must be at least 1; got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top-p must be a probability above 0, at most 1; got {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min-p must be a probability between 0 and 1; got {self.min_p}")
+        bounds = {"temperature": Temperature, "top_k": TopK, "top_p": TopP, "min_p": Share}
+        for name, kind in bounds.items():
+            value = getattr(self, name)
+            # An array of one number is as good as the number.
+            value = value.item() if isinstance(value, jax.Array) and value.ndim == 0 else value
+            if value is not None:
+                require_within(name, value, kind)
         top_k = None if self.top_k is None else jnp.asarray(self.top_k, jnp.int32)
         top_p, min_p = (None if p is None else jnp.asarray(p, jnp.float32) for p in (self.top_p, self.min_p))
         return Sampling(jnp.asarray(self.temperature, jnp.float32), top_k, top_p, min_p)

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -15,12 +15,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from estimators.base import BOS, EOS, Keys, has_many
+from estimators.bounds import Within, require_within
 from estimators.decode_state import update_state
+from estimators.keys import threefry_keys
 from unet.decoding.kv_cache import rounded_up
 from unet.hierarchy import boundary_depth
 from unet.likelihood import next_logprobs
 from unet.model import TextState, UNet
 from unet.numerics import with_rank_promotion
+
+Texts = Annotated[int, Within(1, 2**16)]
+"""Computed beside each other."""
 
 
 @runtime_checkable
@@ -113,12 +118,17 @@ def rate_of(model: UNet) -> float:
 
 
 def keys_of(key: Keys, count: int) -> Key[Array, " batch"]:
-    """One key for each text: those given, or `key` with the number of the text folded in.
+    """One Threefry key for each text: those given, or `key` with the number of the text folded in.
 
-    Raises `ValueError` for another number of keys.
+    Raises `ValueError` for another number of keys, and `TypeError` for what is no key.
     """
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"a key must be one of JAX, such as jax.random.key(0); got a {type(key).__name__}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
+    if key.ndim > 1:
+        raise ValueError(f"there must be one key, or one for each text; got keys of shape {key.shape}")
+    key = threefry_keys(key)
     if not has_many(key):
         return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
     if key.shape[0] != count:
@@ -165,15 +175,14 @@ def score(
     so its score does not depend on the other texts. The score is the log-probability given these boundaries, which are the ones
     that `generate` draws with the same key. No boundary is dropped. Texts of similar lengths are batched, `batch` at a time.
 
-    Raises `ValueError` if the number of contexts or keys differs from that of texts, for a batch below 1, and if a text
-    contains the byte BOS or EOS.
+    Raises `ValueError` if the number of contexts or keys differs from that of texts, for a batch outside 1 … 65536, and if a
+    text contains the byte BOS or EOS.
     """
     texts = texts_as_bytes(texts)
     prefixes = [b""] * len(texts) if contexts is None else texts_as_bytes(contexts)
     if len(prefixes) != len(texts):
         raise ValueError(f"there are {len(prefixes)} contexts for {len(texts)} texts")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1 text; got {batch}")
+    require_within("batch", batch, Texts)
     keys = None if key is None else drawing_keys(keys_of(key, len(texts)))
     whole = [context + text for context, text in zip(prefixes, texts, strict=True)]
     order = sorted(range(len(texts)), key=lambda number: len(whole[number]), reverse=True)
@@ -227,6 +236,20 @@ def _likelihoods(
 
 
 def texts_as_bytes(texts: Sequence[str | bytes] | str | bytes) -> list[bytes]:
-    """Strings encoded as UTF-8, bytes unchanged; a single text becomes a list of one."""
-    texts = [texts] if isinstance(texts, str | bytes) else texts
-    return [text.encode() if isinstance(text, str) else bytes(text) for text in texts]
+    """Strings encoded as UTF-8, bytes unchanged; a single text becomes a list of one. Raises `TypeError` for anything else and
+    `ValueError` for a string that UTF-8 cannot hold."""
+    texts = [texts] if isinstance(texts, str | bytes | bytearray) else texts
+    return [_as_bytes(text, number) for number, text in enumerate(texts)]
+
+
+def _as_bytes(text: object, number: int) -> bytes:
+    if isinstance(text, bytes | bytearray):
+        return bytes(text)
+    if not isinstance(text, str):
+        raise TypeError(f"text {number} must be a string or bytes; got a {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text {number} holds half a surrogate pair at {error.start}, which UTF-8 cannot hold"
+        ) from None
