@@ -1,8 +1,11 @@
 """Shared by all tests: strict dtypes, two CPU devices, and small models."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import jax
 
@@ -11,11 +14,22 @@ jax.config.update("jax_platforms", "cpu")
 os.environ["JAX_PLATFORMS"] = "cpu"
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# The models are small and compiled once each: compiling fast beats running fast. The two flags, for programs in one piece by
-# the older emitters, make it three times as fast.
+# The models are small and compiled once each: compiling fast beats running fast.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-FAST_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
+
+def known_flags(*flags: str) -> list[str]:
+    """Those of these XLA flags that the installed jaxlib knows. One that it does not know ends the process that first parses
+    XLA_FLAGS, and its message is lost in what pytest captures; so a child each tries them first."""
+    command = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    children = [subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": flag}, **quiet) for flag in flags]
+    return [flag for flag, child in zip(flags, children, strict=True) if child.wait() == 0]
+
+
+# Programs in one piece, and where jaxlib still has them (before 0.12) by the older emitters: three times as fast to compile.
+FAST_COMPILER = " ".join(known_flags("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"))
 USUAL_FLAGS = os.environ.get("XLA_FLAGS", "").replace(FAST_COMPILER, "").strip()
 os.environ["XLA_FLAGS"] = f"{FAST_COMPILER} {USUAL_FLAGS}".strip()
 
@@ -44,6 +58,11 @@ def programs_of_other_modules_are_dropped():
     """Thousands of programs in one process would run into its limit of memory maps, and they fill gigabytes."""
     yield
     jax.clear_caches()
+
+
+def needs(extra: str, module: str) -> ModuleType:
+    """A module of an extra. Skips the test, and says why, where it is not installed."""
+    return pytest.importorskip(module, reason=f"{module} is not installed: pip install 'caesura-lm[{extra}]'")
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ class Hub(ThreadingHTTPServer):
     names of others to their commit and files.
 
     `faults` maps a kind of request (`info`, `tree`, `GET`, `HEAD`) to a list of faults, one of which each such request uses
-    up: `500`, `429`, `429 for an hour`, `gated`, `missing`, `truncated`, `wrong size`, `wrong content`, and for files `no commit`,
-    `no tag`, `commit outside`, `tag outside`. `answers` maps `info` and `tree` to what is sent instead.
+    up: `500`, `429`, `429 for an hour`, `gated`, `missing`, `truncated`, `wrong size`, `wrong content`, and for files `no
+    commit`, `no tag`, `commit outside`, `tag outside`. `answers` maps `info` and `tree` to what is sent instead.
     """
 
     daemon_threads = True

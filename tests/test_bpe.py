@@ -9,7 +9,7 @@ import pytest
 
 from estimators import BPEGuided, Distilled, PrefixTree, SamplingOptions, WindowedPolicy
 from estimators.routers.prefixes import find_size, train_vocabulary
-from tests.conftest import losses, small_model, text_bytes
+from tests.conftest import losses, needs, small_model, text_bytes
 from unet import Chunker, Distribute, Select
 from unet.likelihood import plain_layout
 from unet.ops import boundary_scan
@@ -60,7 +60,7 @@ def test_a_document_starts_a_token():
 
 @pytest.fixture(scope="module")
 def learned():
-    pytest.importorskip("tokenizers")
+    needs("bpe", "tokenizers")
     text = b"the cat and the dog and then the other cat, 12 dogs and 12 cats; caf\xc3\xa9\n" * 40
     return text, train_vocabulary([text], 320)
 

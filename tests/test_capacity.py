@@ -81,11 +81,14 @@ def test_more_documents_than_tokens_are_counted():
 def test_only_the_largest_size_drops_boundaries():
     model, bytes = small_model(small_score_function()), text_bytes(3, 24)
     whole = losses(model, bytes, key=jax.random.key(1))
-    assert losses(model, bytes, key=jax.random.key(1), capacities=((2, 24),)).overflow == 0
+    roomy = losses(model, bytes, key=jax.random.key(1), capacities=((2, 24),))
+    assert roomy.overflow == 0
+    np.testing.assert_allclose(roomy.padding, 1 - roomy.rate, rtol=1e-5)
     tight = losses(model, bytes, key=jax.random.key(1), capacities=((2, 4),))
     assert tight.overflow > 0
     np.testing.assert_allclose(tight.rate + tight.overflow, whole.rate, rtol=1e-6)
-    np.testing.assert_allclose(tight.padding, 1 - tight.rate * 24 / 4, rtol=1e-5)
+    np.testing.assert_allclose(tight.rate, 4 / 24, rtol=1e-6)
+    assert tight.padding == 0
 
 
 @pytest.mark.parametrize(

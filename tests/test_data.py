@@ -7,7 +7,6 @@ import signal
 
 import numpy as np
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from data.splits import named_split
 from data.stream import StreamRows
 from experiments.config.presets import PRESETS
 from experiments.training.data import DataNotes, data_record
+from tests.conftest import needs
 
 
 class Listed(AbstractSource):
@@ -370,12 +370,11 @@ LINES = [{"text": f"line {i} é", "code": f"code {i}"} for i in range(6)]
 def write(path, kind):
     jsonl = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in LINES).encode()
     if kind == "parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(LINES), path)
+        pyarrow, parquet = needs("parquet", "pyarrow"), needs("parquet", "pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(LINES), path)
     else:
-        path.write_bytes({"gz": gzip.compress, "zst": zstandard.compress, "plain": bytes}[kind](jsonl))
+        compress = needs("zstd", "zstandard").compress if kind == "zst" else {"gz": gzip.compress, "plain": bytes}[kind]
+        path.write_bytes(compress(jsonl))
 
 
 @pytest.mark.parametrize(
@@ -439,6 +438,9 @@ def test_what_is_not_utf_8_is_refused_with_its_file_and_offset(tmp_path, bad):
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):
+    for suffix, extra, module in ((".zst", "zstd", "zstandard"), (".parquet", "parquet", "pyarrow")):
+        if name.endswith(suffix):
+            needs(extra, module)
     (tmp_path / name).write_bytes(content)
     source = open_source(str(tmp_path / name))
     with pytest.raises(DataError, match=message):

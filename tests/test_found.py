@@ -17,6 +17,7 @@ from experiments.training.data import load_split
 from experiments.training.prepared import prepare, read_byte_model, read_prepared
 from experiments.training.run_dir import PREPARED, read_config
 from tests.compositions import registered
+from tests.conftest import needs
 from tests.test_run import SMALL, curve, interrupt_at, start, summary
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
@@ -64,7 +65,7 @@ def test_an_entropy_run_resumes_without_the_run_its_model_came_from(byte_run, co
 
 
 def test_a_run_keeps_its_vocabulary_and_resumes(corpus, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tokenizers")
+    needs("bpe", "tokenizers")
     arguments = ("--estimator", "bpe-distilled", "--rate", "0.4", "--bpe.vocabulary", "400", "--dataset", corpus)
     assert start(*arguments, "--out", tmp_path / "whole", *SMALL) == 0
     with monkeypatch.context() as patch:
@@ -89,7 +90,7 @@ def test_a_run_keeps_its_vocabulary_and_resumes(corpus, tmp_path, monkeypatch, c
 
 def test_a_vocabulary_that_misses_the_rate_is_used_and_its_rate_told(corpus, tmp_path, capsys):
     """Its router says what it draws, not what was asked for: in the run, in its summary and in the model that is loaded."""
-    pytest.importorskip("tokenizers")
+    needs("bpe", "tokenizers")
     out = tmp_path / "run"
     arguments = ("--estimator", "bpe", "--rate", "0.05", "--bpe.vocabulary", "300", "--bpe.text-bytes", "256")
     assert start(*arguments, "--dataset", corpus, "--out", out, *SMALL) == 0
@@ -113,7 +114,7 @@ def test_a_vocabulary_that_misses_the_rate_is_used_and_its_rate_told(corpus, tmp
 
 
 def test_what_cannot_be_found_is_said_in_a_sentence(byte_run, corpus, tmp_path, capsys):
-    pytest.importorskip("tokenizers")
+    needs("bpe", "tokenizers")
     cases = {
         "--bpe: text-bytes": ("--estimator", "bpe", "--bpe.text-bytes", "0"),
         "--entropy.model": ("--estimator", "entropy"),

@@ -32,6 +32,7 @@ from experiments.laboratory.moments import (
 from experiments.laboratory.results import Flow, Noise, summarise_flows, summarise_noise
 from experiments.laboratory.scale import noise
 from experiments.laboratory.subjects import SHAPE, Subject, Tables, TabularRouter
+from tests.conftest import needs
 from tests.test_run import corpus as corpus
 from unet import Chunker, Distribute, Select, UNet
 
@@ -185,7 +186,7 @@ def test_what_gradients_at_fixed_boundaries_leave_out_of_the_greedy_loss():
 
 
 def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, tables):
-    pytest.importorskip("diffrax")
+    needs("lab", "diffrax")
     from experiments.laboratory.flow import Pace, descend, follow, judged
 
     ground = landscape(tables.log_prob, STRINGS)
@@ -279,7 +280,7 @@ def test_leads_are_paired_by_model():
 
 
 def test_the_command_leaves_tables_and_a_figure(corpus, tmp_path):
-    pytest.importorskip("diffrax")
+    needs("lab", "diffrax")
     out = tmp_path / "lab"
     settings = (
         *("--length", 4, "--models", 2, "--sets", 2, "--texts", 2, "--steps", 1),

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.config.errors import ConfigError
 from experiments.devices import use_cpu_devices
+from tests.conftest import known_flags
 
 ROOT = Path(__file__).parent.parent
 RESTARTED = """
@@ -32,6 +33,11 @@ def python(*arguments, folder=None, path=(), **environment):
         text=True,
         check=False,
     )
+
+
+def test_flags_that_this_jaxlib_does_not_know_are_left_out():
+    known = "--xla_force_host_platform_device_count=1"
+    assert known_flags("--xla_no_such_flag=1", known) == [known]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory settings are those of Linux")

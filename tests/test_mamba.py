@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from estimators.decode_state import update_state
-from tests.conftest import text_bytes
+from tests.conftest import needs, text_bytes
 from unet.attention import BlockContext
 from unet.likelihood import plain_layout
 from unet.mamba import Mamba2
@@ -59,6 +58,7 @@ def test_a_chunk_of_no_rows_is_refused():
 
 def solution(rate, write, value, seconds, state):
     """h after `seconds` of dh/dt = A h + x b^T with the input held, by diffrax."""
+    diffrax = needs("lab", "diffrax")
     term = diffrax.ODETerm(lambda t, h, args: rate * h + value[:, None] * write)
     controller = diffrax.PIDController(rtol=1e-6, atol=1e-8)
     solved = diffrax.diffeqsolve(

@@ -20,7 +20,7 @@ from experiments.evaluation.evaluate import evaluate_rows, summarise
 from experiments.evaluation.segmentation import BYTE_POSITIONS, by_jieba, by_whitespace, expected_scores, label_bytes
 from experiments.words import groups
 from tests.compositions import config_of, registered
-from tests.conftest import small_model, small_score_function, text_bytes
+from tests.conftest import needs, small_model, small_score_function, text_bytes
 from unet import save
 
 TEXT = "我们学习，很好。我们在 Linux 上学习"
@@ -79,6 +79,7 @@ def test_a_segmenter_that_loses_something_is_refused():
 
 
 def test_jieba_knows_words():
+    needs("words", "jieba")
     segment = by_jieba()
     assert segment("我们学习中文，Linux 很好") == ["我们", "学习", "中文", "，", "Linux", " ", "很", "好"]
 

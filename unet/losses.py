@@ -205,6 +205,7 @@ def _summary(
         fractions = {"rate": tokens / positions, "overflow": dropped / positions}
         metrics |= {level_prefix(number) + name: value for name, value in {**output.metrics, **fractions}.items()}
         positions = tokens
-    padding = 1.0 - jnp.sum(levels[0].lengths).astype(jnp.float32) / token_positions
+    # Counted in integers: 1 - used / size may round to less than 0, where a compiler multiplies by a rounded reciprocal.
+    padding = (token_positions - jnp.sum(levels[0].lengths)).astype(jnp.float32) / token_positions
     rate, overflow = metrics.pop("rate"), metrics.pop("overflow")
     return LossOutput(loss, log_prob, early_log_prob, rate, overflow, padding, metrics)
