@@ -90,7 +90,7 @@ def read_documents(
         elif kind in JSON_LINES:
             yield from _json_documents(path, text_field)
         elif kind in SUFFIXES:
-            with _open(path) as stream:
+            with open_stream(path) as stream:
                 yield from read_fasta(stream, str(path), on_skipped)
         else:
             yield from _plain_documents(path)
@@ -149,7 +149,8 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _open(path: Path) -> io.BufferedReader:
+def open_stream(path: Path) -> io.BufferedReader:
+    """The content of a file, decompressed (`.gz`, `.zst`)."""
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path))
     if path.suffix == ".zst":
@@ -162,7 +163,7 @@ def _open(path: Path) -> io.BufferedReader:
 
 
 def _plain_documents(path: Path) -> Iterator[bytes]:
-    with _open(path) as stream:
+    with open_stream(path) as stream:
         lines: list[bytes] = []
         size = offset = 0
         for line in stream:
@@ -177,7 +178,7 @@ def _plain_documents(path: Path) -> Iterator[bytes]:
 
 
 def _json_documents(path: Path, text_field: str) -> Iterator[bytes]:
-    with _open(path) as stream:
+    with open_stream(path) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue

@@ -87,7 +87,7 @@ class HubSource(AbstractSource):
     ):
         """`cache`: the cache folder of this library, by default `caesura` in the user's cache folder. `wait` sleeps between
         attempts. `held_out`: read the held-out files, or all files if none is named as a held-out split."""
-        root = _default_cache() if cache is None else cache
+        root = default_cache() if cache is None else cache
         self._dataset = dataset
         self._text_field = text_field
         self._held_out = held_out
@@ -342,7 +342,8 @@ def _explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """The cache folder of this library, `caesura` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caesura"
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from data.builtin import StandardLibraryCode, StandardLibraryDocs
 from data.documents import AbstractSource
 from data.files import Files
-from data.hub import HubSource
+from data.fixed import corpus_source
+from data.hub import HubSource, default_cache
 from data.hub_names import HUB_DATASETS, hub_dataset
+from data.ranges import ByteRange, named_span
 
 
 def open_source(
@@ -18,7 +20,8 @@ def open_source(
 
     `docs` and `stdlib` come with Python. `codeparrot`, `codeparrot-clean`, `fineweb`, `fineweb-edu` (samples of ten billion
     tokens), `fineweb-100BT`, `fineweb-edu-100BT` and `hub:owner/name/folder@revision` (folder and revision are optional) are
-    data sets on the Hugging Face hub. Every other name is the path of a file, a folder or a glob.
+    data sets on the Hugging Face hub. `enwik8` and `text8`, or `enwik8:PATH`, are these texts with their usual split. Every other
+    name is the path of a file, a folder or a glob; a plain text file may be followed by byte offsets, as in `text.gz[:90e6]`.
 
     `text_field`: the field with the text in structured files (default: that of the named data set, else `text`). `cache`: the
     cache folder for data sets on the hub, which holds up to `cache_bytes` of each. Raises `DataError` for an unknown name.
@@ -27,6 +30,10 @@ def open_source(
         return StandardLibraryDocs()
     if name == "stdlib":
         return StandardLibraryCode()
+    if (corpus := corpus_source(name, default_cache() if cache is None else cache)) is not None:
+        return corpus
+    if (span := named_span(name)) is not None:
+        return ByteRange(span)
     if name in HUB_DATASETS:
         dataset = HUB_DATASETS[name]
     elif name.startswith("hub:"):
