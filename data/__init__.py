@@ -2,6 +2,7 @@
 
 from data.coverage import Coverage
 from data.documents import BOS, AbstractSource, DataError, Shard
+from data.fixed import FixedSplits
 from data.loader import Batch, Batches, Split, WorkerError, check_workers, load, open_batches
 from data.rows import HeldOutRow, MemoryRows, Protocol, Row
 from data.sources import open_source
@@ -13,6 +14,7 @@ __all__ = [
     "Batches",
     "Coverage",
     "DataError",
+    "FixedSplits",
     "HeldOutRow",
     "MemoryRows",
     "Protocol",

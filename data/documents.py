@@ -73,6 +73,11 @@ class AbstractSource(ABC):
         return None
 
     @property
+    def test_source(self) -> AbstractSource | None:
+        """The data set of the test documents, which are read only to evaluate a finished model; None if there are none."""
+        return None
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Notes to the user about parts of the data set that are skipped or not used for training."""
         return ()

@@ -70,7 +70,7 @@ class HubSource(AbstractSource):
         """`cache`: the cache folder of this library, by default `caesura` in the user's cache folder. `wait` sleeps between
         attempts; a request ends after `patience` seconds in which nothing arrives. `held_out`: read the held-out files, or all
         files if none is named as a held-out split."""
-        root = _default_cache() if cache is None else cache
+        root = default_cache() if cache is None else cache
         self._dataset = dataset
         self._text_field = text_field
         self._held_out = held_out
@@ -335,5 +335,6 @@ def _check_download(path: Path, file: RemoteFile) -> None:
             raise OSError("its contents do not match the hub's checksum")
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """The cache folder of this library, `caesura` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caesura"

@@ -16,7 +16,7 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset, WindowShuffleIterDataset
 from jaxtyping import Bool, Float64, Int32, Int64, UInt8
 
-from data.coverage import Coverage
+from data.coverage import LITTLE, Coverage
 from data.documents import AbstractSource, DataError, document_rank
 from data.rows import HeldOutRows, MemoryRows, Protocol
 from data.stream import StreamRows, stream_held_out
@@ -102,6 +102,11 @@ def load(
         coverage = Coverage()
         for document in training:
             coverage = coverage.plus(len(document), length, protocol)
+        if coverage.documents == 1 and coverage.share < LITTLE:
+            raise DataError(
+                f"{source.name} is one document, and the protocol '{protocol}' shows only its first {length} bytes; use "
+                "--data.protocol crop"
+            )
         if coverage.shown == 0:
             raise DataError(
                 f"no document of {source.name} has {length} bytes or more; use a smaller --length or --data.protocol crop"

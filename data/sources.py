@@ -9,8 +9,10 @@ from pathlib import Path
 from data.builtin import StandardLibraryCode, StandardLibraryDocs
 from data.documents import AbstractSource, Shard
 from data.files import Files
-from data.hub import HubSource
+from data.fixed import corpus_source
+from data.hub import HubSource, default_cache
 from data.hub_names import HUB_DATASETS, hub_dataset
+from data.ranges import ByteRange, named_span
 
 
 def open_source(
@@ -20,12 +22,18 @@ def open_source(
 
     `docs` and `stdlib` come with Python. `codeparrot`, `codeparrot-clean`, `fineweb`, `fineweb-edu` (samples of ten billion
     tokens), `fineweb-100BT`, `fineweb-edu-100BT` and `hub:owner/name/folder@revision` (folder and revision are optional) are
-    data sets on the Hugging Face hub. Every other name is the path of a file, a folder or a glob.
+    data sets on the Hugging Face hub. `enwik8` and `text8`, or `enwik8:PATH`, are these texts with their usual split. Every other
+    name is the path of a file, a folder or a glob; a plain text file may be followed by byte offsets, as in `text.gz[:90e6]`.
 
     `text_field`: the field with the text in structured files (default: that of the named data set, else `text`). `cache`: the
     cache folder for data sets on the hub, which holds up to `cache_bytes` of each. A file or folder that is called like a named
     data set is not read, which the notes of the source say. Raises `DataError` for an unknown name.
     """
+    # The file of a corpus may well be called as the corpus is.
+    if (corpus := corpus_source(name, default_cache() if cache is None else cache)) is not None:
+        return corpus
+    if (span := named_span(name)) is not None:
+        return ByteRange(span)
     source = _open(name, text_field, cache, cache_bytes)
     if isinstance(source, Files) or not os.path.lexists(name):
         return source
@@ -53,6 +61,10 @@ class Noted(AbstractSource):
     @property
     def held_out_source(self) -> AbstractSource | None:
         return self._source.held_out_source
+
+    @property
+    def test_source(self) -> AbstractSource | None:
+        return self._source.test_source
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -68,6 +68,12 @@ class DataConfig:
     protocol: Literal["crop", "cut", "pack"] = "cut"
     """crop: random stretches of documents; cut: the start of documents that are long enough, and nothing of what follows it;
     pack: documents side by side, none seeing another."""
+    train: str | None = None
+    """Training text, where it is not --dataset: anything that --dataset takes."""
+    valid: str | None = None
+    """Held-out text: anything that --dataset takes. No document of the training text is held out then."""
+    test: str | None = None
+    """Test text: anything that --dataset takes. A run never reads it; experiments.evaluate does."""
     text_field: str | None = None
     """Field of JSON lines and Parquet files that holds the text; by default what the named data set uses, else "text"."""
     held_out: Rate = 0.05

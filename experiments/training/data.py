@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data import Batches, Split, load, open_source
+from data import AbstractSource, Batches, FixedSplits, Split, load, open_source
 from data.coverage import LITTLE
 from experiments.config.settings import RunConfig
 from experiments.training.metrics_log import read_metrics
@@ -13,12 +13,26 @@ EPOCHS, SHOWN = "epochs", "shown_fraction"
 """What metrics and summaries call them."""
 
 
+def open_data(config: RunConfig) -> AbstractSource:
+    """The training text of a run, with its validation and test text where they are settled. Raises `DataError`."""
+    data = config.data
+
+    def opened(name: str) -> AbstractSource:
+        return open_source(
+            name, text_field=data.text_field, cache=data.cache, cache_bytes=round(data.cache_gib * 2**30)
+        )
+
+    training = opened(data.train or config.dataset)
+    if data.valid is None and data.test is None:
+        return training
+    valid, test = (None if name is None else opened(name) for name in (data.valid, data.test))
+    return FixedSplits(training.name, training, valid, test)
+
+
 def load_split(config: RunConfig) -> Split:
     """The data of a run. Raises `DataError`."""
     data = config.data
-    source = open_source(
-        config.dataset, text_field=data.text_field, cache=data.cache, cache_bytes=round(data.cache_gib * 2**30)
-    )
+    source = open_data(config)
     return load(
         source,
         length=config.length,
