@@ -10,9 +10,11 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from estimators import trainable
+from estimators import AbstractRouter, trainable
 from estimators.bpe import BPEConfig
+from estimators.constraints import Constrained
 from estimators.entropy import EntropyConfig, Measured
+from estimators.routers.constrained import AbstractConstraint
 from estimators.routers.entropy import find_threshold, next_byte_entropy
 from estimators.vocabulary import Vocabulary
 from experiments.config.build import build_estimator
@@ -40,6 +42,15 @@ def registered(name: str, config: RunConfig | None = None) -> UNet:
     config = config_of(name) if config is None else config
     estimator = build_estimator(config, jax.random.key(1), prepared_for(config))
     return UNet(config.unet, lively(estimator), key=jax.random.key(2))
+
+
+def under(model: UNet, constraints: tuple[AbstractConstraint, ...]) -> UNet:
+    """The model with the boundaries of its outermost level constrained."""
+
+    def router(model: UNet) -> AbstractRouter:
+        return model.stage.estimators[0].router
+
+    return eqx.tree_at(router, model, Constrained(router(model), constraints))
 
 
 def prepared_for(config: RunConfig) -> PyTree:

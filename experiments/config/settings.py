@@ -85,6 +85,12 @@ class RunConfig:
     """How tokens come back to bytes: by default as the estimator was published."""
     pool: str | None = None
     """How a token is made of its bytes: by default as the estimator was published."""
+    constrain: tuple[str, ...] = ()
+    """Where boundaries may and must be, whatever the estimator would like, given as constraints that hold together: characters
+    (only after the last byte of a UTF-8 character), max-length (a chunk ends when it has --max-length.n bytes), min-length
+    (none with fewer than --min-length.n). --rate is then a share of the bytes that they leave free."""
+    inner_constrain: tuple[str, ...] = ()
+    """The same at all levels of tokens inside the first, where lengths count tokens of the level around."""
     pool_boundary: bool = False
     """Add the position at the boundary to the pooled value (H-Net fig. 13, +Res)."""
     capacity_slack: float = 1.35
@@ -139,7 +145,7 @@ class RunConfig:
         """The parts of each level of tokens, the outermost first; of the first level too where the model has none."""
         missing = max(self.unet.levels - 1, 0)
         names = [self.estimator, *self.inner_estimators, *[self.estimator] * missing][: 1 + missing]
-        return levels_of(Names(tuple(names), self.chunker, self.pool))
+        return levels_of(Names(tuple(names), self.chunker, self.pool, self.constrain, self.inner_constrain))
 
     @functools.cached_property
     def chosen(self) -> tuple[Part, ...]:
@@ -234,6 +240,10 @@ def _require_levels(config: RunConfig) -> None:
     require(
         given <= inside, f"{given} inner levels are named, but --model {config.model} has {inside} inside its first"
     )
+    require(
+        inside > 0 or not config.inner_constrain,
+        f"--inner-constrain {' '.join(config.inner_constrain)}: --model {config.model} has no level of tokens inside its first",
+    )
     for rate in config.inner_rates:
         require(0 < rate < 1, f"--inner-rates are shares strictly between 0 and 1; got {rate}")
 
@@ -264,11 +274,20 @@ def _require_parts(config: RunConfig) -> None:
         f"--estimator {config.estimator} leaves out the only level of tokens, but the layout of --model {config.model} has "
         f"{config.unet.levels}: name a --unet.layout without any, such as '[\"m4\"]'",
     )
+    require(
+        bool(levels) or not config.constrain,
+        f"--constrain {' '.join(config.constrain)}: there is no level of tokens whose boundaries it could constrain",
+    )
     for level in levels[1:]:
         require(
             not level.settings.outermost_only,
             f"{level.estimator} reads bytes, not tokens: use it for the first level, and name --inner-estimators",
         )
+        for part in level.parts.constraints:
+            require(
+                not getattr(part.cls, "outermost_only", False),
+                f"--inner-constrain {part.name} reads bytes, not tokens: it can only constrain the first level (--constrain)",
+            )
         require(
             not level.settings.needs_text and level.settings.makes_tokens,
             f"{level.estimator} cannot be inside another level: it "

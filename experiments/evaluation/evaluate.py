@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import HeldOutRow, Row
-from estimators import AbstractOffPolicyRouter, Layout, equations
+from estimators import Layout, equations
 from estimators.routers.rules import is_spacelike, is_whitespace
 from unet.hierarchy import Hierarchy, StageSampling
 from unet.likelihood import continues, next_logprobs, plain_layout
@@ -159,7 +159,7 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
 
 def is_off_policy(model: UNet) -> bool:
     """Whether the first level trains on boundaries of another router."""
-    return any(isinstance(estimator.router, AbstractOffPolicyRouter) for estimator in model.stage.estimators[:1])
+    return any(estimator.router.off_policy for estimator in model.stage.estimators[:1])
 
 
 def evaluate(model: UNet, rows: Sequence[HeldOutRow], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
