@@ -102,6 +102,7 @@ class Boundaries(eqx.Module):
     differentiable in the boundaries. `behaviour_log_prob`, if there is one, is the log-probability of the actions under the
     policy that drew them, where that is not the policy of `logits`. `constrained`, if there is one, is True where a constraint
     forced or forbade the boundary: what stands there is certain, and `probs`, `logits` and `relaxed` are constants that say so.
+    `settled` is True where that was so whatever the earlier actions.
     """
 
     actions: Bool[Array, "batch length"]
@@ -112,6 +113,15 @@ class Boundaries(eqx.Module):
     relaxed: Float[Array, "batch length"] | None = None
     behaviour_log_prob: Float[Array, "batch length"] | None = None
     constrained: Bool[Array, "batch length"] | None = None
+    settled: Bool[Array, "batch length"] | None = None
+
+    @property
+    def deciding(self) -> Bool[Array, "batch length"]:
+        """Where the policy decided or could have: the positions over which policy losses are averaged. Their number does not
+        depend on the actions; if it did, its reciprocal would bias policy gradients."""
+        if self.constrained is None or self.settled is None:
+            return self.decided
+        return self.decided | (self.constrained & ~self.settled)
 
     @property
     def confidence(self) -> Float[Array, "batch length"]:
@@ -134,7 +144,8 @@ class Boundaries(eqx.Module):
         room = before < capacity - forced
         kept = self.actions & (room | self.starts)
         kept = kept & (jnp.cumsum(kept, axis=1) <= capacity)
-        return dataclasses.replace(self, actions=kept, decided=self.decided & room)
+        settled = None if self.settled is None else self.settled | ~room
+        return dataclasses.replace(self, actions=kept, decided=self.decided & room, settled=settled)
 
 
 class Tokens(eqx.Module):

@@ -191,12 +191,15 @@ def policy_loss(
     action_log_prob: Float[Array, "batch length"],
     advantages: Float[Array, "batch length"],
     mask: Bool[Array, "batch length"],
+    among: Bool[Array, "batch length"] | None = None,
 ) -> Float[Array, ""]:
-    r"""$L_\pi = -\mathrm{mean}_i\,\log\pi(a_i)\,\mathrm{sg}(A_i)$ over the positions of `mask` (SFE eq. 15).
+    r"""$L_\pi = -\frac1n \sum_i \log\pi(a_i)\,\mathrm{sg}(A_i)$ over the positions i of `mask` (SFE eq. 15).
 
-    The paper writes a sum; with a mean, the weight of the term depends neither on the length nor on the batch size.
+    The paper writes a sum; divided by n, the weight of the term depends neither on the length nor on the batch size. n is the
+    number of positions of `among`, which holds those of `mask` (None: `mask` itself).
     """
-    return -masked_mean(action_log_prob * jax.lax.stop_gradient(advantages), mask)
+    terms = jnp.where(mask, action_log_prob * jax.lax.stop_gradient(advantages), 0.0)
+    return -masked_mean(terms, mask if among is None else among)
 
 
 def rate_loss(

@@ -28,6 +28,11 @@ class Limits(eqx.Module):
         """False where no boundary may stand, whatever the size of the chunk."""
         return self.least < NEVER
 
+    @property
+    def settled(self) -> Bool[Array, "batch length"]:
+        """True where no size of the chunk leaves a choice."""
+        return ~self.possible | ((self.least <= 1) & (self.most <= 1))
+
     def and_also(self, other: Limits | None) -> Limits:
         """The limits that keep both."""
         if other is None:
@@ -37,6 +42,6 @@ class Limits(eqx.Module):
         return Limits(least, most, self.sized or other.sized, size)
 
     def certain(self, uniforms: Float[Array, "batch length"]) -> Float[Array, "batch length"]:
-        """For limits that are not `sized`: `uniforms` with 2 where no boundary may stand and -1 where one must, so that$
+        """For limits that are not `sized`: `uniforms` with 2 where no boundary may stand and -1 where one must, so that
         comparing them with any probability keeps the limits."""
         return jnp.where(self.least > 1, 2.0, jnp.where(self.most <= 1, -1.0, uniforms))

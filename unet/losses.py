@@ -158,7 +158,7 @@ def objective_inputs(
 
 def _deciding(level: Level) -> Float[Array, ""]:
     """The number of positions at which a policy decides or, if a rule decides, that are free to close a token."""
-    decided = jnp.sum(level.boundaries.decided)
+    decided = jnp.sum(level.boundaries.deciding)
     return jnp.maximum(jnp.where(decided > 0, decided, jnp.sum(level.layout.free)), 1).astype(jnp.float32)
 
 

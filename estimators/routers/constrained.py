@@ -62,10 +62,13 @@ class Constrained(AbstractRouter):
     log-odds that it has given all earlier actions, drawn or not; so the probability of the actions is the product over free
     positions. All others are `constrained`: they are not `decided`, and their `probs` (0 or 1), `logits` and `relaxed` are
     constants. Hence policy gradients, entropies, importance weights, the binomial prior and imitation run over the free
-    positions $F$, H-Net's smoothing and confidence take the others as certain, and the rate losses hold
-    $\frac{1}{|F|}\sum_{i \in F} p_i$ (for H-Net $F$ and the starts) at the target rate π, as the controller of a run does for
-    the drawn boundaries (`LossOutput.free_rate`). Of all N positions with D documents, $(\pi |F| + |forced| + D)/N$ then have
-    a boundary.
+    positions $F$, and H-Net's smoothing and confidence take the others as certain. Policy losses are divided by the number of
+    positions that could have been free (`Boundaries.deciding`), which no action changes, so that they stay exact gradients of
+    an expected loss.
+
+    A target rate π is one of free positions: the rate losses bring $\frac{1}{|F|}\sum_{i \in F} p_i$ to it (the ratio loss
+    counts starts too, as without constraints), and the controller of a run the fraction of drawn boundaries there
+    (`LossOutput.free_rate`). Of all N positions with D documents, $(\pi |F| + |forced| + D)/N$ then have a boundary.
 
     Given actions are taken as they are; what stands where it was forced or forbidden is then `constrained` too.
 
@@ -145,6 +148,9 @@ def _held(boundaries: Boundaries, actions: Bool[Array, "batch length"], limits: 
     forced = within_limits(jnp.zeros_like(actions), sizes, limits.least, limits.most)
     allowed = within_limits(jnp.ones_like(actions), sizes, limits.least, limits.most)
     held = (forced | ~allowed) & layout.free
+    settled = limits.settled & layout.free
+    if boundaries.constrained is not None and boundaries.settled is not None:
+        held, settled = held | boundaries.constrained, settled | boundaries.settled
     value = actions.astype(jnp.float32)
     relaxed, behaviour = boundaries.relaxed, boundaries.behaviour_log_prob
     return dataclasses.replace(
@@ -156,6 +162,7 @@ def _held(boundaries: Boundaries, actions: Bool[Array, "batch length"], limits: 
         relaxed=None if relaxed is None else jnp.where(held, value, relaxed),
         behaviour_log_prob=None if behaviour is None else jnp.where(held, 0.0, behaviour),
         constrained=held,
+        settled=settled,
     )
 
 

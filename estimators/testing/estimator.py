@@ -82,9 +82,9 @@ def _check_form(boundaries: Boundaries, when: str) -> None:
     )
     for field in dataclasses.fields(Boundaries):
         value = getattr(boundaries, field.name)
-        if value is None and field.name in ("relaxed", "behaviour_log_prob", "constrained"):
+        if value is None and field.name in ("relaxed", "behaviour_log_prob", "constrained", "settled"):
             continue
-        truth = field.name in ("actions", "decided", "starts", "constrained")
+        truth = field.name in ("actions", "decided", "starts", "constrained", "settled")
         expected = f"{'bool' if truth else 'float32'} {(ROWS, LENGTH)}"
         seen = f"{getattr(value, 'dtype', type(value).__name__)} {getattr(value, 'shape', '')}"
         require(seen == expected, FORM, f"Its {field.name} {when} are {seen}, not {expected}.")
