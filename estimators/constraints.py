@@ -16,7 +16,7 @@ from estimators.routers.constrained import AbstractConstraint, Constrained
 from estimators.routers.rules import bytes_missing
 
 
-class Characters(AbstractConstraint):
+class WholeCharacters(AbstractConstraint):
     """Only after the last byte of a UTF-8 character.
 
     It is the first byte of a character that tells how many follow, so this is causal. What is no UTF-8 stays free: after bytes
@@ -36,7 +36,7 @@ class Characters(AbstractConstraint):
 
 class MaxLength(AbstractConstraint):
     """A boundary where the chunk has `n` bytes (BLT's maximum patch length), or as soon after as one may stand there: with
-    `Characters`, chunks have up to n + 3.
+    `WholeCharacters`, chunks have up to n + 3.
 
     Inside a hierarchy it counts the tokens of the level around. Raises `ValueError` for n below 1.
     """
@@ -87,7 +87,7 @@ def _size(name: str, n: int, inner_n: int | None, level: int) -> int:
 CONSTRAINTS = Kind(
     "--constrain",
     "caesura.constraints",
-    {"characters": Characters, "max-length": MaxLength, "min-length": MinLength},
+    {"characters": WholeCharacters, "max-length": MaxLength, "min-length": MinLength},
     (AbstractConstraint,),
     frozenset({"level"}),
 )

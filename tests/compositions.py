@@ -10,11 +10,9 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from estimators import AbstractRouter, trainable
+from estimators import AbstractConstraint, AbstractRouter, Constrained, trainable
 from estimators.bpe import BPEConfig
-from estimators.constraints import Constrained
 from estimators.entropy import EntropyConfig, Measured
-from estimators.routers.constrained import AbstractConstraint
 from estimators.routers.entropy import find_threshold, next_byte_entropy
 from estimators.vocabulary import Vocabulary
 from experiments.config.build import build_estimator

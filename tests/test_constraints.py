@@ -24,7 +24,7 @@ from estimators import (
 )
 from estimators import equations as eq
 from estimators.base import Limits
-from estimators.constraints import Characters, Constrained, MaxLength, MinLength, constrained
+from estimators.constraints import Constrained, MaxLength, MinLength, WholeCharacters, constrained
 from estimators.equations import NEVER
 from estimators.routers.rules import bytes_missing
 from experiments.config.build import build_model
@@ -42,7 +42,7 @@ from unet.likelihood import continues, plain_layout
 from unet.ops import boundary_scan
 
 TEXT = "\N{CJK UNIFIED IDEOGRAPH-6F22}a \N{LATIN SMALL LETTER E WITH ACUTE}bc\N{GRINNING FACE}d"
-ALL = (Characters(), MaxLength(4), MinLength(2))
+ALL = (WholeCharacters(), MaxLength(4), MinLength(2))
 
 
 def layout_of(*texts):
@@ -92,7 +92,7 @@ def test_bytes_missing_says_where_characters_end_and_what_is_none():
 
 
 def test_characters_leave_free_what_is_no_utf8():
-    limits = Characters().limits(layout_of(b"\x80\x80\xe6a\xf0\x9f"))
+    limits = WholeCharacters().limits(layout_of(b"\x80\x80\xe6a\xf0\x9f"))
     np.testing.assert_array_equal(limits.possible[0], [True, True, True, False, True, False, False])
 
 
@@ -125,12 +125,12 @@ def test_the_scan_keeps_limits_on_sizes(window, implementation):
 
 def test_uniform_boundaries_are_exactly_their_share_of_the_characters():
     layout = layout_of("\N{CJK UNIFIED IDEOGRAPH-6F22}" * 19 + "a")
-    router = Constrained(UniformRouter(0.25), (Characters(),))
+    router = Constrained(UniformRouter(0.25), (WholeCharacters(),))
     drawn = router(jnp.zeros((1, 59, 1)), layout, SamplingOptions(boundary_scan, jax.random.key(0)))
     # BOS and 20 characters.
     assert int(jnp.sum(drawn.actions)) == round(0.25 * 21)
     np.testing.assert_array_equal(
-        np.asarray(drawn.actions)[0] & ~np.asarray(Characters().limits(layout).possible)[0], 0
+        np.asarray(drawn.actions)[0] & ~np.asarray(WholeCharacters().limits(layout).possible)[0], 0
     )
 
 
@@ -174,7 +174,7 @@ def enumerated():
 def exact_loss(weight, enumerated):
     """The expected loss per position that could be free, a sum over strings: probabilities are products over free positions."""
     layout, hidden, valid, free, log_prob, _ = enumerated
-    possible = np.asarray(Characters().limits(layout).possible & layout.free)
+    possible = np.asarray(WholeCharacters().limits(layout).possible & layout.free)
     total, scored = 0.0, np.asarray(continues(layout))
     for row in range(2):
         actions = jnp.asarray(valid[row])
@@ -235,7 +235,7 @@ def test_strings_are_drawn_with_the_probabilities_of_their_free_decisions(enumer
 
 def test_rate_losses_and_the_controller_look_at_free_positions_alone():
     layout = layout_of("\N{CJK UNIFIED IDEOGRAPH-6F22}" * 8)
-    router, hidden = Constrained(Bernoulli(0.25), (Characters(),)), jnp.zeros((1, 25, 1))
+    router, hidden = Constrained(Bernoulli(0.25), (WholeCharacters(),)), jnp.zeros((1, 25, 1))
     drawn = router(hidden, layout, SamplingOptions(boundary_scan, jax.random.key(0)))
     assert int(jnp.sum(drawn.decided)) == 8
     scored = continues(layout)
@@ -247,7 +247,7 @@ def test_rate_losses_and_the_controller_look_at_free_positions_alone():
 
 
 def test_the_controller_is_told_the_rate_of_free_positions():
-    model = under(registered("sfe"), (Characters(), MaxLength(4)))
+    model = under(registered("sfe"), (WholeCharacters(), MaxLength(4)))
     bytes = jnp.broadcast_to(layout_of("\N{CJK UNIFIED IDEOGRAPH-6F22}a" * 6).bytes[:, :24], (2, 24))
     output = losses(model, bytes, key=jax.random.key(0))
     level = predict(model, bytes, key=jax.random.key(0), training=True).levels[0]
@@ -282,7 +282,7 @@ def test_constraints_and_their_settings_are_flags_and_are_kept():
     model = build_model(config, jax.random.key(0))
     router = model.stage.estimators[0].router
     assert isinstance(router, Constrained)
-    assert router.constraints == (Characters(), MaxLength(12))
+    assert router.constraints == (WholeCharacters(), MaxLength(12))
     assert from_json(to_json(config), "here") == config
 
 
@@ -341,7 +341,7 @@ def test_impossible_constraints_are_one_sentence(arguments, sentence):
 def test_capacities_follow_from_the_boundaries_that_constraints_leave():
     config = dataclasses.replace(asked("--length", 64), rate=0.6)
     layout = layout_of(*["\N{CJK UNIFIED IDEOGRAPH-6F22}" * 21] * 8)
-    characters = Constrained(WindowedPolicy(4, target_rate=0.6), (Characters(),))
+    characters = Constrained(WindowedPolicy(4, target_rate=0.6), (WholeCharacters(),))
     # 0.6 of 21 characters and BOS.
     assert 14 <= constrained_capacities(config, characters, layout)[-1] <= 32
     short = Constrained(WindowedPolicy(4, target_rate=0.6), (MaxLength(1),))
@@ -352,14 +352,16 @@ def test_capacities_follow_from_the_boundaries_that_constraints_leave():
 def test_every_level_of_a_hierarchy_keeps_its_limits_in_one_pass_and_in_parts():
     shape = HNetConfig('["",["",["t1"],""],""]', (16,) * 3, (0,) * 3, (2,) * 3, (4,) * 3, (4, 4, 0))
     levels = (
-        constrained(Uniform(chunker=Chunker(Select(), Distribute()), target_rate=0.6), (Characters(), MinLength(2))),
+        constrained(
+            Uniform(chunker=Chunker(Select(), Distribute()), target_rate=0.6), (WholeCharacters(), MinLength(2))
+        ),
         constrained(Uniform(chunker=Chunker(Select(), Distribute()), target_rate=0.2), (MaxLength(3),)),
     )
     model = UNet(shape, levels, key=jax.random.key(0))
     bytes, keys = layout_of(2 * TEXT, 2 * TEXT[::-1]).bytes, jax.random.split(jax.random.key(1), 2)
     whole = predict(model, bytes, key=keys)
     outer, inner = (np.asarray(level.boundaries.actions) for level in whole.levels)
-    possible = np.asarray(Characters().limits(plain_layout(bytes)).possible)
+    possible = np.asarray(WholeCharacters().limits(plain_layout(bytes)).possible)
     assert not (outer & ~possible).any()
     tokens = outer.sum(axis=1)
     for row in range(2):

@@ -2,12 +2,12 @@
 
 import pytest
 
-from estimators.constraints import Characters, MaxLength, MinLength
+from estimators.constraints import MaxLength, MinLength, WholeCharacters
 from estimators.registry import ESTIMATORS
 from estimators.testing import CHECKS, Setup, check_decoding, check_gradients
 from tests.compositions import registered, under
 
-ALL = (Characters(), MaxLength(5), MinLength(2))
+ALL = (WholeCharacters(), MaxLength(5), MinLength(2))
 
 
 @pytest.fixture(scope="module", params=sorted(ESTIMATORS.house))

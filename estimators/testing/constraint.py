@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from estimators.base import Boundaries, Layout, SamplingOptions
-from estimators.constraints import Characters, MaxLength, MinLength
+from estimators.base import AbstractRouter, Boundaries, Layout, SamplingOptions
+from estimators.constraints import MaxLength, MinLength, WholeCharacters
 from estimators.equations import NEVER
 from estimators.limits import Limits
 from estimators.routers.constrained import AbstractConstraint, Constrained
@@ -31,7 +31,7 @@ from estimators.testing.subject import (
 )
 from unet.ops import boundary_scan
 
-TRIED = (Characters(), MaxLength(5), MinLength(2))
+TRIED = (WholeCharacters(), MaxLength(5), MinLength(2))
 """What estimators without constraints are tried with."""
 
 
@@ -55,7 +55,8 @@ MODES = ("in training", "with a key for each row", "without a key")
 
 @program
 def tried(
-    router: Constrained,
+    router: AbstractRouter,
+    own: Constrained,
     hidden: Float[Array, "batch length dim"],
     layout: Layout,
     key: PRNGKeyArray,
@@ -73,7 +74,7 @@ def tried(
         held = jnp.zeros_like(layout.mask) if found.constrained is None else found.constrained
         return sum((jnp.sum(jnp.where(held, one, 0.0)) for one in values), jnp.zeros(()))
 
-    return Tried(tuple(drawn), tuple(again), router.limits(layout), jax.grad(said)(hidden))
+    return Tried(tuple(drawn), tuple(again), own.limits(layout), jax.grad(said)(hidden))
 
 
 def check_constraints(subject: Subject, setup: Setup = DEFAULT) -> None:
@@ -85,11 +86,14 @@ def check_constraints(subject: Subject, setup: Setup = DEFAULT) -> None:
     """
     model, text = model_of(subject, setup), Text.cut(setup)
     router = model.stage.estimators[0].router
-    for constraint in router.constraints if isinstance(router, Constrained) else ():
+    inside = jax.tree.leaves(router, is_leaf=lambda part: isinstance(part, Constrained))
+    own = next((part for part in inside if isinstance(part, Constrained)), None)
+    for constraint in own.constraints if own is not None else ():
         _check_limits(constraint, text, Text.cut(setup, 1))
-    router = router if isinstance(router, Constrained) else Constrained(router, TRIED)
+    if own is None:
+        router = own = Constrained(router, TRIED)
     hidden = jax.random.normal(setup.key(4), (ROWS, LENGTH, model.embedding.shape[1]), jnp.float32)
-    found = tried(router, hidden, text.layout, setup.key(0), setup.keys)
+    found = tried(router, own, hidden, text.layout, setup.key(0), setup.keys)
     for when, drawn, again in zip(MODES, found.drawn, found.again, strict=True):
         _check_held(drawn, found.limits, text.layout, when)
         contract = (
