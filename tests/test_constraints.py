@@ -113,9 +113,9 @@ def test_the_scan_keeps_limits_on_sizes(window, implementation):
         # An open chunk of 4 is a document that began 4 positions earlier.
         fill = np.zeros(opened, int)
         actions = np.concatenate([fill, np.asarray(drawn.actions)[row]])
-        limit = [np.concatenate([fill + 1, one[row]]) for one in (least, most)]
+        lowest, highest = (np.concatenate([fill + 1, one[row]]) for one in (least, most))
         began = np.concatenate([fill, np.asarray(starts)[row]])
-        forced, forbidden = (one[opened:] for one in held(actions, *limit, began))
+        forced, forbidden = (one[opened:] for one in held(actions, lowest, highest, began))
         own = np.asarray(uniforms)[row] < jax.nn.sigmoid(logits[row])
         expected = np.where(forbidden, False, forced | own) | np.asarray(starts)[row]
         np.testing.assert_array_equal(np.asarray(drawn.actions)[row], expected)
@@ -222,8 +222,8 @@ def test_strings_are_drawn_with_the_probabilities_of_their_free_decisions(enumer
     many = jax.tree.map(lambda one: jnp.repeat(one[:1], count, axis=0), layout)
     router = Constrained(policy(), ALL)
     drawn = router(rows, many, SamplingOptions(boundary_scan, jax.random.key(5)))
-    some = jax.tree.map(lambda one: one[: len(valid[0])], (rows, many))
-    given = router(*some, SamplingOptions(boundary_scan, actions=jnp.asarray(valid[0])))
+    states, few = jax.tree.map(lambda one: one[: len(valid[0])], (rows, many))
+    given = router(states, few, SamplingOptions(boundary_scan, actions=jnp.asarray(valid[0])))
     log_prob = jnp.sum(eq.action_log_prob(given.logits, given.actions), axis=1, where=given.decided)
     seen = np.array([np.mean(np.all(np.asarray(drawn.actions) == one, axis=1)) for one in valid[0]])
     assert seen.sum() == pytest.approx(1.0)
@@ -251,7 +251,8 @@ def test_the_controller_is_told_the_rate_of_free_positions():
     bytes = jnp.broadcast_to(layout_of("\N{CJK UNIFIED IDEOGRAPH-6F22}a" * 6).bytes[:, :24], (2, 24))
     output = losses(model, bytes, key=jax.random.key(0))
     level = predict(model, bytes, key=jax.random.key(0), training=True).levels[0]
-    free = np.asarray(~level.boundaries.constrained)
+    assert level.boundaries.constrained is not None
+    free = ~np.asarray(level.boundaries.constrained)
     assert float(output.free_rate) == pytest.approx(float(np.mean(np.asarray(level.drawn)[free])))
     assert float(output.free_rate) != pytest.approx(float(output.rate))
     plain = losses(registered("sfe"), bytes, key=jax.random.key(0))
@@ -290,7 +291,9 @@ def test_a_constrained_model_is_saved_and_comes_back(tmp_path):
     model = under(registered("sfe"), (*ALL,))
     save(model, tmp_path)
     back = load(tmp_path).model
-    assert back.stage.estimators[0].router.constraints == ALL
+    router = back.stage.estimators[0].router
+    assert isinstance(router, Constrained)
+    assert router.constraints == ALL
     bytes = text_bytes(2, 24)
     np.testing.assert_array_equal(predict(model, bytes).logits, predict(back, bytes).logits)
 
@@ -309,6 +312,7 @@ def test_levels_inside_have_constraints_of_their_own_that_count_tokens():
     config = asked(*given)
     outer, inner = build_model(config, jax.random.key(0)).stage.estimators
     assert not isinstance(outer.router, Constrained)
+    assert isinstance(inner.router, Constrained)
     assert inner.router.constraints == (MaxLength(2),)
 
 
