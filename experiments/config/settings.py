@@ -63,7 +63,7 @@ class RunConfig:
     steps: int | None = None
     """Training steps, instead of --bytes."""
     rate: float = 0.2
-    """Target share of bytes with a boundary."""
+    """Target share of bytes with a boundary, of those that --constrain leaves free."""
     inner_estimators: tuple[str, ...] = ()
     """Estimators of the levels of tokens inside the first, from the outside in; --estimator for those not named."""
     inner_rates: tuple[float, ...] = ()
@@ -86,11 +86,9 @@ class RunConfig:
     pool: str | None = None
     """How a token is made of its bytes: by default as the estimator was published."""
     constrain: tuple[str, ...] = ()
-    """Where boundaries may and must be, whatever the estimator would like, given as constraints that hold together: characters
-    (only after the last byte of a UTF-8 character), max-length (a chunk ends when it has --max-length.n bytes), min-length
-    (none with fewer than --min-length.n). --rate is then a share of the bytes that they leave free."""
+    """Where boundaries may and must be, leaving the rest to the estimator and to --rate."""
     inner_constrain: tuple[str, ...] = ()
-    """The same at all levels of tokens inside the first, where lengths count tokens of the level around."""
+    """The same at the levels inside the first."""
     pool_boundary: bool = False
     """Add the position at the boundary to the pooled value (H-Net fig. 13, +Res)."""
     capacity_slack: float = 1.35
