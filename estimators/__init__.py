@@ -15,6 +15,7 @@ from estimators.base import (
     Estimator,
     Frozen,
     Layout,
+    Limits,
     ObjectiveInputs,
     ObjectiveOutput,
     Sampler,
@@ -23,6 +24,7 @@ from estimators.base import (
     trainable,
 )
 from estimators.bpe import BPEGuided, Distilled
+from estimators.constraints import MaxLength, MinLength, WholeCharacters, constrained
 from estimators.decode_state import AbstractDecodeState, update_state
 from estimators.dynamic_chunking import DynamicChunking
 from estimators.entropy import Entropy
@@ -45,10 +47,12 @@ from estimators.objectives import (
     ScoreFunctionObjective,
 )
 from estimators.routers import (
+    AbstractConstraint,
     AbstractOffPolicyRouter,
     AbstractPatchRule,
     Bernoulli,
     CombinedRule,
+    Constrained,
     CosineRouter,
     EntropyRouter,
     EveryNth,
@@ -74,6 +78,7 @@ __all__ = [
     "EOS",
     "VOCAB",
     "AbstractChunker",
+    "AbstractConstraint",
     "AbstractDecodeState",
     "AbstractEstimator",
     "AbstractObjective",
@@ -90,6 +95,7 @@ __all__ = [
     "BoundaryScan",
     "Characters",
     "CombinedRule",
+    "Constrained",
     "Context",
     "CosineRouter",
     "Credit",
@@ -112,8 +118,11 @@ __all__ = [
     "ImportanceWeight",
     "Isotropic",
     "Layout",
+    "Limits",
     "MLPRouter",
     "MLPSettings",
+    "MaxLength",
+    "MinLength",
     "NoObjective",
     "ObjectiveInputs",
     "ObjectiveOutput",
@@ -138,7 +147,9 @@ __all__ = [
     "Uniform",
     "UniformRouter",
     "Whitespace",
+    "WholeCharacters",
     "WindowedPolicy",
+    "constrained",
     "equations",
     "trainable",
     "update_state",

@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from estimators.equations import confidence, start_of
 from estimators.keys import threefry_keys
+from estimators.limits import Limits
 
 Value = TypeVar("Value")
 
@@ -80,8 +81,15 @@ class Layout(eqx.Module):
 
     @property
     def free(self) -> Bool[Array, "batch length"]:
-        """True where a boundary is neither forced nor forbidden."""
+        """True where a boundary is neither forced by a start nor forbidden by padding."""
         return self.mask & ~self.starts
+
+    def preceded_by(self, recent: Int[Array, "batch reach"]) -> Layout:
+        """In decoding: the layout with the bytes before its first position in front; those before the document are padding."""
+        reach = recent.shape[1]
+        bytes, before = jnp.concatenate([recent, self.bytes], axis=1), self.document_positions[:, 0] - reach
+        document_positions = before[:, None] + jnp.arange(bytes.shape[1], dtype=jnp.int32)
+        return Layout(bytes, document_positions, jnp.zeros_like(bytes), document_positions >= 0, before)
 
 
 class Boundaries(eqx.Module):
@@ -89,12 +97,14 @@ class Boundaries(eqx.Module):
 
     `actions_i` is True where a token closes at position i. `logits` are the log-odds of `actions_i = 1` given positions up to
     i and actions before i; `probs` are their sigmoid. Gradients reach the router through these two. `decided` is True where
-    the policy chose: forced, padded and truncated positions enter no policy term. `starts` is True where a document begins,
-    which forces a boundary.
+    the policy chose: forced, forbidden, padded and truncated positions enter no policy term. `starts` is True where a document
+    begins, which forces a boundary.
 
     `relaxed`, if there is one, has the values of `actions` as drawn and a gradient to the router, for chunkers that are
     differentiable in the boundaries. `behaviour_log_prob`, if there is one, is the log-probability of the actions under the
-    policy that drew them, where that is not the policy of `logits`.
+    policy that drew them, where that is not the policy of `logits`. `constrained`, if there is one, is True where a constraint
+    forced or forbade the boundary: what stands there is certain, and `probs`, `logits` and `relaxed` are constants that say so.
+    `settled` is True where that was so whatever the earlier actions.
     """
 
     actions: Bool[Array, "batch length"]
@@ -104,11 +114,23 @@ class Boundaries(eqx.Module):
     starts: Bool[Array, "batch length"]
     relaxed: Float[Array, "batch length"] | None = None
     behaviour_log_prob: Float[Array, "batch length"] | None = None
+    constrained: Bool[Array, "batch length"] | None = None
+    settled: Bool[Array, "batch length"] | None = None
+
+    @property
+    def deciding(self) -> Bool[Array, "batch length"]:
+        """Where the policy decided or could have: the positions over which policy losses are averaged. Their number does not
+        depend on the actions; if it did, its reciprocal would bias policy gradients."""
+        if self.constrained is None or self.settled is None:
+            return self.decided
+        return self.decided | (self.constrained & ~self.settled)
 
     @property
     def confidence(self) -> Float[Array, "batch length"]:
-        """The probability of the action taken: `probs` at boundaries, `1 - probs` elsewhere, and 1 where a boundary is forced."""
-        return jnp.where(self.starts, 1.0, confidence(self.probs, self.actions))
+        """The probability of the action taken: `probs` at boundaries, `1 - probs` elsewhere, and 1 where a boundary is forced or
+        forbidden."""
+        certain = self.starts if self.constrained is None else self.starts | self.constrained
+        return jnp.where(certain, 1.0, confidence(self.probs, self.actions))
 
     def truncated(self, capacity: int) -> Boundaries:
         """Drops boundaries beyond `capacity` and masks them from the policy loss.
@@ -124,7 +146,8 @@ class Boundaries(eqx.Module):
         room = before < capacity - forced
         kept = self.actions & (room | self.starts)
         kept = kept & (jnp.cumsum(kept, axis=1) <= capacity)
-        return dataclasses.replace(self, actions=kept, decided=self.decided & room)
+        settled = None if self.settled is None else self.settled | ~room
+        return dataclasses.replace(self, actions=kept, decided=self.decided & room, settled=settled)
 
 
 class Tokens(eqx.Module):
@@ -166,6 +189,7 @@ class Sampler(Protocol):
         uniforms: Float[Array, "batch length"],
         starts: Bool[Array, "batch length"],
         cap: float | None,
+        limits: Limits | None = None,
     ) -> BoundaryScan: ...
 
 
@@ -176,7 +200,9 @@ class SamplingOptions(eqx.Module):
     and on the position in the sequence, not on other sequences or later positions; `noise`, if given, holds these numbers.
     `actions`, if given, are scored instead of drawn. `target_rate`, if given, replaces the rate that the router was built for
     in routers that draw at a fixed rate (`UniformRouter`, `Bernoulli`). Learned routers ignore it: their own rate only sets
-    their initial weights, and the objective trains them towards the target.
+    their initial weights, and the objective trains them towards the target. `limits`, if given, are what constraints allow: a
+    router whose probabilities depend on earlier actions must draw with `sampler` and hand them on; of any other, `Constrained`
+    corrects the draws.
     """
 
     sampler: Sampler = eqx.field(static=True)
@@ -185,6 +211,7 @@ class SamplingOptions(eqx.Module):
     target_rate: Float[Array, ""] | None = None
     training: bool = eqx.field(static=True, default=False)
     noise: Float[Array, "batch length"] | None = None
+    limits: Limits | None = None
 
     def uniforms(self, layout: Layout) -> Float[Array, "batch length"]:
         """The numbers to compare probabilities with: uniform draws, or one half everywhere without a key."""
@@ -211,6 +238,15 @@ class SamplingOptions(eqx.Module):
         """Independent actions with these probabilities, or the given ones; forced at starts, none on padding."""
         drawn = self.uniforms(layout) < probs if self.actions is None else self.actions
         return (drawn | layout.starts) & layout.mask
+
+    def limited(self, drawn: Bool[Array, "batch length"], layout: Layout) -> Bool[Array, "batch length"]:
+        """Actions `drawn` without regard to the limits, corrected from left to right: `equations.within_limits`, with sizes that
+        follow from the corrected ones. Given actions, and any without limits, stay as they are."""
+        if self.limits is None or self.actions is not None:
+            return drawn
+        sure = jnp.where(drawn, 1.0, -1.0)[..., None].astype(jnp.float32)
+        half = jnp.full(drawn.shape, 0.5, jnp.float32)
+        return self.sampler(sure, half, layout.starts, None, self.limits).actions & layout.mask
 
 
 def has_many(key: Keys) -> bool:
@@ -253,6 +289,11 @@ class AbstractRouter(eqx.Module):
     def initial_rate(self) -> float | None:
         """The fraction of bytes with a boundary before training. Capacities are chosen for both this and `rate`."""
         return self.rate
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether it trains on boundaries of another router than the one that draws in evaluation."""
+        return False
 
     @abstractmethod
     def init_state(self, batch: int) -> PyTree[Array]:

@@ -191,12 +191,15 @@ def policy_loss(
     action_log_prob: Float[Array, "batch length"],
     advantages: Float[Array, "batch length"],
     mask: Bool[Array, "batch length"],
+    among: Bool[Array, "batch length"] | None = None,
 ) -> Float[Array, ""]:
-    r"""$L_\pi = -\mathrm{mean}_i\,\log\pi(a_i)\,\mathrm{sg}(A_i)$ over the positions of `mask` (SFE eq. 15).
+    r"""$L_\pi = -\frac1n \sum_i \log\pi(a_i)\,\mathrm{sg}(A_i)$ over the positions i of `mask` (SFE eq. 15).
 
-    The paper writes a sum; with a mean, the weight of the term depends neither on the length nor on the batch size.
+    The paper writes a sum; divided by n, the weight of the term depends neither on the length nor on the batch size. n is the
+    number of positions of `among`, which holds those of `mask` (None: `mask` itself).
     """
-    return -masked_mean(action_log_prob * jax.lax.stop_gradient(advantages), mask)
+    terms = jnp.where(mask, action_log_prob * jax.lax.stop_gradient(advantages), 0.0)
+    return -masked_mean(terms, mask if among is None else among)
 
 
 def rate_loss(
@@ -233,6 +236,52 @@ def importance_weights(
     total = jnp.cumsum(log_ratio, axis=1)
     before = jnp.take_along_axis(total - log_ratio, start_of(starts), axis=1)
     return jnp.exp(total - before)
+
+
+NEVER = 2**30
+"""A chunk size that no text reaches."""
+
+
+def chunk_sizes(
+    actions: Bool[Array, "batch length"],
+    starts: Bool[Array, "batch length"],
+    before: Int[Array, " batch"] | None = None,
+) -> Int[Array, "batch length"]:
+    r"""$s_i = i - \max\{k < i : a_k = 1\}$: the size of the chunk that a boundary at position i would close, i included.
+
+    Counting restarts where `starts` is True, at 1. `before` is the size of the chunk that is open before the first position
+    (None: 0).
+    """
+    place = jnp.arange(actions.shape[1], dtype=jnp.int32)[None, :]
+    first = jnp.zeros(actions.shape[:1], jnp.int32) if before is None else -before
+    opened = jnp.concatenate([first[:, None], jnp.where(actions, place + 1, -NEVER)[:, :-1]], axis=1)
+    return place + 1 - jax.lax.cummax(jnp.where(starts, place, opened), axis=1)
+
+
+def within_limits(
+    drawn: Bool[Array, "*shape"],
+    sizes: Int[Array, "*shape"],
+    least: Int[Array, "*shape"],
+    most: Int[Array, "*shape"],
+) -> Bool[Array, "*shape"]:
+    r"""$a_i = 1[s_i \ge m_i]\,(d_i \lor 1[s_i \ge n_i])$: draws d within limits on the sizes s of the chunks they close.
+
+    A boundary is forbidden where the chunk has fewer than $m_i$ (`least`) positions. Elsewhere one is forced where it has $n_i$
+    (`most`) or more. A position is free where neither holds: there $a_i = d_i$.
+    """
+    return (sizes >= least) & (drawn | (sizes >= most))
+
+
+def rate_with_longest(rate: float, longest: int) -> float:
+    r"""$\pi / (1 - (1 - \pi)^n)$: the rate of boundaries that are drawn with probability π where they are free, and forced in
+    chunks of n = `longest` positions (the mean of a geometric variable that is cut at n, inverted)."""
+    return -rate / math.expm1(longest * math.log1p(-rate)) if rate < 1.0 else 1.0
+
+
+def rate_with_shortest(rate: float, shortest: int) -> float:
+    r"""$1 / (m - 1 + 1/\pi)$: the rate of boundaries that are drawn with probability π in chunks of m = `shortest` positions or
+    more."""
+    return 1.0 / (shortest - 1 + 1.0 / rate)
 
 
 def gumbel_sigmoid(

@@ -38,12 +38,13 @@ class Context:
     prepared: PyTree = None
     sections: Mapping[str, object] = field(default_factory=dict)
 
-    def part(self, kind: Kind, name: str) -> object:
-        """The part of that name, built with its settings. Raises `PartError` if there is none."""
+    def part(self, kind: Kind, name: str, **given: object) -> object:
+        """The part of that name, built with its settings, and with what is `given` beside what constructors may always ask for.
+        Raises `PartError` if there is none."""
         part = find(kind, name)
         settings = self.sections.get(part.section)
         names = [] if settings is None else [setting.name for setting in settings_of(part)]
-        return construct(part, {name: getattr(settings, name) for name in names}, self.given)
+        return construct(part, {name: getattr(settings, name) for name in names}, {**self.given, **given})
 
     @property
     def given(self) -> dict[str, object]:

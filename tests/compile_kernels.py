@@ -5,6 +5,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from estimators.base import Limits
 from experiments.benchmark.deviceless import TARGETS, compile_for, mesh_of, optimized_hlo
 from unet.ops import boundary_scan, downsample, smooth, upsample
 
@@ -30,6 +31,10 @@ def average(hidden, actions):
     return out, back(out)
 
 
+def limited_scan(projections, uniforms, least, most, size):
+    return boundary_scan(projections, uniforms, None, 6.0, Limits(least, most, True, size))
+
+
 def report(mesh, name, op, *args):
     kernels = optimized_hlo(compile_for(mesh, op, *args)).count('custom_call_target="mosaic_gpu')
     print(f"{name} {kernels}", flush=True)
@@ -38,6 +43,9 @@ def report(mesh, name, op, *args):
 def main(target):
     mesh = mesh_of(TARGETS[target])
     report(mesh, "boundary_scan", boundary_scan, shape(BATCH, LENGTH, 5), shape(BATCH, LENGTH))
+    sizes = shape(BATCH, LENGTH, dtype=jnp.int32)
+    scanned = shape(BATCH, LENGTH, 5), shape(BATCH, LENGTH)
+    report(mesh, "limited_scan", limited_scan, *scanned, sizes, sizes, shape(BATCH, dtype=jnp.int32))
     for op in (down, up, average):
         for dim in (384, 512, 768, 1024):
             for dtype in (jnp.bfloat16, jnp.float32):

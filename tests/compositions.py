@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from estimators import trainable
+from estimators import AbstractConstraint, AbstractRouter, Constrained, trainable
 from estimators.bpe import BPEConfig
 from estimators.entropy import EntropyConfig, Measured
 from estimators.routers.entropy import find_threshold, next_byte_entropy
@@ -40,6 +40,15 @@ def registered(name: str, config: RunConfig | None = None) -> UNet:
     config = config_of(name) if config is None else config
     estimator = build_estimator(config, jax.random.key(1), prepared_for(config))
     return UNet(config.unet, lively(estimator), key=jax.random.key(2))
+
+
+def under(model: UNet, constraints: tuple[AbstractConstraint, ...]) -> UNet:
+    """The model with the boundaries of its outermost level constrained."""
+
+    def router(model: UNet) -> AbstractRouter:
+        return model.stage.estimators[0].router
+
+    return eqx.tree_at(router, model, Constrained(router(model), constraints))
 
 
 def prepared_for(config: RunConfig) -> PyTree:

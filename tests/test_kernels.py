@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from estimators.base import Limits
 from experiments.benchmark.deviceless import ENVIRONMENT, missing
 from unet.ops import boundary_scan, downsample, mean_pool, smooth, upsample
 from unet.ops.rows import gather_rows, sum_spans
@@ -155,6 +156,15 @@ def test_the_scan_is_a_kernel_on_cuda_and_a_loop_elsewhere():
     assert "while" in lowered(boundary_scan, *args, platform="cpu")
 
 
+def test_limits_on_sizes_are_kept_in_the_same_kernel():
+    def scan(projections, uniforms, least, most):
+        return boundary_scan(projections, uniforms, limits=Limits(least, most))
+
+    args = normal(2, 8, 1), normal(2, 8), *(jnp.full((2, 8), size, jnp.int32) for size in (2, 5))
+    assert "mosaic_gpu" in lowered(scan, *args, platform="cuda")
+    assert "while" not in lowered(scan, *args, platform="cuda")
+
+
 def test_shapes_that_kernels_do_not_take_run_in_xla_and_say_so(caplog):
     rows = normal(2, 16, 192)
     with caplog.at_level("INFO", "unet.ops.mosaic"):
@@ -180,7 +190,7 @@ def test_every_kernel_compiles_to_machine_code_without_spilling_registers(target
     assert done.returncode == 0, done.stderr[-2000:]
     found = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines() if re.fullmatch(r"[a-z_0-9-]+ \d+", line))
     # Forward and backward, but for the scan, which has no gradient.
-    assert found.pop("boundary_scan") == "1"
+    assert found.pop("boundary_scan") == found.pop("limited_scan") == "1"
     assert len(found) == 3 * 4 * 2
     assert set(found.values()) == {"2"}
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stdout + done.stderr)

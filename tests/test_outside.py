@@ -17,18 +17,16 @@ import pytest
 from estimators import WindowedPolicy
 from estimators.lookup import settings_of
 from estimators.registry import ESTIMATORS, configuration, sections_of
-from estimators.sections import REDUCTIONS
 from estimators.settings import EstimatorConfig
-from estimators.testing import check_chunker, check_estimator, check_reduction
+from estimators.testing import Setup, check_chunker, check_constraints, check_estimator, check_reduction
 from experiments.compare import pairs_of, parse_compare, run_folder, runs_of
 from experiments.config.errors import ConfigError, PluginError
-from experiments.config.parts import find
+from experiments.config.parts import KINDS, find
 from experiments.config.plugins import trusted
 from experiments.run import parse
 from tests.test_run import SMALL
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
-from unet.chunkers.named import CHUNKERS, POOLS
 from unet.files.saving import require_saveable
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +77,7 @@ def test_classes_named_by_module_work_in_one_command_after_another(corpus, tmp_p
     chosen = (
         *("--estimator", "my_tokens.router:NormRouter", "--norm-router.start", "0.5"),
         *("--sfe.reductions", "discount", "my_tokens.reduction:Standardise"),
+        *("--constrain", "my_tokens.constraint:Numbers", "--numbers.longest", "4"),
         *("--chunker", "my_tokens.chunker:Gated", "--dataset", corpus, "--out", "run"),
     )
     assert commands(tmp_path, package, ("run", *chosen, *QUICK))[0] == [0]
@@ -106,8 +105,14 @@ def test_classes_named_by_module_work_in_one_command_after_another(corpus, tmp_p
         ),
     )
     assert codes == [2, 2, 0, 0, 0, 0], said
-    assert "add --plugin my_tokens.chunker my_tokens.reduction my_tokens.router if you trust them" in said
-    assert 'unet.load("mine", known=[my_tokens.router, my_tokens.chunker, my_tokens.reduction])' in said
+    assert (
+        "add --plugin my_tokens.chunker my_tokens.constraint my_tokens.reduction my_tokens.router if you trust them"
+        in said
+    )
+    assert (
+        'unet.load("mine", known=[my_tokens.router, my_tokens.chunker, my_tokens.constraint, my_tokens.reduction])'
+        in said
+    )
     assert "was made with my_tokens.router:NormRouter, which is not part of this library: add --plugin" in said
     assert "Traceback" not in said
 
@@ -127,12 +132,14 @@ def test_an_installed_package_is_a_full_citizen(corpus, tmp_path):
 
 
 def test_the_examples_keep_the_contract(outside):
-    chunker, objective, reduction, router = (
-        importlib.import_module(f"my_tokens.{name}") for name in ("chunker", "objective", "reduction", "router")
+    chunker, constraint, objective, reduction, router = (
+        importlib.import_module(f"my_tokens.{name}")
+        for name in ("chunker", "constraint", "objective", "reduction", "router")
     )
     check_estimator(router.NormRouter, dim=16)
     check_estimator(objective.ExploringConfig(), dim=16)
     check_chunker(chunker.Gated, dim=16)
+    check_constraints(router.NormRouter, Setup(dim=16, constraints=(constraint.Numbers(4),)))
     check_reduction(reduction.Standardise, dim=16)
 
 
@@ -303,7 +310,7 @@ def test_nothing_is_imported_because_a_file_names_it(tmp_path, outside, monkeypa
 
 
 def test_every_setting_has_a_help_text_and_the_house_is_short():
-    for kind in (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS):
+    for kind in KINDS:
         for name in kind.house:
             part = find(kind, name)
             assert all(setting.help for setting in settings_of(part)), name

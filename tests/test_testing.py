@@ -11,17 +11,22 @@ import pytest
 
 from estimators import (
     AbstractChunker,
+    AbstractConstraint,
     AbstractPositionwiseRouter,
     AbstractReduction,
     AbstractRouter,
     BatchCentre,
     Boundaries,
+    Constrained,
     Critic,
     Discount,
     EarlyExit,
     Estimator,
     GeneralisedAdvantage,
     ImportanceWeight,
+    Limits,
+    MaxLength,
+    MinLength,
     NoObjective,
     RuleRouter,
     SampleCentre,
@@ -29,7 +34,7 @@ from estimators import (
     Spacelike,
 )
 from estimators.base import Routed
-from estimators.equations import discounted_returns
+from estimators.equations import NEVER, discounted_returns, windowed_logits
 from estimators.settings import EstimatorConfig
 from estimators.testing import (
     CHECKS,
@@ -41,6 +46,7 @@ from estimators.testing import (
     check_causality_of_gradients,
     check_chunker,
     check_chunking,
+    check_constraints,
     check_decoding,
     check_estimator,
     check_extremes,
@@ -269,8 +275,140 @@ def test_every_public_check_is_among_those_of_an_estimator():
     import estimators.testing as contract
 
     named = {name for name in contract.__all__ if name.startswith("check_")}
-    assert named - {check.__name__ for check in CHECKS} == {"check_estimator", "check_chunker", "check_reduction"}
+    assert named - {check.__name__ for check in CHECKS} == {
+        "check_estimator",
+        "check_chunker",
+        "check_constraint",
+        "check_reduction",
+    }
     assert all(check.__doc__ for check in CHECKS)
+
+
+class Alternating(AbstractRouter):
+    """Log-odds that fall after a boundary, drawn without regard to `options.limits`, or with it."""
+
+    weight: jax.Array
+    heeds: bool = eqx.field(static=True)
+
+    @property
+    def rate(self):
+        return 0.3
+
+    def init_state(self, batch):
+        return None
+
+    def route(self, hidden, layout, options, state=None):
+        own = hidden.astype(jnp.float32) @ self.weight
+        projections, actions = jnp.stack([own, jnp.full_like(own, -2.0)], axis=-1), options.actions
+        if actions is None:
+            limits = options.limits if self.heeds else None
+            actions = options.sampler(projections, options.uniforms(layout), layout.starts, None, limits).actions
+        actions = (actions | layout.starts) & layout.mask
+        logits = windowed_logits(projections, actions, layout.starts)
+        return Routed(Boundaries(actions, logits, jax.nn.sigmoid(logits), layout.free, layout.starts), None)
+
+
+class Spoiled(AbstractRouter):
+    """A constrained router, and what somebody makes of its boundaries."""
+
+    router: Constrained
+    fault: Callable = eqx.field(static=True)
+
+    @property
+    def rate(self):
+        return self.router.rate
+
+    def init_state(self, batch):
+        return self.router.init_state(batch)
+
+    def route(self, hidden, layout, options, state=None):
+        routed = self.router.route(hidden, layout, options, state)
+        return dataclasses.replace(routed, boundaries=self.fault(routed.boundaries, layout))
+
+
+class Odd(AbstractConstraint):
+    """No boundary after a space, and a fault."""
+
+    fault: Callable = eqx.field(static=True)
+    sized: bool = eqx.field(static=True, default=False)
+
+    def limits(self, layout):
+        least = jnp.where(self.fault(layout) == 32, NEVER, 1)
+        return Limits(least, jnp.full_like(least, NEVER), self.sized)
+
+
+def before(layout):
+    return jnp.pad(layout.bytes, ((0, 0), (1, 0)))[:, :-1]
+
+
+class Slow(AbstractConstraint):
+    """Sizes that are said not to be."""
+
+    def limits(self, layout):
+        return Limits(jnp.full_like(layout.bytes, 2), jnp.full_like(layout.bytes, 9), False)
+
+
+CONSTRAINED = {
+    "looks ahead": (
+        Odd(lambda layout: jnp.roll(layout.bytes, -1, axis=1)),
+        "Limits depend on the byte at the position",
+    ),
+    "looks back too far": (Odd(before), "the 0 before it in its document .* only. Another byte"),
+    "says it has no sizes": (Slow(), "Limits that are not `sized` are 1 or NEVER. One of Slow is"),
+    "of another kind": (
+        Odd(lambda layout: layout.bytes[:, 1:]),
+        r"int32 arrays, rows x positions. The least of Odd is",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_every_fault_of_a_constraint_is_told_in_its_own_sentence(name):
+    constraint, sentence = CONSTRAINED[name]
+    with pytest.raises(ContractError, match=sentence):
+        check_constraints(learned(good), Setup(dim=DIM, constraints=(constraint,)))
+
+
+def test_a_good_constraint_is_found_good():
+    check_constraints(learned(good), Setup(dim=DIM, constraints=(Odd(lambda layout: layout.bytes),)))
+
+
+def test_a_router_that_forgets_limits_while_it_remembers_actions_is_found():
+    weight = jax.random.normal(jax.random.key(0), (DIM,), jnp.float32)
+    check_constraints(Estimator(Alternating(weight, True), SELECT, TRAINED), Setup(dim=DIM))
+    with pytest.raises(
+        ContractError, match="after constraints: a router whose log-odds depend on earlier actions draws with"
+    ):
+        check_constraints(Estimator(Alternating(weight, False), SELECT, TRAINED), Setup(dim=DIM))
+
+
+BROKEN = {
+    "draws where it is forbidden": (
+        lambda found, layout: eqx.tree_at(lambda one: one.actions, found, layout.mask),
+        "No boundary stands where a constraint forbids it. One does in training",
+    ),
+    "draws none where it is forced": (
+        lambda found, layout: eqx.tree_at(lambda one: one.actions, found, layout.starts),
+        "A boundary stands wherever a constraint forces it. None does in training",
+    ),
+    "decides what was forced": (
+        lambda found, layout: eqx.tree_at(lambda one: one.decided, found, layout.free),
+        "Nothing is `decided` where a constraint did it. It is in training",
+    ),
+    "is not sure": (
+        lambda found, layout: eqx.tree_at(lambda one: one.probs, found, jnp.full_like(found.probs, 0.5)),
+        "What a constraint did is certain: its probability is 0 or 1. It is not in training",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_constraint_that_is_broken_on_the_way_is_found(name):
+    fault, sentence = BROKEN[name]
+    weight = jax.random.normal(jax.random.key(0), (DIM,), jnp.float32)
+    limited = Constrained(Linear(weight, good), (MaxLength(4), MinLength(2)))
+    with pytest.raises(ContractError, match=sentence):
+        check_constraints(Estimator(Spoiled(limited, fault), SELECT, TRAINED), Setup(dim=DIM))
 
 
 class Faulty(AbstractChunker):

@@ -37,8 +37,8 @@ class LossOutput(eqx.Module):
     `log_prob` is the mean log-probability per predicted byte, `early_log_prob` that of the early-exit head (None without one),
     `rate` the fraction of valid bytes with a boundary (0 without a token level), `overflow` the fraction of valid bytes whose
     boundary was dropped, `padding` the fraction of the outermost token level's capacity that held no token. `metrics` holds
-    what the objectives report, by name. For inner levels its names begin with `level1_…`, and it also holds their `rate` and
-    `overflow`, as fractions of the positions of the level around.
+    what the objectives report, by name, and of a constrained level the `free_rate`. For inner levels its names begin with
+    `level1_…`, and it also holds their `rate` and `overflow`, as fractions of the positions of the level around.
     """
 
     loss: Float[Array, ""]
@@ -48,6 +48,13 @@ class LossOutput(eqx.Module):
     overflow: Float[Array, ""]
     padding: Float[Array, ""]
     metrics: dict[str, Float[Array, ""]]
+
+    @property
+    def free_rate(self) -> Float[Array, ""]:
+        r"""The fraction of bytes with a boundary that was drawn, kept or dropped, among those where no constraint forces or
+        forbids one: $\sum_{i \notin C} a_i / \sum_{i \notin C} 1$ over valid bytes, C the `Boundaries.constrained`. It is what a
+        target rate asks for; without constraints, `rate + overflow`."""
+        return self.metrics.get("free_rate", self.rate + self.overflow)
 
 
 def early_log_prob(prediction: Prediction, layout: Layout) -> Float[Array, "batch length"] | None:
@@ -151,7 +158,7 @@ def objective_inputs(
 
 def _deciding(level: Level) -> Float[Array, ""]:
     """The number of positions at which a policy decides or, if a rule decides, that are free to close a token."""
-    decided = jnp.sum(level.boundaries.decided)
+    decided = jnp.sum(level.boundaries.deciding)
     return jnp.maximum(jnp.where(decided > 0, decided, jnp.sum(level.layout.free)), 1).astype(jnp.float32)
 
 
@@ -203,6 +210,9 @@ def _summary(
     for number, (level, output) in enumerate(zip(levels, outputs, strict=True)):
         tokens, dropped = (jnp.sum(part).astype(jnp.float32) for part in (level.lengths, level.overflow))
         fractions = {"rate": tokens / positions, "overflow": dropped / positions}
+        if level.boundaries.constrained is not None:
+            free = level.layout.mask & ~level.boundaries.constrained
+            fractions["free_rate"] = masked_mean(level.drawn.astype(jnp.float32), free)
         metrics |= {level_prefix(number) + name: value for name, value in {**output.metrics, **fractions}.items()}
         positions = tokens
     # Counted in integers: 1 - used / size may round to less than 0, where a compiler multiplies by a rounded reciprocal.

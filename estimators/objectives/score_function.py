@@ -60,7 +60,7 @@ class ScoreFunctionObjective(AbstractObjective):
         credit = self.credit(inputs)
         advantages = jax.lax.stop_gradient(credit.summed(inputs))
         log_prob = action_log_prob(boundaries.logits, boundaries.actions)
-        policy = policy_loss(log_prob, advantages, boundaries.decided)
+        policy = policy_loss(log_prob, advantages, boundaries.decided, boundaries.deciding)
         target = aimed_rate(self.target_rate, inputs)
         rate = rate_loss(boundaries.logits, boundaries.probs, target, boundaries.decided)
         metrics = {

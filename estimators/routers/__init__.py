@@ -1,5 +1,6 @@
 """Routers: where boundaries are drawn, one idea a file."""
 
+from estimators.routers.constrained import AbstractConstraint, Constrained
 from estimators.routers.cosine import CosineRouter, Greedy
 from estimators.routers.entropy import AbstractPatchRule, CombinedRule, EntropyRouter, GlobalRule, RiseRule
 from estimators.routers.mlp import MLPRouter
@@ -10,10 +11,12 @@ from estimators.routers.random import Bernoulli, UniformRouter
 from estimators.routers.rules import EveryNth, RuleRouter, Thinned
 
 __all__ = [
+    "AbstractConstraint",
     "AbstractOffPolicyRouter",
     "AbstractPatchRule",
     "Bernoulli",
     "CombinedRule",
+    "Constrained",
     "CosineRouter",
     "EntropyRouter",
     "EveryNth",

@@ -35,6 +35,10 @@ class AbstractOffPolicyRouter(AbstractRouter):
         """Boundaries `drawn` by the other router, scored under the own policy."""
 
     @property
+    def off_policy(self) -> bool:
+        return True
+
+    @property
     def dim(self) -> int | None:
         return self.own.dim
 
@@ -54,7 +58,10 @@ class AbstractOffPolicyRouter(AbstractRouter):
     ) -> Routed:
         if not options.training or state is not None:
             return self.own.route(hidden, layout, dataclasses.replace(options, training=False), state)
-        return Routed(self.scored(hidden, layout, options, self.other(hidden, layout, options)), None)
+        drawn = self.other(hidden, layout, options)
+        # The own policy may remember the actions: it must score those that stand.
+        drawn = dataclasses.replace(drawn, actions=options.limited(drawn.actions, layout))
+        return Routed(self.scored(hidden, layout, options, drawn), None)
 
 
 class OffPolicy(AbstractOffPolicyRouter):

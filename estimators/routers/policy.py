@@ -90,7 +90,7 @@ class WindowedPolicy(AbstractRouter):
         cap = self.cap if options.training else None
         if actions is None:
             uniforms = options.uniforms(layout)
-            actions = options.sampler(jax.lax.stop_gradient(projections), uniforms, starts, cap).actions
+            actions = options.sampler(jax.lax.stop_gradient(projections), uniforms, starts, cap, options.limits).actions
         actions = (actions | starts) & layout.mask
         logits = soft_cap(windowed_logits(projections, actions, starts), cap)
         boundaries = Boundaries(actions, logits, jax.nn.sigmoid(logits), layout.free, starts)

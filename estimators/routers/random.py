@@ -41,7 +41,8 @@ class UniformRouter(AbstractPositionwiseRouter):
 
     The first byte of each document and the last byte of the sequence are forced and count towards this number (authors'
     code). With one key per sequence, no draw may depend on later positions: each byte is then drawn independently, with
-    probability π. Without a key it is greedy, which means no boundaries for rates up to one half.
+    probability π. Without a key it is greedy, which means no boundaries for rates up to one half. Where constraints allow
+    boundaries at m of the bytes only, there are $\mathrm{round}(m\,\pi)$ among these, before limits on sizes apply.
     """
 
     target_rate: Rate = eqx.field(static=True)
@@ -64,14 +65,18 @@ class UniformRouter(AbstractPositionwiseRouter):
             if options.key is None or options.by_sequence:
                 actions = options.uniforms(layout) < probs
             else:
-                actions = self.by_lot(layout, rate, options.key)
+                allowed = layout.mask if options.limits is None else layout.mask & options.limits.possible
+                actions = self.by_lot(layout, allowed, rate, options.key)
         actions = (actions | starts) & mask
         return Boundaries(actions, jnp.log(probs) - jnp.log1p(-probs), probs, jnp.zeros_like(mask), starts)
 
-    def by_lot(self, layout: Layout, rate: Float[Array, ""], key: PRNGKeyArray) -> Bool[Array, "batch length"]:
-        """`round(n·rate)` boundaries in each sequence: forced ones first, then others drawn without replacement."""
-        mask = layout.mask
-        last = mask & (jnp.cumsum(mask, axis=1) == jnp.sum(mask, axis=1, keepdims=True))
+    def by_lot(
+        self, layout: Layout, allowed: Bool[Array, "batch length"], rate: Float[Array, ""], key: PRNGKeyArray
+    ) -> Bool[Array, "batch length"]:
+        """`round(n·rate)` boundaries among the n `allowed` bytes of each sequence: forced ones first, then others drawn without
+        replacement."""
+        there, mask = layout.mask, allowed | layout.starts
+        last = mask & (jnp.cumsum(there, axis=1) == jnp.sum(there, axis=1, keepdims=True))
         priority = jnp.where(layout.starts | last, 2.0, jax.random.uniform(key, mask.shape, jnp.float32))
         order = jnp.argsort(jnp.where(mask, priority, -1.0), axis=1, descending=True)
         count = jnp.sum(mask, axis=1, keepdims=True).astype(jnp.float32)

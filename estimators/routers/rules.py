@@ -78,14 +78,20 @@ def character_last(layout: Layout) -> Bool[Array, "batch length"]:
 
     There is no boundary for a character that is cut short, or whose first byte lies before the start of the document.
     """
+    return bytes_missing(layout) == 0
+
+
+def bytes_missing(layout: Layout) -> Int[Array, "batch length"]:
+    """How many bytes of its UTF-8 character follow each byte, as the character's first byte tells; -1 for a continuation byte of
+    no character: one too many, or of a character whose first byte lies before the start of the document. Reads 3 bytes back."""
     bytes = layout.bytes
-    last, inside = character_size(bytes) == 1, is_continuation(bytes)
+    missing, inside = character_size(bytes) - 1, is_continuation(bytes)
     for back in (1, 2, 3):
         shifted = jnp.pad(bytes, ((0, 0), (back, 0)))[:, : bytes.shape[1]]
         earlier = jnp.where(layout.document_positions >= back, shifted, 0)
-        last = last | inside & (character_size(earlier) == back + 1)
+        missing = jnp.where(inside & (character_size(earlier) > back), character_size(earlier) - back - 1, missing)
         inside = inside & is_continuation(earlier)
-    return last
+    return missing
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,7 @@ class RuleRouter(AbstractRouter):
     ) -> Routed:
         if state is None:
             return Routed(certain(self.rule(layout) if options.actions is None else options.actions, layout), None)
-        bytes, before = jnp.concatenate([state, layout.bytes], axis=1), layout.document_positions[:, 0] - self.reach
-        document_positions = before[:, None] + jnp.arange(bytes.shape[1], dtype=jnp.int32)
-        seen = Layout(bytes, document_positions, jnp.zeros_like(bytes), document_positions >= 0, before)
+        seen = layout.preceded_by(state)
         actions = self.rule(seen)[:, self.reach :] if options.actions is None else options.actions
         return Routed(certain(actions, layout), last_positions(state, layout.bytes, layout.lengths))
 

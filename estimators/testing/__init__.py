@@ -5,6 +5,7 @@ of the library imports it.
 """
 
 from estimators.testing.chunker import check_chunker
+from estimators.testing.constraint import check_constraints
 from estimators.testing.estimator import (
     CHECKS,
     check_batch,
@@ -13,6 +14,7 @@ from estimators.testing.estimator import (
     check_causality,
     check_causality_of_gradients,
     check_chunking,
+    check_constraint,
     check_decoding,
     check_estimator,
     check_extremes,
@@ -35,6 +37,8 @@ __all__ = [
     "check_causality_of_gradients",
     "check_chunker",
     "check_chunking",
+    "check_constraint",
+    "check_constraints",
     "check_decoding",
     "check_estimator",
     "check_extremes",

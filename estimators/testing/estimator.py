@@ -21,7 +21,11 @@ from estimators.base import (
     Boundaries,
     SamplingOptions,
 )
+from estimators.constraints import CONSTRAINTS
+from estimators.lookup import Part, construct, find
+from estimators.routers.constrained import AbstractConstraint
 from estimators.testing.chunker import check_chunker
+from estimators.testing.constraint import check_constraints
 from estimators.testing.programs import (
     TIGHT,
     decode,
@@ -78,9 +82,10 @@ def _check_form(boundaries: Boundaries, when: str) -> None:
     )
     for field in dataclasses.fields(Boundaries):
         value = getattr(boundaries, field.name)
-        if value is None and field.name in ("relaxed", "behaviour_log_prob"):
+        if value is None and field.name in ("relaxed", "behaviour_log_prob", "constrained", "settled"):
             continue
-        expected = f"{'bool' if field.name in ('actions', 'decided', 'starts') else 'float32'} {(ROWS, LENGTH)}"
+        truth = field.name in ("actions", "decided", "starts", "constrained", "settled")
+        expected = f"{'bool' if truth else 'float32'} {(ROWS, LENGTH)}"
         seen = f"{getattr(value, 'dtype', type(value).__name__)} {getattr(value, 'shape', '')}"
         require(seen == expected, FORM, f"Its {field.name} {when} are {seen}, not {expected}.")
 
@@ -367,6 +372,7 @@ CHECKS: tuple[Check, ...] = (
     check_decoding,
     check_chunking,
     check_capacity,
+    check_constraints,
     check_saving,
     check_gradients,
     check_extremes,
@@ -382,6 +388,7 @@ def check_estimator(
     rate: float = DEFAULT.rate,
     text: str = DEFAULT.text,
     samples: int = 1,
+    constraints: tuple[AbstractConstraint, ...] = (),
     seed: int = 0,
 ) -> None:
     """Raises `ContractError`, with the clause and what was seen, unless the estimator keeps every one of `CHECKS`.
@@ -391,7 +398,23 @@ def check_estimator(
     width `dim` is checked in a small model of that width.
     Raises `TypeError` for what is no estimator.
     """
-    setup = Setup(dim, chunker, rate, text, samples, seed)
+    setup = Setup(dim, chunker, rate, text, samples, constraints, seed)
     model = model_of(subject, setup)
     for check in CHECKS:
         check(model, setup)
+
+
+def check_constraint(subject: AbstractConstraint | type[AbstractConstraint] | str, *, text: str = DEFAULT.text) -> None:
+    """Raises `ContractError`, with the clause and what was seen, unless a constraint keeps its contract: the score-function
+    estimator keeps every one of `CHECKS` under it. `subject`: a constraint, a class of one or a name that `--constrain` takes,
+    made with its default settings."""
+    if isinstance(subject, str):
+        subject = find(CONSTRAINTS, subject).cls
+    constraint = (
+        construct(Part(CONSTRAINTS, subject.__name__, subject), {}, {"level": 0})
+        if isinstance(subject, type)
+        else subject
+    )
+    if not isinstance(constraint, AbstractConstraint):
+        raise TypeError(f"what is checked must be a constraint; got a {type(constraint).__name__}")
+    check_estimator("sfe", constraints=(constraint,), text=text)

@@ -14,8 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree, Shaped
 
 from estimators.base import BOS, AbstractChunker, AbstractEstimator, Layout, trainable
+from estimators.constraints import constrained
 from estimators.lookup import Part, find, settings_of
 from estimators.registry import ESTIMATORS, configuration, sections_of
+from estimators.routers.constrained import AbstractConstraint
 from estimators.settings import Context, EstimatorConfig
 from unet.chunkers.named import CHUNKERS, POOLS, ChunkerNames
 from unet.config import UNetConfig
@@ -44,7 +46,8 @@ class Setup:
 
     `dim`: the width of hidden states; None is the width that an estimator's router was built for, or else 32. `chunker` and
     `rate` go to what is still to be built. `text` is what rows are cut from: give one in which a rule finds boundaries. `samples`
-    is the number of draws for each sequence, if an objective compares several. `seed` is that of everything random.
+    is the number of draws for each sequence, if an objective compares several. `constraints` hold on the estimator's boundaries.
+    `seed` is that of everything random.
     """
 
     dim: int | None = None
@@ -52,6 +55,7 @@ class Setup:
     rate: float = 0.3
     text: str = SAMPLE
     samples: int = 1
+    constraints: tuple[AbstractConstraint, ...] = ()
     seed: int = 0
 
     def key(self, number: int) -> PRNGKeyArray:
@@ -114,7 +118,7 @@ def model_of(subject: Subject, setup: Setup) -> UNet:
         if not subject.stage.estimators:
             raise TypeError("this model has no token level, so that there is no estimator to check")
         return subject
-    estimator = built(subject, setup)
+    estimator = constrained(built(subject, setup), setup.constraints)
     dim = setup.dim or estimator.router.dim or 32
     shape = UNetConfig(dim, 1 if dim % 4 else 2, 1, 1, 1, window=4)
     return UNet(shape, moved(estimator, setup.key(2)), key=setup.key(3))

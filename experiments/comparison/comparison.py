@@ -75,7 +75,7 @@ class MethodResult:
 
     `numbers`: the values of `MEASURED` by name. `gain`: the reference's bits per byte minus its own, paired by seed.
     `val_rates`, `target_rates`: measured and target rates of all levels, the outermost first. `missed`: whether a rate
-    differs from its target by more than `RATE_TOLERANCE`.
+    differs from its target by more than `RATE_TOLERANCE`. A target under constraints is one of the bytes that they leave free.
     """
 
     estimator: str
@@ -96,7 +96,7 @@ class MethodResult:
 MEASURED = (
     *("val_bpb", "val_bpb_greedy", "val_bpb_as_trained", "val_whitespace_auc", "val_whitespace_f1"),
     *("val_whitespace_sampled_f1", "flops_per_byte", "layer_flops_per_byte", "bytes_per_second", "seconds"),
-    "dropped_fraction",
+    *("dropped_fraction", "val_free_rate"),
 )
 """Entries of `summary.json` that are averaged over seeds."""
 
@@ -164,6 +164,14 @@ def bits_per_byte(runs: Sequence[FinishedRun]) -> dict[int, float]:
     return {run.seed: run.value("val_bpb") for run in runs}
 
 
+def _of_free(rates: Sequence[MeanAndError], runs: Sequence[FinishedRun]) -> list[MeanAndError]:
+    """The rates that targets ask for: under constraints those of free bytes. Of constrained levels inside the first they are not
+    known (NaN)."""
+    config, unknown = runs[0].config, MeanAndError.of([math.nan])
+    first = MeanAndError.of([run.value("val_free_rate") for run in runs]) if config.constrain else rates[0]
+    return [first, *(unknown if config.inner_constrain else rate for rate in rates[1:])]
+
+
 def method_results(runs: Runs) -> list[MethodResult]:
     """The results of each estimator, in the order of `runs`."""
     reference = bits_per_byte(runs.get(REFERENCE, ()))
@@ -185,7 +193,8 @@ def method_results(runs: Runs) -> list[MethodResult]:
                 val_rates=rates,
                 target_rates=targets,
                 missed=any(
-                    abs(rate.mean / target - 1) > RATE_TOLERANCE for rate, target in zip(rates, targets, strict=True)
+                    abs(rate.mean / target - 1) > RATE_TOLERANCE
+                    for rate, target in zip(_of_free(rates, own), targets, strict=True)
                 ),
                 parameters=int(own[0].value("parameters")),
             )
@@ -200,7 +209,7 @@ def cells(method: MethodResult) -> dict[str, str]:
         "estimator": f"`{method.estimator}`",
         "val_bpb": numbers["val_bpb"].text(4),
         "gain": text_of(method.gain),
-        "val_rates": " / ".join(rate.text(3) for rate in method.val_rates) + (" †" if method.missed else ""),
+        "val_rates": _rates(method) + (" †" if method.missed else ""),
         **{name: numbers[name].text(3) for name in MEASURED if name.startswith("val_whitespace")},
         "flops_per_byte": f"{numbers['flops_per_byte'].mean / 1e6:.2f}",
         "layer_flops_per_byte": f"{numbers['layer_flops_per_byte'].mean / 1e6:.2f}",
@@ -229,6 +238,14 @@ def html_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) ->
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
+def _rates(method: MethodResult) -> str:
+    """The rates of all levels, and under constraints that of the free bytes."""
+    free = method.numbers["val_free_rate"]
+    of_free = "" if math.isnan(free.mean) else f" ({free.text(3)} of free bytes)"
+    first, *inner = (rate.text(3) for rate in method.val_rates)
+    return " / ".join([first + of_free, *inner])
+
+
 def remarks(methods: Sequence[MethodResult]) -> list[str]:
     """Notes for readers of the table."""
     notes = [
@@ -238,8 +255,7 @@ def remarks(methods: Sequence[MethodResult]) -> list[str]:
     missed = [method for method in methods if method.missed]
     if missed:
         names = ", ".join(
-            f"{method.estimator} {' / '.join(f'{rate.mean:.3f}' for rate in method.val_rates)} for "
-            f"{' / '.join(f'{target:g}' for target in method.target_rates)}"
+            f"{method.estimator} {_rates(method)} for {' / '.join(f'{target:g}' for target in method.target_rates)}"
             for method in missed
         )
         notes.append(

@@ -7,6 +7,7 @@ import jax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from estimators import AbstractChunker, AbstractEstimator
+from estimators.constraints import AbstractConstraint, constrained
 from estimators.keys import named_key
 from estimators.lookup import PartError
 from estimators.settings import Context
@@ -31,8 +32,14 @@ def build_estimators(config: RunConfig, key: PRNGKeyArray, prepared: PyTree = No
         chunker = build_chunker(config, level, dim, own)
         taken = prepared if number == 0 else None
         context = Context(dim, level.rate, chunker, named_key(own, "estimator"), taken, config.sections)
-        built.append(_built(level, context))
+        built.append(constrained(_built(level, context), build_constraints(level, context, number)))
     return tuple(built)
+
+
+def build_constraints(level: LevelConfig, context: Context, number: int) -> list[AbstractConstraint]:
+    """The constraints of level `number`. Raises `ValueError` for impossible settings."""
+    built = [context.part(part.kind, part.name, level=number) for part in level.parts.constraints]
+    return [one for one in built if isinstance(one, AbstractConstraint)]
 
 
 def _built(level: LevelConfig, context: Context) -> AbstractEstimator:
@@ -72,9 +79,10 @@ def require_fit(config: RunConfig) -> None:
     def build() -> None:
         for number, level in enumerate(config.levels):
             dim, key = config.unet.widths[number], jax.random.key(0)
-            chunker = build_chunker(config, level, dim, key)
+            context = Context(dim, level.rate, build_chunker(config, level, dim, key), key, None, config.sections)
+            constraints = build_constraints(level, context, number)
             if not level.settings.needs_text:
-                _built(level, Context(dim, level.rate, chunker, key, None, config.sections))
+                constrained(_built(level, context), constraints)
 
     with outside_errors(config.chosen):
         try:

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import tyro
 
+from estimators.constraints import CONSTRAINTS
 from estimators.lookup import Kind, Part, PartError, Setting, default_of, field_help, find, installed
 from estimators.registry import ESTIMATORS
 from experiments.config.arguments import PATHS, expanded, usage
@@ -30,6 +31,8 @@ FIELDS: Mapping[str, Kind] = {
     "inner_estimators": ESTIMATORS,
     "chunker": CHUNKERS,
     "pool": POOLS,
+    "constrain": CONSTRAINTS,
+    "inner_constrain": CONSTRAINTS,
 }
 """The fields of a run that name parts."""
 
@@ -112,11 +115,17 @@ def _parts(given: Sequence[str], default: RunConfig) -> list[Part]:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("estimator", "chunker", "pool"):
         early.add_argument(f"--{name}", default=getattr(default, name))
-    early.add_argument("--inner-estimators", "--inner_estimators", nargs="*", default=default.inner_estimators)
+    for name in ("inner-estimators", "constrain", "inner-constrain"):
+        own = name.replace("-", "_")
+        early.add_argument(*dict.fromkeys((f"--{name}", f"--{own}")), nargs="*", default=getattr(default, own))
     known, _ = early.parse_known_args(given)
     chunker, pool = (None if name in (None, "None") else name for name in (known.chunker, known.pool))
-    levels = levels_of(Names((known.estimator, *known.inner_estimators), chunker, pool))
-    return [part for level in levels for part in level.all]
+    levels = levels_of(
+        # Levels inside that have no name have the first one's parts.
+        Names((known.estimator, *known.inner_estimators), chunker, pool, tuple(known.constrain))
+    )
+    inner = [find(CONSTRAINTS, name) for name in known.inner_constrain]
+    return [*(part for level in levels for part in level.all), *inner]
 
 
 def _names(kind: Kind) -> list[str]:

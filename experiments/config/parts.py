@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from estimators.bounds import shown
+from estimators.constraints import CONSTRAINTS
 from estimators.lookup import Kind, Part, PartError, Setting, default_of, field_help, find, settings_of
 from estimators.registry import ESTIMATORS, configuration, sections_of
 from estimators.sections import REDUCTIONS
@@ -18,7 +19,7 @@ from experiments.config.errors import ConfigError, outside_errors, require
 from experiments.config.structure import structured
 from unet.chunkers.named import CHUNKERS, POOLS
 
-KINDS: tuple[Kind, ...] = (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS)
+KINDS: tuple[Kind, ...] = (ESTIMATORS, CHUNKERS, POOLS, REDUCTIONS, CONSTRAINTS)
 """Every kind of part that can be named."""
 
 Values = Mapping[str, Mapping[str, object]]
@@ -69,11 +70,13 @@ class Section:
 @dataclass(frozen=True)
 class Names:
     """The parts that a run names: the estimator of each level, the outermost first, its chunker and its pool. None: what the
-    estimator was published with."""
+    estimator was published with. Constraints are those of the outermost level, and those of all levels inside."""
 
     estimators: tuple[str, ...]
     chunker: str | None
     pool: str | None
+    constrain: tuple[str, ...] = ()
+    inner_constrain: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,22 +86,24 @@ class Level:
     estimator: Part
     chunker: Part
     pool: Part
+    constraints: tuple[Part, ...] = ()
 
     @property
     def all(self) -> tuple[Part, ...]:
         """The parts in order."""
-        return self.estimator, self.chunker, self.pool
+        return self.estimator, self.chunker, self.pool, *self.constraints
 
 
 def levels_of(names: Names) -> tuple[Level, ...]:
     """The parts of each level. Raises `PartError` for names that stand for nothing."""
     levels = []
-    for name in names.estimators:
+    for number, name in enumerate(names.estimators):
         estimator = find(ESTIMATORS, name)
         own = estimator.cls
         chunker = names.chunker or getattr(own, "default_chunker", EstimatorConfig.default_chunker)
         pool = names.pool or getattr(own, "default_pool", EstimatorConfig.default_pool)
-        levels.append(Level(estimator, find(CHUNKERS, chunker), find(POOLS, pool)))
+        constraints = [find(CONSTRAINTS, one) for one in (names.inner_constrain if number else names.constrain)]
+        levels.append(Level(estimator, find(CHUNKERS, chunker), find(POOLS, pool), tuple(constraints)))
     return tuple(levels)
 
 

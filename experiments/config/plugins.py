@@ -35,8 +35,7 @@ def import_plugins(names: Sequence[str]) -> tuple[types.ModuleType, ...]:
 
 
 def announced(needed: Sequence[str]) -> tuple[types.ModuleType, ...]:
-    """Of the modules that installed packages announce as estimators, chunkers, pools or reductions, those of the packages
-    `needed`."""
+    """Of the modules that installed packages announce as parts, those of the packages `needed`."""
     points = [point for kind in KINDS for point in importlib.metadata.entry_points(group=kind.group)] if needed else []
     packages = {name.partition(".")[0] for name in needed}
     names = {point.value.partition(":")[0] for point in points}
@@ -125,7 +124,7 @@ def require_known(values: Mapping[str, object], plugins: Collection[str], where:
 def _names_in(values: Mapping[str, object]) -> list[str]:
     """Every string that may name a part: of the fields that do, and in the lists among the settings."""
     found: list[object] = [values.get(name) for name in ("estimator", "chunker", "pool")]
-    listed = [values.get("inner_estimators")]
+    listed = [values.get(name) for name in ("inner_estimators", "constrain", "inner_constrain")]
     settings = values.get("settings")
     for section in settings.values() if isinstance(settings, dict) else ():
         listed += list(section.values()) if isinstance(section, dict) else []

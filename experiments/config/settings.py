@@ -65,7 +65,7 @@ class RunConfig:
     steps: Count | None = None
     """Training steps, instead of --bytes."""
     rate: Rate = 0.2
-    """Target share of bytes with a boundary."""
+    """Target share of bytes with a boundary, of those that --constrain leaves free."""
     inner_estimators: tuple[str, ...] = ()
     """Estimators of the levels of tokens inside the first, from the outside in; --estimator for those not named."""
     inner_rates: tuple[Rate, ...] = ()
@@ -87,6 +87,10 @@ class RunConfig:
     """How tokens come back to bytes: by default as the estimator was published."""
     pool: str | None = None
     """How a token is made of its bytes: by default as the estimator was published."""
+    constrain: tuple[str, ...] = ()
+    """Where boundaries may and must be, leaving the rest to the estimator and to --rate."""
+    inner_constrain: tuple[str, ...] = ()
+    """The same at the levels inside the first."""
     pool_boundary: bool = False
     """Add the position at the boundary to the pooled value (H-Net fig. 13, +Res)."""
     capacity_slack: Annotated[float, Within(1.0, 1e6)] = 1.35
@@ -141,7 +145,7 @@ class RunConfig:
         """The parts of each level of tokens, the outermost first; of the first level too where the model has none."""
         missing = max(self.unet.levels - 1, 0)
         names = [self.estimator, *self.inner_estimators, *[self.estimator] * missing][: 1 + missing]
-        return levels_of(Names(tuple(names), self.chunker, self.pool))
+        return levels_of(Names(tuple(names), self.chunker, self.pool, self.constrain, self.inner_constrain))
 
     @functools.cached_property
     def chosen(self) -> tuple[Part, ...]:
@@ -238,6 +242,10 @@ def _require_levels(config: RunConfig) -> None:
         f"{given} inner levels are named (--inner-estimators, --inner-rates), but --model {config.model} has {inside} inside its "
         "first",
     )
+    require(
+        inside > 0 or not config.inner_constrain,
+        f"--inner-constrain {' '.join(config.inner_constrain)}: --model {config.model} has no level of tokens inside its first",
+    )
 
 
 def require_free_names(sections: Iterable[str]) -> None:
@@ -266,11 +274,20 @@ def _require_parts(config: RunConfig) -> None:
         f"--estimator {config.estimator} leaves out the only level of tokens, but the layout of --model {config.model} has "
         f"{config.unet.levels}: name a --unet.layout without any, such as '[\"m4\"]'",
     )
+    require(
+        bool(levels) or not config.constrain,
+        f"--constrain {' '.join(config.constrain)}: there is no level of tokens whose boundaries it could constrain",
+    )
     for level in levels[1:]:
         require(
             not level.settings.outermost_only,
             f"{level.estimator} reads bytes, not tokens: use it for the first level, and name --inner-estimators",
         )
+        for part in level.parts.constraints:
+            require(
+                not getattr(part.cls, "outermost_only", False),
+                f"--inner-constrain {part.name} reads bytes, not tokens: it can only constrain the first level (--constrain)",
+            )
         require(
             not level.settings.needs_text and level.settings.makes_tokens,
             f"{level.estimator} cannot be inside another level: it "

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from data import HeldOutRow, Row
-from estimators import AbstractOffPolicyRouter, Layout, equations
+from estimators import Layout, equations
 from estimators.bounds import Sequences, require_within
 from estimators.routers.rules import is_spacelike, is_whitespace
 from unet.hierarchy import Hierarchy, StageSampling
@@ -49,6 +49,8 @@ class ByteResults(eqx.Module):
     """Boundaries of the router that training follows, for an off-policy router; all False for other routers."""
     tokens: Int[Array, "batch levels"]
     """Number of tokens at each level of the hierarchy, the outermost first."""
+    constrained: Bool[Array, "batch length"] | None = None
+    """Where a constraint forced or forbade a boundary; None without constraints."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ class Validation:
     `bpb`: bits per byte. `early_bpb`: bits per byte of the early head; NaN without one. `rate`: fraction of bytes with a
     boundary. `policy_entropy`: nats per decision. `overflow`: fraction of bytes whose boundary was dropped; 0 by construction.
     `bytes`: number of predicted bytes. `inner_rates`: for each inner level, its number of tokens divided by that of the next
-    outer level. `bpb_error`: standard error of `bpb` over documents; NaN for one document. `documents`: number of distinct
-    documents.
+    outer level. `free_rate`: fraction with a boundary of the bytes where no constraint forces or forbids one, which is what a
+    target rate asks for; NaN without constraints. `bpb_error`: standard error of `bpb` over documents; NaN for one document.
+    `documents`: number of distinct documents.
 
     All results but `bpb_greedy` and `bpb_as_trained` use the boundaries that generation draws. Most estimators train on the same
     kind of boundaries: sampled ones (`sfe…`, `gumbel`, `uniform`), greedy ones (`hnet`), or those of a deterministic rule
@@ -96,6 +99,7 @@ class Validation:
     bpb_as_trained: float = math.nan
     bpb_error: float = math.nan
     documents: int = 0
+    free_rate: float = math.nan
 
 
 @eqx.filter_jit
@@ -145,6 +149,7 @@ def evaluate_batch(
         level.drawn,
         as_trained,
         jnp.stack([one.lengths for one in prediction.levels], axis=1),
+        boundaries.constrained,
     )
 
 
@@ -160,7 +165,7 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
 
 def is_off_policy(model: UNet) -> bool:
     """Whether the first level trains on boundaries of another router."""
-    return any(isinstance(estimator.router, AbstractOffPolicyRouter) for estimator in model.stage.estimators[:1])
+    return any(estimator.router.off_policy for estimator in model.stage.estimators[:1])
 
 
 def evaluate(model: UNet, rows: Sequence[HeldOutRow], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
@@ -275,6 +280,9 @@ class ValidationAccumulator:
             "decided": int(decided.sum()),
             "entropy": float(results["entropy"][decided].sum(dtype=np.float64)),
         }
+        if "constrained" in results:
+            unheld = valid & ~results["constrained"]
+            sums |= {"unheld": int(unheld.sum()), "drawn_unheld": int((results["sampled"] & unheld).sum())}
         # Log-probabilities of the model, of the early head and, for an off-policy router, under other boundaries.
         log_probs = {name: array for name, array in results.items() if "log_prob" in name}
         sums |= {name: float(array[scored].sum(dtype=np.float64)) for name, array in log_probs.items()}
@@ -321,6 +329,7 @@ class ValidationAccumulator:
             bpb_as_trained=bits("log_prob_as_trained"),
             bpb_error=float(equations.bits_per_byte_error(*jnp.asarray(self._documents, jnp.float32))),
             documents=int((self._documents[1] > 0).sum()),
+            free_rate=sums["drawn_unheld"] / sums["unheld"] if sums.get("unheld") else math.nan,
         )
 
 

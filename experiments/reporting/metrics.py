@@ -31,6 +31,12 @@ TRAINING = (
     Metric(
         "level{n}_rate", "fraction", "of the tokens of the next outer level with a boundary of this level, in the batch"
     ),
+    Metric(
+        "free_rate",
+        "fraction",
+        "the same of the bytes where no constraint (`--constrain`) forces or forbids a boundary",
+    ),
+    Metric("level{n}_free_rate", "fraction", "the same for an inner level (`--inner-constrain`)"),
     Metric("aimed_rate", "fraction", "target rate of the estimator at this step, after adjustment by `--target`"),
     Metric(
         "overflow", "fraction", "of the batch's bytes with a boundary that was dropped, since it exceeded the capacity"
@@ -65,6 +71,11 @@ HELD_OUT = (
     Metric("val_bpb_as_trained", "bits per byte", "with boundaries drawn as in training; only for off-policy routers"),
     Metric("val_rate", "fraction", "of bytes with a boundary; 0 without a token level"),
     Metric("val_level{n}_rate", "fraction", "of the tokens of the next outer level with a boundary of this level"),
+    Metric(
+        "val_free_rate",
+        "fraction",
+        "the same as `val_rate` of the bytes that constraints leave free; only with constraints",
+    ),
     Metric("val_policy_entropy", "nats per decision", "of the policy"),
     Metric("val_overflow", "fraction", "of bytes with a boundary that was dropped; 0 by construction"),
     Metric("val_bytes", "bytes", "predicted held-out bytes"),
@@ -89,7 +100,7 @@ RUN = (
     Metric("steps", "steps", "training steps of the whole run"),
     Metric("bytes_per_second", "bytes/s", "of training text, without compilation and validation"),
     Metric("capacity", "tokens", "maximum tokens per sequence in training"),
-    Metric("target_rate", "fraction", "target rate (`--rate`)"),
+    Metric("target_rate", "fraction", "target rate (`--rate`); under constraints, of the bytes that they leave free"),
     Metric("level{n}_target_rate", "fraction", "target rate of an inner level (`--inner-rates`)"),
     Metric(
         "dropped_fraction", "fraction", "of the boundaries in training that were dropped, at the level with the most"

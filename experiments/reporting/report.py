@@ -141,6 +141,8 @@ def curves_picture(folder: Path, config: RunConfig) -> bytes:
     loss.set_title("bits per byte")
     _curve(rate, records, "rate", "#bbbbbb", "training", smooth=25)
     _curve(rate, records, "val_rate", "#c0392b", "held out", marker="o")
+    if config.constrain:
+        _curve(rate, records, "val_free_rate", "#8e44ad", "held out, of free bytes", marker="o")
     rate.axhline(config.rate, color="#333333", linewidth=0.8, linestyle="--", label="target")
     rate.set_ylim(0, None)
     rate.set_title("fraction of bytes with a boundary")
@@ -223,6 +225,11 @@ def _result_rows(config: RunConfig, summary: Summary) -> Iterable[str]:
             if summary.get(name) is not None
         ),
         ("Boundary rate, target", f"{_number(summary['val_rate'], digits=3)}, {config.rate:g}"),
+        *(
+            [("… of the bytes that constraints leave free", _number(summary["val_free_rate"], digits=3))]
+            if config.constrain
+            else []
+        ),
         *(
             (
                 f"… at inner level {level}, target",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from data import Split
-from estimators import AbstractRouter, SamplingOptions
+from estimators import AbstractRouter, Bernoulli, Layout, SamplingOptions
+from estimators.routers.constrained import Constrained
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import stack_rows
 from experiments.training.target import TargetSchedule
@@ -27,10 +30,12 @@ def training_capacities(config: RunConfig, router: AbstractRouter | None, split:
     """
     if router is None:
         return (config.length,)
-    if router.rate is not None:
+    if router.rate is not None and not isinstance(router, Constrained):
         return rated_capacities(config, router)
     rows = split.held_out_rows(min(config.evaluation.bytes, MEASURED_BYTES))
     layout = stack_rows(rows, len(rows))
+    if router.rate is not None and isinstance(router, Constrained):
+        return constrained_capacities(config, router, layout)
     nothing = jnp.zeros((*layout.bytes.shape, 1), jnp.float32)
     drawn = jnp.sum(router(nothing, layout, SamplingOptions(boundary_scan)).actions, axis=1)
     return _spread(config, float(jnp.mean(drawn)), 1.25 * float(jnp.max(drawn)))
@@ -46,6 +51,29 @@ def rated_capacities(config: RunConfig, router: AbstractRouter) -> tuple[int, ..
     slack = 1.0 if router.rate == 1.0 else config.capacity_slack
     capacities = _spread(config, held, slack * held)
     most = _rounded(config, slack * first)
+    if most <= capacities[-1]:
+        return capacities
+    return (most,) if config.buckets == 1 else (*capacities, most)
+
+
+def constrained_capacities(config: RunConfig, router: Constrained, layout: Layout) -> tuple[int, ...]:
+    """The same for a constrained router with a target rate, which is a share of the bytes that are free. How many boundaries come
+    out is measured: under the same constraints, independent ones are drawn on the text of `layout` at the target rate, and at
+    the rate of the untrained router. The largest capacity is that many times `capacity_slack`, or a quarter more than the most
+    of a sequence there."""
+
+    def counted(rate: float) -> tuple[float, float]:
+        stand_in = dataclasses.replace(router, router=Bernoulli(min(rate, 0.999)))
+        options = SamplingOptions(boundary_scan, jax.random.key(0))
+        drawn = jnp.sum(stand_in(jnp.zeros((*layout.bytes.shape, 1)), layout, options).actions, axis=1)
+        mean = float(jnp.mean(drawn))
+        return mean, max(config.capacity_slack * mean, 1.25 * float(jnp.max(drawn)))
+
+    own = router.router
+    expected, bound = counted(max(own.rate or 0.0, TargetSchedule.of(config).highest))
+    capacities, most = _spread(config, expected, bound), 0
+    if own.initial_rate is not None:
+        most = _rounded(config, counted(own.initial_rate)[1])
     if most <= capacities[-1]:
         return capacities
     return (most,) if config.buckets == 1 else (*capacities, most)

@@ -92,8 +92,7 @@ def make_step(
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-        # Dropped boundaries were drawn, too.
-        moved = TrainState(params, moments, schedule.moved(state.target, output.rate + output.overflow))
+        moved = TrainState(params, moments, schedule.moved(state.target, output.free_rate))
         return moved, StepMetrics(output, optax.tree.norm(gradients), target_rate)
 
     return step

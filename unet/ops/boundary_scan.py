@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from estimators.base import BoundaryScan
-from estimators.equations import soft_cap
+from estimators.base import BoundaryScan, Limits
+from estimators.equations import soft_cap, within_limits
 from estimators.sharding import varying_zeros
 from unet.ops.mosaic import AHEAD, LANES, Implementation, declare, dispatch, refusal
 
@@ -20,6 +20,7 @@ def boundary_scan(
     uniforms: Float[Array, "batch length"],
     starts: Bool[Array, "batch length"] | None = None,
     cap: float | None = None,
+    limits: Limits | None = None,
     *,
     implementation: Implementation | None = None,
 ) -> BoundaryScan:
@@ -27,8 +28,12 @@ def boundary_scan(
 
     `projections` are q, with w = lags - 1. Where `starts` is True a document begins: the action is 1 and earlier actions count
     as 0 (None: only position 0). `cap` bounds the logits by `cap·tanh(l/cap)`. Uniforms of exactly one half give greedy
-    actions. No gradient, since actions are discrete; recompute the logits of given actions with
-    `estimators.equations.windowed_logits`. Raises `ValueError` if a kernel requested by name cannot run.
+    actions. `limits` say where the action must be 0 or 1 (`equations.within_limits`), but for the starts. No gradient, since
+    actions are discrete; recompute the logits of given actions with `estimators.equations.windowed_logits`. Raises `ValueError`
+    if a kernel requested by name cannot run.
+
+    One pass over the positions, each step in O(batch x lags), limits or not. Without a memory there is none, unless limits are
+    `sized`.
 
     The kernel adds the lags in another order than XLA, and its exponential may differ in the last bit. So an action can differ
     where u and σ(l) agree to about seven digits.
@@ -37,31 +42,44 @@ def boundary_scan(
         starts = jnp.zeros(uniforms.shape, bool).at[:, 0].set(True)
     projections, uniforms = jax.lax.stop_gradient((projections, uniforms))
 
+    if limits is not None and not limits.sized:
+        uniforms, limits = limits.certain(uniforms), None
+
     def decide(logits: Array, uniform: Array, start: Array) -> tuple[Array, Array]:
         logits = soft_cap(logits, cap)
         return (uniform < jax.nn.sigmoid(logits)) | start, logits
 
-    if projections.shape[-1] == 1:
+    if projections.shape[-1] == 1 and limits is None:
         # Without a memory there is nothing to scan.
         return BoundaryScan(*decide(projections[..., 0], uniforms, starts))
 
-    def xla(projections: Array, uniforms: Array, starts: Array) -> tuple[Array, Array]:
-        def step(memory, inputs):
-            lags, uniform, start = inputs
+    def xla(projections: Array, uniforms: Array, starts: Array, *sizes: Array) -> tuple[Array, Array]:
+        def step(carry, inputs):
+            memory, size = carry
+            lags, uniform, start, *bounds = inputs
             memory = memory & ~start[:, None]
             action, logits = decide(lags[:, 0] + jnp.sum(jnp.where(memory, lags[:, 1:], 0.0), axis=1), uniform, start)
-            return jnp.concatenate([action[:, None], memory[:, :-1]], axis=1), (action, logits)
+            if bounds:
+                action = within_limits(action, size + 1, *bounds) | start
+                size = jnp.where(action, 0, size + 1)
+            return (jnp.concatenate([action[:, None], memory[:, :-1]], axis=1)[:, : memory.shape[1]], size), (
+                action,
+                logits,
+            )
 
         batch, _, lags = projections.shape
-        inputs = (jnp.swapaxes(projections, 0, 1), uniforms.T, starts.T)
-        no_actions = varying_zeros(projections, (batch, lags - 1), bool)
-        _, (actions, logits) = jax.lax.scan(step, no_actions, inputs)
+        inputs = (jnp.swapaxes(projections, 0, 1), uniforms.T, starts.T, *(bound.T for bound in sizes[:2]))
+        no_actions, size = varying_zeros(projections, (batch, lags - 1), bool), sizes[2] if sizes else ()
+        _, (actions, logits) = jax.lax.scan(step, (no_actions, size), inputs)
         return actions.T, logits.T
 
     def kernel(interpret: bool):
         return lambda *args: _scan_kernel(*args, cap=cap, interpret=interpret)
 
     args = projections, uniforms, starts
+    if limits is not None:
+        opened = varying_zeros(projections, starts.shape[:1], jnp.int32) if limits.size is None else limits.size
+        args = *args, limits.least, limits.most, opened
     return BoundaryScan(
         *dispatch("boundary_scan", _refusal(projections), implementation, *args, xla=xla, kernel=kernel)
     )
@@ -78,31 +96,42 @@ def _refusal(projections: Array) -> str | None:
 
 
 def _scan_kernel(
-    projections: Array, uniforms: Array, starts: Array, *, cap: float | None, interpret: bool
+    projections: Array, uniforms: Array, starts: Array, *sizes: Array, cap: float | None, interpret: bool
 ) -> tuple[Array, Array]:
-    """Each thread samples the boundaries of one sequence; its memory is the bits of one integer."""
+    """Each thread samples the boundaries of one sequence; its memory is the bits of one integer. `sizes`, if given: the least and
+    the most positions of chunks, and the size of the chunk that is open."""
     from jax.experimental import pallas as pl
 
     batch, length, lags = projections.shape
     rows, blocks = -length % AHEAD, -batch % LANES
     # The batch comes last, so that neighbouring threads read neighbouring addresses.
     q = jnp.pad(jnp.transpose(projections, (1, 2, 0)), ((0, rows), (0, 0), (0, blocks)))
-    u = jnp.pad(uniforms.T, ((0, rows), (0, blocks)))
-    s = jnp.pad(starts.T.astype(jnp.int32), ((0, rows), (0, blocks)))
+    u, s, *bounds = (
+        jnp.pad(one.T, ((0, rows), (0, blocks))) for one in (uniforms, starts.astype(jnp.int32), *sizes[:2])
+    )
+    opened = [jnp.pad(sizes[2][None, :], ((0, 0), (0, blocks)))] if sizes else []
     shape = (length + rows, batch + blocks)
     remembered = (1 << (lags - 1)) - 1
 
-    def body(q_ref, u_ref, s_ref, action_ref, logit_ref):
+    def body(q_ref, u_ref, s_ref, *refs):
+        *limit_refs, action_ref, logit_ref = refs
         lanes = pl.ds(jax.lax.axis_index("x") * LANES, LANES)
+        one, zero = jnp.ones((LANES,), jnp.int32), jnp.zeros((LANES,), jnp.int32)
 
-        def run_block(block, memory):
+        def run_block(block, carry):
+            memory, size = carry
             first = block * AHEAD
             loaded = [
-                ([q_ref[first + i, j, lanes] for j in range(lags)], u_ref[first + i, lanes], s_ref[first + i, lanes])
+                (
+                    [q_ref[first + i, j, lanes] for j in range(lags)],
+                    u_ref[first + i, lanes],
+                    s_ref[first + i, lanes],
+                    [bound_ref[first + i, lanes] for bound_ref in limit_refs[:2]],
+                )
                 for i in range(AHEAD)
             ]
-            for i, (q_row, uniform, start) in enumerate(loaded):
-                memory = jnp.where(start != 0, jnp.zeros((LANES,), jnp.int32), memory)
+            for i, (q_row, uniform, start, bound_row) in enumerate(loaded):
+                memory = jnp.where(start != 0, zero, memory)
                 logits = q_row[0]
                 for j in range(1, lags):
                     logits = logits + jnp.where(
@@ -110,14 +139,21 @@ def _scan_kernel(
                     )
                 logits = soft_cap(logits, cap)
                 drawn = uniform < 1.0 / (1.0 + jnp.exp(-logits))
-                action = jnp.where(drawn | (start != 0), jnp.ones((LANES,), jnp.int32), jnp.zeros((LANES,), jnp.int32))
+                if bound_row:
+                    size = size + 1
+                    drawn = within_limits(drawn, size, *bound_row)
+                action = jnp.where(drawn | (start != 0), one, zero)
+                if bound_row:
+                    size = jnp.where(action != 0, zero, size)
                 action_ref[first + i, lanes] = action
                 logit_ref[first + i, lanes] = logits
                 memory = ((memory * 2) | action) & remembered
-            return memory
+            return memory, size
 
-        jax.lax.fori_loop(0, shape[0] // AHEAD, run_block, jnp.zeros((LANES,), jnp.int32))
+        size = limit_refs[2][0, lanes] if limit_refs else zero
+        jax.lax.fori_loop(0, shape[0] // AHEAD, run_block, (zero, size))
 
     out = [jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)]
-    actions, logits = declare(body, out, (shape[1] // LANES,), interpret=interpret)(q, u, s)
+    declared = declare(body, out, (shape[1] // LANES,), interpret=interpret)
+    actions, logits = declared(q, u, s, *bounds, *opened)
     return actions[:length, :batch].T != 0, logits[:length, :batch].T
