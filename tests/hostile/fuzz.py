@@ -19,15 +19,17 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--folder", type=Path, default=Path(".cache/fuzz"), help="where inputs at fault are kept")
     names = [subject.name for subject in SUBJECTS]
-    parser.add_argument("subjects", nargs="*", choices=[*names, []], default=names)
+    parser.add_argument("subjects", nargs="*", help=f"by default all: {', '.join(names)}")
     given = parser.parse_args()
+    if unknown := sorted(set(given.subjects) - set(names)):
+        parser.error(f"there is no subject {unknown[0]}; there are {', '.join(names)}")
     found = 0
     with ThreadPoolExecutor(given.jobs) as pool:
 
         def tried(name: str):
             return name, failures([name], given.folder / name, given.count, given.seed)
 
-        for name, problems in pool.map(tried, given.subjects):
+        for name, problems in pool.map(tried, given.subjects or names):
             found += len(problems)
             print(f"{name}: {given.count:,} inputs, {len(problems)} failures")
             for problem in problems:
