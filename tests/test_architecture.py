@@ -61,8 +61,8 @@ def test_unet_knows_only_the_abstract_kinds_of_estimators():
     }
 
 
-COMMANDS = {"run", "generate", "compare", "export", "lab", "bench", "words"}
-ROOMS = {"config", "training", "evaluation", "reporting", "comparison", "laboratory", "benchmark"}
+COMMANDS = {"run", "generate", "compare", "evaluate", "export", "lab", "bench", "words"}
+ROOMS = {"config", "training", "evaluation", "reporting", "scoring", "comparison", "laboratory", "benchmark"}
 
 
 def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room():
@@ -79,7 +79,8 @@ def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room(
         ("evaluation", {"config"}),
         ("training", {"config", "evaluation", "reporting"}),
         ("reporting", {"config", "evaluation", "training"}),
-        ("comparison", ROOMS - {"laboratory", "benchmark"}),
+        ("comparison", ROOMS - {"laboratory", "benchmark", "scoring"}),
+        ("scoring", ROOMS - {"laboratory", "benchmark"}),
         ("laboratory", ROOMS - {"benchmark"}),
         ("benchmark", ROOMS - {"laboratory"}),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -20,6 +21,9 @@ from estimators.base import (
 from estimators.routers.rules import certain
 from estimators.sharding import varying_zeros
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 WORDS = r" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s+"
 """Pre-tokenization: tokens stay within a word, a number or a run of symbols, each with at most one space before it, or a run of
 white space such as an indentation. For bytes decoded as Latin-1; every byte from 128 up counts as a letter."""
@@ -31,6 +35,12 @@ def train_vocabulary(texts: Iterable[bytes], size: int) -> list[bytes]:
     `texts` are read once and not kept: memory grows with the number of distinct words (see `WORDS`), not with length. Raises
     `ImportError` without the extra `bpe` (the `tokenizers` library) and `ValueError` for a `size` below 257.
     """
+    ranked = sorted(train_tokenizer(texts, size).get_vocab().items(), key=lambda item: item[1])
+    return [token.encode("latin-1") for token, _ in ranked]
+
+
+def train_tokenizer(texts: Iterable[bytes], size: int) -> Tokenizer:
+    """The tokenizer of that encoding, which reads bytes as the characters of Latin-1."""
     if size < 257:
         raise ValueError(f"a vocabulary needs a size of at least 257: 256 bytes and one merge; got {size}")
     try:
@@ -42,8 +52,7 @@ def train_vocabulary(texts: Iterable[bytes], size: int) -> list[bytes]:
     alphabet = [chr(value) for value in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator((text.decode("latin-1") for text in texts), trainer)
-    ranked = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return [token.encode("latin-1") for token, _ in ranked]
+    return tokenizer
 
 
 class Read(eqx.Module):
