@@ -1,6 +1,5 @@
 """Windows over documents, and measures of boundaries with exact answers."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -19,7 +19,7 @@ LONGEST = 32
 """Longer chunks share the last bar of the histogram."""
 
 
-def bits_of(nats: float, count: float) -> float:
+def bits_of(nats: float, count: float | int) -> float:
     """Bits per byte; NaN for no byte."""
     return float(equations.bits_per_byte(nats, count)) if count else math.nan
 

@@ -69,6 +69,8 @@ def open_model(where: str, step: int | None = None, plugins: Sequence[str] = ())
     if folder.is_dir() and (folder / CONFIG).is_file() and (step is not None or not finished) and _is_run(folder):
         model, step = stored_model(folder, step, plugins)
         return OpenModel(f"{where}@{step}", model, read_config(folder, plugins), step)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.pt")):
+        raise ConfigError(f"{where} holds neither a run nor the weights of a model")
     require(step is None, f"--step {step} names a checkpoint of a run, but {where} has none")
     loaded = load_any(where, modules)
     return OpenModel(where, loaded.model, _settings(loaded.config, where, plugins))

@@ -161,7 +161,7 @@ def pair_results(
     for (first, of_first), (second, of_second) in itertools.combinations(zip(results, scores, strict=True), 2):
         nats = first.likelihood.document_nats - second.likelihood.document_nats
         change = boundary_change(of_first, of_second) if first.levels and second.levels else None
-        difference = bootstrap_interval((nats / np.log(2.0)).tolist(), text.sizes.tolist(), seed)
+        difference = bootstrap_interval((nats / np.log(2.0)).tolist(), list(map(float, text.sizes)), seed)
         pairs.append(PairResult(first.name, second.name, difference, change))
     return pairs
 
