@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command_line(EvaluateConfig, evaluate, "experiments.evaluate", arguments)
     except KeyboardInterrupt:
+        Display().note("stopped; the same command goes on where this one was")
         return 130
 
 

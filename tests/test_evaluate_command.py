@@ -11,13 +11,17 @@ import pytest
 
 import unet
 from experiments.config.files import to_json
+from experiments.config.sections import DataConfig
 from experiments.evaluate import main
 from experiments.scoring import score as scoring
+from experiments.scoring.models import OpenModel, open_model
+from experiments.scoring.texts import read_dataset, read_file
 from experiments.training.checkpoint import Checkpoints, Progress
 from experiments.training.trainer import Trainer
 from tests.compositions import config_of, registered
 from tests.conftest import small_model
 from tests.test_run import usual_promotion as usual_promotion
+from unet.files.hnet_layout import from_reference
 
 DOCUMENTS = ["so it goes, a man ", "né, and then", "a b c", "the end of it all."]
 WINDOWS = ("--context", 16, "--stride", 8, "--repeat", "a", "--seed", 3)
@@ -171,6 +175,34 @@ def test_a_text_that_ends_within_a_character_is_evaluated(folders, capsys, tmp_p
     assert json.loads(out)["text"]["bytes"] == 8
     # The standard error over one document is undefined.
     assert json.loads(out)["models"][0]["bpb_error"] is None
+
+
+def test_the_name_of_a_text_says_how_much_of_it_was_left(folders, tmp_path):
+    path = folders / "text.jsonl"
+    whole = read_dataset(str(path), "all", DataConfig(), None)
+    assert (whole.name, len(whole.documents)) == (str(path), 4)
+    assert read_dataset(str(path), "all", DataConfig(), whole.bytes).name == str(path)
+    part = read_dataset(str(path), "all", DataConfig(), 20)
+    assert part.documents == (DOCUMENTS[0].encode(), "né".encode()[:2])
+    assert part.name == f"{path}, first 20 bytes"
+    split = [read_dataset(str(path), one, DataConfig(held_out=0.5), None) for one in ("held-out", "training")]
+    assert sorted(split[0].documents + split[1].documents) == sorted(whole.documents)
+    (tmp_path / "a.txt").write_bytes(b"abc")
+    names = [read_file(tmp_path / "a.txt", most).name for most in (None, 3, 2)]
+    assert names == [f"{tmp_path / 'a.txt'}", f"{tmp_path / 'a.txt'}", f"{tmp_path / 'a.txt'}, first 2 bytes"]
+
+
+def test_models_are_opened_from_folders_and_files_of_either_layout(folders, golden, tmp_path):
+    (folder, file) = (open_model(str(folders / "sfe" / name)) for name in ("", "model.safetensors"))
+    assert folder.digest == file.digest != open_model(str(folders / "uniform")).digest
+    arrays = golden("hnet_1stage")
+    params = {key[6:]: arrays[key] for key in arrays.files if key.startswith("param.")}
+    published = from_reference(json.loads(str(arrays["config"])), params)
+    path = unet.save_hnet(published, tmp_path)
+    for where in (path, path.parent):
+        opened = open_model(str(where))
+        assert opened.digest == OpenModel("", published, None).digest
+        assert (opened.levels, opened.config, opened.step) == (1, None, None)
 
 
 @pytest.fixture(scope="module")

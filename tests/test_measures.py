@@ -275,7 +275,7 @@ def test_a_reference_that_does_not_fit_is_refused(tmp_path, content, message):
         read_reference(path, ABC)
 
 
-def tokenizer_of(pieces, *, byte_level):
+def tokenizer_of(pieces: list[str], *, byte_level: bool):
     """A tokenizer of these pieces, merged from the left."""
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys([*"".join(pieces), *pieces]))}
     merges = [(piece[:-1], piece[-1]) for piece in sorted(pieces, key=len) if len(piece) > 1]

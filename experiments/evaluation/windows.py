@@ -9,6 +9,7 @@ of the document and without a BOS. A position counts in the first window that re
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -131,12 +132,8 @@ def score_windows(
     `keys` draw the boundaries of each window (None: greedy). `batch`: windows of `context` positions beside each other, or
     as many more of shorter ones. `advance` is told of the number of positions after each batch.
     """
-    lengths = padded_lengths(context)
-    groups: dict[int, list[int]] = {length: [] for length in lengths}
-    for place, window in enumerate(windows):
-        groups[next(length for length in lengths if length >= window.stop - window.start)].append(place)
     scored: dict[int, PositionScores] = {}
-    for length, places in groups.items():
+    for length, places in _by_length(windows, context, batch).items():
         rows = batch * (context // length)
         for first in range(0, len(places), rows):
             chosen = places[first : first + rows]
@@ -147,6 +144,19 @@ def score_windows(
             scored |= zip(chosen, _batch_scores(model, documents, some, own_keys, length), strict=False)
             advance(sum(windows[place].stop - windows[place].counted for place in chosen))
     return PositionScores.joined([scored[place] for place in range(len(windows))])
+
+
+def _by_length(windows: Sequence[Window], context: int, batch: int) -> dict[int, list[int]]:
+    """The places of the windows that are padded to each length. Fewer than one batch of a length are padded further instead,
+    which is cheaper than another program."""
+    lengths = padded_lengths(context)
+    groups: dict[int, list[int]] = {length: [] for length in lengths}
+    for place, window in enumerate(windows):
+        groups[next(length for length in lengths if length >= window.stop - window.start)].append(place)
+    for length, longer in itertools.pairwise(lengths):
+        if len(groups[length]) < batch * (context // length):
+            groups[longer] += groups.pop(length)
+    return groups
 
 
 def _batch_scores(

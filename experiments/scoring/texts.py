@@ -28,6 +28,7 @@ def read_file(path: Path, max_bytes: int | None) -> Text:
     try:
         with path.open("rb") as stream:
             content = stream.read() if max_bytes is None else stream.read(max_bytes)
+            cut = bool(stream.read(1))
     except OSError as error:
         raise ConfigError(f"--text {path} cannot be read: {error.strerror}") from None
     require(bool(content), f"--text {path} is empty")
@@ -37,7 +38,7 @@ def read_file(path: Path, max_bytes: int | None) -> Text:
             f"--text {path} holds the byte {value} at offset {content.find(value)}, which marks the ends of documents and occurs "
             "in no UTF-8",
         )
-    return Text(str(path), (content,))
+    return Text(_name(str(path), len(content) if cut else None), (content,))
 
 
 def read_dataset(dataset: str, split: SplitName, data: DataConfig, max_bytes: int | None) -> Text:
@@ -48,11 +49,17 @@ def read_dataset(dataset: str, split: SplitName, data: DataConfig, max_bytes: in
     source = open_source(
         dataset, text_field=data.text_field, cache=data.cache, cache_bytes=round(data.cache_gib * 2**30)
     )
-    chosen = _documents(source, split, data.held_out)
-    documents = tuple(_cut(chosen, DATASET_BYTES if max_bytes is None else max_bytes))
+    most = DATASET_BYTES if max_bytes is None else max_bytes
+    documents, is_cut = _first_bytes(_documents(source, split, data.held_out), most)
     if not documents:
         raise DataError(f"{dataset} has no {split} text")
-    return Text(f"{dataset}, {split}" if split != "all" else dataset, documents)
+    name = f"{dataset}, {split}" if split != "all" else dataset
+    return Text(_name(name, most if is_cut else None), tuple(documents))
+
+
+def _name(name: str, cut_at: int | None) -> str:
+    """The name of a text in tables, which says how much of it was left."""
+    return name if cut_at is None else f"{name}, first {cut_at:,} bytes"
 
 
 def _documents(source: AbstractSource, split: SplitName, share: float) -> Iterable[bytes]:
@@ -71,11 +78,13 @@ def _all(source: AbstractSource) -> Iterator[bytes]:
     return (document for shard in source.shards() for document in source.documents(shard) if document)
 
 
-def _cut(documents: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
-    """The first `max_bytes` of some documents. The last one may end within a character."""
-    left = max_bytes
+def _first_bytes(documents: Iterable[bytes], most: int) -> tuple[list[bytes], bool]:
+    """The first `most` bytes of some documents, and whether there are more. The last document may end within a character."""
+    chosen: list[bytes] = []
+    left = most
     for document in documents:
-        yield document[:left]
-        left -= len(document)
         if left <= 0:
-            return
+            return chosen, True
+        chosen.append(document[:left])
+        left -= len(document)
+    return chosen, left < 0
