@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,15 +47,29 @@ class OpenModel:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of its arrays and of its structure."""
-        arrays, structure = eqx.partition(self.model, eqx.is_array)
         digest = hashlib.sha256()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
-            value = np.asarray(leaf, order="C")
-            digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}\n".encode())
-            digest.update(value.tobytes())
-        # The address of a function is another one in every process.
-        digest.update(re.sub(r" at 0x[0-9a-f]+", "", f"{jax.tree.structure(arrays)} {structure}").encode())
+        _digest(self.model, digest.update)
         return digest.hexdigest()
+
+
+def _digest(value: object, update: Callable[[bytes], None]) -> None:
+    """Feed everything that a model consists of to a hash, with the fields of modules in their order."""
+    if eqx.is_array(value):
+        array = np.asarray(value, order="C")
+        update(f"{array.dtype} {array.shape}\n".encode())
+        update(array.tobytes())
+    elif isinstance(value, tuple | list):
+        update(f"{len(value)} parts\n".encode())
+        for part in value:
+            _digest(part, update)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        update(f"{type(value).__module__}.{type(value).__qualname__} {[field.name for field in fields]}\n".encode())
+        for field in fields:
+            _digest(getattr(value, field.name), update)
+    else:
+        # The address of a function is another one in every process.
+        update(re.sub(r" at 0x[0-9a-f]+", "", f"{value!r}\n").encode())
 
 
 def open_model(where: str, step: int | None = None, plugins: Sequence[str] = ()) -> OpenModel:

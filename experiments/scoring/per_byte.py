@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,8 +55,7 @@ def write_per_byte(path: Path, text: Text, models: Sequence[tuple[str, ByteScore
         **{f"boundary_{level + 1}": pyarrow.bool_() for level in range(levels)},
     }
     schema = pyarrow.schema(list(columns.items()))
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(descriptor)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for name, scores in models:
@@ -70,7 +68,7 @@ def write_per_byte(path: Path, text: Text, models: Sequence[tuple[str, ByteScore
     except OSError as error:
         raise ConfigError(f"--per-byte {path} cannot be written: {error.strerror or error}") from None
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _array(values: np.ndarray | None, size: int, kind):
