@@ -17,7 +17,7 @@ from experiments.config.arguments import parsed
 from experiments.config.errors import ConfigError, PluginError, RunError
 from experiments.launch import CLOSED, STOPPED, interruptible
 from experiments.reporting.display import Display
-from experiments.reporting.terminal import OutputClosed, write_output
+from experiments.terminal import OutputClosed, write_output
 from experiments.training.stopping import stop_signals
 from unet.files.saving import LoadError
 

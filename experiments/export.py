@@ -23,7 +23,7 @@ from experiments.config.settings import RunConfig
 from experiments.config.structure import Flat
 from experiments.launch import program
 from experiments.reporting.display import Display
-from experiments.reporting.terminal import escaped
+from experiments.terminal import escaped
 from experiments.training.run_dir import SUMMARY, is_temporary, make_folder, read_config, read_summary
 from unet import UNet
 from unet.files.hnet_layout import LayoutError, to_reference

@@ -22,8 +22,8 @@ from experiments.config.errors import ConfigError, require, require_bounds
 from experiments.config.plugins import import_plugins, load_model
 from experiments.launch import program
 from experiments.reporting.display import Display
-from experiments.reporting.terminal import write_output
 from experiments.reporting.texts import AbstractTexts, standard_output
+from experiments.terminal import write_output
 from unet import Generation, Sampling, TextStream
 from unet.decoding.generate import CHUNK, Piece, Throughput, joined
 from unet.decoding.sampling import NumBytes, Temperature, TopK, TopP

@@ -38,7 +38,7 @@ from experiments.evaluation.segmentation import (
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
-from experiments.reporting.terminal import escaped, write_output
+from experiments.terminal import escaped, write_output
 from experiments.training.data import load_split
 from experiments.training.run_dir import differing, held, json_text, read_config, refuse_existing, write_atomically
 

@@ -62,13 +62,17 @@ def test_unet_knows_only_the_abstract_kinds_of_estimators():
     }
 
 
-COMMANDS = {"run", "generate", "compare", "export", "lab", "bench", "words"}
-ROOMS = {"config", "training", "evaluation", "reporting", "comparison", "laboratory", "benchmark"}
+COMMANDS = {"run", "generate", "compare", "evaluate", "export", "lab", "bench", "words"}
+BELOW = {"launch", "terminal"}
+"""What stands below all rooms: how a process begins, and what may be sent to a terminal."""
+ABOVE = {"command", "devices"}
+"""What only commands use: how they end, and the devices that they run on."""
+ROOMS = {"config", "training", "evaluation", "reporting", "scoring", "comparison", "laboratory", "benchmark"}
 
 
 def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room():
     top = ROOT / "experiments"
-    assert {path.stem for path in top.glob("*.py")} == {*COMMANDS, "__init__", "launch"}
+    assert {path.stem for path in top.glob("*.py")} == {*COMMANDS, *BELOW, *ABOVE, "__init__"}
     assert {path.parent.name for path in top.glob("*/*.py")} == ROOMS
     assert all("\ndef main(" in (top / f"{name}.py").read_text() for name in COMMANDS)
 
@@ -80,14 +84,22 @@ def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room(
         ("evaluation", {"config"}),
         ("training", {"config", "evaluation", "reporting"}),
         ("reporting", {"config", "evaluation", "training"}),
-        ("comparison", ROOMS - {"laboratory", "benchmark"}),
+        ("comparison", ROOMS - {"laboratory", "benchmark", "scoring"}),
+        ("scoring", ROOMS - {"laboratory", "benchmark"}),
         ("laboratory", ROOMS - {"benchmark"}),
         ("benchmark", ROOMS - {"laboratory"}),
     ],
 )
 def test_rooms_use_only_what_lies_below_them_and_no_command(room, may_use):
     used = {name.split(".")[1] for _, name in imports_of(f"experiments/{room}") if name.startswith("experiments.")}
-    assert used <= may_use | {room}
+    assert used <= may_use | {room} | BELOW
+
+
+@pytest.mark.parametrize("module", sorted(BELOW))
+def test_what_stands_below_all_rooms_needs_the_standard_library_only(module):
+    tree = ast.parse((ROOT / "experiments" / f"{module}.py").read_text())
+    names = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name for name in names if name.split(".")[0] in PACKAGES} <= {f"experiments.{one}" for one in BELOW}
 
 
 def test_functions_of_experiments_are_short_and_take_few_parameters():

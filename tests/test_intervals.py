@@ -11,6 +11,7 @@ from experiments.comparison.intervals import (
     UNDEFINED,
     Interval,
     at_equal_cost,
+    bootstrap_interval,
     geometric_interval,
     holm,
     mean_interval,
@@ -153,3 +154,24 @@ def test_a_ratio_to_what_could_be_zero_is_none():
     exactly = ratio_interval([3.0, 3.3, 2.7], [1.0, 1.1, 0.9])
     assert isinstance(exactly, Interval)
     assert (exactly.mean, exactly.low, exactly.high) == pytest.approx((3.0, 3.0, 3.0))
+
+
+def test_a_bootstrap_interval_is_of_a_ratio_of_sums():
+    # The ratio is the same for every unit, and so for every resample.
+    assert bootstrap_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == Interval(2.0, 2.0, 2.0)
+    rng = np.random.default_rng(0)
+    values, sizes = rng.normal(size=400), rng.uniform(1, 5, 400)
+    got = bootstrap_interval(values.tolist(), sizes.tolist())
+    assert got.mean == pytest.approx(values.sum() / sizes.sum())
+    # Of a linearised ratio, the standard error is that of the mean of its residuals.
+    error = np.std(values - got.mean * sizes, ddof=1) / np.sqrt(400) / sizes.mean()
+    assert got.high - got.mean == pytest.approx(1.96 * error, rel=0.1)
+    assert got.mean - got.low == pytest.approx(1.96 * error, rel=0.1)
+    assert bootstrap_interval(values.tolist(), sizes.tolist()) == got
+    assert bootstrap_interval(values.tolist(), sizes.tolist(), seed=1) != got
+
+
+def test_a_bootstrap_interval_needs_two_units():
+    got = bootstrap_interval([3.0], [2.0])
+    assert (got.mean, math.isnan(got.low)) == (1.5, True)
+    assert math.isnan(bootstrap_interval([], []).mean)

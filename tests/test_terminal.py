@@ -22,8 +22,8 @@ from experiments.config.errors import ConfigError, RunError
 from experiments.reporting.display import Display
 from experiments.reporting.report import html_page
 from experiments.reporting.shading import Character
-from experiments.reporting.terminal import Lenient, OutputClosed, escaped, message, visible, write_output
 from experiments.reporting.texts import MARKS, PlainTexts, ShownTexts, content_of, standard_output
+from experiments.terminal import Lenient, OutputClosed, escaped, message, visible, write_output
 from unet.decoding.generate import Generation, Piece, TextStream
 from unet.files.saving import LoadError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -21,6 +22,9 @@ from estimators.bounds import VocabularySize, require_within
 from estimators.routers.rules import certain
 from estimators.sharding import varying_zeros
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 WORDS = r" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s+"
 """Pre-tokenization: tokens stay within a word, a number or a run of symbols, each with at most one space before it, or a run of
 white space such as an indentation. For bytes decoded as Latin-1; every byte from 128 up counts as a letter."""
@@ -33,6 +37,12 @@ def train_vocabulary(texts: Iterable[bytes], size: int) -> list[bytes]:
     `ImportError` without the extra `bpe` (the `tokenizers` library) and `ValueError` for a `size` below 257 (256
     bytes and one merge) or above 2^24.
     """
+    ranked = sorted(train_tokenizer(texts, size).get_vocab().items(), key=lambda item: item[1])
+    return [token.encode("latin-1") for token, _ in ranked]
+
+
+def train_tokenizer(texts: Iterable[bytes], size: int) -> Tokenizer:
+    """The tokenizer of that encoding, which reads bytes as the characters of Latin-1."""
     require_within("the size of a vocabulary", size, VocabularySize)
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -43,8 +53,7 @@ def train_vocabulary(texts: Iterable[bytes], size: int) -> list[bytes]:
     alphabet = [chr(value) for value in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator((text.decode("latin-1") for text in texts), trainer)
-    ranked = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return [token.encode("latin-1") for token, _ in ranked]
+    return tokenizer
 
 
 class Read(eqx.Module):

@@ -167,6 +167,34 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+RESAMPLES = 2000
+"""Resamples of a bootstrap interval."""
+
+
+def bootstrap_interval(values: Sequence[float], sizes: Sequence[float], seed: int = 0) -> Interval:
+    r"""The ratio of sums $\sum_d v_d / \sum_d n_d$ over independent units d, with its percentile bootstrap interval.
+
+    The units, each with its v and n, are resampled with replacement `RESAMPLES` times; the ends are the quantiles of the
+    resampled ratios. Source: Efron & Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13. Below two units the
+    interval is NaN; without units so is the ratio.
+    """
+    v, n = np.asarray(values, float), np.asarray(sizes, float)
+    if not len(v) or not n.sum():
+        return UNDEFINED
+    estimate = float(v.sum() / n.sum())
+    if len(v) < 2:
+        return Interval(estimate, math.nan, math.nan)
+    generator, ratios = np.random.default_rng(seed), []
+    at_once = max(1, 2**22 // len(v))
+    for first in range(0, RESAMPLES, at_once):
+        size = (min(at_once, RESAMPLES - first), len(v))
+        drawn = generator.integers(0, len(v), size)
+        ratios.append(v[drawn].sum(axis=1) / n[drawn].sum(axis=1))
+    tail = (1.0 - CONFIDENCE) / 2
+    low, high = np.quantile(np.concatenate(ratios), [tail, 1.0 - tail])
+    return Interval(estimate, float(low), float(high))
+
+
 def geometric_interval(values: Sequence[float]) -> Interval:
     """Interval of the geometric mean: the exponential of `mean_interval` of the logarithms. `UNDEFINED` if a value is not
     positive and finite. Raises `ValueError` for fewer than two values."""

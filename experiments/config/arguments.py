@@ -15,7 +15,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from experiments.config.errors import ConfigError
 from experiments.launch import Stream
-from experiments.reporting.terminal import OutputClosed, escaped
+from experiments.terminal import OutputClosed, escaped
 
 Settings = TypeVar("Settings")
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from estimators.bounds import violation
 from estimators.lookup import Part, PartError
-from experiments.reporting.terminal import escaped
+from experiments.terminal import escaped
 
 
 class ConfigError(Exception):

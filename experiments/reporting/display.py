@@ -14,7 +14,7 @@ from rich.text import Text
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
 from experiments.reporting.shading import Character, colour_of
-from experiments.reporting.terminal import Lenient, escaped, message, visible
+from experiments.terminal import Lenient, escaped, message, visible
 
 
 class Display:

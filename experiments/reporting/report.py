@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from experiments.config.settings import RunConfig
 from experiments.reporting.shading import Character, colour_of
 from experiments.reporting.summary import Summary
-from experiments.reporting.terminal import escaped
+from experiments.terminal import escaped
 from experiments.training.metrics_log import read_metrics
 from unet.files.saving import write_atomically
 from unet.losses import level_prefix

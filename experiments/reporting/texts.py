@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from experiments.evaluation.segmentation import character_spans
-from experiments.reporting.terminal import visible, write_output
+from experiments.terminal import visible, write_output
 from unet import Generation, utf8
 
 MARKS = ("·", "│", "┃")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
 import equinox as eqx
@@ -12,9 +11,7 @@ import numpy as np
 from jax import Array
 
 from experiments.config.errors import ConfigError
-from experiments.config.plugins import load_model, require_numbers
-from unet.files.pretrained import load_hnet
-from unet.files.saving import WEIGHTS, describes_itself
+from experiments.config.models import load_any
 from unet.model import UNet
 
 
@@ -24,10 +21,7 @@ def initial_weights(where: str, fresh: UNet, plugins: Sequence[ModuleType] = ())
 
     Raises `LoadError` where there is no model, `ConfigError` where it is made of other parts.
     """
-    path = Path(where)
-    known = where.startswith("hub:") or describes_itself(path / WEIGHTS if path.is_dir() else path)
-    found = load_model(where, plugins).model if known else load_hnet(where)
-    require_numbers(found, f"--init {where}")
+    found = load_any(where, plugins).model
     ours, theirs = (
         {
             jax.tree_util.keystr(path): leaf

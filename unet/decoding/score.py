@@ -21,6 +21,7 @@ from estimators.keys import threefry_keys
 from unet.decoding.kv_cache import rounded_up
 from unet.hierarchy import boundary_depth
 from unet.likelihood import next_logprobs
+from unet.losses import Prediction
 from unet.model import TextState, UNet
 from unet.numerics import with_rank_promotion
 
@@ -194,8 +195,7 @@ def score(
         own_keys = None if keys is None else keys[jnp.asarray(numbers + numbers[:1] * (batch - len(numbers)))]
         bytes, mask = jnp.asarray(padded(filled)), jnp.asarray(_mask(filled))
         compute = functools.partial(_likelihoods, model, bytes, mask, own_keys)
-        likelihoods = with_enough_capacity(bytes.shape[1], rate_of(model), compute)
-        results = jax.tree.map(np.asarray, likelihoods)
+        results = jax.tree.map(np.asarray, with_enough_capacity(bytes.shape[1], rate_of(model), compute))
         for row, number in enumerate(numbers):
             part = slice(len(prefixes[number]), len(whole[number]))
             log_prob = results.log_prob[row, part]
@@ -219,6 +219,16 @@ class Likelihoods(eqx.Module):
     overflow: Int[Array, " batch"] | None
 
 
+def likelihoods(
+    prediction: Prediction, bytes: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
+) -> Likelihoods:
+    """The likelihoods of the bytes that were predicted; `mask` is False at padding."""
+    levels, logits = prediction.levels, prediction.logits
+    most_likely = jnp.argmax(logits, axis=-1) == jnp.roll(bytes, -1, axis=1)
+    overflow = levels[0].overflow if levels else None
+    return Likelihoods(next_logprobs(logits, bytes), most_likely, boundary_depth(levels, mask), overflow)
+
+
 @eqx.filter_jit
 @with_rank_promotion
 def _likelihoods(
@@ -228,11 +238,7 @@ def _likelihoods(
     keys: Key[Array, " batch"] | None,
     capacity: int,
 ) -> Likelihoods:
-    prediction = model(bytes, key=keys, mask=mask, capacities=(capacity,))
-    levels, logits = prediction.levels, prediction.logits
-    most_likely = jnp.argmax(logits, axis=-1) == jnp.roll(bytes, -1, axis=1)
-    overflow = levels[0].overflow if levels else None
-    return Likelihoods(next_logprobs(logits, bytes), most_likely, boundary_depth(levels, mask), overflow)
+    return likelihoods(model(bytes, key=keys, mask=mask, capacities=(capacity,)), bytes, mask)
 
 
 def texts_as_bytes(texts: Sequence[str | bytes] | str | bytes) -> list[bytes]:

@@ -1,0 +1,1 @@
+"""Evaluation of models on texts: what `experiments.evaluate` is made of."""

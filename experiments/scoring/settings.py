@@ -1,0 +1,91 @@
+"""The settings of an evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from experiments.config.errors import require
+from experiments.scoring.score import BoundaryChoice
+from experiments.scoring.texts import SplitName
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluate models on a text: bits per byte of every byte, and their boundaries."""
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Folders of runs, finished or not, or of exported models; .safetensors or .pt files; hub:owner/name; or published H-Nets
+    (cartesia-ai/hnet_1stage_L)."""
+    step: int | None = None
+    """Use the checkpoint of this step of each run; by default the finished model or, before that, the newest checkpoint."""
+    dataset: str | None = None
+    """Text: whatever training takes; by default what the models were trained on."""
+    split: SplitName = "held-out"
+    """held-out: the documents that training holds out; training: the others; all: both."""
+    text: Path | None = None
+    """A file as one document, byte for byte, instead of a data set."""
+    text_field: str | None = None
+    """Field of JSON lines and Parquet files that holds the text; by default as in training."""
+    bytes: int | None = None
+    """Maximum bytes of text, from its start; by default 1,000,000 of a data set and all of --text."""
+    context: int | None = None
+    """Bytes that a window reads; by default the length of the runs' sequences, 4096 without one."""
+    stride: int | None = None
+    """Bytes that windows move by; every byte is predicted from more than --context minus --stride bytes, but at the start of a
+    document. By default half the context. The cost is --context divided by --stride."""
+    boundaries: BoundaryChoice = "drawn"
+    """drawn: as in generation, with --seed; greedy: where p > 0.5."""
+    samples: int = 1
+    """Sets of boundaries that are drawn for each document."""
+    seed: int = 0
+    """Seed of drawn boundaries and of bootstrap intervals."""
+    bpe: str | None = None
+    """Compare boundaries with a byte-pair encoding: the number of tokens to learn from this text, or a tokenizer.json (pip
+    install 'caesura-lm[bpe]')."""
+    reference: Path | None = None
+    """Compare boundaries with a segmentation: JSON lines, for each document a list of the byte offsets at which its segments
+    begin."""
+    repeat: tuple[str, ...] = ("a", " ", "0")
+    """Also evaluate texts of one repeated string."""
+    drift: bool = False
+    """Also compare the boundaries of all checkpoints of each run."""
+    per_byte: Path | None = None
+    """Write everything about every byte to this Parquet file (pip install 'caesura-lm[parquet]')."""
+    report: Path | None = None
+    """Folder for report.html, with plots, and evaluation.json."""
+    overwrite: bool = False
+    """Replace existing files."""
+    json: bool = False
+    """Print one JSON document instead of tables."""
+    cache: Path | None = None
+    """Folder where scores are kept, so that nothing is computed twice; by default ~/.cache/caesura/evaluation."""
+    keep: bool = True
+    """Use that folder."""
+    plugin: tuple[str, ...] = ()
+    """Modules with classes of your own that the models hold, as package.module."""
+
+    def __post_init__(self):
+        require(bool(self.models), "name at least one model")
+        require(len(set(self.models)) == len(self.models), "each model is named once")
+        for name in ("bytes", "context", "stride", "samples"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name} must be at least 1; got {value}")
+        require(0 <= self.seed < 2**32, f"--seed must lie between 0 and 2^32 - 1; got {self.seed}")
+        if self.context is not None and self.stride is not None:
+            require(
+                self.stride <= self.context,
+                f"--stride {self.stride} is more than --context {self.context}: windows would leave bytes out",
+            )
+        require(
+            self.boundaries == "drawn" or self.samples == 1, "--samples draws boundaries: leave out --boundaries greedy"
+        )
+        require(
+            self.text is None or self.dataset is None, "--text is evaluated instead of a --dataset: name one of them"
+        )
+        require(self.text is None or self.split == "held-out", "--text has no splits: leave out --split")
+        require(all(self.repeat), "--repeat needs strings that are not empty")
+        require(self.step is None or not self.drift, "--drift takes all checkpoints: leave out --step")

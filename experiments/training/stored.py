@@ -1,0 +1,71 @@
+"""The model in a checkpoint of a run, read without changing anything in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import orbax.checkpoint as ocp
+
+from experiments.config.build import build_model
+from experiments.config.errors import ConfigError
+from experiments.training.checkpoint import _describe
+from experiments.training.placement import with_implementation
+from experiments.training.prepared import read_prepared
+from experiments.training.run_dir import CHECKPOINTS, read_config
+from experiments.training.trainer import Trainer
+from unet import UNet
+
+
+def stored_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints of a run, ascending."""
+    root = folder / CHECKPOINTS
+    names = [path.name for path in root.iterdir()] if root.is_dir() else []
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+
+
+def stored_model(folder: Path, step: int | None = None, plugins: Sequence[str] = ()) -> tuple[UNet, int]:
+    """The model of a checkpoint and its step, the newest one unless `step` names another; `plugins` are modules that the run may
+    name.
+
+    Raises `ConfigError` if there is no such checkpoint, or if it is damaged or does not fit the run's settings.
+    """
+    steps = stored_steps(folder)
+    if not steps:
+        raise ConfigError(f"{folder} holds no checkpoint yet: train its run further, or name another model")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise ConfigError(f"{folder} holds no checkpoint of step {step}; it holds {', '.join(map(str, steps))}")
+    config = with_implementation(dataclasses.replace(read_config(folder, plugins), out=folder, devices=1))
+    prepared = read_prepared(config)
+    model = eqx.filter_jit(lambda: build_model(config, jax.random.key(config.seed), prepared))()
+    # The capacities of training do not matter here.
+    trainer = Trainer.of(config, model, (config.length,))
+    like = jax.eval_shape(trainer.first_state)
+    return trainer.model(_restored(folder / CHECKPOINTS / str(step), like)), step
+
+
+def _restored(folder: Path, like):
+    """The parameters of a checkpoint of states like this one, checked against the hashes written with it."""
+    handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
+    with ocp.Checkpointer(handler) as reader:
+        try:
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+            found = reader.restore(folder.absolute(), args=arguments)
+        except Exception as error:  # orbax lets whatever its readers raise through, bare Exceptions among them
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            raise ConfigError(f"the checkpoint {folder} is damaged, or does not fit its run ({reason})") from error
+    written = {name: list(leaf) for name, leaf in found["meta"]["leaves"].items()}
+    read = {name: list(map(_plain, leaf)) for name, leaf in _describe(found["state"]).items()}
+    if any(written.get(name) != leaf for name, leaf in read.items()):
+        raise ConfigError(f"the checkpoint {folder} is damaged: its bits are not those written")
+    return found["state"].params
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
