@@ -79,7 +79,8 @@ class WordsConfig:
 def held_out_settings(run: RunConfig) -> tuple[str | int | float | None, ...]:
     """The settings that determine the held-out text of a run."""
     data = run.data
-    return run.dataset, run.length, run.evaluation.bytes, data.protocol, data.text_field, data.held_out
+    texts = data.train or run.dataset, data.valid, data.text_field
+    return *texts, run.length, run.evaluation.bytes, data.protocol, data.held_out
 
 
 def check_runs(runs: Mapping[Path, RunConfig]) -> None:

@@ -13,6 +13,7 @@ from data import DataError, FixedSplits, load, open_source
 from data.fixed import CORPORA, Corpus
 from data.ranges import Span, check_cut_utf8, named_span
 from experiments.config.presets import PRESETS
+from experiments.scoring.texts import read_dataset
 from experiments.training.data import load_split, open_data
 
 TEXT = "".join(f"line {number}: the cat sat on the mat\n" for number in range(300)).encode()
@@ -158,7 +159,7 @@ def test_the_user_settles_the_splits(tmp_path):
     split = load_split(config)
     assert split.training == [TEXT[:8000]]
     assert split.held_out_rows(64)[0]["bytes"].tobytes() in b"\xfe" + TEXT[8000:9000]
-    test = open_data(config).test_source
+    test = open_data(config.dataset, config.data).test_source
     assert test is not None
     assert _documents(test) == [TEXT[9000:]]
 
@@ -178,3 +179,14 @@ def test_one_document_is_not_cut_to_its_start(tmp_path):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, protocol="cut"))
     with pytest.raises(DataError, match="is one document, and the protocol 'cut' shows only its first 64 bytes"):
         load_split(config)
+
+
+def test_evaluation_reads_the_text_that_training_never_does(corpus):
+    data = PRESETS["tiny"].data
+    read = {
+        split: read_dataset("enwik8", split, data, 2 * len(TEXT)).documents for split in ("held-out", "test", "all")
+    }
+    assert read == {"held-out": (TEXT[8000:9000],), "test": (TEXT[9000:],), "all": (TEXT[:8000], TEXT[8000:9000])}
+    (corpus.parent / "own.txt").write_bytes(TEXT)
+    with pytest.raises(DataError, match="has no settled test text"):
+        read_dataset("own.txt", "test", data, None)

@@ -77,7 +77,10 @@ def _text(config: EvaluateConfig, models: Sequence[OpenModel]) -> Text:
     runs = [one.config for one in models if one.config is not None]
     dataset = config.dataset or _dataset_of(models, runs)
     data = runs[0].data if runs else DataConfig()
-    if config.text_field is not None or (runs and dataset != runs[0].dataset):
+    if runs and dataset != runs[0].dataset:
+        # The texts that the run was given are not those of another data set.
+        data = dataclasses.replace(data, train=None, valid=None, test=None, text_field=None)
+    if config.text_field is not None:
         data = dataclasses.replace(data, text_field=config.text_field)
     return read_dataset(dataset, config.split, data, config.bytes)
 

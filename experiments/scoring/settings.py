@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from experiments.config.errors import require
+from estimators.bounds import LARGEST_BYTES, Count, Length, Seed, Within
+from experiments.config.errors import require, require_bounds
 from experiments.scoring.score import BoundaryChoice
 from experiments.scoring.texts import SplitName
 
@@ -20,28 +21,29 @@ class EvaluateConfig:
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Folders of runs, finished or not, or of exported models; .safetensors or .pt files; hub:owner/name; or published H-Nets
     (cartesia-ai/hnet_1stage_L)."""
-    step: int | None = None
+    step: Count | None = None
     """Use the checkpoint of this step of each run; by default the finished model or, before that, the newest checkpoint."""
     dataset: str | None = None
     """Text: whatever training takes; by default what the models were trained on."""
     split: SplitName = "held-out"
-    """held-out: the documents that training holds out; training: the others; all: both."""
+    """held-out: the documents that training holds out; training: the others; all: both; test: the test text of enwik8 and text8, or
+    what --data.test of the run names."""
     text: Path | None = None
     """A file as one document, byte for byte, instead of a data set."""
     text_field: str | None = None
     """Field of JSON lines and Parquet files that holds the text; by default as in training."""
-    bytes: int | None = None
+    bytes: Annotated[int, Within(1, LARGEST_BYTES)] | None = None
     """Maximum bytes of text, from its start; by default 1,000,000 of a data set and all of --text."""
-    context: int | None = None
+    context: Length | None = None
     """Bytes that a window reads; by default the length of the runs' sequences, 4096 without one."""
-    stride: int | None = None
+    stride: Annotated[int, Within(1, 2**24)] | None = None
     """Bytes that windows move by; every byte is predicted from more than --context minus --stride bytes, but at the start of a
     document. By default half the context. The cost is --context divided by --stride."""
     boundaries: BoundaryChoice = "drawn"
     """drawn: as in generation, with --seed; greedy: where p > 0.5."""
-    samples: int = 1
+    samples: Annotated[int, Within(1, 1024)] = 1
     """Sets of boundaries that are drawn for each document."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of drawn boundaries and of bootstrap intervals."""
     bpe: str | None = None
     """Compare boundaries with a byte-pair encoding: the number of tokens to learn from this text, or a tokenizer.json (pip
@@ -71,10 +73,7 @@ class EvaluateConfig:
     def __post_init__(self):
         require(bool(self.models), "name at least one model")
         require(len(set(self.models)) == len(self.models), "each model is named once")
-        for name in ("bytes", "context", "stride", "samples"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} must be at least 1; got {value}")
-        require(0 <= self.seed < 2**32, f"--seed must lie between 0 and 2^32 - 1; got {self.seed}")
+        require_bounds(self)
         if self.context is not None and self.stride is not None:
             require(
                 self.stride <= self.context,

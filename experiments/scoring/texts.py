@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from data import AbstractSource, DataError, open_source
+from data import AbstractSource, DataError
 from data.documents import is_held_out
 from data.loader import split_documents
 from estimators.base import BOS, EOS
 from experiments.config.errors import ConfigError, require
 from experiments.config.sections import DataConfig
 from experiments.evaluation.byte_scores import Text
+from experiments.training.data import open_data
 
-SplitName = Literal["held-out", "training", "all"]
+SplitName = Literal["held-out", "training", "test", "all"]
 
 DATASET_BYTES = 1_000_000
 """How much of a data set is evaluated by default."""
@@ -46,9 +48,7 @@ def read_dataset(dataset: str, split: SplitName, data: DataConfig, max_bytes: in
 
     The held-out and the training documents are those of runs with the same settings of `data`. Raises `DataError`.
     """
-    source = open_source(
-        dataset, text_field=data.text_field, cache=data.cache, cache_bytes=round(data.cache_gib * 2**30)
-    )
+    source = open_data(dataset, data)
     most = DATASET_BYTES if max_bytes is None else max_bytes
     documents, is_cut = _first_bytes(_documents(source, split, data.held_out), most)
     if not documents:
@@ -63,10 +63,19 @@ def _name(name: str, cut_at: int | None) -> str:
 
 
 def _documents(source: AbstractSource, split: SplitName, share: float) -> Iterable[bytes]:
+    if split == "test":
+        if source.test_source is None:
+            raise DataError(
+                f"{source.name} has no settled test text, as enwik8, text8 and runs with --data.test have: name its files with "
+                "--dataset or --text"
+            )
+        return _all(source.test_source)
     separate = source.held_out_source
     if split == "held-out" and separate is not None:
         return _all(separate)
-    if split == "all" or separate is not None:
+    if split == "all":
+        return itertools.chain(_all(source), () if separate is None else _all(separate))
+    if separate is not None:
         return _all(source)
     if source.streamed:
         return (one for one in _all(source) if is_held_out(one, share) == (split == "held-out"))

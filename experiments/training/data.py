@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data import AbstractSource, Batches, FixedSplits, Split, load, open_source
 from data.coverage import LITTLE
+from experiments.config.sections import DataConfig
 from experiments.config.settings import RunConfig
 from experiments.training.metrics_log import read_metrics
 
@@ -13,16 +14,15 @@ EPOCHS, SHOWN = "epochs", "shown_fraction"
 """What metrics and summaries call them."""
 
 
-def open_data(config: RunConfig) -> AbstractSource:
-    """The training text of a run, with its validation and test text where they are settled. Raises `DataError`."""
-    data = config.data
+def open_data(dataset: str, data: DataConfig) -> AbstractSource:
+    """The training text of a run on `dataset`, with its validation and test text where they are settled. Raises `DataError`."""
 
     def opened(name: str) -> AbstractSource:
         return open_source(
             name, text_field=data.text_field, cache=data.cache, cache_bytes=round(data.cache_gib * 2**30)
         )
 
-    training = opened(data.train or config.dataset)
+    training = opened(data.train or dataset)
     if data.valid is None and data.test is None:
         return training
     valid, test = (None if name is None else opened(name) for name in (data.valid, data.test))
@@ -32,7 +32,7 @@ def open_data(config: RunConfig) -> AbstractSource:
 def load_split(config: RunConfig) -> Split:
     """The data of a run. Raises `DataError`."""
     data = config.data
-    source = open_data(config)
+    source = open_data(config.dataset, data)
     return load(
         source,
         length=config.length,
