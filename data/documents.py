@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,20 @@ class Shard:
     size: int
 
 
+@dataclass(frozen=True)
+class Extent:
+    """What a shard is read from: a file or resource, and the bytes from `start` to `stop` of it (to its end for None)."""
+
+    resource: str
+    start: int = 0
+    stop: int | None = None
+
+    def overlaps(self, other: Extent) -> bool:
+        """Whether both have a byte of the same resource."""
+        stop = min(math.inf if one.stop is None else one.stop for one in (self, other))
+        return self.resource == other.resource and max(self.start, other.start) < stop
+
+
 class AbstractSource(ABC):
     """A data set. `shards` and `documents` return the same results in the same order every time."""
 
@@ -81,6 +96,11 @@ class AbstractSource(ABC):
     def notes(self) -> tuple[str, ...]:
         """Notes to the user about parts of the data set that are skipped or not used for training."""
         return ()
+
+    def extents(self) -> Sequence[Extent]:
+        """What all shards are read from, so that text that is in two sources is noticed. By default, shards are the same where they
+        and their sources have the same names."""
+        return [Extent(f"{self.name}: {shard.name}") for shard in self.shards()]
 
     @abstractmethod
     def shards(self) -> Sequence[Shard]:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data.compression import COMPRESSED, open_text, read_errors, text_size
-from data.documents import AbstractSource, DataError, Shard, shown
+from data.documents import AbstractSource, DataError, Extent, Shard, shown
 from data.fasta import SUFFIXES, read_fasta
 from data.json_lines import JSON_LINES, json_documents
 from data.left_out import Count, LeftOut, ignored
@@ -77,6 +77,9 @@ class Files(AbstractSource):
             )
         found = self._passed_over.note(self.name)
         return (*self._splits.notes(self.name), *small, *found, *self._left_out.notes(self.name))
+
+    def extents(self) -> Sequence[Extent]:
+        return [Extent(str(Path(shard.name).resolve())) for shard in self.shards()]
 
     def shards(self) -> Sequence[Shard]:
         return self._shards

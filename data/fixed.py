@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.documents import AbstractSource, DataError, Shard
+from data.documents import AbstractSource, DataError, Extent, Shard
+from data.paths import expanded
 from data.ranges import ByteRange, Span, read_bytes
 
 
@@ -19,7 +20,8 @@ class FixedSplits(AbstractSource):
         self, name: str, training: AbstractSource, held_out: AbstractSource | None, test: AbstractSource | None = None
     ):
         """`held_out`: None to hold out what `training` does itself. Raises `DataError` if the same text is in two of them."""
-        for one, other in itertools.combinations((part for part in (training, held_out, test) if part is not None), 2):
+        parts = (training, training.held_out_source if held_out is None else held_out, test)
+        for one, other in itertools.combinations((part for part in parts if part is not None), 2):
             _refuse_common_text(one, other)
         self._name, self._training, self._held_out, self._test = name, training, held_out, test
 
@@ -43,6 +45,9 @@ class FixedSplits(AbstractSource):
     def notes(self) -> tuple[str, ...]:
         return self._training.notes
 
+    def extents(self) -> Sequence[Extent]:
+        return self._training.extents()
+
     def shards(self) -> Sequence[Shard]:
         return self._training.shards()
 
@@ -52,11 +57,10 @@ class FixedSplits(AbstractSource):
 
 def _refuse_common_text(one: AbstractSource, other: AbstractSource) -> None:
     """Raises `DataError` where two sources read the same file or the same bytes of a file."""
-    if isinstance(one, ByteRange) and isinstance(other, ByteRange):
-        common = one.span.overlaps(other.span)
-    else:
-        common = bool({shard.name for shard in one.shards()} & {shard.name for shard in other.shards()})
-    if common:
+    by_resource: dict[str, list[Extent]] = {}
+    for extent in one.extents():
+        by_resource.setdefault(extent.resource, []).append(extent)
+    if any(mine.overlaps(theirs) for theirs in other.extents() for mine in by_resource.get(theirs.resource, ())):
         raise DataError(f"{one.name} and {other.name} have text in common; training, validation and test text must not")
 
 
@@ -100,7 +104,7 @@ def corpus_source(name: str, cache: Path) -> AbstractSource | None:
     corpus = CORPORA.get(known)
     if corpus is None:
         return None
-    path = Path(given).expanduser() if given else _found(corpus, cache)
+    path = expanded(given) if given else _found(corpus, cache)
     _check(corpus, path)
     parts = (0, corpus.training), (corpus.training, corpus.validation), (corpus.validation, corpus.size)
     return FixedSplits(known, *(ByteRange(Span(path, *part)) for part in parts))

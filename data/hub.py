@@ -16,7 +16,7 @@ from typing import TypeVar
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.hf_api import RepoFile
 
-from data.documents import AbstractSource, DataError, Shard
+from data.documents import AbstractSource, DataError, Extent, Shard
 from data.files import read_documents
 from data.hub_manifest import (
     MANIFEST,
@@ -119,6 +119,9 @@ class HubSource(AbstractSource):
     @property
     def notes(self) -> tuple[str, ...]:
         return (*self._splits().notes(self.name), *self._left_out.notes(self.name))
+
+    def extents(self) -> Sequence[Extent]:
+        return [Extent(f"hub:{self._dataset.repository}/{shard.name}") for shard in self.shards()]
 
     def shards(self) -> Sequence[Shard]:
         splits, sizes = self._splits(), {file.path: file.size for file in self._load_manifest().files}

@@ -52,6 +52,14 @@ class PassedOver:
         return (f"passed over in {name}: {', '.join(said)}",) if said else ()
 
 
+def expanded(name: str) -> Path:
+    """The path of a name, which may begin with ~. Raises `DataError` for the home folder of a user that does not exist."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise DataError(f"{shown(name)}: there is no such user's home folder; write the whole path") from None
+
+
 def find_files(pattern: str) -> tuple[list[FoundFile], PassedOver]:
     """The files that `pattern` names, sorted, and what was passed over.
 
@@ -59,11 +67,9 @@ def find_files(pattern: str) -> tuple[list[FoundFile], PassedOver]:
     visited once, whatever its names are. Raises `DataError` if there are no files, and for files that only point to others.
     """
     passed = PassedOver()
+    path = expanded(pattern)
     try:
-        path = Path(pattern).expanduser()
         files, problem = _matches(path, pattern, passed)
-    except RuntimeError:
-        raise DataError(f"{shown(pattern)}: there is no such user's home folder; write the whole path") from None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot look for {shown(pattern)}: {getattr(error, 'strerror', None) or error}") from None
     if not files:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.compression import open_bytes, read_errors
-from data.documents import AbstractSource, DataError, Shard, checked_utf8
+from data.documents import AbstractSource, DataError, Extent, Shard, checked_utf8
+from data.paths import expanded
 
 _RANGE = re.compile(r"(?P<path>.+)\[(?P<start>[^\[\]:]*):(?P<stop>[^\[\]:]*)\]", re.DOTALL)
 
@@ -28,11 +28,6 @@ class Span:
     start: int = 0
     stop: int | None = None
 
-    def overlaps(self, other: Span) -> bool:
-        """Whether both have a byte of the same file."""
-        stop = min(math.inf if one.stop is None else one.stop for one in (self, other))
-        return self.path.resolve() == other.path.resolve() and max(self.start, other.start) < stop
-
     def __str__(self) -> str:
         return f"{self.path}[{self.start or ''}:{'' if self.stop is None else self.stop}]"
 
@@ -44,12 +39,12 @@ def named_span(name: str) -> Span | None:
     Offsets are whole numbers of bytes from the start. Raises `DataError` for other offsets.
     """
     found = _RANGE.fullmatch(name)
-    if found is None or Path(name).expanduser().exists():
+    if found is None or expanded(name).exists():
         return None
     start, stop = (_offset(found[end], name) for end in ("start", "stop"))
     if stop is not None and stop <= (start or 0):
         raise DataError(f"{name} is empty: it ends at byte {stop:,}, before it starts")
-    return Span(Path(found["path"]).expanduser(), start or 0, stop)
+    return Span(expanded(found["path"]), start or 0, stop)
 
 
 def _offset(text: str, name: str) -> int | None:
@@ -57,7 +52,7 @@ def _offset(text: str, name: str) -> int | None:
     text = text.strip()
     if not text:
         return None
-    number = re.fullmatch(r"(\d[\d_]{0,15})(?:[eE](\d{1,2}))?", text)
+    number = re.fullmatch(r"(\d+(?:_\d+)*)(?:[eE](\d{1,2}))?", text[:40], re.ASCII)
     if number is None:
         raise DataError(
             f"{name!r}: {text[:40]!r} is no number of bytes; offsets are whole numbers from the start, as in [90e6:95e6]"
@@ -89,6 +84,9 @@ class ByteRange(AbstractSource):
     @property
     def streamed(self) -> bool:
         return False
+
+    def extents(self) -> Sequence[Extent]:
+        return [Extent(str(self.span.path.resolve()), self.span.start, self.span.stop)]
 
     def shards(self) -> Sequence[Shard]:
         size = 0 if self.span.stop is None else self.span.stop - self.span.start

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data.builtin import StandardLibraryCode, StandardLibraryDocs
-from data.documents import AbstractSource, Shard
+from data.documents import AbstractSource, Extent, Shard
 from data.files import Files
 from data.fixed import corpus_source
 from data.hub import HubSource, default_cache
@@ -69,6 +69,9 @@ class Noted(AbstractSource):
     @property
     def notes(self) -> tuple[str, ...]:
         return (self._note, *self._source.notes)
+
+    def extents(self) -> Sequence[Extent]:
+        return self._source.extents()
 
     def shards(self) -> Sequence[Shard]:
         return self._source.shards()

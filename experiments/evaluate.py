@@ -32,8 +32,10 @@ def evaluate(config: EvaluateConfig, display: Display) -> None:
     cache = ScoreCache(_folder(config) if config.keep else None)
     inputs = read_inputs(config)
     cache.check()
-    evaluation, scores = evaluation_of(inputs, config, cache, display)
-    cache.evict()
+    try:
+        evaluation, scores = evaluation_of(inputs, config, cache, display)
+    finally:
+        cache.evict()
     found = json_text(document(evaluation, config))
     write_output(found if config.json else markdown(evaluation))
     if config.per_byte is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import httpx2
 import tyro
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -187,8 +188,8 @@ def _upload(folder: Path, repository: str, *, private: bool) -> None:
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A model")
-    except (HFValidationError, LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except (HFValidationError, LocalTokenNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ConfigError(
             f"--to hub:{repository}: {reason}; check the name, and that HF_TOKEN may write to it"
         ) from None

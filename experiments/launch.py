@@ -84,7 +84,7 @@ def program(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = STOPPED
     except SystemExit as stopped:
-        code = stopped.code if isinstance(stopped.code, int) else 0
+        code = _code(stopped.code)
     # While Python waits for the threads and exit handlers of the libraries.
     signal.signal(signal.SIGINT, lambda *_: os._exit(code))
     for stream in (sys.stdout, sys.stderr):
@@ -93,6 +93,14 @@ def program(main: Callable[[], int]) -> NoReturn:
         # Threads of the libraries that were at work, as on a checkpoint, would each end in a traceback now.
         to_nowhere(2)
     sys.exit(code)
+
+
+def _code(given: object) -> int:
+    """The exit code that Python makes of a `SystemExit`: a text is a failure, and written."""
+    if given is None or isinstance(given, int):
+        return given or 0
+    sys.stderr.write(f"{given}\n")
+    return 1
 
 
 def to_nowhere(descriptor: int) -> None:

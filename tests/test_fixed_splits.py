@@ -10,8 +10,9 @@ import pytest
 import zstandard
 
 from data import DataError, FixedSplits, load, open_source
+from data.documents import Extent
 from data.fixed import CORPORA, Corpus
-from data.ranges import Span, check_cut_utf8, named_span
+from data.ranges import check_cut_utf8, named_span
 from experiments.config.presets import PRESETS
 from experiments.scoring.texts import read_dataset
 from experiments.training.data import load_split, open_data
@@ -61,6 +62,7 @@ def test_a_range_is_one_document_whatever_the_file_is_packed_in(offsets, start, 
         ("text[5:5]", "is empty"),
         ("text[9:5]", "is empty"),
         ("text[-5:]", "'-5' is no number of bytes"),
+        ("text[1_:]", "'1_' is no number of bytes"),
         ("text[1.5e3:]", "'1.5e3' is no number of bytes"),
         ("text[:9e99]", "ends behind the end of the file, which has 9,790 bytes"),
         ("text[2e6:3e6]", "starts behind the end of the file, which has 9,790 bytes"),
@@ -103,14 +105,13 @@ def test_a_range_may_cut_characters_at_its_ends_and_nowhere_else():
             check_cut_utf8(broken, "here")
 
 
-def test_spans_overlap_where_they_share_a_byte(tmp_path):
-    one, other = tmp_path / "one", tmp_path / "other"
-    assert Span(one, 0, 10).overlaps(Span(one, 9, 20))
-    assert Span(one, 0).overlaps(Span(one, 5, 6))
-    assert Span(one, 3).overlaps(Span(one, 5))
-    assert not Span(one, 0, 10).overlaps(Span(one, 10, 20))
-    assert not Span(one, 10).overlaps(Span(one, 0, 10))
-    assert not Span(one, 0, 10).overlaps(Span(other, 0, 10))
+def test_extents_overlap_where_they_share_a_byte():
+    assert Extent("one", 0, 10).overlaps(Extent("one", 9, 20))
+    assert Extent("one", 0).overlaps(Extent("one", 5, 6))
+    assert Extent("one", 3).overlaps(Extent("one", 5))
+    assert not Extent("one", 0, 10).overlaps(Extent("one", 10, 20))
+    assert not Extent("one", 10).overlaps(Extent("one", 0, 10))
+    assert not Extent("one", 0, 10).overlaps(Extent("other", 0, 10))
 
 
 @pytest.mark.parametrize("name", ["enwik8", "enwik8:enwik8", "enwik8:packed.gz"])
@@ -164,7 +165,7 @@ def test_the_user_settles_the_splits(tmp_path):
     assert _documents(test) == [TEXT[9000:]]
 
 
-@pytest.mark.parametrize(("train", "valid"), [("[:8000]", "[7999:9000]"), ("", ""), ("[:]", "[3:9]")])
+@pytest.mark.parametrize(("train", "valid"), [("[:8000]", "[7999:9000]"), ("", ""), ("[:]", "[3:9]"), ("", "[9e3:]")])
 def test_validation_text_is_never_in_the_training_text(train, valid, tmp_path):
     text = tmp_path / "text"
     text.write_bytes(TEXT)

@@ -158,8 +158,10 @@ def objective_inputs(
 
 def _deciding(level: Level) -> Float[Array, ""]:
     """The number of positions at which a policy decides or, if a rule decides, that are free to close a token."""
-    decided = jnp.sum(level.boundaries.deciding)
-    return jnp.maximum(jnp.where(decided > 0, decided, jnp.sum(level.layout.free)), 1).astype(jnp.float32)
+    # A constraint leaves positions that a policy could have decided at a rule, too, which decides nothing.
+    by_policy = jnp.any(level.boundaries.decided)
+    count = jnp.where(by_policy, jnp.sum(level.boundaries.deciding), jnp.sum(level.layout.free))
+    return jnp.maximum(count, 1).astype(jnp.float32)
 
 
 def level_prefix(level: int) -> str:

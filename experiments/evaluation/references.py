@@ -73,7 +73,7 @@ def read_reference(path: Path, text: Text) -> Bool[np.ndarray, " bytes"]:
 def _offsets(line: str, where: str) -> list[int]:
     try:
         offsets = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON ({error})") from None
     require(
         isinstance(offsets, list) and all(type(offset) is int for offset in offsets),
@@ -143,6 +143,9 @@ def read_encoding(name: str) -> Encoding:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
         raise ConfigError(f"--bpe {path} is not the tokenizer.json of a tokenizer ({error})") from None
+    # Settings of a model that reads the tokens, which would cut or fill up documents.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return Encoding(tokenizer, "byte-level" if "ByteLevel" in tokenizer.to_str() else "text")
 
 
@@ -153,7 +156,7 @@ def encoding_cuts(encoding: Encoding, text: Text, name: str) -> Bool[np.ndarray,
     for number, document in enumerate(text.documents):
         try:
             ends = np.cumsum([len(token) for token in encoding.tokens(document)])
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # the library raises bare Exceptions
             raise ConfigError(
                 f"--bpe {name} does not cover the bytes of document {number} ({error}): name a byte-level tokenizer"
             ) from None

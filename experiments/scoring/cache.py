@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,10 @@ class ScoreCache:
             with np.load(path, allow_pickle=False) as arrays:
                 scores = PositionScores(**{name: arrays[name] for name in PositionScores.__annotations__})
             os.utime(path)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
+            # Damaged in whatever way: it is computed again.
             return None
-        return scores if all(len(array) == positions for array in vars(scores).values()) else None
+        return scores if all(array.shape == (positions,) for array in vars(scores).values()) else None
 
     def write(self, key: str, scores: PositionScores) -> None:
         """Keep scores under that name. Raises `ConfigError` where the disk refuses."""
@@ -84,9 +86,13 @@ class ScoreCache:
         try:
             # Another process may write the same file.
             descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".tmp")
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(content.getvalue())
-            os.replace(name, self.folder / f"{key}.npz")
+            try:
+                with os.fdopen(descriptor, "wb") as stream:
+                    stream.write(content.getvalue())
+                os.replace(name, self.folder / f"{key}.npz")
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
         except OSError as error:
             raise ConfigError(
                 f"the cache folder {self.folder} cannot be written to ({error.strerror}): name another --cache, or --no-keep"

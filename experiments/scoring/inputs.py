@@ -80,6 +80,8 @@ def _text(config: EvaluateConfig, models: Sequence[OpenModel]) -> Text:
     if runs and dataset != runs[0].dataset:
         # The texts that the run was given are not those of another data set.
         data = dataclasses.replace(data, train=None, valid=None, test=None, text_field=None)
+    else:
+        _require_one_split([run for run in runs if run.dataset == dataset])
     if config.text_field is not None:
         data = dataclasses.replace(data, text_field=config.text_field)
     return read_dataset(dataset, config.split, data, config.bytes)
@@ -98,6 +100,16 @@ def _dataset_of(models: Sequence[OpenModel], runs: Sequence[RunConfig]) -> str:
         f"the models were trained on different data ({', '.join(sorted(names))}): name a --dataset or a --text",
     )
     return runs[0].dataset
+
+
+def _require_one_split(runs: Sequence[RunConfig]) -> None:
+    """Raise `ConfigError` where the held-out text of one run may be training text of another."""
+    kept = [(run.data.train, run.data.valid, run.data.test, run.data.held_out, run.data.text_field) for run in runs]
+    require(
+        len(set(kept)) <= 1,
+        "the models were trained on different parts of their data (--data.train, valid, test, held-out, text-field): name a "
+        "--text, or evaluate them apart",
+    )
 
 
 def _targets(config: EvaluateConfig, text: Text) -> Targets:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,10 +56,18 @@ class OpenModel:
 
 def _digest(value: object, update: Callable[[bytes], None]) -> None:
     """Feed everything that a model consists of to a hash, with the fields of modules in their order."""
-    if eqx.is_array(value):
+    if eqx.is_array(value) or isinstance(value, np.ndarray):
         array = np.asarray(value, order="C")
         update(f"{array.dtype} {array.shape}\n".encode())
         update(array.tobytes())
+    elif isinstance(value, dict):
+        _digest(list(value.items()), update)
+    elif isinstance(value, functools.partial):
+        _digest([value.func, value.args, value.keywords], update)
+    elif isinstance(value, types.FunctionType):
+        # Its code, so that a function that was edited is another one.
+        update(f"{value.__module__}.{value.__qualname__} {value.__code__.co_consts!r}\n".encode())
+        update(value.__code__.co_code)
     elif isinstance(value, tuple | list):
         update(f"{len(value)} parts\n".encode())
         for part in value:

@@ -26,8 +26,8 @@ class EvaluateConfig:
     dataset: str | None = None
     """Text: whatever training takes; by default what the models were trained on."""
     split: SplitName = "held-out"
-    """held-out: the documents that training holds out; training: the others; all: both; test: the test text of enwik8 and text8, or
-    what --data.test of the run names."""
+    """held-out: the documents that training holds out; training: the others; all: both; test: the test text of enwik8 and text8,
+    or what --data.test of the run names."""
     text: Path | None = None
     """A file as one document, byte for byte, instead of a data set."""
     text_field: str | None = None

@@ -110,7 +110,7 @@ class Checkpoints:
             self._manager.reload()
             for left in self._folder.glob(f"{progress.step}.*"):
                 shutil.rmtree(left, ignore_errors=True)
-            raise SaveError(f"the checkpoint of step {progress.step} cannot be written ({_said(error)})") from error
+            raise SaveError(f"the checkpoint of step {progress.step} cannot be written ({said(error)})") from error
         for name in (_TRASH, _DAMAGED):
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
@@ -143,7 +143,7 @@ class Checkpoints:
         try:
             meta = structured(self._read(step, "meta", ocp.args.JsonRestore()), _Meta)
         except Exception as error:  # orbax lets whatever its readers raise through, bare Exceptions among them
-            raise DamagedError(_said(error)) from error
+            raise _damage(error) from error
         expected = _describe(like)
         for name in sorted(meta.leaves.keys() | expected.keys()):
             if name not in meta.leaves or name not in expected or meta.leaves[name][:2] != expected[name][:2]:
@@ -154,7 +154,7 @@ class Checkpoints:
         try:
             arrays = self._read(step, "state", ocp.args.StandardRestore(abstract))
         except Exception as error:  # as above
-            raise DamagedError(_said(error)) from error
+            raise _damage(error) from error
         if meta.step != step or _describe(arrays) != meta.leaves:
             raise DamagedError("its bits are not those written")
         return Restored(arrays, Progress(meta.step, meta.seconds, meta.data, meta.fingerprint))
@@ -190,11 +190,12 @@ def require_undamaged(folder: Path) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        raise DamagedError(f"{_FILES}: {_said(error)}") from error
+        raise DamagedError(f"{_FILES}: {said(error)}") from error
     try:
         found = _digests(folder)
-    except OSError as error:
-        raise DamagedError(_said(error)) from error
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        # Other failures of the system may pass, and say nothing about the checkpoint.
+        raise DamagedError(said(error)) from error
     for name in sorted(written.keys() | found.keys()):
         if written.get(name) != found.get(name):
             what = "is missing" if name not in found else "is not as it was written"
@@ -212,7 +213,13 @@ def _quiet_threads(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _said(error: Exception) -> str:
+def _damage(error: Exception) -> Exception:
+    """What a failure to read means: damage, unless there was only no memory for it."""
+    return error if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) else DamagedError(said(error))
+
+
+def said(error: Exception) -> str:
+    """The first line of an exception of the system or of orbax."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     # The sentence of tensorstore begins with paths, again and again.

@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from experiments.config.errors import RunError
-from experiments.training.run_dir import REPLACED, has_checkpoint, is_temporary
+from experiments.training.run_dir import MOVING, REPLACED, has_checkpoint, is_temporary
+from unet.files.saving import CONFIG
 
 # Every state that a killed process can leave is told from the others by which of these folders there is.
-_MOVING = ".moving.tmp"
-"""Holds files of the old run on their way to `replaced` or back; nothing of the new run is there yet."""
 _DISCARDED = ".discarded.tmp"
 """An old run that is being deleted."""
 
@@ -27,16 +26,19 @@ def replacing(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
     _settle(folder)
     try:
         moved = _move_aside(folder)
-    except OSError as error:
+    except BaseException as error:
         _put_back(folder)
-        raise RunError(f"the run in {folder} cannot be replaced: {error}") from None
+        if isinstance(error, OSError):
+            raise RunError(f"the run in {folder} cannot be replaced: {error}") from None
+        raise
     try:
         yield
     except BaseException:
-        if moved and (folder / REPLACED).is_dir():
+        if moved:
             try:
-                _restore(folder)
-                note(f"the run that was in {folder} before is there again")
+                if (folder / REPLACED).is_dir():
+                    _restore(folder)
+                    note(f"the run that was in {folder} before is there again")
             except OSError as error:
                 note(f"the run that was in {folder} before is kept in {folder / REPLACED} ({error})")
         raise
@@ -71,18 +73,19 @@ def _move_aside(folder: Path) -> bool:
     present = list(folder.iterdir())
     if not present:
         return False
-    (folder / _MOVING).mkdir()
-    for path in present:
-        path.rename(folder / _MOVING / path.name)
-    (folder / _MOVING).rename(folder / REPLACED)
+    (folder / MOVING).mkdir()
+    # The configuration first, and last on the way back: without it nobody takes what is there for a run.
+    for path in sorted(present, key=lambda path: path.name != CONFIG):
+        path.rename(folder / MOVING / path.name)
+    (folder / MOVING).rename(folder / REPLACED)
     return True
 
 
 def _put_back(folder: Path) -> None:
     """Undo a move that did not end."""
-    moving = folder / _MOVING
+    moving = folder / MOVING
     if moving.is_dir():
-        for path in list(moving.iterdir()):
+        for path in sorted(moving.iterdir(), key=lambda path: path.name == CONFIG):
             path.rename(folder / path.name)
         moving.rmdir()
 
@@ -92,7 +95,7 @@ def _restore(folder: Path) -> None:
     for path in list(folder.iterdir()):
         if path.name != REPLACED:
             _delete(path)
-    (folder / REPLACED).rename(folder / _MOVING)
+    (folder / REPLACED).rename(folder / MOVING)
     _put_back(folder)
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from experiments.config.errors import RunError
-
 
 class RunFolder:
     """The folder of a run, which may be deleted, unmounted or replaced while the run trains.
@@ -31,7 +29,7 @@ def save_elsewhere(folder: Path, write: Callable[[Path], object]) -> Path | None
     for place in _places(folder):
         try:
             write(place)
-        except (OSError, RunError, ValueError):
+        except Exception:  # orbax lets whatever its writers raise through; the next place may do
             shutil.rmtree(place, ignore_errors=True)
         else:
             return place
@@ -40,10 +38,10 @@ def save_elsewhere(folder: Path, write: Callable[[Path], object]) -> Path | None
 
 def _places(folder: Path) -> Iterator[Path]:
     """New empty folders; those that cannot be made are left out."""
-    number = 1
-    while (beside := folder.with_name(f"{folder.name}-rescued{'' if number == 1 else f'-{number}'}")).exists():
-        number += 1
+    folder, number = folder.absolute(), 1
     with suppress(OSError):
+        while (beside := folder.with_name(f"{folder.name}-rescued{'' if number == 1 else f'-{number}'}")).exists():
+            number += 1
         beside.mkdir()
         yield beside
     with suppress(OSError):

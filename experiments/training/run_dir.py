@@ -28,6 +28,8 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 PREPARED = "prepared.safetensors"
 """What the estimator found out from text before training."""
+MOVING = ".moving.tmp"
+"""Holds the files of a run on their way to `replaced` or back; nothing of a new run is there yet."""
 REPLACED = "replaced"
 """The run that was in a folder before, until the new one has its first checkpoint."""
 OWN_FILES = (
@@ -171,7 +173,8 @@ def differing(run: RunConfig, saved: RunConfig, may_differ: Collection[str] = ()
 def moved(run: RunConfig, saved: RunConfig) -> RunConfig:
     """`saved` with the places that `run` has for its data, their cache, the weights it began with and the run whose model it
     reads: what lies there is recognised by its content. The model is known only where it was kept with the run."""
-    data = dataclasses.replace(saved.data, cache=run.data.cache)
+    places = {name: getattr(run.data, name) for name in ("cache", "train", "valid", "test")}
+    data = dataclasses.replace(saved.data, **places)
     init = saved.init if saved.init is None or run.init is None else run.init
     there = dataclasses.replace(saved, dataset=run.dataset, data=data, init=init)
     needs = saved.first.prerequisite
@@ -191,8 +194,8 @@ def read_config(folder: Path, plugins: Collection[str] = ()) -> RunConfig:
     """The configuration of the run in `folder`; `plugins` are modules that it may name. Raises `ConfigError` if there is none."""
     path = folder / CONFIG
     if not path.is_file():
-        kept = folder / REPLACED
-        where = f"; the run that was to be replaced is in {kept}" if kept.is_dir() else ""
+        kept = [folder / name for name in (MOVING, REPLACED) if (folder / name).is_dir()]
+        where = f"; the run that was to be replaced is in {kept[0]}" if kept else ""
         raise ConfigError(f"{folder} holds no run to resume: there is no {CONFIG} in it{where}")
     return from_json(path.read_bytes(), str(path), plugins)
 

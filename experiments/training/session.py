@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -98,11 +99,13 @@ class Session:
         return self.trainer.model(here)
 
     def train_step(self) -> None:
-        """One step, logged and shown. Raises `DataError`, after a checkpoint, and `NonFiniteError`."""
+        """One step, logged and shown. Raises `DataError`, after a checkpoint of what was trained, and `NonFiniteError`."""
         try:
             batch = next(self._batches)
         except DataError:
-            self.save()
+            # Of no step there is nothing to keep, and a checkpoint would be the end of a run that is being replaced.
+            if self.step:
+                self.save()
             raise
         key = jax.random.fold_in(self.setup.key_steps, self.step)
         self._state, metrics = self._step_function(self._state, self.setup.placement.batch(batch), key)
@@ -198,7 +201,9 @@ class Session:
 
     def close(self) -> None:
         """Let go of the files and of the processes that prepare batches."""
-        self._log.close()
+        # What could not be written has been said before, with where it was saved instead.
+        with contextlib.suppress(OSError):
+            self._log.close()
         self._batches.close()
         self._checkpoints.close()
 

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from experiments.config.build import build_model
 from experiments.config.errors import ConfigError
-from experiments.training.checkpoint import _describe
+from experiments.training.checkpoint import DamagedError, _describe, require_undamaged, said
 from experiments.training.placement import with_implementation
 from experiments.training.prepared import read_prepared
 from experiments.training.run_dir import CHECKPOINTS, read_config
@@ -50,6 +50,10 @@ def stored_model(folder: Path, step: int | None = None, plugins: Sequence[str] =
 
 def _restored(folder: Path, like):
     """The parameters of a checkpoint of states like this one, checked against the hashes written with it."""
+    try:
+        require_undamaged(folder)
+    except DamagedError as error:
+        raise ConfigError(f"the checkpoint {folder} is damaged ({error})") from None
     handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(handler) as reader:
         try:
@@ -58,8 +62,7 @@ def _restored(folder: Path, like):
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
             found = reader.restore(folder.absolute(), args=arguments)
         except Exception as error:  # orbax lets whatever its readers raise through, bare Exceptions among them
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            raise ConfigError(f"the checkpoint {folder} is damaged, or does not fit its run ({reason})") from error
+            raise ConfigError(f"the checkpoint {folder} is damaged, or does not fit its run ({said(error)})") from error
     written = {name: list(leaf) for name, leaf in found["meta"]["leaves"].items()}
     read = {name: list(map(_plain, leaf)) for name, leaf in _describe(found["state"]).items()}
     if any(written.get(name) != leaf for name, leaf in read.items()):

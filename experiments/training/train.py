@@ -107,7 +107,8 @@ def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> O
 
 def _stopped(session: Session, number: int) -> Interrupted:
     done = f"step {session.step} of {session.config.total_steps}"
-    return Interrupted(f"{signal.Signals(number).name}: stopped at {done} and saved {session.run_dir}", number)
+    saved = f" and saved {session.run_dir}" if session.step else ""
+    return Interrupted(f"{signal.Signals(number).name}: stopped at {done}{saved}", number)
 
 
 def _is_due(step: int, total: int, times: int) -> bool:
