@@ -98,7 +98,7 @@ class AbstractSource(ABC):
         return ()
 
     def extents(self) -> Sequence[Extent]:
-        """What all shards are read from, so that text that is in two sources is noticed. By default, shards are the same where they
+        """What all shards are read from, so that text in two sources is noticed. By default, shards are the same where they
         and their sources have the same names."""
         return [Extent(f"{self.name}: {shard.name}") for shard in self.shards()]
 
