@@ -1,6 +1,7 @@
 """Shared by all tests: strict dtypes, two CPU devices, and small models."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
+
+# A suite that runs in the background of a shell has Ctrl-C switched off, and the processes that it starts would have it so too.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything touches a backend.
 jax.config.update("jax_platforms", "cpu")

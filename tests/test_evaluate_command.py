@@ -261,7 +261,7 @@ def test_a_damaged_checkpoint_is_named(unfinished, tmp_path, capsys):
         ((".",), "holds neither a run nor the weights of a model"),
         (("MODEL/sfe",), "does not say what it was trained on: name a --dataset or a --text"),
         (("MODEL/sfe", "--dataset", "nowhere"), "no data set, file or folder called 'nowhere'"),
-        (("MODEL/sfe", "--dataset", "docs", "--split", "test"), "--split"),
+        (("MODEL/sfe", "--dataset", "docs", "--split", "test"), "has no settled test text"),
         (("MODEL/sfe", "--text", "nowhere.txt"), "nowhere.txt cannot be read: No such file"),
         (("MODEL/sfe", "--text", "EMPTY"), "is empty"),
         (("MODEL/sfe", "--text", "BOS"), "holds the byte 254 at offset 1"),

@@ -116,7 +116,7 @@ def test_a_vocabulary_that_misses_the_rate_is_used_and_its_rate_told(corpus, tmp
 def test_what_cannot_be_found_is_said_in_a_sentence(byte_run, corpus, tmp_path, capsys):
     needs("bpe", "tokenizers")
     cases = {
-        "--bpe: text-bytes": ("--estimator", "bpe", "--bpe.text-bytes", "0"),
+        "--bpe: text_bytes must be a whole number from 1": ("--estimator", "bpe", "--bpe.text-bytes", "0"),
         "--entropy.model": ("--estimator", "entropy"),
         "holds no model.safetensors": ("--estimator", "entropy", "--entropy.model", tmp_path),
     }

@@ -176,9 +176,12 @@ def test_presets_have_no_slack_of_their_own():
     assert [(level.estimator, level.rate) for level in PRESETS["hnet-tiny"].levels] == [("hnet", 0.2)]
 
 
-@pytest.mark.parametrize("heads", [0, -1])
-def test_attention_to_tokens_needs_heads(heads):
-    with pytest.raises(ValueError, match="a width that its heads divide"):
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [(0, "a width that its heads divide"), (-1, "heads must be a whole number from 0 to 65536; got -1")],
+)
+def test_attention_to_tokens_needs_heads(heads, said):
+    with pytest.raises(ValueError, match=said):
         dataclasses.replace(
             NESTED, layout='["m1", ["m1", ["T1"], "m1"], "m1"]', heads=(heads, heads, 2), attend="every"
         )

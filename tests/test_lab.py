@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -308,15 +309,23 @@ def test_the_command_leaves_tables_and_a_figure(corpus, tmp_path):
     assert lab.main(arguments) == 2
 
 
-def test_the_command_measures_estimators_by_name(corpus, tmp_path, capsys):
+def test_the_command_measures_estimators_by_name(corpus, tmp_path, capsys, monkeypatch):
+    """Those of somebody else's package as well."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "outside"))
+    outside = "my_tokens.router:NormRouter"
     out = tmp_path / "named"
     settings = ("--length", 3, "--models", 2, "--sets", 1, "--steps", 1)
     arguments = [str(argument) for argument in ("--dataset", corpus, "--out", out, *settings, "--estimators")]
     with jax.numpy_dtype_promotion("standard"):
-        assert lab.main([*arguments, "sfe", "whitespace"]) == 0
+        assert lab.main([*arguments, outside, "whitespace"]) == 0
     found = json.loads((out / "estimators.json").read_text())
     policy, rule = found["estimators"]
-    assert (policy["name"], policy["draws"], rule["name"], rule["parameters"]) == ("sfe", "enumerated", "whitespace", 0)
+    assert (policy["name"], policy["draws"], rule["name"], rule["parameters"]) == (
+        outside,
+        "enumerated",
+        "whitespace",
+        0,
+    )
     assert policy["cosine"]["mean"] > 0.9
     assert policy["variance"]["mean"] > 0.0
     assert policy["error"]["mean"] == 0.0

@@ -54,6 +54,8 @@ for line in json.loads(sys.argv[1]):
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{path}", "COLUMNS": "200"},
         capture_output=True,
         text=True,
+        # What a model writes need not be UTF-8.
+        errors="replace",
         timeout=600,
         check=False,
     )
@@ -90,21 +92,8 @@ def test_classes_named_by_module_work_in_one_command_after_another(corpus, tmp_p
         ("generate", "run", "--max-bytes", "4", *modules),
         ("run", "--resume", "--out", "run", *modules),
         ("export", "run", "--to", "mine", *modules),
-        (
-            "lab",
-            "--estimators",
-            "my_tokens.router:NormRouter",
-            "--out",
-            "lab",
-            "--steps",
-            "1",
-            "--length",
-            "3",
-            "--models",
-            "2",
-        ),
     )
-    assert codes == [2, 2, 0, 0, 0, 0], said
+    assert codes == [2, 2, 0, 0, 0], said
     assert (
         "add --plugin my_tokens.chunker my_tokens.constraint my_tokens.reduction my_tokens.router if you trust them"
         in said
@@ -323,7 +312,7 @@ def test_every_setting_has_a_help_text_and_the_house_is_short():
 
 def test_experiments_and_unet_name_no_estimator():
     """But for words that mean something else there: columns, metrics, kinds of entropy."""
-    other_meanings = {"entropy", "uniform", "characters", "whitespace", "stride"}
+    other_meanings = {"entropy", "uniform", "characters", "whitespace", "spacelike", "stride"}
     names = set(ESTIMATORS.house) - other_meanings
     found = [
         (path.relative_to(ROOT).as_posix(), node.value)
