@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.hub import default_cache
 from experiments.command import command_line
 from experiments.launch import program
 from experiments.reporting.display import Display
-from experiments.scoring.cache import ScoreCache, default_cache
+from experiments.scoring.cache import ScoreCache
 from experiments.scoring.compute import evaluation_of
 from experiments.scoring.document import document
 from experiments.scoring.inputs import read_inputs
@@ -49,7 +50,7 @@ def evaluate(config: EvaluateConfig, display: Display) -> None:
 
 
 def _folder(config: EvaluateConfig) -> Path:
-    return default_cache() if config.cache is None else config.cache
+    return default_cache() / "evaluation" if config.cache is None else config.cache
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,11 +22,6 @@ FORMAT = 1
 """To be raised whenever the same model, text and settings would give other scores."""
 
 
-def default_cache() -> Path:
-    """`caesura/evaluation` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "caesura" / "evaluation"
-
-
 def chunk_key(
     model: str, documents: Sequence[bytes], windows: Sequence[Window], drawn: tuple[int, int] | None, context: int
 ) -> str:
