@@ -63,6 +63,8 @@ Layers = Annotated[int, Within(0, 4096)]
 """Of one network."""
 Window = Annotated[int, Within(1, 2**24)]
 """Positions that attention sees; decoding keeps as many keys and values."""
+ChunkLength = Annotated[int, Within(1, 2**24)]
+"""Positions of a chunk."""
 Vectors = Annotated[int, Within(1, 1024)]
 """Into which a token is unfolded."""
 Lags = Annotated[int, Within(0, 1024)]

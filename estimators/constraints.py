@@ -9,6 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from estimators.base import AbstractEstimator, Estimator, Layout
+from estimators.bounds import ChunkLength, require_within
 from estimators.equations import NEVER, rate_with_longest, rate_with_shortest
 from estimators.limits import Limits
 from estimators.lookup import Kind
@@ -38,13 +39,13 @@ class MaxLength(AbstractConstraint):
     """A boundary where the chunk has `n` bytes (BLT's maximum patch length), or as soon after as one may stand there: with
     `WholeCharacters`, chunks have up to n + 3.
 
-    Inside a hierarchy it counts the tokens of the level around. Raises `ValueError` for n below 1.
+    Inside a hierarchy it counts the tokens of the level around. Raises `ValueError` for n below 1 or above 2^24.
     """
 
-    n: int = eqx.field(static=True)
+    n: ChunkLength = eqx.field(static=True)
     """The most bytes of a chunk."""
 
-    def __init__(self, n: int, inner_n: int | None = None, level: int = 0):
+    def __init__(self, n: ChunkLength, inner_n: ChunkLength | None = None, level: int = 0):
         """`inner_n`: the most tokens of a chunk at levels inside the first; by default n."""
         self.n = _size("max-length", n, inner_n, level)
 
@@ -59,13 +60,13 @@ class MaxLength(AbstractConstraint):
 class MinLength(AbstractConstraint):
     """No boundary where the chunk has fewer than `n` bytes.
 
-    Inside a hierarchy it counts the tokens of the level around. Raises `ValueError` for n below 1.
+    Inside a hierarchy it counts the tokens of the level around. Raises `ValueError` for n below 1 or above 2^24.
     """
 
-    n: int = eqx.field(static=True)
+    n: ChunkLength = eqx.field(static=True)
     """The fewest bytes of a chunk; the last one of a document may have fewer."""
 
-    def __init__(self, n: int, inner_n: int | None = None, level: int = 0):
+    def __init__(self, n: ChunkLength, inner_n: ChunkLength | None = None, level: int = 0):
         """`inner_n`: the fewest tokens of a chunk at levels inside the first; by default n."""
         self.n = _size("min-length", n, inner_n, level)
 
@@ -78,10 +79,11 @@ class MinLength(AbstractConstraint):
 
 
 def _size(name: str, n: int, inner_n: int | None, level: int) -> int:
-    chosen = n if level == 0 or inner_n is None else inner_n
-    if chosen < 1:
-        raise ValueError(f"{name} counts the bytes of a chunk and must be at least 1; got {chosen}")
-    return chosen
+    require_within(f"{name}.n, which counts the bytes of a chunk,", n, ChunkLength)
+    if inner_n is None:
+        return n
+    require_within(f"{name}.inner-n, which counts the tokens of a chunk,", inner_n, ChunkLength)
+    return n if level == 0 else inner_n
 
 
 CONSTRAINTS = Kind(

@@ -322,7 +322,12 @@ def test_levels_inside_have_constraints_of_their_own_that_count_tokens():
         (("--constrain", "words"), "--constrain words: .*characters, max-length, min-length"),
         (
             ("--constrain", "max-length", "--max-length.n", 0),
-            "max-length counts the bytes of a chunk and must be at least 1",
+            "max-length.n, which counts the bytes of a chunk, must be a whole number from 1 to 16777216; got 0",
+        ),
+        (("--constrain", "min-length", "--min-length.n", 10**15), "min-length.n, .* to 16777216; got 1000000000000000"),
+        (
+            ("--constrain", "max-length", "--max-length.n", 4, "--max-length.inner-n", 0),
+            "max-length.inner-n, which counts the tokens of a chunk, must be a whole number from 1 to 16777216; got 0",
         ),
         (
             ("--constrain", "max-length", "min-length", "--max-length.n", 2, "--min-length.n", 3),

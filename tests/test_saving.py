@@ -27,7 +27,7 @@ from tests.test_run import SMALL, start
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
 from unet.files.arrays import ArrayFile, file_content
-from unet.files.saving import metadata_of
+from unet.files.saving import metadata_of, write_atomically
 
 WEIGHTS = "model.safetensors"
 
@@ -105,12 +105,19 @@ def test_ones_own_classes_and_rules_are_named_when_loading(model, tmp_path):
     assert router_of(unet.load(tmp_path)) == RuleRouter(spacelike, 1)
 
 
+def test_a_file_that_cannot_be_written_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "a.json" / "inside").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        write_atomically(tmp_path / "a.json", "what cannot take the place of a folder")
+    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "os.system",
         "estimators.routers.rules.jnp",
-        "unet.saving.write_atomically",
+        "unet.files.saving.write_atomically",
         "estimators.base.Nothing",
         "builtins.eval",
         "",

@@ -55,7 +55,7 @@ def write_per_byte(path: Path, text: Text, models: Sequence[tuple[str, ByteScore
         **{f"boundary_{level + 1}": pyarrow.bool_() for level in range(levels)},
     }
     schema = pyarrow.schema(list(columns.items()))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for name, scores in models:

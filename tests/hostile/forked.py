@@ -13,9 +13,14 @@ from pathlib import Path
 
 import safetensors.numpy
 
-from experiments import compare, export, run
+from experiments import compare, evaluate, export, run
 
-MAINS: dict[str, Callable[[Sequence[str]], int]] = {"run": run.main, "compare": compare.main, "export": export.main}
+MAINS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": run.main,
+    "compare": compare.main,
+    "export": export.main,
+    "evaluate": evaluate.main,
+}
 SMALL = (
     *("--unet.dim", "8", "--unet.heads", "2", "--unet.main-layers", "1", "--unet.window", "4", "--estimator", "sfe"),
     *("--length", "16", "--batch", "4", "--steps", "4", "--devices", "1", "--buckets", "1"),

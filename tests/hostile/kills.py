@@ -53,6 +53,11 @@ class Trials:
         # Not the first one, which compiles.
         self.whole = self._undisturbed("run", left_by, *self.given, "--out", str(folder / "whole"))
         self.exported = self._undisturbed("export", _exported, str(folder / "whole"), "--to", str(folder / "exported"))
+        self.evaluated = (
+            str(folder / "whole"),
+            *("--split", "all", "--context", "16", "--stride", "8", "--samples", "2"),
+        )
+        self.scored = self._undisturbed("evaluate", _evaluation, *self._evaluation_in(folder / "scored"))
         self._done("compare", *self.compared, "--out", str(folder / "warm"))
         self.table = self._undisturbed("compare", _table, *self.compared, "--out", str(folder / "table"))
 
@@ -88,6 +93,16 @@ class Trials:
             self._done("export", *command)
         _same(_exported(out), self.exported.left)
 
+    def evaluate(self) -> Iterator[str]:
+        """An evaluation, with everything that it can write."""
+        out = self._out()
+        command = self._evaluation_in(out)
+        yield self._killed("evaluate", self.scored, *command)
+        # What was written already is not written over unless that is asked for.
+        written = (out / "bytes.parquet").exists() or any((out / "page").glob("[!.]*"))
+        self._done("evaluate", *(("--overwrite",) if written else ()), *command)
+        _same(_evaluation(out), self.scored.left)
+
     def compare(self) -> Iterator[str]:
         """A comparison, whose runs are killed with it, or go on alone and are waited for."""
         out = self._out()
@@ -108,6 +123,11 @@ class Trials:
             time.sleep(0.1)
         self._done("compare", *command)
         _same(_table(out), self.table.left)
+
+    def _evaluation_in(self, out: Path) -> tuple[str, ...]:
+        out.mkdir()
+        files = ("--per-byte", str(out / "bytes.parquet"), "--report", str(out / "page"), "--cache", str(out))
+        return *self.evaluated, *files
 
     def _killed(self, name: str, whole: Undisturbed, *command: str) -> str:
         moment = self.rng.uniform(0.0, whole.seconds)
@@ -134,8 +154,8 @@ class Trials:
 
 
 KINDS: tuple[Callable[[Trials], Iterator[str]], ...] = (
-    *(Trials.run, Trials.overwrite, Trials.export, Trials.run, Trials.overwrite),
-    *(Trials.run, Trials.export, Trials.run, Trials.overwrite, Trials.compare),
+    *(Trials.run, Trials.overwrite, Trials.export, Trials.evaluate, Trials.overwrite),
+    *(Trials.run, Trials.evaluate, Trials.run, Trials.overwrite, Trials.compare),
 )
 
 
@@ -187,6 +207,13 @@ def _equal(one: Path, other: Path) -> bool:
 def _exported(folder: Path) -> object:
     names = sorted(path.name for path in folder.iterdir())
     return names, weights(folder), (folder / "README.md").read_text(), (folder / "config.json").read_text()
+
+
+def _evaluation(folder: Path) -> object:
+    names = sorted(path.name for path in (folder / "page").iterdir())
+    found = json.loads((folder / "page" / "evaluation.json").read_text())
+    # The settings say where to write.
+    return names, {**found, "settings": None}, (folder / "bytes.parquet").read_bytes()
 
 
 def _table(folder: Path) -> object:

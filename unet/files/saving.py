@@ -7,6 +7,7 @@ code that configured it, and found damaged if a single bit has changed. The same
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -45,14 +46,20 @@ class Loaded:
 
 
 def write_atomically(path: Path, *parts: str | bytes | memoryview) -> None:
-    """Write a file so that a crash leaves either the old one or the new one, never a partial one."""
+    """Write a file so that a crash leaves either the old or the new one, never a partial one; an error leaves nothing else."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        for part in parts:
-            stream.write(part.encode() if isinstance(part, str) else part)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            for part in parts:
+                stream.write(part.encode() if isinstance(part, str) else part)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        # It takes room on what may be a full disk. The error that matters is the first one.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def save(model: UNet, folder: str | Path) -> Path:
