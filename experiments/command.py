@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import sys
 import traceback
@@ -14,7 +13,7 @@ from jax.errors import JaxRuntimeError
 
 from data import DataError, WorkerError
 from experiments.config.arguments import parsed
-from experiments.config.errors import ConfigError, PluginError, RunError
+from experiments.config.errors import ConfigError, PluginError, RunError, failure
 from experiments.launch import CLOSED, STOPPED, interruptible
 from experiments.reporting.display import Display
 from experiments.terminal import OutputClosed, write_output
@@ -91,6 +90,5 @@ def command_line(
 
 def sentence_of(error: OSError) -> str:
     """What the operating system refused, where, and what to do."""
-    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     advice = ADVICE.get(error.errno or 0, "")
-    return f"{where}{error.strerror or str(error) or type(error).__name__}{advice and f'; {advice}'}"
+    return failure(error) + (advice and f"; {advice}")

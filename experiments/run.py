@@ -16,7 +16,7 @@ from pathlib import Path
 from data import DataError
 from experiments.command import exit_code
 from experiments.config.arguments import expanded
-from experiments.config.errors import ConfigError, RunError, one_line
+from experiments.config.errors import ConfigError, RunError, failure, one_line
 from experiments.config.flags import parse_run
 from experiments.config.plugins import import_plugins, named_modules, plugins_in
 from experiments.config.presets import PRESETS
@@ -101,8 +101,9 @@ def run(config: RunConfig, display: Display) -> None:
                 write_prepared(run_dir, setup.prepared)
                 _run_in(run_dir, config, setup, display)
             except OSError as error:
-                again = "; go on with --resume once that is mended" if has_checkpoint(run_dir) else ""
-                raise RunError(f"{one_line(str(error))}{again}") from error
+                if not has_checkpoint(run_dir):
+                    raise
+                raise RunError(f"{failure(error)}; go on with --resume once that is mended") from error
 
 
 def _set_up(config: RunConfig) -> Setup:

@@ -9,17 +9,6 @@ from experiments.launch import Stream
 LONGEST = 600
 """Characters of a message in one line, at most."""
 
-_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_UNSEEN = (*range(0x80, 0xA0), 0x2028, 0x2029, *_DIRECTIONS, *range(0xD800, 0xE000))
-_VISIBLE = _PICTURES | dict.fromkeys(_UNSEEN, 0xFFFD)
-
-
-def visible(text: str) -> str:
-    """Text of a model or of a data set for a terminal: each control character but line ends and tabs as its picture (␛), and what
-    else a terminal might act on, such as a change of direction, as U+FFFD."""
-    return text.translate(_VISIBLE)
-
 
 def escaped(text: str, keep: str = "") -> str:
     """A message: what cannot be printed, the bytes of odd file names included, as Python writes it (`\\x1b`), but for `keep`."""

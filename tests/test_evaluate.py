@@ -21,9 +21,9 @@ from estimators import (
     equations,
 )
 from experiments.evaluation.evaluate import ValidationAccumulator, agreement, area_under_roc, evaluate, summarise
-from experiments.reporting.shading import characters, colour_of
 from tests.conftest import predict, small_model, small_score_function, text_bytes
 from unet import Chunker, Distribute, Select, next_logprobs
+from unet.shading.characters import characters, colour_of
 
 
 def test_the_area_under_the_curve_counts_ordered_pairs():

@@ -13,13 +13,13 @@ import pytest
 import unet
 from experiments import export, words
 from experiments.config.errors import ConfigError
-from experiments.evaluation.segmentation import character_spans
 from experiments.generate import main
 from experiments.reporting.texts import MARKS, shown
 from experiments.training.initial import initial_weights
 from tests.compositions import registered
 from tests.test_run import usual_promotion as usual_promotion
 from unet.decoding.generate import Generation, Piece
+from unet.decoding.utf8 import character_spans
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,11 @@ from experiments.config.arguments import parsed
 from experiments.config.errors import ConfigError, RunError
 from experiments.reporting.display import Display
 from experiments.reporting.report import html_page
-from experiments.reporting.shading import Character
 from experiments.reporting.texts import MARKS, PlainTexts, ShownTexts, content_of, standard_output
-from experiments.terminal import Lenient, OutputClosed, escaped, message, visible, write_output
+from experiments.terminal import Lenient, OutputClosed, escaped, message, write_output
 from unet.decoding.generate import Generation, Piece, TextStream
 from unet.files.saving import LoadError
+from unet.shading.characters import Character, visible
 
 HOSTILE = "a\x1b[2J\x07\x9b31m\r\x7f\u202eb\u2028\x00"
 """Clears a screen, rings, colours, goes to the start of the line, turns the direction, and breaks the line."""
@@ -58,7 +58,7 @@ def test_a_display_shows_nothing_that_a_terminal_acts_on(capsys):
     display = Display()
     display.note(f"files in runs/:smile:/{HOSTILE}\nand a table")
     display.error(f"{HOSTILE}\n\n{'x' * 10_000}")
-    display.sample([Character(one, 0.5, False) for one in f"{HOSTILE}\n"])
+    display.sample([Character(one, 0.5, 0) for one in f"{HOSTILE}\n"])
     said = capsys.readouterr().err
     assert acted_on(said) == []
     assert "runs/:smile:/a\\x1b[2J" in said

@@ -19,6 +19,7 @@ from unet.chunkers import (
 )
 from unet.config import UNetConfig
 from unet.decoding import utf8
+from unet.decoding.boundaries import TextBoundaries, boundaries
 from unet.decoding.generate import Generated, Generation, TextStream, generate
 from unet.decoding.sampling import Sampling
 from unet.decoding.score import Scored, score
@@ -59,11 +60,13 @@ __all__ = [
     "Scored",
     "Select",
     "Smooth",
+    "TextBoundaries",
     "TextStream",
     "UNet",
     "UNetConfig",
     "Widened",
     "WithBoundary",
+    "boundaries",
     "from_reference",
     "generate",
     "load",

@@ -32,12 +32,14 @@ from experiments.config.plugins import load_model, modules_of
 from experiments.config.settings import RunConfig
 from experiments.reporting.display import Display
 from experiments.reporting.markdown import table as markdown_table
-from experiments.reporting.report import html_page, picture, scale, shaded_html
-from experiments.reporting.shading import Character, shade
+from experiments.reporting.report import html_page, picture
+from experiments.reporting.shading import shade
 from experiments.training.data import load_split
 from experiments.training.dropped import TOLERATED
 from experiments.training.run_dir import json_text
 from unet.files.saving import write_atomically
+from unet.shading.characters import Character
+from unet.shading.html import fragment
 
 REFERENCE = BASELINE
 """The estimator that gains are relative to."""
@@ -327,8 +329,7 @@ def page(
     blocks = []
     for number in range(max(map(len, texts.values()), default=0)):
         blocks.append(f"<h3>Text {number + 1}</h3>")
-        for name, shaded in texts.items():
-            blocks.append(f'<p class="quiet">{name}</p><pre class="text">{shaded_html(shaded[number])}</pre>')
+        blocks.append(fragment([shaded[number] for shaded in texts.values()], list(texts)))
     remarks_html = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
     paired = ""
     if pairs:
@@ -344,6 +345,5 @@ def page(
 <img alt="Held-out bits per byte over training FLOPs and over bytes" src="data:image/png;base64,{encoded}">
 <p class="quiet">Thick lines are means over seeds, thin lines are single seeds.</p>
 <h2>The same held-out text</h2>
-<p>Boundary probability at each character, {scale()}. A line at the right of a character marks a sampled boundary.</p>
 {"".join(blocks)}""",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -27,6 +28,14 @@ def one_line(text: str, longest: int = 300) -> str:
     on."""
     plain = escaped(text[: longest + 1])
     return plain if len(plain) <= longest else f"{plain[: longest - 1]}…"
+
+
+def failure(error: Exception) -> str:
+    """What failed, in one line: of an `OSError` the file and the reason, without the number of the error."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return one_line(f"{where}{error.strerror}")
+    return one_line(str(error) or type(error).__name__)
 
 
 def refused(error: PartError) -> ConfigError:

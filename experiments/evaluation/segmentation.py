@@ -56,19 +56,6 @@ def open_segmenter(name: SegmenterName) -> Segmenter:
     return by_jieba() if name == "jieba" else by_whitespace
 
 
-def character_spans(content: bytes) -> Iterator[tuple[int, int]]:
-    """Start and end of each UTF-8 character. An invalid byte is a span of its own."""
-    start = 0
-    while start < len(content):
-        end, state = start + 1, int(utf8.AFTER[utf8.COMPLETE, content[start]])
-        while state > 0 and end < len(content) and (after := int(utf8.AFTER[state, content[end]])) >= 0:
-            end, state = end + 1, after
-        # The first byte of an incomplete character is a span of its own.
-        end = end if state == utf8.COMPLETE else start + 1
-        yield start, end
-        start = end
-
-
 @dataclass(frozen=True)
 class ByteLabels:
     """Labels of each byte of some rows.
@@ -126,7 +113,9 @@ def _texts(row: Row) -> Iterator[tuple[int, str]]:
     for begin, end in itertools.pairwise(borders):
         content = values[begin:end].tobytes()
         # Bytes outside complete characters: BOS, and a character cut off at the start or end of the row.
-        invalid = [start for start, stop in character_spans(content) if stop == start + 1 and content[start] >= 0x80]
+        invalid = [
+            start for start, stop in utf8.character_spans(content) if stop == start + 1 and content[start] >= 0x80
+        ]
         for start, stop in zip([-1, *invalid], [*invalid, len(content)], strict=True):
             if start + 1 < stop:
                 yield begin + start + 1, content[start + 1 : stop].decode()

@@ -13,18 +13,15 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float32, Key, UInt8
 
 from estimators.base import BOS
 from unet import UNet
-from unet.decoding.score import Likelihoods, likelihoods, rate_of, with_enough_capacity
-from unet.likelihood import plain_layout
-from unet.losses import early_log_prob
-from unet.numerics import with_rank_promotion
+from unet.decoding.boundaries import byte_pass
+from unet.decoding.score import rate_of, with_enough_capacity
 
 SHORTEST = 16
 """Windows are padded to `context`, or to a half, a quarter or an eighth of it, but not to less than this."""
@@ -84,32 +81,6 @@ class PositionScores:
     def joined(cls, parts: Sequence[PositionScores]) -> PositionScores:
         """Several after one another."""
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in cls.__annotations__})
-
-
-class _Pass(eqx.Module):
-    likelihoods: Likelihoods
-    early_log_prob: Float[Array, "batch length"] | None
-    prob: Float[Array, "batch length"]
-
-    @property
-    def overflow(self) -> Int[Array, " batch"] | None:
-        return self.likelihoods.overflow
-
-
-@eqx.filter_jit
-@with_rank_promotion
-def _pass(
-    model: UNet,
-    bytes: Int[Array, "batch length"],
-    mask: Bool[Array, "batch length"],
-    keys: Key[Array, " batch"] | None,
-    capacity: int,
-) -> _Pass:
-    prediction = model(bytes, key=keys, mask=mask, capacities=(capacity,))
-    levels = prediction.levels
-    prob = levels[0].boundaries.probs if levels else jnp.zeros(bytes.shape, jnp.float32)
-    early = early_log_prob(prediction, plain_layout(bytes, None, mask))
-    return _Pass(likelihoods(prediction, bytes, mask), early, prob)
 
 
 def padded_lengths(context: int) -> list[int]:
@@ -173,7 +144,7 @@ def _batch_scores(
         content = positions_of(documents[window.document], window.start, window.stop + 1)
         bytes[row, : len(content)] = content
         mask[row, : window.stop - window.start] = True
-    compute = functools.partial(_pass, model, jnp.asarray(bytes), jnp.asarray(mask), keys)
+    compute = functools.partial(byte_pass, model, jnp.asarray(bytes), jnp.asarray(mask), keys)
     result = jax.tree.map(np.asarray, with_enough_capacity(bytes.shape[1], rate_of(model), compute))
     parts = []
     for row, window in enumerate(windows):

@@ -9,12 +9,12 @@ from typing import IO, cast
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
-from experiments.reporting.shading import Character, colour_of
-from experiments.terminal import Lenient, escaped, message, visible
+from experiments.terminal import Lenient, escaped, message
+from unet.decoding.boundaries import coloured
+from unet.shading.characters import Character
 
 
 class Display:
@@ -90,13 +90,8 @@ class Display:
 
     def sample(self, characters: list[Character]) -> None:
         """Print held-out text with the boundary probability of each character as its background colour."""
-        text = Text()
-        for character in characters:
-            red, green, blue = colour_of(character.prob)
-            shown = "⏎\n" if character.text == "\n" else visible(character.text)
-            text.append(shown, style=f"black on #{red:02x}{green:02x}{blue:02x}")
         self.console.print("held-out text, boundary probability from blue (0) to red (1):")
-        self.console.print(text)
+        self.console.print(coloured(characters, marks=False))
 
 
 def bits_per_byte(validation: Validation) -> str:

@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from experiments.config.settings import RunConfig
-from experiments.reporting.shading import Character, colour_of
 from experiments.reporting.summary import Summary
 from experiments.terminal import escaped
 from experiments.training.metrics_log import read_metrics
 from unet.files.saving import write_atomically
 from unet.losses import level_prefix
+from unet.shading.characters import Character, colour_of
+from unet.shading.html import fragment
 
 PICTURE_COLUMNS, PICTURE_LINES = 96, 26
 """Size of `boundaries.png`, in characters."""
@@ -33,12 +34,8 @@ table { border-collapse: collapse; }
 td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); }
 td + td { font-variant-numeric: tabular-nums; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-pre.text { background: white; color: black; padding: .8rem; border: 1px solid var(--line); border-radius: 4px;
-  white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, monospace; }
-pre.text span { padding: .15em 0; } pre.text .b { box-shadow: inset -2px 0 #0009; }
 .wide { overflow-x: auto; } .wide th { text-align: left; padding-right: .8rem; }
 .wide th, .wide td { white-space: nowrap; } td.quiet { color: var(--quiet); }
-.scale { display: inline-block; width: 12rem; height: .8rem; vertical-align: middle; border-radius: 2px; }
 """
 
 
@@ -52,15 +49,14 @@ def report_page(folder: Path, config: RunConfig, summary: Summary, shaded: Seque
     """The content of `report.html`: a table of results, shaded held-out text, curves and settings."""
     title = f"{config.estimator} on {config.dataset}"
     curves = base64.b64encode(curves_picture(folder, config)).decode()
-    texts = "\n".join(f'<pre class="text">{shaded_html(characters)}</pre>' for characters in shaded)
+    texts = fragment(shaded, [f"Text {number}" for number in range(1, len(shaded) + 1)])
     settings = html.escape((folder / "config.json").read_text())
     return html_page(
         title,
         f"""<p class="quiet">{_subtitle(config, summary)}</p>
 <table>{"".join(_result_rows(config, summary))}</table>
 <h2>Held-out text</h2>
-<p>Boundary probability at each character (at its last byte), {scale()}.
-A line at the right of a character marks a sampled boundary. ▪ is the start of a document.</p>
+<p class="quiet">▪ is the start of a document.</p>
 {texts}
 <h2>Curves</h2>
 <img alt="Bits per byte, boundary rate and agreement with white space over training bytes" src="data:image/png;base64,{curves}">
@@ -82,27 +78,8 @@ def html_page(title: str, body: str) -> str:
 """
 
 
-def scale() -> str:
-    """The colour scale of probabilities as HTML."""
-    stops = ", ".join(f"rgb{colour_of(prob / 10)}" for prob in range(11))
-    return f'low <span class="scale" style="background: linear-gradient(90deg, {stops})"></span> high'
-
-
-def shaded_html(characters: Iterable[Character]) -> str:
-    """Characters as HTML spans. The tooltip of a character shows its probability."""
-    parts = []
-    for character in characters:
-        red, green, blue = colour_of(character.prob)
-        shown = "⏎\n" if character.text == "\n" else html.escape(character.text)
-        mark = ' class="b"' if character.boundary else ""
-        parts.append(
-            f'<span{mark} style="background:#{red:02x}{green:02x}{blue:02x}" title="{character.prob:.3f}">{shown}</span>'
-        )
-    return "".join(parts)
-
-
-def boundaries_picture(shaded: Sequence[Sequence[Character]]) -> bytes:
-    """A PNG of held-out text with the boundary probability of each character as its background colour."""
+def boundaries_picture(shaded: Sequence[Sequence[Character]], title: str = "Held-out text") -> bytes:
+    """A PNG of texts with the boundary probability of each character as its background colour."""
     lines = _wrapped(shaded)[:PICTURE_LINES]
     height = 0.24 * len(lines) + 0.45
     figure = Figure(figsize=(0.105 * PICTURE_COLUMNS + 0.3, height), dpi=140)
@@ -111,7 +88,7 @@ def boundaries_picture(shaded: Sequence[Sequence[Character]]) -> bytes:
     axes.set_ylim(len(lines), 0)
     axes.axis("off")
     figure.suptitle(
-        "Held-out text: boundary probability at each character, blue 0, red 1; bars are sampled boundaries",
+        f"{title}: boundary probability at each character, blue 0, red 1; bars are boundaries",
         fontsize=9,
         y=1 - 0.1 / height,
     )
@@ -119,7 +96,7 @@ def boundaries_picture(shaded: Sequence[Sequence[Character]]) -> bytes:
         for x, character in enumerate(line):
             colour = tuple(channel / 255 for channel in colour_of(character.prob))
             axes.add_patch(Rectangle((x, y + 0.06), 1, 0.88, facecolor=colour, linewidth=0))
-            if character.boundary:
+            if character.depth:
                 axes.add_patch(Rectangle((x + 0.86, y + 0.06), 0.14, 0.88, facecolor="#333333", linewidth=0))
             axes.text(
                 x + 0.45, y + 0.53, _printable(character.text), ha="center", va="center", fontsize=8, family="monospace"

@@ -12,12 +12,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from experiments.evaluation.segmentation import character_spans
-from experiments.terminal import visible, write_output
+from experiments.terminal import write_output
 from unet import Generation, utf8
-
-MARKS = ("·", "│", "┃")
-"""Shown after a byte that ends a token, by boundary depth: at one level, at two levels, at three or more."""
+from unet.shading.characters import MARKS, visible
 
 Parts = Iterator[tuple[bytes, bool, str]]
 
@@ -124,7 +121,7 @@ def _parts(text: Generation, marks: bool) -> Parts:
     content = text.prompt + text.piece.bytes
     end = len(content) if text.piece.finish is not None else max(utf8.whole_characters(content), len(text.prompt))
     closed = np.concatenate([text.prompt_boundary_depth, text.piece.boundary_depth])
-    for first, last in character_spans(content[:end]):
+    for first, last in utf8.character_spans(content[:end]):
         depth = int(closed[first:last].max())
         mark = MARKS[min(depth, len(MARKS)) - 1] if marks and depth else ""
         yield content[first:last], first < len(text.prompt), mark

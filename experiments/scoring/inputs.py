@@ -63,9 +63,13 @@ def _require_levels(config: EvaluateConfig, models: Sequence[OpenModel]) -> None
         )
 
 
+def context_of(models: Sequence[OpenModel]) -> int:
+    """The bytes of a window where none are asked for: the shortest sequences that a model was trained on."""
+    return min((one.config.length for one in models if one.config is not None), default=CONTEXT)
+
+
 def _plan(config: EvaluateConfig, models: Sequence[OpenModel]) -> Plan:
-    lengths = [one.config.length for one in models if one.config is not None]
-    context = config.context or min(lengths, default=CONTEXT)
+    context = config.context or context_of(models)
     stride = config.stride or max(1, context // 2)
     require(stride <= context, f"--stride {stride} is more than --context {context}: windows would leave bytes out")
     return Plan(context, stride, config.boundaries, config.samples, config.seed)

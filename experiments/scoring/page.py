@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from experiments.config.errors import ConfigError
 from experiments.evaluation.byte_scores import ByteScores
 from experiments.evaluation.measures import LONGEST
-from experiments.reporting.report import html_page, picture, scale, shaded_html
-from experiments.reporting.shading import characters
+from experiments.reporting.report import html_page, picture
 from experiments.scoring.results import ModelResult
 from experiments.scoring.tables import (
     Evaluation,
@@ -31,6 +30,8 @@ from experiments.scoring.tables import (
     summary,
 )
 from unet.files.saving import write_atomically
+from unet.shading.characters import characters
+from unet.shading.html import fragment
 
 FILES = ("report.html", "evaluation.png", "evaluation.json")
 
@@ -99,15 +100,13 @@ def _html(content: Table) -> str:
 def _shaded(evaluation: Evaluation, scores: Sequence[ByteScores]) -> list[str]:
     """The beginning of the first document with the boundaries of each model."""
     size = min(SHADED_BYTES, len(evaluation.text.documents[0]))
-    parts = [
-        f"<h2>Text</h2><p>Boundary probability at each character (at its last byte), {scale()}. A line at the right of a "
-        "character marks a boundary.</p>"
-    ]
+    texts, notes = [], []
     for result, of in zip(evaluation.models, scores, strict=True):
         if result.levels:
-            shown = characters(evaluation.text.values[:size], of.prob[0, :size], of.boundaries[0, :size])
-            parts.append(f'<p><code>{html.escape(result.name)}</code></p><pre class="text">{shaded_html(shown)}</pre>')
-    return parts
+            bits = of.log_prob[0, :size] / -np.log(2.0)
+            texts.append(characters(evaluation.text.values[:size], of.prob[0, :size], of.depth[0, :size], bits))
+            notes.append(result.name)
+    return ["<h2>Text</h2>", fragment(texts, notes)]
 
 
 def plots_picture(evaluation: Evaluation) -> bytes:

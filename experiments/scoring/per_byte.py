@@ -18,15 +18,18 @@ GROUP = 2**18
 def require_writable(path: Path, *, overwrite: bool) -> None:
     """Raise `ConfigError` if `write_per_byte` would fail: without the extra `parquet`, for a file that exists and may not be
     overwritten, or in a folder that does not exist."""
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"--per-byte needs the package pyarrow ({error}): pip install 'caesura-lm[parquet]'"
-        ) from None
+    require_pyarrow("--per-byte")
     require(not path.is_dir(), f"--per-byte {path} is a folder: name a file")
     require(path.parent.is_dir(), f"--per-byte {path}: there is no folder {path.parent}")
     require(overwrite or not path.exists(), f"--per-byte {path} exists: replace it (--overwrite) or name another file")
+
+
+def require_pyarrow(flag: str) -> None:
+    """Raise `ConfigError` if `flag` needs pyarrow and it is not installed."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{flag} needs the package pyarrow ({error}): pip install 'caesura-lm[parquet]'") from None
 
 
 def write_per_byte(path: Path, text: Text, models: Sequence[tuple[str, ByteScores]]) -> None:

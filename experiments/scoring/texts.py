@@ -22,8 +22,8 @@ DATASET_BYTES = 1_000_000
 """How much of a data set is evaluated by default."""
 
 
-def read_file(path: Path, max_bytes: int | None) -> Text:
-    """A file as one document, byte for byte. It may end within a character.
+def read_file(path: Path, max_bytes: int | None, flag: str = "--text") -> Text:
+    """A file, which `flag` names, as one document, byte for byte. It may end within a character.
 
     Raises `ConfigError` if it cannot be read, is empty, or holds the byte BOS or EOS.
     """
@@ -32,15 +32,20 @@ def read_file(path: Path, max_bytes: int | None) -> Text:
             content = stream.read() if max_bytes is None else stream.read(max_bytes)
             cut = bool(stream.read(1))
     except OSError as error:
-        raise ConfigError(f"--text {path} cannot be read: {error.strerror}") from None
-    require(bool(content), f"--text {path} is empty")
+        raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}") from None
+    return text_of(content, _name(str(path), len(content) if cut else None), f"{flag} {path}")
+
+
+def text_of(content: bytes, name: str, where: str) -> Text:
+    """A document, which came from `where`. Raises `ConfigError` if it is empty or holds the byte BOS or EOS."""
+    require(bool(content), f"{where} is empty")
     for value in (BOS, EOS):
         require(
             value not in content,
-            f"--text {path} holds the byte {value} at offset {content.find(value)}, which marks the ends of documents and occurs "
-            "in no UTF-8",
+            f"{where} holds the byte {value} at offset {content.find(value)}, which marks the ends of documents and occurs in no "
+            "UTF-8",
         )
-    return Text(_name(str(path), len(content) if cut else None), (content,))
+    return Text(name, (content,))
 
 
 def read_dataset(dataset: str, split: SplitName, data: DataConfig, max_bytes: int | None) -> Text:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from experiments.config.errors import RunError
+from experiments.config.errors import RunError, failure
 from experiments.training.run_dir import MOVING, REPLACED, has_checkpoint, is_temporary
 from unet.files.saving import CONFIG
 
@@ -29,7 +29,7 @@ def replacing(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
     except BaseException as error:
         _put_back(folder)
         if isinstance(error, OSError):
-            raise RunError(f"the run in {folder} cannot be replaced: {error}") from None
+            raise RunError(f"the run in {folder} cannot be replaced: {failure(error)}") from None
         raise
     try:
         yield
@@ -40,7 +40,7 @@ def replacing(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
                     _restore(folder)
                     note(f"the run that was in {folder} before is there again")
             except OSError as error:
-                note(f"the run that was in {folder} before is kept in {folder / REPLACED} ({error})")
+                note(f"the run that was in {folder} before is kept in {folder / REPLACED} ({failure(error)})")
         raise
 
 

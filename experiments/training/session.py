@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data import DataError, open_batches
-from experiments.config.errors import ConfigError, RunError, one_line
+from experiments.config.errors import ConfigError, RunError, failure
 from experiments.config.files import to_json
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation, evaluate
@@ -162,7 +162,7 @@ class Session:
 
     def rescued(self, error: Exception) -> RunError:
         """Save everything to where that is still possible. Returns what to say of it and of the `error`."""
-        failed, step = one_line(str(error)), f"step {self.step} of {self.config.total_steps}"
+        failed, step = failure(error), f"step {self.step} of {self.config.total_steps}"
         try:
             self.save()
             return RunError(f"{failed}; {step} is saved in {self.run_dir}: go on with --resume once that is mended")
@@ -196,7 +196,9 @@ class Session:
         """Log a record, or say that it has to wait for the next checkpoint, which needs the log."""
         error = self._log.write(record)
         if error is not None and not self._cannot_log:
-            self.display.note(f"{self.run_dir / METRICS} cannot be written now ({error}); what belongs there is kept")
+            self.display.note(
+                f"{self.run_dir / METRICS} cannot be written now ({failure(error)}); what belongs there is kept"
+            )
         self._cannot_log = error is not None
 
     def close(self) -> None:

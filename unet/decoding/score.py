@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol, TypeVar, runtime_checkable
 
@@ -183,30 +184,50 @@ def score(
     prefixes = [b""] * len(texts) if contexts is None else texts_as_bytes(contexts)
     if len(prefixes) != len(texts):
         raise ValueError(f"there are {len(prefixes)} contexts for {len(texts)} texts")
-    require_within("batch", batch, Texts)
     keys = None if key is None else drawing_keys(keys_of(key, len(texts)))
     whole = [context + text for context, text in zip(prefixes, texts, strict=True)]
-    order = sorted(range(len(texts)), key=lambda number: len(whole[number]), reverse=True)
     scored: dict[int, Scored] = {}
+    for number, result in in_batches(whole, keys, batch, model, functools.partial(_likelihoods, model)):
+        part = slice(len(prefixes[number]), len(whole[number]))
+        log_prob = np.asarray(result.log_prob[part])
+        scored[number] = Scored(
+            float(log_prob.sum(dtype=np.float64)),
+            log_prob.size,
+            log_prob,
+            bool(np.all(result.most_likely[part])),
+            np.asarray(result.depth[1:][part]),
+        )
+    return tuple(scored[number] for number in range(len(texts)))
+
+
+def in_batches(
+    texts: Sequence[bytes],
+    keys: Key[Array, " texts"] | None,
+    batch: int,
+    model: UNet,
+    compute: Callable[
+        [Int[Array, "batch length"], Bool[Array, "batch length"], Key[Array, " batch"] | None, int], Result
+    ],
+) -> Iterator[tuple[int, Result]]:
+    """The number of each text and its row of what `compute` makes of the bytes, the mask and the keys of its batch, as NumPy
+    arrays, in any order. Texts of similar lengths are batched. No boundary is dropped.
+
+    Raises `ValueError` for a batch outside 1 … 65536, and if a text contains the byte BOS or EOS.
+    """
+    require_within("batch", batch, Texts)
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]), reverse=True)
     for start in range(0, len(order), batch):
         numbers = order[start : start + batch]
         # The last batch is filled with empty texts, so that one program serves all batches of a length.
-        filled = [whole[number] for number in numbers] + [b""] * (batch - len(numbers))
+        filled = [texts[number] for number in numbers] + [b""] * (batch - len(numbers))
         own_keys = None if keys is None else keys[jnp.asarray(numbers + numbers[:1] * (batch - len(numbers)))]
         bytes, mask = jnp.asarray(padded(filled)), jnp.asarray(_mask(filled))
-        compute = functools.partial(_likelihoods, model, bytes, mask, own_keys)
-        results = jax.tree.map(np.asarray, with_enough_capacity(bytes.shape[1], rate_of(model), compute))
+        results = with_enough_capacity(
+            bytes.shape[1], rate_of(model), functools.partial(compute, bytes, mask, own_keys)
+        )
+        rows = jax.tree.map(np.asarray, results)
         for row, number in enumerate(numbers):
-            part = slice(len(prefixes[number]), len(whole[number]))
-            log_prob = results.log_prob[row, part]
-            scored[number] = Scored(
-                float(log_prob.sum(dtype=np.float64)),
-                log_prob.size,
-                log_prob,
-                bool(np.all(results.most_likely[row, part])),
-                results.depth[row, 1:][part],
-            )
-    return tuple(scored[number] for number in range(len(texts)))
+            yield number, jax.tree.map(operator.itemgetter(row), rows)
 
 
 class Likelihoods(eqx.Module):

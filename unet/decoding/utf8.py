@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -75,3 +77,16 @@ def can_follow(state: Int[Array, " batch"], room: Int[Array, " batch"]) -> Bool[
 def next_state(state: Int[Array, " batch"], byte: Int[Array, " batch"]) -> Int[Array, " batch"]:
     """The state after one more byte; an invalid byte counts as a complete character."""
     return jnp.maximum(jnp.asarray(AFTER)[state, byte], COMPLETE)
+
+
+def character_spans(content: bytes) -> Iterator[tuple[int, int]]:
+    """Start and end of each UTF-8 character. An invalid byte is a span of its own."""
+    start = 0
+    while start < len(content):
+        end, state = start + 1, int(AFTER[COMPLETE, content[start]])
+        while state > 0 and end < len(content) and (after := int(AFTER[state, content[end]])) >= 0:
+            end, state = end + 1, after
+        # The first byte of an incomplete character is a span of its own.
+        end = end if state == COMPLETE else start + 1
+        yield start, end
+        start = end

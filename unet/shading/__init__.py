@@ -1,0 +1,1 @@
+"""Texts with their boundaries, for terminals, notebooks and pages."""

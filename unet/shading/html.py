@@ -1,0 +1,120 @@
+"""Shaded texts as HTML that needs nothing but itself: no script, nothing from elsewhere, and text is never markup."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from unet.shading.characters import MOST_BITS, Character, clusters, colour_of, colour_of_bits, visible
+
+STEPS = 20
+"""Shades of a colour scale."""
+
+
+def _hex(colour: tuple[int, int, int]) -> str:
+    return "#" + "".join(f"{channel:02x}" for channel in colour)
+
+
+def _shades() -> str:
+    probs = (f".caesura .p{step}{{background:{_hex(colour_of(step / STEPS))}}}" for step in range(STEPS + 1))
+    # Bits of bytes: the last step is for all that is more.
+    bits = (
+        f".caesura:has(.bits:checked) .c{step}{{background:{_hex(colour_of_bits(MOST_BITS * step / STEPS))}}}"
+        for step in range(STEPS + 1)
+    )
+    return "\n".join((*probs, *bits))
+
+
+STYLE = f"""
+.caesura pre {{ background: #fff; color: #000; padding: .8rem; border: 1px solid #8884; border-radius: 4px; margin: .3rem 0;
+  white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, "Noto Sans Mono",
+  "Noto Sans Mono CJK SC", monospace; }}
+.caesura pre span {{ padding: .15em 0; }}
+.caesura .b1 {{ box-shadow: inset -2px 0 #0009; }} .caesura .b2 {{ box-shadow: inset -4px 0 #0009; }}
+.caesura .b3 {{ box-shadow: inset -6px 0 #0009; }}
+.caesura pre span:hover {{ outline: 1px solid #000; }}
+.caesura label {{ margin-right: 1rem; }} .caesura .note {{ color: #777; }}
+.caesura .scale {{ display: inline-block; width: 8rem; height: .8rem; vertical-align: middle; border-radius: 2px; }}
+{_shades()}
+"""
+
+
+def spans(shown: Iterable[Character]) -> str:
+    """Characters as HTML. The tooltip of each shows its probability and, where they are known, its bits and its token."""
+    return "".join(_span(one) for one in clusters(shown))
+
+
+def _span(one: Character) -> str:
+    names = [] if math.isnan(one.prob) else [f"p{round(STEPS * one.prob)}"]
+    if not math.isnan(one.bits):
+        names.append(f"c{min(round(STEPS * one.bits / MOST_BITS), STEPS)}")
+    if one.depth:
+        names.append(f"b{min(one.depth, 3)}")
+    text = "⏎\n" if one.text == "\n" else _text(one.text)
+    return f'<span class="{" ".join(names)}" title="{tooltip(one)}">{text}</span>'
+
+
+def _text(text: str) -> str:
+    return html.escape(visible(text))
+
+
+def tooltip(one: Character) -> str:
+    """What is known of a character, in one line."""
+    parts = [] if math.isnan(one.prob) else [f"p {one.prob:.3f}"]
+    if not math.isnan(one.bits):
+        parts.append(f"{one.bits:.2f} bits")
+    if one.token is not None:
+        parts.append(f"token {one.token} of {one.token_bytes} bytes")
+    if one.depth > 1:
+        parts.append(f"ends tokens of {one.depth} levels")
+    return ", ".join(parts)
+
+
+def scale(colour: Callable[[float], tuple[int, int, int]], low: str, high: str, most: float = 1.0) -> str:
+    """A colour scale."""
+    stops = ", ".join(f"rgb{colour(most * step / 10)}" for step in range(11))
+    return f'{low} <span class="scale" style="background: linear-gradient(90deg, {stops})"></span> {high}'
+
+
+def block(shown: Sequence[Character]) -> str:
+    """A text as a block, its direction that of its first letter."""
+    return f'<pre class="text" dir="auto">{spans(shown)}</pre>'
+
+
+LEGEND = (
+    '<p class="note">Shaded: the probability of a boundary after each character (at its last byte), or what the character costs. '
+    "Hover for the figures and the token. A line at the right of a character marks a boundary, a thicker one boundaries of "
+    "several levels.</p>"
+)
+
+
+def fragment(texts: Sequence[Sequence[Character]], notes: Sequence[str]) -> str:
+    """Several texts, each with a note, and a switch between probabilities and bits; for a page or a notebook."""
+    known = [one for text in texts for one in text]
+    switches = ""
+    if any(not math.isnan(one.bits) for one in known):
+        # Buttons of one name belong together: texts that stand elsewhere on a page have another one.
+        name = "c" + hashlib.sha256(repr(known).encode(errors="replace")).hexdigest()[:12]
+        switches = (
+            f'<p><label><input type="radio" name="{name}" checked> probability of a boundary, '
+            f"{scale(colour_of, '0', '1')}</label>"
+            f'<label><input type="radio" class="bits" name="{name}"> bits of a character, '
+            f"{scale(colour_of_bits, '0', '8 or more', MOST_BITS)}</label></p>"
+        )
+    blocks = "".join(f'<p class="note">{_text(note)}</p>{block(text)}' for text, note in zip(texts, notes, strict=True))
+    return f'<div class="caesura"><style>{STYLE}</style>{switches}{LEGEND}{blocks}</div>'
+
+
+def page(title: str, body: str) -> str:
+    """A page with `fragment`s."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_text(title)}</title>
+<style>:root {{ color-scheme: light dark; }} body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;
+padding: 0 1rem; }} h1 {{ font-size: 1.4rem; }}</style></head><body>
+<h1>{_text(title)}</h1>
+{body}
+</body></html>
+"""
