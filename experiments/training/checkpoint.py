@@ -98,6 +98,8 @@ class Checkpoints:
         if progress.step in self._manager.all_steps():
             return
         meta = {**vars(progress), "leaves": _describe(arrays)}
+        # Before the save, since the other writes of one that fails may end while its exception is on its way here.
+        before, sys.unraisablehook = sys.unraisablehook, _quiet_threads
         try:
             self._manager.save(
                 progress.step,
@@ -106,11 +108,11 @@ class Checkpoints:
             )
             write_list(self._folder / str(progress.step))
         except Exception as error:  # orbax and tensorstore raise what they like
-            sys.unraisablehook = _quiet_threads
             self._manager.reload()
             for left in self._folder.glob(f"{progress.step}.*"):
                 shutil.rmtree(left, ignore_errors=True)
             raise SaveError(f"the checkpoint of step {progress.step} cannot be written ({said(error)})") from error
+        sys.unraisablehook = before
         for name in (_TRASH, _DAMAGED):
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
