@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,29 @@ ALIGNMENT = 8
 """The data in a safetensors file begins at a multiple of so many bytes."""
 
 
-class ArrayFile(Mapping[str, np.ndarray]):
+class AbstractArrays(Mapping[str, np.ndarray]):
+    """Arrays by name that are read on access, some rows of one alone where the file allows it."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an array."""
+
+    @abstractmethod
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        """Some rows of an array, which may be a view of it."""
+
+
+def shape_in(arrays: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
+    """The shape of an array, without reading it where that is possible."""
+    return arrays.shape(name) if isinstance(arrays, AbstractArrays) else arrays[name].shape
+
+
+def rows_of(arrays: Mapping[str, np.ndarray], name: str, rows: slice) -> np.ndarray:
+    """Some rows of an array, without reading the others where that is possible."""
+    return arrays.rows(name, rows) if isinstance(arrays, AbstractArrays) else arrays[name][rows]
+
+
+class ArrayFile(AbstractArrays):
     """The arrays of a safetensors file, each read on access. Raises `LoadError` for a damaged file, and for arrays of types that
     NumPy does not have."""
 
@@ -38,6 +61,15 @@ class ArrayFile(Mapping[str, np.ndarray]):
             raise KeyError(name)
         try:
             return self._file.get_tensor(name)
+        except (SafetensorError, AttributeError, TypeError) as error:
+            raise LoadError(f"{self._path}: the array {shown(name)} cannot be read ({shown(error)})") from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        try:
+            return self._file.get_slice(name)[rows]
         except (SafetensorError, AttributeError, TypeError) as error:
             raise LoadError(f"{self._path}: the array {shown(name)} cannot be read ({shown(error)})") from None
 
