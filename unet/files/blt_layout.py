@@ -27,7 +27,7 @@ from unet.chunkers import AttentionPool, Chunker, LeaveToDecoder
 from unet.cross import CrossLayer
 from unet.files.arrays import rows_of, shape_in
 from unet.files.blt_config import Described, described, shortest
-from unet.files.converted import WeightType, converted, require_names, require_shape
+from unet.files.converted import WeightType, fill, require_names, require_shape
 from unet.files.errors import LayoutError
 from unet.hierarchy import Flat, Hierarchy
 from unet.layers import Linear, ScaleNorm
@@ -68,8 +68,7 @@ class Piece:
         require_shape(self.name, shape_in(params, name), self.shape)
         value = params[name] if self.rows is None else rows_of(params, name, self.rows)
         value = value if self.order is None else value[self.order]
-        place = into if self.columns is None else into[:, self.columns].T
-        place[...] = converted(self.name, value, into.dtype)
+        fill(self.name, value, into if self.columns is None else into[:, self.columns].T)
 
     def written(self) -> np.ndarray:
         """The published parameter, or the rows of it."""

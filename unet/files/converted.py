@@ -16,13 +16,19 @@ WeightType = Literal["float32", "bfloat16"]
 def converted(name: str, value: np.ndarray, wanted: np.dtype) -> np.ndarray:
     """The parameter `name` in the dtype `wanted`, contiguous. Raises `LayoutError` for what are no weights, and for values that
     are too large for it."""
+    result = np.empty(value.shape, wanted)
+    fill(name, value, result)
+    return result
+
+
+def fill(name: str, value: np.ndarray, place: np.ndarray) -> None:
+    """Write the parameter `name` to an array of its shape, in that dtype. Raises `LayoutError` as `converted`."""
     if value.dtype not in (np.float64, np.float32, np.float16, jnp.bfloat16):
         raise LayoutError(f"{name} is {value.dtype}; weights must be float64, float32, float16 or bfloat16")
     with np.errstate(over="ignore"):
-        result = value.astype(wanted, order="C")
-    if wanted.itemsize < value.dtype.itemsize and not np.array_equal(np.isfinite(value), np.isfinite(result)):
-        raise LayoutError(f"{name} has values that are too large for {wanted}")
-    return result
+        place[...] = value
+    if place.dtype.itemsize < value.dtype.itemsize and not np.array_equal(np.isfinite(value), np.isfinite(place)):
+        raise LayoutError(f"{name} has values that are too large for {place.dtype}")
 
 
 def require_shape(name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:
