@@ -13,6 +13,7 @@ from estimators.entropy import Measured
 from experiments import export
 from experiments.config.build import build_model
 from experiments.config.files import to_json
+from experiments.config.models import is_published
 from experiments.config.presets import PRESETS
 from experiments.training.initial import initial_weights
 from experiments.training.prepared import read_byte_model
@@ -255,6 +256,10 @@ def test_runs_start_from_published_weights_and_are_exported_again(tiny, tmp_path
         "config.json",
         "model.safetensors",
     ]
+    assert is_published(str(tmp_path / "out"))
+    assert is_published("facebook/blt-1b")
+    assert not is_published(str(tmp_path / "run"))
+    assert not is_published(str(tmp_path / "nothing"))
     assert eqx.tree_equal(load_pretrained(tmp_path / "out"), load_pretrained(tmp_path / "published"))
     assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "other"), "--layout", "hnet-pt"]) == 2
     assert "released layout has" in " ".join(capsys.readouterr().err.split())

@@ -15,16 +15,13 @@ from jaxtyping import PyTree
 from data import Batches, Split, open_batches
 from estimators import Layout
 from experiments.config.errors import ConfigError, outside_errors, require
-from experiments.config.models import load_any
+from experiments.config.models import is_published, load_any
 from experiments.config.plugins import import_plugins, load_model, modules_of
 from experiments.config.settings import RunConfig
 from experiments.training.run_dir import PREPARED
 from unet import UNet
-from unet.files.blt_config import is_blt
-from unet.files.blt_layout import is_blt as is_made_as_blt
-from unet.files.blt_layout import patcher_of
-from unet.files.json_files import read_json
-from unet.files.saving import CONFIG, load_module, save_module
+from unet.files.blt_layout import is_blt, patcher_of
+from unet.files.saving import load_module, save_module
 from unet.likelihood import plain_layout
 
 
@@ -119,10 +116,9 @@ def read_byte_model(folder: Path, plugins: Sequence[ModuleType] = ()) -> UNet:
 
     Raises `ConfigError` for a run whose boundaries are not at every byte, `LoadError` for one that is not finished.
     """
-    settings = folder / CONFIG
-    published = not folder.exists() or (settings.is_file() and is_blt(read_json(settings)))
+    published = is_published(str(folder))
     model = (load_any(str(folder), plugins) if published else load_model(folder, plugins)).model
-    if published and is_made_as_blt(model):
+    if published and is_blt(model):
         return patcher_of(model)
     if any(estimator.router.rate != 1.0 for estimator in model.stage.estimators):
         raise ConfigError(

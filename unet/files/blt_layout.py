@@ -64,8 +64,7 @@ class Piece:
         return math.prod(self.shape) if self.rows is None else self.leaf.size
 
     def read(self, params: Mapping[str, np.ndarray], name: str, into: np.ndarray) -> None:
-        """Fill this piece of a leaf. Raises `LayoutError` for another shape, and for what are no weights."""
-        require_shape(self.name, shape_in(params, name), self.shape)
+        """Fill this piece of a leaf. Raises `LayoutError` for what are no weights."""
         value = params[name] if self.rows is None else rows_of(params, name, self.rows)
         value = value if self.order is None else value[self.order]
         fill(self.name, value, into if self.columns is None else into[:, self.columns].T)
@@ -127,6 +126,9 @@ def from_reference(
     for _, group in itertools.groupby(pieces, key=lambda piece: id(piece.leaf)):
         own = list(group)
         leaf = own[0].leaf
+        # Before there is room for it: a configuration may ask for any.
+        for piece in own:
+            require_shape(piece.name, shape_in(params, names[piece.name]), piece.shape)
         array = np.empty(leaf.shape, jnp.dtype(dtype))
         for piece in own:
             piece.read(params, names[piece.name], array)

@@ -254,6 +254,8 @@ def _blocks(stack: Stack) -> list[PreNorm]:
             raise LayoutError(f"the released layout has no {type(block).__name__}: its layers are PreNorm")
         if isinstance(block.mixer, Attention) and block.mixer.cap is not None:
             raise LayoutError("attention in the released layout does not cap its logits")
+        if isinstance(block.mixer, Attention) and block.mixer.kv_heads != block.mixer.heads:
+            raise LayoutError("attention in the released layout has keys and values for every head")
     return [block for block in stack.blocks if isinstance(block, PreNorm)]
 
 
