@@ -31,7 +31,7 @@ from unet import (
 )
 from unet.files.arrays import ArrayFile, rows_of
 from unet.files.blt_config import WHOLE, described
-from unet.files.blt_layout import TABLES, new_blt, patcher_of
+from unet.files.blt_layout import TABLES, new_blt, patcher_of, pieces_of
 from unet.files.errors import LayoutError
 from unet.files.pretrained import parameter_count
 
@@ -133,11 +133,17 @@ def test_wider_tokens_thresholds_on_rises_and_longest_patches_come_back(config):
         "decoder_config": config["decoder_config"] | {"hidden_size_global": 48, "cross_attn_all_layers": False},
         "global_config": config["global_config"] | {"hidden_size": 48, "head_dim": 12},
     }
-    parts = described({**config, **changes})
-    model = new_blt(parts)
-    assert described(reference_config(model)) == parts
-    back = from_reference(reference_config(model), params := dict(to_reference(model)))
-    assert eqx.tree_equal(back, model)
+    wanted, rng = {**config, **changes}, np.random.default_rng(0)
+    shapes = {piece.name: piece.shape for piece in pieces_of(eqx.filter_eval_shape(new_blt, described(wanted)))}
+    params = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    params["lm_head.weight"] = params["model.local_encoder.embed_tokens.weight"]
+    assert sum("cross_attn_layers" in name for name in params) == 3 * 6
+    model = from_reference(wanted, params)
+    assert described(reference_config(model)) == described(wanted)
+    back = to_reference(model)
+    assert back.keys() == params.keys()
+    for name, value in params.items():
+        np.testing.assert_array_equal(back[name], value, err_msg=name)
     only = {name: value for name, value in params.items() if name != "lm_head.weight"}
     assert eqx.tree_equal(from_reference(reference_config(model), only), model)
     # As a file is read in which all names begin alike.
