@@ -56,7 +56,8 @@ class EntropyConfig(EstimatorConfig):
     )
 
     model: Path | None = None
-    """Folder of the run that trained the byte model: one of --estimator isotropic, best without its token level."""
+    """Folder of the run that trained the byte model: one of --estimator isotropic, best without its token level; or a published
+    Byte Latent Transformer, whose own is taken."""
     rule: Literal["global", "rise", "combined"] = "global"
     """A token closes where the entropy of the next byte passes a threshold, where it rises by more than one, or both (BLT). The
     threshold is found from the data: that on the rise for the rule of that name, that on the entropy for the others."""

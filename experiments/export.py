@@ -27,9 +27,12 @@ from experiments.reporting.display import Display
 from experiments.terminal import escaped
 from experiments.training.run_dir import SUMMARY, is_temporary, make_folder, read_config, read_summary
 from unet import UNet
-from unet.files.hnet_layout import LayoutError, to_reference
-from unet.files.pretrained import save_hnet
+from unet.files import hnet_layout
+from unet.files.blt_written import reference_config as blt_config
+from unet.files.errors import LayoutError
+from unet.files.pretrained import save_blt, save_hnet
 from unet.files.saving import CONFIG, WEIGHTS, save, write_atomically
+from unet.files.weights import is_shard
 
 CARD = "README.md"
 FILES = (CARD, CONFIG, WEIGHTS, "model.json", "model.pt")
@@ -37,8 +40,11 @@ FILES = (CARD, CONFIG, WEIGHTS, "model.json", "model.pt")
 _UNFINISHED = ".export.tmp"
 """Folder inside that of an export, while it is written."""
 
-ExportLayout = Literal["own", "hnet-pt", "hnet-safetensors"]
+ExportLayout = Literal["own", "hnet-pt", "hnet-safetensors", "blt"]
 """Format of the exported files."""
+
+LOADS = {"hnet-pt": "load_hnet", "hnet-safetensors": "load_hnet", "blt": "load_pretrained"}
+"""The function of `unet` that loads each of the published formats."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class ExportConfig:
     """Create a new repository as private."""
     layout: ExportLayout = "own"
     """own: the format of this library. hnet-pt, hnet-safetensors: for an H-Net, the format of the published checkpoints, with
-    weights for PyTorch or as safetensors, under their published names."""
+    weights for PyTorch or as safetensors, under their published names. blt: for a Byte Latent Transformer, what transformers
+    reads."""
 
 
 def export(config: ExportConfig, display: Display) -> None:
@@ -73,7 +80,7 @@ def export(config: ExportConfig, display: Display) -> None:
     summary = read_summary(run) if (run / SUMMARY).is_file() else {}
     if config.layout != "own":
         try:
-            to_reference(model)
+            blt_config(model) if config.layout == "blt" else hnet_layout.to_reference(model)
         except LayoutError as error:
             raise ConfigError(f"--layout {config.layout}: {error}") from None
     if config.to.startswith("hub:"):
@@ -82,7 +89,7 @@ def export(config: ExportConfig, display: Display) -> None:
             _upload(Path(folder), config.to[4:], private=config.private)
     else:
         _write_to(Path(config.to), model, settings, summary, config.layout)
-    function = "load" if config.layout == "own" else "load_hnet"
+    function = "load" if config.layout == "own" else LOADS[config.layout]
     known = _known(settings) if config.layout == "own" else ""
     display.note(f'{config.to}: load it with unet.{function}("{config.to}"{known})')
 
@@ -92,7 +99,7 @@ def _require_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--to {folder} is a file; name a folder")
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    unfinished = {_UNFINISHED, *FILES} if _UNFINISHED in present else set[str]()
+    unfinished = {_UNFINISHED, *FILES, *filter(is_shard, present)} if _UNFINISHED in present else set[str]()
     if any(not is_temporary(name) for name in present - unfinished):
         raise ConfigError(f"--to {folder} is not empty; name a new folder")
 
@@ -113,6 +120,9 @@ def _write_to(folder: Path, model: UNet, settings: RunConfig, summary: Flat, lay
 
 def _write(folder: Path, model: UNet, settings: RunConfig, summary: Flat, layout: ExportLayout) -> None:
     write_atomically(folder / CARD, card(settings, summary, layout))
+    if layout == "blt":
+        save_blt(model, folder)
+        return
     if layout != "own":
         save_hnet(model, folder, kind="pt" if layout == "hnet-pt" else "safetensors")
         return
@@ -132,7 +142,7 @@ def card(settings: RunConfig, summary: Flat, layout: ExportLayout = "own") -> st
     loaded = (
         f'unet.load("FOLDER or hub:owner/name"{_known(settings)}).model'
         if own
-        else 'unet.load_hnet("FOLDER or owner/name")'
+        else f'unet.{LOADS[layout]}("FOLDER or owner/name")'
     )
     lines = [
         "---",
@@ -163,9 +173,8 @@ def card(settings: RunConfig, summary: Flat, layout: ExportLayout = "own") -> st
     if own:
         lines.append(f"All settings of the run are in `{CONFIG}`; `{WEIGHTS}` holds the model.")
     else:
-        lines.append(
-            "The weights have the names and shapes of the published H-Nets; the JSON file is their configuration."
-        )
+        whose = "`BltForCausalLM` in transformers" if layout == "blt" else "the published H-Nets"
+        lines.append(f"The weights have the names and shapes of {whose}; the JSON file is their configuration.")
     return "\n".join(lines) + "\n"
 
 

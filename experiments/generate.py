@@ -19,6 +19,7 @@ from estimators.bounds import Seed, Share
 from experiments.command import command_line
 from experiments.config.arguments import expanded
 from experiments.config.errors import ConfigError, require, require_bounds
+from experiments.config.models import is_published, load_any
 from experiments.config.plugins import import_plugins, load_model
 from experiments.launch import program
 from experiments.reporting.display import Display
@@ -38,7 +39,8 @@ class GenerateConfig:
     """Continue a prompt with a trained model."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder of a finished run or of an exported model, a .safetensors file, or hub:owner/name."""
+    """Folder of a finished run or of an exported model, a .safetensors file, hub:owner/name, or a published model by name
+    (facebook/blt-1b) or file."""
     prompt: str = ""
     """Text to continue; - reads it from standard input."""
     num: Texts = 1
@@ -77,7 +79,8 @@ class GenerateConfig:
 
 def generate(config: GenerateConfig, display: Display) -> None:
     """Load the model, generate, and print the texts. Raises `ConfigError`, `LoadError` and `OutputClosed`."""
-    model = load_model(expanded(config.run), import_plugins(config.plugin)).model
+    run, plugins = expanded(config.run), import_plugins(config.plugin)
+    model = (load_any if is_published(run) else load_model)(run, plugins).model
     try:
         stream = TextStream(
             model,

@@ -45,9 +45,10 @@ def test_nothing_of_the_library_imports_the_contract():
 
 
 def test_unet_knows_only_the_abstract_kinds_of_estimators():
-    # A published model is a composition of both packages; this module alone puts it together.
+    # A published model is a composition of both packages; these modules alone put it together.
+    layouts = {"hnet_layout", "blt_layout"}
     names = {
-        name for path, name in imports_of("unet") if name.split(".")[0] == "estimators" and path.stem != "hnet_layout"
+        name for path, name in imports_of("unet") if name.split(".")[0] == "estimators" and path.stem not in layouts
     }
     # Beside the abstract kinds, what is of no estimator: equations, decode states, how keys of random numbers are split, how
     # parts are found by name, and the bounds of numbers.

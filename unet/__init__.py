@@ -1,6 +1,7 @@
 """The byte-level autoregressive U-Net and the operations it is made of."""
 
 from unet import ops
+from unet.blt import BLTConfig, from_blt_ids, to_blt_ids
 from unet.chunkers import (
     AbstractDownsampler,
     AbstractUpsampler,
@@ -23,8 +24,8 @@ from unet.decoding.boundaries import TextBoundaries, boundaries
 from unet.decoding.generate import Generated, Generation, TextStream, generate
 from unet.decoding.sampling import Sampling
 from unet.decoding.score import Scored, score
-from unet.files.hnet_layout import from_reference, to_reference
-from unet.files.pretrained import load_hnet, save_hnet
+from unet.files.layouts import from_reference, reference_config, to_reference
+from unet.files.pretrained import load_hnet, load_pretrained, save_blt, save_hnet
 from unet.files.saving import Loaded, LoadError, load, save
 from unet.hierarchy import AbstractStage, Flat, Hierarchy, Level
 from unet.hnet import HNetConfig
@@ -39,6 +40,7 @@ __all__ = [
     "AbstractUpsampler",
     "AttentionPool",
     "AveragePool",
+    "BLTConfig",
     "Chunker",
     "Deviation",
     "Distribute",
@@ -67,15 +69,20 @@ __all__ = [
     "Widened",
     "WithBoundary",
     "boundaries",
+    "from_blt_ids",
     "from_reference",
     "generate",
     "load",
     "load_hnet",
+    "load_pretrained",
     "next_logprobs",
     "ops",
+    "reference_config",
     "save",
+    "save_blt",
     "save_hnet",
     "score",
+    "to_blt_ids",
     "to_reference",
     "utf8",
 ]

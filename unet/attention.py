@@ -14,7 +14,7 @@ from estimators.bounds import Width, require_within
 from estimators.equations import soft_cap
 from unet.cross import VisibleTokens
 from unet.decoding.kv_cache import AnyCache, KVCache, KVUpdate, attend_cached
-from unet.layers import Linear, Rotary
+from unet.layers import Linear, Rotary, for_all_heads, require_heads
 
 BLOCK_QUERIES = 2048
 """Queries per block of full attention over longer texts. Memory then grows with the length, not with its square."""
@@ -209,29 +209,39 @@ class AbstractMixer(eqx.Module):
 
 
 class Attention(AbstractMixer):
-    """Multi-head self-attention with rotary embeddings and no biases (Gemma 2; without a cap, H-Net)."""
+    """Multi-head self-attention with rotary embeddings and no biases (Gemma 2; without a cap, H-Net). Groups of heads may share
+    their keys and values (GQA)."""
 
     qkv: Linear
     out: Linear
     heads: int = eqx.field(static=True)
     cap: float | None = eqx.field(static=True)
     rotated: int | None = eqx.field(static=True, default=None)
+    shared_heads: int | None = eqx.field(static=True, default=None)
 
     def __init__(
-        self, dim: int, heads: int, *, cap: float | None = 50.0, rotary_dim: int | None = None, key: PRNGKeyArray
+        self,
+        dim: int,
+        heads: int,
+        *,
+        cap: float | None = 50.0,
+        rotary_dim: int | None = None,
+        kv_heads: int | None = None,
+        key: PRNGKeyArray,
     ):
         """Query, key and value share one matrix, in this order. `cap`: bound of the logits (None: none). `rotary_dim`:
-        dimensions of a head with rotary embeddings (None: all). Raises `ValueError` if `heads` does not divide `dim`, or a head
-        has fewer than `rotary_dim` dimensions."""
+        dimensions of a head with rotary embeddings (None: all). `kv_heads`: heads of keys and values (None: as many). Raises
+        `ValueError` if `heads` does not divide `dim`, `kv_heads` not `heads`, or a head has fewer than `rotary_dim`
+        dimensions."""
         require_within("heads", heads, Width)
-        if dim % heads:
-            raise ValueError(f"{heads} heads do not divide a width of {dim}")
+        kv_heads = require_heads(dim, heads, kv_heads)
         if rotary_dim is not None and not 0 <= rotary_dim <= dim // heads:
             raise ValueError(f"rotary_dim must be between 0 and {dim // heads}, the width of a head; got {rotary_dim}")
         key_in, key_out = jax.random.split(key)
-        self.qkv = Linear(dim, 3 * dim, key=key_in)
+        self.qkv = Linear(dim, dim + 2 * kv_heads * (dim // heads), key=key_in)
         self.out = Linear(dim, dim, key=key_out)
         self.heads, self.cap, self.rotated = heads, cap, rotary_dim
+        self.shared_heads = None if kv_heads == heads else kv_heads
 
     @property
     def rotary_dim(self) -> int | None:
@@ -241,17 +251,25 @@ class Attention(AbstractMixer):
     def head_dim(self) -> int:
         return self.out.weight.shape[0] // self.heads
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.heads if self.shared_heads is None else self.shared_heads
+
     def init_state(self, batch: int, window: int | None) -> KVCache:
-        return KVCache.empty(batch, self.heads, self.head_dim, window)
+        return KVCache.empty(batch, self.kv_heads, self.head_dim, window)
 
     def __call__(
         self, x: Float[Array, "batch length dim"], context: BlockContext, state: AnyCache | None = None
     ) -> LayerOutput:
-        query, key, value = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1))
+        inner, shared = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        parts = jnp.split(self.qkv(x), (inner, inner + shared), axis=-1)
+        query, key, value = (part.reshape(*x.shape[:2], -1, self.head_dim) for part in parts)
         assert context.rotary is not None
         query, key = context.rotary(query), context.rotary(key)
         update = KVUpdate(key, value)
         if context.visibility is not None:
+            key, value = (for_all_heads(part, self.heads, 2) for part in (key, value))
             mixed = attend(query, key, value, context.visibility, cap=self.cap)
         else:
             assert state is not None

@@ -15,7 +15,7 @@ from estimators.base import Layout
 from unet.attention import AbstractMixer, Attention, BlockContext, LayerOutput, Visibility
 from unet.cross import CrossLayer, VisibleTokens
 from unet.decoding.kv_cache import is_unallocated
-from unet.layers import ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU
+from unet.layers import NORM_EPSILON, ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU
 
 Attends = Literal["none", "first", "every"]
 """Which blocks of a decoder attend to the tokens of the inner level."""
@@ -84,10 +84,10 @@ class PreNorm(AbstractBlock):
     before_mlp: ScaleNorm | None
     mlp: SwiGLU | None
 
-    def __init__(self, dim: int, mixer: AbstractMixer, mlp: SwiGLU | None):
-        """Without an `mlp` the block is the mixer alone."""
-        self.before_mixer, self.mixer = ScaleNorm(dim), mixer
-        self.before_mlp, self.mlp = (None, None) if mlp is None else (ScaleNorm(dim), mlp)
+    def __init__(self, dim: int, mixer: AbstractMixer, mlp: SwiGLU | None, *, epsilon: float = NORM_EPSILON):
+        """Without an `mlp` the block is the mixer alone. `epsilon` is that of the norms."""
+        self.before_mixer, self.mixer = ScaleNorm(dim, epsilon), mixer
+        self.before_mlp, self.mlp = (None, None) if mlp is None else (ScaleNorm(dim, epsilon), mlp)
 
     @property
     def rotary_dim(self) -> int | None:
@@ -129,12 +129,12 @@ class Attending(AbstractBlock):
         self, x: Float[Array, "batch length dim"], context: BlockContext, state: PyTree[Array] = None
     ) -> LayerOutput:
         assert context.tokens is not None
-        tokens, dim = context.tokens, x.shape[-1]
+        tokens, dim, width = context.tokens, x.shape[-1], self.cross.key_value.weight.shape[1]
         batch, count = tokens.outputs.shape[:2]
-        # (b, tokens, vectors, dim), then (b, tokens, vectors * 2 dim), then (b, length, vectors, 2 dim)
+        # (b, tokens, vectors, dim), then (b, tokens, vectors * width), then (b, length, vectors, width)
         vectors = tokens.outputs.reshape(batch, count, -1, dim)
         keys_values = self.cross.keys_values(vectors).reshape(batch, count, -1)
-        keys_values = tokens.spread(keys_values).reshape(*x.shape[:2], -1, 2 * dim)
+        keys_values = tokens.spread(keys_values).reshape(*x.shape[:2], -1, width)
         return self.block(self.cross.attend_vectors(x, keys_values, context.compute), context, state)
 
 
@@ -221,18 +221,31 @@ class Stack(eqx.Module):
         return BlockContext(layout, rotary, visibility, unfolded, str(x.dtype))
 
 
-def attending(stack: Stack, which: Attends, *, dim: int, heads: int, vectors: int, key: PRNGKeyArray) -> Stack:
-    """The same stack, for positions and tokens of width `dim`, with its `first` block or `every` block attending to tokens,
-    each unfolded into `vectors` vectors. Raises `ValueError` for a stack without blocks."""
+def attending(
+    stack: Stack,
+    which: Attends,
+    *,
+    dim: int,
+    heads: int,
+    vectors: int,
+    token_dim: int | None = None,
+    kv_heads: int | None = None,
+    epsilon: float = NORM_EPSILON,
+    key: PRNGKeyArray,
+) -> Stack:
+    """The same stack, for positions of width `dim`, with its `first` block or `every` block attending to tokens of width
+    `token_dim` (None: `dim`), each unfolded into `vectors` vectors. `kv_heads` and `epsilon`: see `CrossLayer`. Raises
+    `ValueError` for a stack without blocks."""
     if which == "none":
         return stack
     if not stack.blocks:
         raise ValueError(f"the stack has no block that could attend to tokens ({which!r})")
     key_unfold, key_blocks = jax.random.split(key)
-    unfold = Linear(dim, vectors * dim, key=key_unfold)
+    unfold = Linear(dim if token_dim is None else token_dim, vectors * dim, key=key_unfold)
     changed = stack.blocks[:1] if which == "first" else stack.blocks
     keys = jax.random.split(key_blocks, len(changed))
-    new = [Attending(CrossLayer(dim, heads, key=one), block) for one, block in zip(keys, changed, strict=True)]
+    cross = [CrossLayer(dim, heads, kv_heads=kv_heads, epsilon=epsilon, key=one) for one in keys]
+    new = [Attending(layer, block) for layer, block in zip(cross, changed, strict=True)]
     return Stack(
         [*new, *stack.blocks[len(new) :]],
         window=stack.window,

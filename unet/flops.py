@@ -153,7 +153,7 @@ def _block_forward(block: AbstractBlock, seen: float) -> float:
 def _mixer_forward(mixer: AbstractMixer, seen: float) -> float:
     if isinstance(mixer, Attention):
         inner, dim = mixer.out.weight.shape
-        return 2.0 * 3 * dim * inner + 2 * 2 * seen * inner + 3 * mixer.heads * seen + 2 * inner * dim
+        return 2.0 * mixer.qkv.weight.size + 2 * 2 * seen * inner + 3 * mixer.heads * seen + 2 * inner * dim
     if isinstance(mixer, Mamba2):
         inner, dim = mixer.project_out.weight.shape
         channels, conv_width = mixer.conv_weight.shape

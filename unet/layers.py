@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 ROTARY_BASE = 10_000.0
 """Default base of rotary embeddings."""
+NORM_EPSILON = 1e-5
+"""Default epsilon of `ScaleNorm`."""
 
 
 class Linear(eqx.Module):
@@ -64,12 +66,30 @@ class ScaleNorm(eqx.Module):
     weight: Float[Array, " dim"]
     epsilon: float = eqx.field(static=True)
 
-    def __init__(self, dim: int, epsilon: float = 1e-5):
+    def __init__(self, dim: int, epsilon: float = NORM_EPSILON):
         self.weight = jnp.ones((dim,), jnp.float32)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
         return (unit_rms(x, self.epsilon) * self.weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def for_all_heads(shared: Float[Array, "*shape"], heads: int, axis: int) -> Float[Array, "*repeated"]:
+    """Keys or values of `axis` groups of heads, each repeated for the heads of its group, which are adjacent (grouped-query
+    attention: Ainslie et al., "GQA")."""
+    groups = shared.shape[axis]
+    return shared if groups == heads else jnp.repeat(shared, heads // groups, axis=axis)
+
+
+def require_heads(dim: int, heads: int, kv_heads: int | None) -> int:
+    """The number of heads of keys and values: `kv_heads`, or `heads` if that is None. Raises `ValueError` if `heads` does not
+    divide `dim`, or `kv_heads` does not divide `heads`."""
+    if heads < 1 or dim % heads:
+        raise ValueError(f"{heads} heads do not divide a width of {dim}")
+    kv_heads = heads if kv_heads is None else kv_heads
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{kv_heads} heads of keys and values do not divide {heads} heads")
+    return kv_heads
 
 
 class Rotary(eqx.Module):

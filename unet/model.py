@@ -63,17 +63,18 @@ class Decoded(eqx.Module):
         return self.prediction.logits
 
 
-def check_bytes(bytes: Integer[Array, "batch length"]) -> Integer[Array, "batch length"]:
+def check_bytes(bytes: Integer[Array, "batch length"], vocab: int = VOCAB) -> Integer[Array, "batch length"]:
     """`bytes` unchanged. Raises `ValueError` unless it is an integer array with the axes batch and length, and for values
-    outside 0 … 255. Values are checked only outside of compiled functions, where they can be inspected."""
+    outside 0 … `vocab` - 1: 255, but for a model that reads other marks too. Values are checked only outside of compiled
+    functions, where they can be inspected."""
     if not hasattr(bytes, "dtype") or bytes.ndim != 2 or not jnp.issubdtype(bytes.dtype, jnp.integer):
         shape, dtype = getattr(bytes, "shape", type(bytes).__name__), getattr(bytes, "dtype", "")
         raise ValueError(f"bytes must be integers, batch x length (one text: text[None]); got {dtype} {shape}")
     if not isinstance(bytes, jax.core.Tracer) and bytes.size and bytes.dtype != jnp.uint8:
         # NumPy, since jax.numpy would return a tracer while an outer function is being traced.
         low, high = int(np.min(np.asarray(bytes))), int(np.max(np.asarray(bytes)))
-        if low < 0 or high >= VOCAB:
-            raise ValueError(f"bytes must lie between 0 and {VOCAB - 1}; got {low if low < 0 else high}")
+        if low < 0 or high >= vocab:
+            raise ValueError(f"bytes must lie between 0 and {vocab - 1}; got {low if low < 0 else high}")
     return bytes
 
 
@@ -109,7 +110,8 @@ class UNet(eqx.Module):
 
     `model(bytes, key=key)` predicts; `model.loss(bytes, key=key)` is the training loss; `model.decode` predicts at the next
     bytes from a decode state (`unet.generate` is the decoding loop). Without a `head` the embedding is tied: one array, whose
-    gradient is the sum over both uses.
+    gradient is the sum over both uses. A vocabulary of more than 256 has other marks behind the bytes, such as those of a
+    published model: they are read and scored, and never drawn.
     """
 
     embedding: Float[Array, "vocab dim"]
@@ -174,7 +176,7 @@ class UNet(eqx.Module):
         invalid bytes.
         """
         require_within("samples", samples, Samples)
-        layout = plain_layout(check_bytes(bytes), segments, mask)
+        layout = plain_layout(check_bytes(bytes, self.embedding.shape[0]), segments, mask)
         actions = (actions,) if isinstance(actions, jax.Array | np.ndarray) else tuple(actions)
         sampling = StageSampling(key, actions, target_rate, _bounds(capacities), samples, training)
         return self.predict(self.stage(self.embed(layout), layout, sampling), samples=samples)
@@ -280,7 +282,7 @@ class UNet(eqx.Module):
         """
         require_within("samples", samples, Samples)
         choices, bounds = _choices(capacities)
-        layout = plain_layout(check_bytes(bytes), segments, mask)
+        layout = plain_layout(check_bytes(bytes, self.embedding.shape[0]), segments, mask)
         sampling = StageSampling(key, (), target_rate, bounds, samples, training)
         encoded = self.stage.encode(self.embed(layout), layout, sampling)
 

@@ -1,7 +1,8 @@
 """Hashed n-gram embeddings of the last few bytes, as in BLT (Pagnoni et al., "Byte latent transformer").
 
-For the same ids the hash equals that of the released code. The ids differ in one place: a document begins with that of BOS
-(byte 254) here and with another one there, so the first n-grams of a document, which contain it, use other rows of the tables.
+For the same ids the hash equals that of the released code. Without the `special` ids of a published model they differ in one
+place: a document begins with that of BOS (byte 254) here and with another one there, so the first n-grams of a document, which
+contain it, use other rows of the tables.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from estimators.base import BOS
 
 PRIMES = (
     1_000_000_007,
@@ -65,13 +68,15 @@ class HashedNgrams(eqx.Module):
     r"""$\sum_f \sum_n E_{f,n}[\mathrm{hash}_f(t_{i-n+1} \dots t_i)]$, to be added to the embedding of byte i (BLT).
 
     There is one table for each hash function f and each n, in the order of f, then n; different n-grams may share a row. Byte b
-    has the id b + `offset`; positions before a document's first byte have the id 0.
+    has the id b + `offset`; those from BOS on have the `special` ids, if there are any. Positions before a document's first byte
+    have the id 0.
     """
 
     tables: tuple[Float[Array, "buckets dim"], ...]
     sizes: tuple[int, ...] = eqx.field(static=True)
     primes: tuple[int, ...] = eqx.field(static=True)
     offset: int = eqx.field(static=True)
+    special: tuple[int, ...] = eqx.field(static=True, default=())
 
     def __init__(
         self,
@@ -81,31 +86,40 @@ class HashedNgrams(eqx.Module):
         *,
         functions: int = 1,
         offset: int = OFFSET,
+        special: Sequence[int] = (),
         std: float = 1.0,
         key: PRNGKeyArray,
     ):
         """`sizes`: the values of n; `buckets`: rows of each table; `functions`: number of hash functions, with BLT's primes.
         `std` should equal that of the byte embeddings: both are $d^{-1/2}$ in BLT and 1 in `UNet`. Raises `ValueError` for n
         below 2 or above 64, for tables with no rows or more than $2^{31}$, for no hash function or more than there are primes,
-        and for an offset outside 0 … 512."""
+        and for an offset or special ids outside 0 … 512."""
         if not sizes or min(sizes) < 2 or max(sizes) > MAX_NGRAM or not 1 <= buckets <= 2**31:
             raise ValueError(
                 f"n-grams must have two bytes or more, at most {MAX_NGRAM}, tables one row or more, at most 2^31; got "
                 f"{tuple(sizes)} and {buckets}"
             )
-        if not 1 <= functions <= len(PRIMES) or not 0 <= offset <= MAX_OFFSET:
+        ids = (offset, *special)
+        if not 1 <= functions <= len(PRIMES) or not 0 <= min(ids) <= max(ids) <= MAX_OFFSET:
             raise ValueError(
-                f"there must be 1 to {len(PRIMES)} hash functions, and an offset from 0 to {MAX_OFFSET}; got {functions} and "
-                f"{offset}"
+                f"there must be 1 to {len(PRIMES)} hash functions, and an offset and special ids from 0 to {MAX_OFFSET}; got "
+                f"{functions} and {ids}"
             )
         keys = jax.random.split(key, functions * len(sizes))
         self.tables = tuple(std * jax.random.normal(one, (buckets, dim), jnp.float32) for one in keys)
-        self.sizes, self.primes, self.offset = tuple(sizes), PRIMES[:functions], offset
+        self.sizes, self.primes, self.offset, self.special = tuple(sizes), PRIMES[:functions], offset, tuple(special)
 
     @property
     def reach(self) -> int:
         """How many bytes before its own a position looks back at."""
         return max(self.sizes) - 1
+
+    def ids(self, bytes: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+        """The ids that are hashed."""
+        if not self.special:
+            return bytes + self.offset
+        special = jnp.asarray(self.special, jnp.int32)
+        return jnp.where(bytes < BOS, bytes + self.offset, special[jnp.clip(bytes - BOS, 0, special.size - 1)])
 
     def __call__(
         self,
@@ -117,7 +131,7 @@ class HashedNgrams(eqx.Module):
         position, if there are any."""
         if before is None:
             before = jnp.zeros((bytes.shape[0], self.reach), bytes.dtype)
-        ids, length = jnp.concatenate([before, bytes], axis=1).astype(jnp.int32) + self.offset, bytes.shape[1]
+        ids, length = self.ids(jnp.concatenate([before, bytes], axis=1).astype(jnp.int32)), bytes.shape[1]
         # back[k] holds, for each position, the id that lies k positions back.
         back = [ids[:, self.reach - k : self.reach - k + length] for k in range(self.reach + 1)]
         back = [jnp.where(document_positions >= k, shifted, 0) for k, shifted in enumerate(back)]

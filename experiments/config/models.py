@@ -7,16 +7,38 @@ from pathlib import Path
 from types import ModuleType
 
 from experiments.config.plugins import load_model, require_numbers
-from unet.files.pretrained import load_hnet
+from unet.files.blt_config import is_blt
+from unet.files.errors import LoadError
+from unet.files.json_files import read_json
+from unet.files.pretrained import load_pretrained
 from unet.files.saving import WEIGHTS, Loaded, describes_itself
 
 
+def is_published(where: str) -> bool:
+    """Whether this names a published model: a file or folder with a published configuration beside it, or owner/name, for the
+    hub, where there is no such folder."""
+    path = Path(where)
+    if not path.exists():
+        return where.count("/") == 1 and not where.startswith((".", "/", "~", "hub:")) and not path.suffix
+    if describes_itself(path / WEIGHTS if path.is_dir() else path):
+        return False
+    return any(map(_is_published_config, (path if path.is_dir() else path.parent).glob("*.json")))
+
+
+def _is_published_config(path: Path) -> bool:
+    try:
+        found = read_json(path)
+    except (LoadError, OSError):
+        return False
+    return is_blt(found) or "arch_layout" in found
+
+
 def load_any(where: str, plugins: Sequence[ModuleType] = ()) -> Loaded:
-    """A run's or an exported model, `hub:owner/name`, or a published H-Net by its name on the hub or by its file, which has no
+    """A run's or an exported model, `hub:owner/name`, or a published model by its name on the hub or by its file, which has no
     settings of a run. `plugins` are modules whose classes it may hold. Raises `LoadError` and `ConfigError`."""
     path = Path(where)
     if where.startswith("hub:") or describes_itself(path / WEIGHTS if path.is_dir() else path):
         return load_model(where, plugins)
-    model = load_hnet(where)
+    model = load_pretrained(where)
     require_numbers(model, where)
     return Loaded(model, {})

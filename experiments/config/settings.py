@@ -25,6 +25,7 @@ from experiments.config.sections import (
     OptimizerConfig,
     TargetConfig,
 )
+from unet.blt import BLTConfig
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
 
@@ -47,7 +48,7 @@ class LevelConfig:
 class RunConfig:
     """Train a byte-level language model and its token boundaries."""
 
-    unet: tyro.conf.AvoidSubcommands[UNetConfig | HNetConfig]
+    unet: tyro.conf.AvoidSubcommands[UNetConfig | HNetConfig | BLTConfig]
     """Shape of the model; the preset's unless changed."""
     estimator: str = DEFAULT
     """How boundaries are drawn and learned."""
@@ -73,8 +74,8 @@ class RunConfig:
     seed: Seed = 0
     """Seed of parameters, data order and boundaries."""
     init: str | None = None
-    """Start from the weights of this model: a run's folder or an exported model, hub:owner/name, or a published H-Net by name
-    (cartesia-ai/hnet_1stage_L) or file; by default new ones are drawn."""
+    """Start from the weights of this model: a run's folder or an exported model, hub:owner/name, or a published model by name
+    (cartesia-ai/hnet_1stage_L, facebook/blt-1b) or file; by default new ones are drawn."""
     out: Path | None = None
     """Folder for everything the run leaves; by default runs/ESTIMATOR-DATASET-MODEL-SEED."""
     plugin: tuple[str, ...] = ()
@@ -273,6 +274,11 @@ def _require_parts(config: RunConfig) -> None:
         first.makes_tokens or config.unet.levels == 0 or not isinstance(config.unet, HNetConfig),
         f"--estimator {config.estimator} leaves out the only level of tokens, but the layout of --model {config.model} has "
         f"{config.unet.levels}: name a --unet.layout without any, such as '[\"m4\"]'",
+    )
+    require(
+        first.makes_tokens or config.unet.levels == 0 or not isinstance(config.unet, BLTConfig),
+        f"--estimator {config.estimator} leaves out the only level of tokens, but --model {config.model} has one: name a --model "
+        "of bytes alone, such as blt-patcher",
     )
     require(
         bool(levels) or not config.constrain,

@@ -13,6 +13,7 @@ import cattrs
 from cattrs.errors import ForbiddenExtraKeysError
 
 from experiments.config.errors import one_line
+from unet.blt import BLTConfig
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
 
@@ -20,6 +21,8 @@ Settings = TypeVar("Settings")
 
 Flat = dict[str, float | int | str | None]
 """A JSON object without anything nested."""
+Shape = UNetConfig | HNetConfig | BLTConfig
+"""The shape of a model."""
 LARGEST = 2**63
 """The largest whole number of a flat object, in size: larger ones are no numbers of steps or bytes."""
 
@@ -78,7 +81,7 @@ def _sentence(error: BaseException, kind: object) -> str:
         return f"there is no setting {', '.join(sorted(error.extra_fields))}; another version wrote it"
     if isinstance(error, KeyError):
         return "it is missing"
-    if isinstance(error, TypeError) and (dataclasses.is_dataclass(kind) or kind == UNetConfig | HNetConfig):
+    if isinstance(error, TypeError) and (dataclasses.is_dataclass(kind) or kind == Shape):
         return "it is no JSON object"
     return str(error)
 
@@ -123,8 +126,9 @@ def _choice(value: object, kind: object) -> object:
     raise TypeError(f"{_quoted(value)} is none of {', '.join(map(str, get_args(kind)))}")
 
 
-def _shape(value: object, kind: object) -> UNetConfig | HNetConfig:
-    own = HNetConfig if isinstance(value, dict) and "layout" in value else UNetConfig
+def _shape(value: object, kind: object) -> Shape:
+    names = value if isinstance(value, dict) else {}
+    own = HNetConfig if "layout" in names else BLTConfig if "layers" in names else UNetConfig
     return _CONVERTER.structure(value, own)
 
 
@@ -150,7 +154,7 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook_func(lambda kind: kind is object, lambda value, kind: value)
     # Plain values, whose types are checked against those of the parts that they belong to.
     converter.register_structure_hook_func(lambda kind: kind == Mapping[str, Mapping[str, object]], _sections)
-    converter.register_structure_hook(UNetConfig | HNetConfig, _shape)
+    converter.register_structure_hook(Shape, _shape)
     return converter
 
 

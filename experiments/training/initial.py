@@ -17,7 +17,7 @@ from unet.model import UNet
 
 def initial_weights(where: str, fresh: UNet, plugins: Sequence[ModuleType] = ()) -> UNet:
     """`fresh` with the weights of another model of the same parts: a run's folder or an exported model, `hub:owner/name`, or a
-    published H-Net by its name on the hub or by its file. `plugins` are modules whose classes it may hold.
+    published model by its name on the hub or by its file. `plugins` are modules whose classes it may hold.
 
     Raises `LoadError` where there is no model, `ConfigError` where it is made of other parts.
     """

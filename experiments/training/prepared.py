@@ -15,10 +15,12 @@ from jaxtyping import PyTree
 from data import Batches, Split, open_batches
 from estimators import Layout
 from experiments.config.errors import ConfigError, outside_errors, require
+from experiments.config.models import is_published, load_any
 from experiments.config.plugins import import_plugins, load_model, modules_of
 from experiments.config.settings import RunConfig
 from experiments.training.run_dir import PREPARED
 from unet import UNet
+from unet.files.blt_layout import is_blt, patcher_of
 from unet.files.saving import load_module, save_module
 from unet.likelihood import plain_layout
 
@@ -109,11 +111,15 @@ def read_prepared(config: RunConfig) -> PyTree:
 
 
 def read_byte_model(folder: Path, plugins: Sequence[ModuleType] = ()) -> UNet:
-    """The model of a finished run, which must not learn its tokens; `plugins` are modules whose classes it may hold.
+    """The model of a finished run, which must not learn its tokens, or that of the patches of a published Byte Latent
+    Transformer, by its name on the hub or by its file or folder; `plugins` are modules whose classes it may hold.
 
     Raises `ConfigError` for a run whose boundaries are not at every byte, `LoadError` for one that is not finished.
     """
-    model = load_model(folder, plugins).model
+    published = is_published(str(folder))
+    model = (load_any(str(folder), plugins) if published else load_model(folder, plugins)).model
+    if published and is_blt(model):
+        return patcher_of(model)
     if any(estimator.router.rate != 1.0 for estimator in model.stage.estimators):
         raise ConfigError(
             f"{folder} holds a model that draws boundaries between its tokens; the entropy of bytes needs one without, or with a "

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from estimators.base import Boundaries, Downsampled, Tokens
+from estimators.base import Boundaries, Downsampled, Frozen, Tokens
 from estimators.bounds import Vectors, Width, require_within
 from estimators.decode_state import AbstractDecodeState, update_state
 from unet.chunkers.chunker import AbstractDownsampler, Hidden, Mask
 from unet.cross import CrossLayer
 from unet.decoding.kv_cache import AnyCache, KVCache, KVCacheView, KVUpdate
-from unet.layers import Linear
+from unet.layers import NORM_EPSILON, Linear, for_all_heads
 from unet.ops import Implementation, downsample, mean_pool
 from unet.ops.downsample import places_of
 from unet.ops.groups import Groups, groups_of
@@ -230,12 +230,17 @@ class AttentionPool(AbstractDownsampler):
     r"""Queries made from a group's maximum attend to the positions of that group alone (BLT's local encoder).
 
     $p_{m,s} = \mathrm{CrossLayer}(q_{m,s}, \{X_l\}_{l \in g_m})$ with $q_{m,1} \dots q_{m,k} = P \max_{l \in g_m} X_l$; the k
-    vectors of a token are concatenated. Softmax in float32.
+    vectors of a token are concatenated and, if there is a matrix `project`, multiplied by it. Softmax in float32.
+
+    `idle` are cross-attention layers without any effect: those that a published encoder has after its earlier layers, whose
+    result it replaces (docs/blt.md). They are kept so that they can be written again.
     """
 
     unfold: Linear
     cross: CrossLayer
     implementation: Implementation | None = eqx.field(static=True)
+    project: Linear | None = None
+    idle: Frozen[tuple[CrossLayer, ...]] | None = None
 
     def __init__(
         self,
@@ -243,23 +248,32 @@ class AttentionPool(AbstractDownsampler):
         heads: int = 4,
         *,
         vectors: int = 1,
+        width: int | None = None,
+        kv_heads: int | None = None,
+        epsilon: float = NORM_EPSILON,
         implementation: Implementation | None = None,
         key: PRNGKeyArray,
     ):
-        """`heads`: the number of attention heads. Tokens are `vectors` (k) times as wide as `dim`. Raises `ValueError` if
-        `heads` does not divide `dim`, or `vectors` is not within 1 … 1024."""
+        """`heads`: the number of attention heads. Tokens are `vectors` (k) times as wide as `dim`, or `width` wide where that is
+        another number. `kv_heads` is the number of heads of keys and values (None: as many). `epsilon` is that of the norms.
+        Raises `ValueError` if `heads` does not divide `dim`, `kv_heads` not `heads`, or a number is out of range."""
         require_within("heads", heads, Width)
         require_within("vectors", vectors, Vectors)
         key_unfold, key_cross = jax.random.split(key)
-        self.unfold, self.cross = Linear(dim, vectors * dim, key=key_unfold), CrossLayer(dim, heads, key=key_cross)
-        self.implementation = implementation
+        self.unfold = Linear(dim, vectors * dim, key=key_unfold)
+        self.cross = CrossLayer(dim, heads, kv_heads=kv_heads, epsilon=epsilon, key=key_cross)
+        self.implementation, self.project, self.idle = implementation, None, None
+        if width is not None:
+            require_within("width", width, Width)
+            if width != vectors * dim:
+                self.project = Linear(vectors * dim, width, key=jax.random.fold_in(key, 2))
 
     def token_dim(self, dim: int) -> int:
-        return self.unfold.weight.shape[1]
+        return (self.unfold if self.project is None else self.project).weight.shape[1]
 
     def init_state(self, batch: int, dim: int) -> GroupState:
-        heads = self.cross.heads
-        return GroupState(KVCache.empty(batch, heads, dim // heads, None), MaxPool().init_state(batch, dim))
+        cache = KVCache.empty(batch, self.cross.kv_heads, self.cross.head_dim, None)
+        return GroupState(cache, MaxPool().init_state(batch, dim))
 
     def __call__(
         self,
@@ -278,6 +292,7 @@ class AttentionPool(AbstractDownsampler):
         new = KVUpdate(self.cross.split_heads(keys), self.cross.split_heads(values))
         attended = _attend_groups(self.cross.queries(vectors), new, groups, None if state is None else state.cache)
         pooled = self.cross.output(vectors, attended.astype(hidden.dtype)).reshape(*vectors.shape[:2], -1)
+        pooled = pooled if self.project is None else self.project(pooled)
         tokens = largest.tokens.replaced(jnp.where(largest.tokens.mask[..., None], pooled, jnp.zeros((), pooled.dtype)))
         if state is None or mask is None:
             return Downsampled(tokens, None)
@@ -299,7 +314,8 @@ def _attend_groups(
     query = query.astype(jnp.float32) * query.shape[-1] ** -0.5
     # Each position meets the queries of its own group: (b, length, vectors, heads, head_dim), then logits without the last axis.
     own_query = groups.spread(query.reshape(*query.shape[:2], -1)).reshape(*new.keys.shape[:2], *query.shape[2:])
-    logits = jnp.sum(own_query * new.keys[:, :, None].astype(jnp.float32), axis=-1)
+    keys, values = (for_all_heads(part, query.shape[3], 2)[:, :, None] for part in (new.keys, new.values))
+    logits = jnp.sum(own_query * keys.astype(jnp.float32), axis=-1)
     largest = groups.largest(logits)
     cached = None if cache is None or not cache.slots else _cached_group(query[:, 0], cache)
     if cached is not None:
@@ -310,7 +326,7 @@ def _attend_groups(
     # Logits outside of groups are unbounded, and an overflow there would make the gradient NaN.
     inside = groups.inside[..., None, None]
     weights = jnp.where(inside, jnp.exp(jnp.where(inside, logits - own_largest, 0.0)), 0.0)
-    total = groups.total(weights[..., None] * new.values[:, :, None].astype(jnp.float32))
+    total = groups.total(weights[..., None] * values.astype(jnp.float32))
     norm = groups.total(weights)
     if cached is not None:
         weights = jnp.exp(cached.logits - largest[:, :1])
@@ -329,10 +345,11 @@ class _CachedGroup(eqx.Module):
 def _cached_group(query: Float[Array, "batch vectors heads head_dim"], cache: AnyCache) -> _CachedGroup:
     """Logits are NaN if the cache had no slot for a position of the group."""
     cache = cache.copied() if isinstance(cache, KVCacheView) else cache
-    logits = jnp.einsum("bvhd,bhsd->bsvh", query, cache.keys.astype(jnp.float32))
+    keys, values = (for_all_heads(part, query.shape[2], 1).astype(jnp.float32) for part in (cache.keys, cache.values))
+    logits = jnp.einsum("bvhd,bhsd->bsvh", query, keys)
     seen = (jnp.arange(cache.slots) < cache.lengths[:, None])[..., None, None]
     lost = (cache.lengths > cache.slots)[:, None, None, None]
-    return _CachedGroup(jnp.where(lost, jnp.nan, jnp.where(seen, logits, -jnp.inf)), cache.values.astype(jnp.float32))
+    return _CachedGroup(jnp.where(lost, jnp.nan, jnp.where(seen, logits, -jnp.inf)), values)
 
 
 class WithBoundary(AbstractDownsampler):

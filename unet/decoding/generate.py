@@ -151,12 +151,13 @@ class DecodeSettings(eqx.Module):
 
 
 def allowed_bytes(state: DecodeState, settings: DecodeSettings) -> Bool[Array, "batch vocab"]:
-    """The bytes that may be drawn. BOS never; EOS not if texts are `endless`. For `valid` UTF-8 only bytes that can come next,
-    and EOS only after a complete character."""
-    values = jnp.arange(VOCAB)
+    """The bytes that may be drawn. BOS never, nor what is no byte; EOS not if texts are `endless`. For `valid` UTF-8 only bytes
+    that can come next, and EOS only after a complete character."""
+    values = jnp.arange(state.logits.shape[1])
     if not settings.valid:
-        return jnp.broadcast_to((values != BOS) & ~((values == EOS) & settings.endless), state.logits.shape)
-    allowed = utf8.can_follow(state.character, state.left)
+        drawn = (values < VOCAB) & (values != BOS) & ~((values == EOS) & settings.endless)
+        return jnp.broadcast_to(drawn, state.logits.shape)
+    allowed = jnp.pad(utf8.can_follow(state.character, state.left), ((0, 0), (0, values.size - VOCAB)))
     return allowed if settings.endless else allowed | (values == EOS) & (state.character == utf8.COMPLETE)[:, None]
 
 

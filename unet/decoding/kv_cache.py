@@ -128,14 +128,15 @@ Tree = TypeVar("Tree", bound=PyTree[Array])
 
 
 def attend_cached(
-    query: Float[Array, "batch length heads head_dim"],
+    query: Float[Array, "batch length query_heads head_dim"],
     new: KVUpdate,
     cache: AnyCache,
     mask: Bool[Array, "batch length"],
     *,
     cap: float | None,
-) -> Float[Array, "batch length heads head_dim"]:
+) -> Float[Array, "batch length query_heads head_dim"]:
     r"""$\mathrm{softmax}\big(c\tanh(qk^\top/(c\sqrt{d}))\big)v$ over the cache and the `new` positions, causal; see `attend`.
+    Adjacent heads of queries may share a head of keys and values.
 
     The result is NaN at positions of the `mask` for which a cache without a window has no slot left. Padding stays finite, since
     a NaN among the values would reach every position.
@@ -145,6 +146,9 @@ def attend_cached(
     # Heads first, so that a CPU multiplies whole matrices without transposing the cache.
     query, keys, values = (jnp.swapaxes(part, 1, 2) for part in (query, new.keys, new.values))
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    # The queries that share a head of keys stand below each other, so that nothing of the cache is repeated.
+    shape, kv_heads = query.shape, keys.shape[1]
+    query = query.reshape(shape[0], kv_heads, -1, shape[3])
     cached_logits = jnp.matmul(query, jnp.swapaxes(cache.keys, -1, -2), preferred_element_type=jnp.float32)
     new_logits = jnp.matmul(query, jnp.swapaxes(keys, -1, -2), preferred_element_type=jnp.float32)
     logits = soft_cap(jnp.concatenate([cached_logits, new_logits], axis=-1), cap)
@@ -152,8 +156,10 @@ def attend_cached(
     causal = (distance >= 0) & (True if cache.window is None else distance < cache.window)
     causal = jnp.broadcast_to(causal, (query.shape[0], length, length))
     visible = jnp.concatenate([cache.visible(length), causal], axis=-1)
+    visible = jnp.tile(visible, (1, shape[1] // kv_heads, 1))
     weights = jax.nn.softmax(jnp.where(visible[:, None], logits, -jnp.inf), axis=-1).astype(values.dtype)
     mixed = jnp.matmul(weights[..., : cache.slots], cache.values) + jnp.matmul(weights[..., cache.slots :], values)
+    mixed = mixed.reshape(shape)
     if cache.window is None:
         positions = cache.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
         lost = mask & (positions >= cache.slots)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -13,13 +15,40 @@ from safetensors import SafetensorError, safe_open
 
 from unet.files.errors import LoadError, shown
 
+Read = TypeVar("Read")
+
 ALIGNMENT = 8
 """The data in a safetensors file begins at a multiple of so many bytes."""
 
 
-class ArrayFile(Mapping[str, np.ndarray]):
+class AbstractArrays(Mapping[str, np.ndarray]):
+    """Arrays by name that are read on access, some rows of one alone where the file allows it."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an array."""
+
+    @abstractmethod
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        """Some rows of an array, which may be a view of it."""
+
+
+def shape_in(arrays: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
+    """The shape of an array, without reading it where that is possible."""
+    return arrays.shape(name) if isinstance(arrays, AbstractArrays) else arrays[name].shape
+
+
+def rows_of(arrays: Mapping[str, np.ndarray], name: str, rows: slice) -> np.ndarray:
+    """Some rows of an array, without reading the others where that is possible."""
+    return arrays.rows(name, rows) if isinstance(arrays, AbstractArrays) else arrays[name][rows]
+
+
+class ArrayFile(AbstractArrays):
     """The arrays of a safetensors file, each read on access. Raises `LoadError` for a damaged file, and for arrays of types that
-    NumPy does not have."""
+    NumPy does not have.
+
+    The file is opened anew for each array: an open one is mapped, and all that was ever read of it would count as memory.
+    """
 
     def __init__(self, path: Path):
         # The reader of the format reports folders and permissions in words of its own.
@@ -27,17 +56,27 @@ class ArrayFile(Mapping[str, np.ndarray]):
             pass
         self._path = path
         try:
-            self._file = safe_open(path, framework="numpy")
+            with safe_open(path, framework="numpy") as file:
+                self._names = frozenset(file.keys())
+                self.metadata: Mapping[str, str] = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise LoadError(f"{path} is damaged ({shown(error)})") from None
-        self._names = frozenset(self._file.keys())
-        self.metadata: Mapping[str, str] = self._file.metadata() or {}
 
     def __getitem__(self, name: str) -> np.ndarray:
+        return self._read(name, lambda file: file.get_tensor(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._read(name, lambda file: file.get_slice(name).get_shape()))
+
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        return self._read(name, lambda file: file.get_slice(name)[rows])
+
+    def _read(self, name: str, read: Callable[[safe_open], Read]) -> Read:
         if name not in self._names:
             raise KeyError(name)
         try:
-            return self._file.get_tensor(name)
+            with safe_open(self._path, framework="numpy") as file:
+                return read(file)
         except (SafetensorError, AttributeError, TypeError) as error:
             raise LoadError(f"{self._path}: the array {shown(name)} cannot be read ({shown(error)})") from None
 
@@ -56,7 +95,7 @@ class ArrayFile(Mapping[str, np.ndarray]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._file.__exit__(kind, error, where)
+        """Nothing stays open."""
 
 
 def file_content(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:

@@ -19,8 +19,9 @@ from estimators.routers import CosineRouter, Greedy
 from unet.attention import Attention
 from unet.blocks import PreNorm, Stack
 from unet.chunkers import Chunker, Projection, Select, Smooth
-from unet.files.errors import shown
-from unet.files.published import LayoutError, WeightType, layer_count, rounded, shape_of
+from unet.files.converted import WeightType, converted, require_names, require_shape
+from unet.files.errors import LayoutError
+from unet.files.published import layer_count, rounded, shape_of
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.hnet import HNetConfig
 from unet.layers import ROTARY_BASE, Linear
@@ -102,13 +103,7 @@ def from_reference(
             given -= {HEAD}
         elif HEAD in given:
             sources[EMBEDDING] = HEAD
-    names = set(sources.values())
-    if names != given:
-        missing, surplus = sorted(names - given), sorted(given - names)
-        raise LayoutError(
-            f"parameters do not fit the configuration: {len(missing)} missing{_example(missing)}, "
-            f"{len(surplus)} unknown{_example(surplus)}"
-        )
+    require_names(sources.values(), given)
     weights = {
         id(parameter.leaf): _weight(parameter, params[sources[parameter.name]], dtype) for parameter in parameters
     }
@@ -124,25 +119,12 @@ def _check_tied(params: Mapping[str, np.ndarray]) -> None:
         )
 
 
-def _example(names: Sequence[str]) -> str:
-    return f" (such as {shown(names[0])})" if names else ""
-
-
 def _weight(parameter: Parameter, value: np.ndarray, dtype: WeightType) -> Array:
-    if value.shape != parameter.shape:
-        raise LayoutError(
-            f"{parameter.name} has shape {list(value.shape)}; the configuration asks for {list(parameter.shape)}"
-        )
-    if value.dtype not in (np.float64, np.float32, np.float16, jnp.bfloat16):
-        raise LayoutError(f"{parameter.name} is {value.dtype}; weights must be float64, float32, float16 or bfloat16")
+    require_shape(parameter.name, value.shape, parameter.shape)
     wanted = jnp.dtype(jnp.float32 if parameter.name.endswith(FLOAT32_PARAMETERS) else dtype)
     value = value.T if parameter.transposed else value.reshape(parameter.leaf.shape)
-    with np.errstate(over="ignore"):
-        converted = value.astype(wanted, order="C")
-    if wanted.itemsize < value.dtype.itemsize and not np.array_equal(np.isfinite(value), np.isfinite(converted)):
-        raise LayoutError(f"{parameter.name} has values that are too large for {wanted}")
     # Wait, or pending copies would pile up in memory.
-    return jax.block_until_ready(jnp.asarray(converted))
+    return jax.block_until_ready(jnp.asarray(converted(parameter.name, value, wanted)))
 
 
 class ReferenceParams(Mapping[str, np.ndarray]):
@@ -272,6 +254,8 @@ def _blocks(stack: Stack) -> list[PreNorm]:
             raise LayoutError(f"the released layout has no {type(block).__name__}: its layers are PreNorm")
         if isinstance(block.mixer, Attention) and block.mixer.cap is not None:
             raise LayoutError("attention in the released layout does not cap its logits")
+        if isinstance(block.mixer, Attention) and block.mixer.kv_heads != block.mixer.heads:
+            raise LayoutError("attention in the released layout has keys and values for every head")
     return [block for block in stack.blocks if isinstance(block, PreNorm)]
 
 

@@ -1,4 +1,4 @@
-"""Loading published H-Nets by name or from files, and saving models in their layout."""
+"""Loading published models by name or from files, and saving models in their layouts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from typing import Literal
 
 import safetensors.numpy
 
+from unet.files import blt_layout, blt_written, hnet_layout
+from unet.files.blt_config import is_blt
+from unet.files.blt_tokenizer import TOKENIZER, require_tokenizer
+from unet.files.converted import WeightType
 from unet.files.errors import LayoutError, LoadError
-from unet.files.hnet_layout import WeightType, from_reference, named_parameters, reference_config, to_reference
+from unet.files.hnet_layout import named_parameters
 from unet.files.hub import Repository
 from unet.files.json_files import read_json
+from unet.files.layouts import from_reference
 from unet.files.saving import write_atomically
 from unet.files.torch_files import write_torch_file
 from unet.files.weights import INDEX, TORCH, only_weights, open_weights, read_index
@@ -52,6 +57,41 @@ PUBLISHED: Mapping[str, Mapping[str, object]] = {
 
 OWNER = "cartesia-ai"
 
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of weights in one file that `save_blt` writes."""
+
+
+def load_pretrained(
+    where: str | Path,
+    *,
+    config: str | Path | None = None,
+    dtype: WeightType = "float32",
+    chunk_sizes: Sequence[float] | None = None,
+) -> UNet:
+    """A published H-Net or Byte Latent Transformer, as its configuration says: by its name on the hub
+    (`cartesia-ai/hnet_1stage_L`, `facebook/blt-1b`, or `owner/name@revision`), or from a `.pt` or `.safetensors` file in the
+    published layout, the index of several `.safetensors` files, or a folder with one of these.
+
+    What compilers and wrappers put before names (`_orig_mod.`, `module.`) is taken off. `config`: the JSON file of its
+    configuration; by default one beside the weights (`config.json`, or with the name of the weights), or else the published
+    configuration of that name. `dtype` is that of weights and products; `chunk_sizes` is the target number of positions per chunk
+    in further training of an H-Net; see `unet.from_reference`. No more than one parameter is in memory beside the model. Raises
+    `LoadError` if there is no such model, if it is damaged, and if it does not fit its configuration.
+    """
+    weights = _located(where)
+    settings = _config(weights, None if config is None else Path(config))
+    if isinstance(arguments := settings.get("args"), Mapping) and "dim_global" in arguments:
+        raise LoadError(
+            f"{weights} is a Byte Latent Transformer in the authors' own layout: name a repository converted for transformers, "
+            "whose config.json has the model_type blt"
+        )
+    try:
+        if is_blt(settings) and (tokenizer := weights.with_name(TOKENIZER)).is_file():
+            require_tokenizer(tokenizer)
+        return from_reference(settings, open_weights(weights), dtype=dtype, chunk_sizes=chunk_sizes)
+    except LayoutError as error:
+        raise LoadError(f"{weights}: {error}") from None
+
 
 def load_hnet(
     where: str | Path,
@@ -60,15 +100,15 @@ def load_hnet(
     dtype: WeightType = "float32",
     chunk_sizes: Sequence[float] | None = None,
 ) -> UNet:
-    """A published H-Net: by its name on the hub (`cartesia-ai/hnet_1stage_L`, or `owner/name@revision`), or from a `.pt` or
-    `.safetensors` file in the released layout, the index of several `.safetensors` files, or a folder with one of these.
+    """A published H-Net: `load_pretrained`, for what is known to be one. Raises `LoadError` for any other model."""
+    model = load_pretrained(where, config=config, dtype=dtype, chunk_sizes=chunk_sizes)
+    if blt_layout.is_blt(model):
+        raise LoadError(f"{where} is a Byte Latent Transformer, not an H-Net: load it with unet.load_pretrained")
+    return model
 
-    What compilers and wrappers put before names (`_orig_mod.`, `module.`) is taken off. `config`: the JSON file of its
-    configuration; by default one beside the weights (`config.json`, or with the name of the weights), or else the published
-    configuration of that name. `dtype` is that of weights and products, `chunk_sizes` the target number of positions per chunk in
-    further training; see `unet.from_reference`. No more than one parameter is in memory beside the model. Raises `LoadError` if
-    there is no such model, if it is damaged, and if it does not fit its configuration.
-    """
+
+def _located(where: str | Path) -> Path:
+    """The file of the weights, downloaded where there is no such file or folder."""
     text = str(where)
     weights = Path(where)
     if not weights.exists():
@@ -84,13 +124,7 @@ def load_hnet(
             weights = _fetched(text)
         except LoadError as error:
             raise LoadError(f"there is no file or folder {where} here, and {error}") from None
-    if weights.is_dir():
-        weights = only_weights(weights)
-    settings = _config(weights, None if config is None else Path(config))
-    try:
-        return from_reference(settings, open_weights(weights), dtype=dtype, chunk_sizes=chunk_sizes)
-    except LayoutError as error:
-        raise LoadError(f"{weights}: {error}") from None
+    return only_weights(weights) if weights.is_dir() else weights
 
 
 def save_hnet(model: UNet, folder: Path, *, name: str = "model", kind: Literal["pt", "safetensors"] = "pt") -> Path:
@@ -99,7 +133,7 @@ def save_hnet(model: UNet, folder: Path, *, name: str = "model", kind: Literal["
 
     Raises `unet.files.published.LayoutError` for a model with parts that the released layout does not have.
     """
-    params, settings = to_reference(model), reference_config(model)
+    params, settings = hnet_layout.to_reference(model), hnet_layout.reference_config(model)
     weights = folder / f"{name}.{kind}"
     if kind == "pt":
         write_torch_file(weights, params)
@@ -109,8 +143,40 @@ def save_hnet(model: UNet, folder: Path, *, name: str = "model", kind: Literal["
     return weights
 
 
+def save_blt(model: UNet, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a Byte Latent Transformer as `transformers` reads it: `config.json`, and `model.safetensors` or, where that would
+    have more than `shard_bytes` bytes, shards and their index. Returns the path of the weights, or of the index.
+
+    Raises `LayoutError` for a model with parts that the published layout does not have.
+    """
+    settings, params = blt_written.reference_config(model), blt_layout.to_reference(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [name for name in params if model.head is not None or name != blt_layout.EMBEDDING]
+    shards: list[list[str]] = [[]]
+    sizes = blt_layout.published_bytes(model)
+    for name in names:
+        if shards[-1] and sum(sizes[one] for one in shards[-1]) + sizes[name] > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    places: dict[str, str] = {}
+    for number, some in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        content = safetensors.numpy.save({name: params[name] for name in some}, metadata={"format": "pt"})
+        write_atomically(folder / file, content)
+        places |= dict.fromkeys(some, file)
+    weights = folder / "model.safetensors"
+    if len(shards) > 1:
+        weights = folder / f"model{INDEX}"
+        index = {"metadata": {"total_size": sum(sizes[name] for name in names)}, "weight_map": places}
+        write_atomically(weights, json.dumps(index, indent=2) + "\n")
+    write_atomically(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+    return weights
+
+
 def parameter_count(model: UNet) -> int:
-    """Number of parameters in the released layout, routers and residual projections included."""
+    """Number of parameters in the published layout, routers, residual projections and models of patches included."""
+    if blt_layout.is_blt(model):
+        return sum(piece.size for piece in blt_layout.pieces_of(model))
     return sum(one.leaf.size for one in named_parameters(model))
 
 
@@ -138,6 +204,6 @@ def _fetched(repository: str) -> Path:
     if weights.name.endswith(INDEX):
         for file in sorted(set(read_index(weights).values())):
             on_hub.first([file])
-    for file in (f"{name}.json", "config.json"):
+    for file in (f"{name}.json", "config.json", TOKENIZER):
         on_hub.optional(file)
     return weights

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
+from unet.files.converted import WeightType
 from unet.files.errors import LayoutError
 from unet.hnet import HNetConfig, read_layout
-
-WeightType = Literal["float32", "bfloat16"]
 
 MULTIPLE = 128
 """The released code rounds the inner widths of MLPs up to a multiple of this."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from unet.files.arrays import ArrayFile
+from unet.files.arrays import AbstractArrays, ArrayFile, rows_of, shape_in
 from unet.files.errors import LoadError, shown
 from unet.files.hub import is_plain_name
 from unet.files.json_files import read_json
@@ -23,7 +24,13 @@ COMPILED = "_orig_mod."
 """What compiling a module with PyTorch puts before the names inside it."""
 
 PREFIXES = ("module.", "model.")
-"""What wrappers for training put before all names. No name of the released layout begins so."""
+"""What wrappers for training put before all names. Not all names of a released layout begin so, but for those of a Byte Latent
+Transformer without its head."""
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is called like a shard or an index of shards."""
+    return name == f"model{INDEX}" or re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name) is not None
 
 
 def open_weights(path: Path) -> Mapping[str, np.ndarray]:
@@ -63,7 +70,7 @@ def read_index(path: Path) -> dict[str, str]:
     return {str(name): str(file) for name, file in found.items()}
 
 
-class _Shards(Mapping[str, np.ndarray]):
+class _Shards(AbstractArrays):
     """The arrays of several safetensors files, as their index says."""
 
     def __init__(self, index: Path):
@@ -82,6 +89,12 @@ class _Shards(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         return self._files[self._places[name]][name]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._files[self._places[name]].shape(name)
+
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        return self._files[self._places[name]].rows(name, rows)
+
     def __contains__(self, name: object) -> bool:
         return name in self._places
 
@@ -92,7 +105,7 @@ class _Shards(Mapping[str, np.ndarray]):
         return len(self._places)
 
 
-class _Renamed(Mapping[str, np.ndarray]):
+class _Renamed(AbstractArrays):
     """Arrays without `COMPILED` anywhere in their names, and without those of `PREFIXES` that all of them have."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
@@ -109,6 +122,12 @@ class _Renamed(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[self._names[name]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return shape_in(self._arrays, self._names[name])
+
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        return rows_of(self._arrays, self._names[name], rows)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

@@ -1,0 +1,45 @@
+"""Published layouts of parameters and configurations: that of H-Net and that of Byte Latent Transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from unet.files import blt_layout, blt_written, hnet_layout
+from unet.files.blt_config import is_blt
+from unet.files.converted import WeightType
+from unet.files.errors import LayoutError
+from unet.model import UNet
+
+
+def from_reference(
+    config: Mapping[str, object],
+    params: Mapping[str, np.ndarray],
+    *,
+    dtype: WeightType = "float32",
+    chunk_sizes: Sequence[float] | None = None,
+) -> UNet:
+    """The language model of a published configuration, which decides what it is, and its parameters by their published names.
+
+    See `unet.files.hnet_layout.from_reference` and `unet.files.blt_layout.from_reference`; `dtype` is that of weights and
+    products, `chunk_sizes` are for H-Nets. Raises `LayoutError` for what does not fit.
+    """
+    if not is_blt(config):
+        return hnet_layout.from_reference(config, params, dtype=dtype, chunk_sizes=chunk_sizes)
+    if chunk_sizes is not None:
+        raise LayoutError(
+            "chunk_sizes are for H-Nets; the patches of a Byte Latent Transformer follow from its threshold"
+        )
+    return blt_layout.from_reference(config, params, dtype=dtype)
+
+
+def to_reference(model: UNet) -> Mapping[str, np.ndarray]:
+    """The parameters of a model in its published layout, each converted when it is read: the inverse of `from_reference`. Raises
+    `LayoutError` for a model with parts that its layout does not have."""
+    return blt_layout.to_reference(model) if blt_layout.is_blt(model) else hnet_layout.to_reference(model)
+
+
+def reference_config(model: UNet) -> dict[str, object]:
+    """The published configuration of a model. Raises `LayoutError` as `to_reference`."""
+    return blt_written.reference_config(model) if blt_layout.is_blt(model) else hnet_layout.reference_config(model)
