@@ -113,8 +113,8 @@ def test_a_gemma_2_has_the_likelihoods_texts_and_scores_of_the_hf_backend(golden
 def test_the_golden_file_is_what_the_hf_backend_says(golden, folder):
     z = golden("gemma2_harness")
     tasks = without_shots(dict(open_tasks(gemma2.TASKS, [folder]).tasks))
-    models = [gemma2.hf_model(params_of(z), begins=begins) for begins in (True, False)]
-    assert_same(gemma2.findings(*models, tasks), json.loads(str(z["found"])))
+    first, rolling = (gemma2.hf_model(params_of(z), begins=begins) for begins in (True, False))
+    assert_same(gemma2.findings(first, rolling, tasks), json.loads(str(z["found"])))
 
 
 # Likelihoods.
@@ -297,7 +297,9 @@ def own_tasks_only(monkeypatch):
 
     manager = lm_eval.tasks.TaskManager
     monkeypatch.setattr(
-        lm_eval.tasks, "TaskManager", lambda **settings: manager(**{**settings, "include_defaults": False})
+        lm_eval.tasks,
+        "TaskManager",
+        lambda include_path, **_: manager(include_path=include_path, include_defaults=False),
     )
 
 
@@ -337,19 +339,21 @@ def test_the_gold_continuation_is_scored_in_bits_per_byte(folder, capsys):
     found = json.loads(out)
     assert found["plan"]["boundaries"] == "greedy"
     (model,) = found["models"]
+    answers = "twist its lid.", "use a towel.", "tie the loose ends."
     expected = {
         "piqa": [
-            (f"Question: {row['goal']}\nAnswer:", f" {row[('sol1', 'sol2')[row['label']]]}") for row in ROWS["piqa"]
+            (f"Question: {row['goal']}\nAnswer:", f" {answer}")
+            for row, answer in zip(ROWS["piqa"], answers, strict=True)
         ],
         "winogrande": [
-            (left + row[f"option{row['answer']}"], right)
+            (left + str(row[f"option{row['answer']}"]), right)
             for row in ROWS["winogrande"]
-            for left, right in [row["sentence"].split("_")]
+            for left, right in [str(row["sentence"]).split("_")]
         ],
         "lambada_openai": [
             (context, f" {last}")
             for row in ROWS["lambada_openai"]
-            for context, _, last in [row["text"].rpartition(" ")]
+            for context, _, last in [str(row["text"]).rpartition(" ")]
         ],
     }
     for task, pairs in expected.items():
@@ -416,7 +420,7 @@ def test_noises_are_what_they_are_called():
     shorter = noise.drop(text, rng)
     assert len(text) - len(shorter) == 4
     rest = iter(text)
-    assert all(one in rest for one in shorter)
+    assert all(any(one == other for other in rest) for one in shorter)
     mixed = noise.random_case("abcdefgh" * 5, rng)
     assert mixed.lower() == "abcdefgh" * 5
     assert sum(one.isupper() for one in mixed) == 20
@@ -470,9 +474,8 @@ def test_bad_input_is_one_sentence(folder, tmp_path, capsys, arguments, message)
     (files / "gone.yaml").write_text(
         f"include: {files / 'piqa.yaml'}\ntask: gone\ndataset_kwargs: {{data_files: none.jsonl}}\n"
     )
-    (files / "odd.yaml").write_text(
-        f"include: {files / 'lambada_openai.yaml'}\ntask: odd\ndoc_to_text: '{{\"a\\uD800b\"}}'\n"
-    )
+    odd = """doc_to_text: '{{"a\\ud800b"}}'"""  # as jinja spells it
+    (files / "odd.yaml").write_text(f"include: {files / 'lambada_openai.yaml'}\ntask: odd\n{odd}\n")
     given = arguments if "--tasks" not in arguments or "nowhere" in arguments else (*arguments, "--task-files", files)
     code, out, err = run(capsys, folder / "sfe", *given)
     assert (code, out) == (2, "")

@@ -74,8 +74,8 @@ TEXTS = ("path", "boundaries", "combine", "cache", "plugin")
 
 
 def _plain(name: str, value: object) -> object:
-    """A value as the harness's parser leaves it; names that look like numbers are names all the same. Raises `ConfigError` for what
-    is none of a few choices."""
+    """A value as the harness's parser leaves it; names that look like numbers are names all the same. Raises `ConfigError` for
+    what is none of a few choices."""
     if value is None or value == "None":
         return None
     plain = str(value) if name in TEXTS else value

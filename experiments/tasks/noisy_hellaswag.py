@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
 
 import datasets
 from lm_eval.tasks.hellaswag.utils import process_docs
@@ -14,19 +13,12 @@ from experiments.tasks.noise import variants
 def noisy(noise: str, dataset: datasets.Dataset) -> datasets.Dataset:
     """The examples of HellaSwag as the harness's task of that name makes them, each three times: with the noise in its context,
     in its endings, and in both."""
-
-    def expanded(rows: Mapping[str, Sequence]) -> dict[str, list]:
-        made: dict[str, list] = {"place": [], "query": [], "choices": [], "gold": [], "label": []}
-        for query, choices, gold in zip(rows["query"], rows["choices"], rows["gold"], strict=True):
-            for place, noisy_query, noisy_choices in variants(noise, query, choices):
-                for name, value in zip(made, (place, noisy_query, noisy_choices, gold, str(gold)), strict=True):
-                    made[name].append(value)
-        return made
-
-    clean = process_docs(dataset)
-    made = clean.map(expanded, batched=True, remove_columns=clean.column_names)
-    assert isinstance(made, datasets.Dataset)
-    return made
+    rows = [
+        {"place": place, "query": query, "choices": choices, "label": str(document["gold"])}
+        for document in map(dict, process_docs(dataset))
+        for place, query, choices in variants(noise, document["query"], document["choices"])
+    ]
+    return datasets.Dataset.from_list(rows)
 
 
 antspeak = functools.partial(noisy, "antspeak")
