@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness, with data on this machine."""
 
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -9,9 +10,12 @@ import random
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet
 import pytest
+from huggingface_hub import constants
 
 from tests.conftest import needs, predict, small_model
+from tests.hub_server import hub
 from tests.test_run import usual_promotion as usual_promotion
 
 needs("eval", "lm_eval")
@@ -447,6 +451,76 @@ def test_an_answer_that_is_no_choice_is_refused(folder):
     sample = {"doc": {**ROWS["piqa"][0], "label": 7}, "target": 7, "doc_id": 4}
     with pytest.raises(ConfigError, match="the answer of example 4 of the task piqa is none of its 2 choices"):
         gold_bits(task, sample)
+
+
+# Data sets of the hub, through the real client.
+
+
+def parquet(rows):
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), content)
+    return content.getvalue()
+
+
+def repository(config, splits, rows):
+    """The files of a data set as the hub has them, with the same rows in every split."""
+    folder = "data" if config == "default" else config
+    paths = "".join(f"  - split: {split}\n    path: {folder}/{split}-*\n" for split in splits)
+    card = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{paths}---\n# A data set\n"
+    files = {f"{folder}/{split}-00000-of-00001.parquet": parquet(rows) for split in splits}
+    return {"README.md": card.encode(), **files}
+
+
+@pytest.fixture
+def fresh_client(monkeypatch, tmp_path):
+    """A client of the hub with nothing in its cache, which does not wait between its attempts."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data")
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+
+    def at(url):
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+    return at
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_data_sets_of_the_hub_are_read_in_their_real_layout(folder, tmp_path, capsys, fresh_client):
+    files = repository("default", ("train", "validation"), ROWS["hellaswag"])
+    more = {"allenai/ai2_arc": repository("ARC-Easy", ("train", "validation", "test"), ROWS["arc_easy"])}
+    asked = (folder / "sfe", "--tasks", "hellaswag", "hellaswag_uppercase", "arc_easy", "--context", 64, "--json")
+    with hub("Rowan/hellaswag", files, more=more) as server:
+        fresh_client(server.url)
+        code, out, err = run(capsys, *asked)
+    assert code == 0, err
+    found = json.loads(out)["models"][0]["tasks"]
+    assert {task: result["examples"] for task, result in found.items()} == {
+        "hellaswag": 2,
+        "hellaswag_uppercase": 6,
+        "arc_easy": 2,
+    }
+    code, out, err = run(capsys, *asked, "--task-files", folder)
+    local = json.loads(out)["models"][0]["tasks"]
+    assert {task: result["values"] for task, result in local.items()} == {
+        task: result["values"] for task, result in found.items()
+    }
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_a_hub_that_cannot_be_reached_is_one_sentence(folder, capsys, fresh_client):
+    with hub("Rowan/hellaswag", {}) as server:
+        url = server.url
+    fresh_client(url)
+    code, out, err = run(capsys, folder / "sfe", "--tasks", "hellaswag")
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        "error: the data of the task hellaswag cannot be had: Couldn't reach 'Rowan/hellaswag' on the Hub"
+    )
+    assert f"(the hub is {url}); what was loaded before needs no network (HF_HUB_OFFLINE=1)" in err
+    assert err.count("error") == 1
 
 
 # What cannot be had.
