@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments.command import exit_code
+from experiments.config.errors import ConfigError, one_line
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.tasks.harness import FILES, register, require_harness
@@ -29,6 +30,10 @@ def harness(arguments: Sequence[str]) -> None:
     before, sys.argv = sys.argv, ["lm_eval", *given]
     try:
         cli_evaluate()
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        raise ConfigError(f"{one_line(str(error))}: python -m experiments.harness ls tasks lists them") from None
     finally:
         sys.argv = before
 

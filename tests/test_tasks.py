@@ -321,6 +321,8 @@ def test_the_command_line_of_the_harness_knows_the_model(folder, capsys):
         == 2
     )
     assert "error: nowhere is not a file" in " ".join(capsys.readouterr().err.split())
+    assert harness.main(["--model", "caesura", "--tasks", "nothing", "--include_path", str(folder)]) == 2
+    assert "error: Tasks not found: nothing: python -m experiments.harness ls tasks" in capsys.readouterr().err
 
 
 # The command of this library.

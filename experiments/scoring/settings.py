@@ -123,6 +123,7 @@ OF_TEXTS = (
     "drift",
     "per_byte",
     "report",
+    "overwrite",
 )
 """Settings of texts that tasks do not have."""
 OF_TASKS = ("task_files", "limit", "shots", "bytes_per_token")
