@@ -1,15 +1,13 @@
-"""Evaluate models on a text: `python -m experiments.evaluate RUN [MODEL …] --dataset my-texts/`."""
+"""Evaluate models on a text: `python -m experiments.evaluate RUN [MODEL …] --dataset my-texts/`; on tasks: `--tasks piqa`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from data.hub import default_cache
 from experiments.command import command_line
 from experiments.launch import program
 from experiments.reporting.display import Display
-from experiments.scoring.cache import ScoreCache
+from experiments.scoring.cache import ScoreCache, default_folder
 from experiments.scoring.compute import evaluation_of
 from experiments.scoring.document import document
 from experiments.scoring.inputs import read_inputs
@@ -17,12 +15,24 @@ from experiments.scoring.page import FILES, write_page
 from experiments.scoring.per_byte import require_writable, write_per_byte
 from experiments.scoring.settings import EvaluateConfig
 from experiments.scoring.tables import markdown
+from experiments.tasks.evaluation import document as task_document
+from experiments.tasks.evaluation import task_evaluation
+from experiments.tasks.tables import markdown as task_markdown
 from experiments.terminal import write_output
 from experiments.training.run_dir import json_text, refuse_existing
 
 
 def evaluate(config: EvaluateConfig, display: Display) -> None:
-    """Evaluate the models and print tables or a JSON document. Everything is checked before anything is computed.
+    """Evaluate the models on a text or on tasks. Raises `ConfigError`, `DataError` and `LoadError`."""
+    cache = ScoreCache((config.cache or default_folder()) if config.keep else None)
+    if config.tasks:
+        evaluate_tasks(config, cache, display)
+    else:
+        evaluate_text(config, cache, display)
+
+
+def evaluate_text(config: EvaluateConfig, cache: ScoreCache, display: Display) -> None:
+    """Evaluate the models on a text and print tables or a JSON document. Everything is checked before anything is computed.
 
     Raises `ConfigError`, `DataError` and `LoadError`.
     """
@@ -30,7 +40,6 @@ def evaluate(config: EvaluateConfig, display: Display) -> None:
         require_writable(config.per_byte, overwrite=config.overwrite)
     if config.report is not None:
         refuse_existing(config.report, FILES, overwrite=config.overwrite)
-    cache = ScoreCache(_folder(config) if config.keep else None)
     inputs = read_inputs(config)
     cache.check()
     try:
@@ -49,8 +58,15 @@ def evaluate(config: EvaluateConfig, display: Display) -> None:
         display.note(f"see {config.report / FILES[0]}")
 
 
-def _folder(config: EvaluateConfig) -> Path:
-    return default_cache() / "evaluation" if config.cache is None else config.cache
+def evaluate_tasks(config: EvaluateConfig, cache: ScoreCache, display: Display) -> None:
+    """Evaluate the models on tasks and print tables or a JSON document. Raises `ConfigError`, `DataError` and `LoadError`."""
+    cache.check()
+    try:
+        evaluation = task_evaluation(config, cache, display)
+    finally:
+        cache.evict()
+    found = json_text(task_document(evaluation, config)) if config.json else task_markdown(evaluation)
+    write_output(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

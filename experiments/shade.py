@@ -23,9 +23,9 @@ from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.reporting.report import boundaries_picture
 from experiments.scoring.cache import ScoreCache
-from experiments.scoring.inputs import context_of
 from experiments.scoring.models import OpenModel, open_model
 from experiments.scoring.per_byte import require_pyarrow
+from experiments.scoring.plans import context_of
 from experiments.scoring.score import BoundaryChoice, Plan, score_text
 from experiments.scoring.texts import read_file, text_of
 from experiments.terminal import write_output

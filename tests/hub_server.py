@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -18,7 +18,7 @@ Revisions = Mapping[str, tuple[str, Mapping[str, bytes]]]
 
 class Hub(ThreadingHTTPServer):
     """Serves `files` of one repository, of a data set or of a model, and takes commits to the latter. `revisions` maps the
-    names of others to their commit and files.
+    names of others to their commit and files. `more`: other repositories with their files, of which there is one commit.
 
     `faults` maps a kind of request (`info`, `tree`, `GET`, `HEAD`) to a list of faults, one of which each such request uses
     up: `500`, `429`, `429 for an hour`, `gated`, `missing`, `truncated`, `wrong size`, `wrong content`, and for files `no
@@ -27,8 +27,16 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, repository: str, files: Mapping[str, bytes], token: str | None, revisions: Revisions):
+    def __init__(
+        self,
+        repository: str,
+        files: Mapping[str, bytes],
+        token: str | None,
+        revisions: Revisions,
+        more: Mapping[str, Mapping[str, bytes]],
+    ):
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.more = more
         self.repository, self.files, self.token = repository, dict(files), token
         self.commits = {COMMIT: self.files, **dict(revisions.values())}
         self.names = {None: COMMIT, "main": COMMIT, **{name: commit for name, (commit, _) in revisions.items()}}
@@ -44,10 +52,14 @@ class Hub(ThreadingHTTPServer):
 
 @contextmanager
 def hub(
-    repository: str, files: Mapping[str, bytes], token: str | None = None, revisions: Revisions | None = None
+    repository: str,
+    files: Mapping[str, bytes],
+    token: str | None = None,
+    revisions: Revisions | None = None,
+    more: Mapping[str, Mapping[str, bytes]] | None = None,
 ) -> Iterator[Hub]:
     """A running hub, shut down at the end."""
-    server = Hub(repository, files, token, revisions or {})
+    server = Hub(repository, files, token, revisions or {}, more or {})
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -101,7 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         hub, path = self.server, unquote(urlsplit(self.path).path)
         assert isinstance(hub, Hub)
-        prefix = f"/api/datasets/{hub.repository}"
+        other = next((name for name in hub.more if name in path), None)
+        repository = other or hub.repository
+        commits = hub.commits if other is None else {COMMIT: hub.more[other]}
+        prefix = f"/api/datasets/{repository}"
         kind = "tree" if "/tree/" in path else "info" if path.startswith("/api/") else self.command
         hub.requests.append(f"{kind} {path}")
         fault = hub.faults[kind].pop(0) if hub.faults.get(kind) else None
@@ -115,22 +130,30 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
         if hub.token is not None and self.headers.get("authorization") != f"Bearer {hub.token}":
             return self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
-        if fault == "missing" or hub.repository not in path:
+        if fault == "missing" or repository not in path:
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         if kind == "info":
             _, named, revision = path.partition("/revision/")
-            commit = hub.names.get(revision if named else None)
+            commit = revision if revision in commits else hub.names.get(revision if named else None)
             if commit is None:
                 return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            return self._send(200, json.dumps({"id": hub.repository, "sha": commit}).encode())
+            return self._send(200, json.dumps({"id": repository, "sha": commit}).encode())
         if kind == "tree":
             commit, _, folder = path.removeprefix(f"{prefix}/tree/").partition("/")
-            inside = [file for file in hub.commits[commit].items() if not folder or file[0].startswith(f"{folder}/")]
+            start = f"{folder}/" if folder else ""
+            inside = [file for file in commits[commit].items() if file[0].startswith(start)]
             if folder and not inside:
                 return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-            return self._send(200, json.dumps([_entry(*file) for file in inside]).encode())
+            entries = [_entry(*file) for file in inside]
+            if parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() != "true":
+                # What lies in folders is listed as these folders.
+                names = [path.removeprefix(start).partition("/") for path, _ in inside]
+                folders = {f"{start}{name}" for name, slash, _ in names if slash}
+                entries = [entry for entry, (_, slash, _) in zip(entries, names, strict=True) if not slash]
+                entries += [{"type": "directory", "path": one, "oid": "0" * 40, "size": 0} for one in sorted(folders)]
+            return self._send(200, json.dumps(entries).encode())
         commit, _, name = path.split("/resolve/", 1)[-1].partition("/")
-        files = hub.commits.get(hub.names.get(commit, commit), hub.files)
+        files = commits.get(hub.names.get(commit, commit), hub.files)
         if name not in files:
             return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         return self._send_file(files[name], hub.names.get(commit, commit), fault)

@@ -63,12 +63,12 @@ def test_unet_knows_only_the_abstract_kinds_of_estimators():
     }
 
 
-COMMANDS = {"run", "generate", "compare", "evaluate", "export", "lab", "bench", "words"}
+COMMANDS = {"run", "generate", "compare", "evaluate", "export", "harness", "lab", "bench", "words"}
 BELOW = {"launch", "terminal"}
 """What stands below all rooms: how a process begins, and what may be sent to a terminal."""
 ABOVE = {"command", "devices"}
 """What only commands use: how they end, and the devices that they run on."""
-ROOMS = {"config", "training", "evaluation", "reporting", "scoring", "comparison", "laboratory", "benchmark"}
+ROOMS = {"config", "training", "evaluation", "reporting", "scoring", "comparison", "laboratory", "benchmark", "tasks"}
 
 
 def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room():
@@ -85,10 +85,11 @@ def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room(
         ("evaluation", {"config"}),
         ("training", {"config", "evaluation", "reporting"}),
         ("reporting", {"config", "evaluation", "training"}),
-        ("comparison", ROOMS - {"laboratory", "benchmark", "scoring"}),
-        ("scoring", ROOMS - {"laboratory", "benchmark"}),
-        ("laboratory", ROOMS - {"benchmark"}),
-        ("benchmark", ROOMS - {"laboratory"}),
+        ("comparison", ROOMS - {"laboratory", "benchmark", "scoring", "tasks"}),
+        ("scoring", ROOMS - {"laboratory", "benchmark", "tasks"}),
+        ("tasks", ROOMS - {"laboratory", "benchmark", "comparison"}),
+        ("laboratory", ROOMS - {"benchmark", "tasks"}),
+        ("benchmark", ROOMS - {"laboratory", "tasks"}),
     ],
 )
 def test_rooms_use_only_what_lies_below_them_and_no_command(room, may_use):

@@ -108,7 +108,8 @@ def test_where_windows_do_not_overlap_their_first_boundary_is_forced():
 def test_positions_become_bytes():
     text = Text("", (b"ab", b"c"))
     places = np.arange(5, dtype=np.float32)
-    positions = PositionScores(places, places + 10, places + 20, np.arange(5, dtype=np.uint8), np.arange(5) == 1)
+    depth, marks = np.arange(5, dtype=np.uint8), np.arange(5) == 1
+    positions = PositionScores(places, places + 10, places + 20, depth, marks, marks)
     got = ByteScores.of(text, [positions], 1)
     assert got.log_prob.tolist() == [[0, 1, 3]]
     assert got.early_log_prob.tolist() == [[10, 11, 13]]

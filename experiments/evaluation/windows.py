@@ -68,7 +68,8 @@ class PositionScores:
     `log_prob`, `early_log_prob`: log-probability in nats of the next position's byte, from the model and from its early head
     (NaN without one); 0 at the last position of a document. `prob`: probability of a boundary of the outermost level (0 without
     a token level). `depth`: how many levels, counted from the outermost, closed a token. `forced`: a boundary is there because
-    the window begins there.
+    the window begins there. `most_likely`: the next position's byte is the most likely one (true at the last position of a
+    document).
     """
 
     log_prob: Float32[np.ndarray, " positions"]
@@ -76,6 +77,7 @@ class PositionScores:
     prob: Float32[np.ndarray, " positions"]
     depth: UInt8[np.ndarray, " positions"]
     forced: Bool[np.ndarray, " positions"]
+    most_likely: Bool[np.ndarray, " positions"]
 
     @classmethod
     def joined(cls, parts: Sequence[PositionScores]) -> PositionScores:
@@ -158,6 +160,7 @@ def _batch_scores(
                 result.prob[row, part],
                 result.likelihoods.depth[row, part].astype(np.uint8),
                 np.arange(window.counted, window.stop) == window.start,
+                result.likelihoods.most_likely[row, part] | (predicts == 0),
             )
         )
     return parts

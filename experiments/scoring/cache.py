@@ -9,17 +9,23 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data.hub import default_cache
 from experiments.config.errors import ConfigError
 from experiments.evaluation.windows import PositionScores, Window, positions_of
 
-FORMAT = 1
+FORMAT = 2
 """To be raised whenever the same model, text and settings would give other scores."""
+
+
+def default_folder() -> Path:
+    """Where scores are kept unless a command says otherwise."""
+    return default_cache() / "evaluation"
 
 
 def chunk_key(
@@ -60,24 +66,35 @@ class ScoreCache:
 
     def read(self, key: str, positions: int) -> PositionScores | None:
         """The scores of that name, if they are there and whole."""
+        arrays = self.read_arrays(key, tuple(PositionScores.__annotations__))
+        if arrays is None or any(array.shape != (positions,) for array in arrays.values()):
+            return None
+        return PositionScores(**arrays)
+
+    def write(self, key: str, scores: PositionScores) -> None:
+        """Keep scores under that name. Raises `ConfigError` where the disk refuses."""
+        self.write_arrays(key, vars(scores))
+
+    def read_arrays(self, key: str, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+        """The arrays of that name, if they are there and whole."""
         if self.folder is None:
             return None
         path = self.folder / f"{key}.npz"
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                scores = PositionScores(**{name: arrays[name] for name in PositionScores.__annotations__})
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in names}
             os.utime(path)
         except (OSError, ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
             # Damaged in whatever way: it is computed again.
             return None
-        return scores if all(array.shape == (positions,) for array in vars(scores).values()) else None
+        return arrays
 
-    def write(self, key: str, scores: PositionScores) -> None:
-        """Keep scores under that name. Raises `ConfigError` where the disk refuses."""
+    def write_arrays(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep arrays under that name. Raises `ConfigError` where the disk refuses."""
         if self.folder is None:
             return
         content = io.BytesIO()
-        np.savez_compressed(content, **vars(scores))
+        np.savez_compressed(content, **arrays)  # pyrefly: ignore[bad-argument-type] -- no array is called allow_pickle
         try:
             # Another process may write the same file.
             descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".tmp")

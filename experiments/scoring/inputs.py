@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from experiments.config.errors import ConfigError, require
+from experiments.config.errors import require
 from experiments.config.sections import DataConfig
 from experiments.config.settings import RunConfig
 from experiments.evaluation.byte_scores import Text
@@ -19,13 +19,11 @@ from experiments.evaluation.references import (
     targets_of,
 )
 from experiments.scoring.models import OpenModel, open_checkpoints, open_model
+from experiments.scoring.plans import plan_of, require_levels
 from experiments.scoring.results import Targets
 from experiments.scoring.score import Plan
 from experiments.scoring.settings import EvaluateConfig
 from experiments.scoring.texts import read_dataset, read_file
-
-CONTEXT = 4096
-"""Bytes of a window where no run says how long its sequences were."""
 
 
 @dataclass(frozen=True)
@@ -44,35 +42,11 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
     """Everything that an evaluation needs. Raises `ConfigError`, `DataError` and `LoadError`."""
     models = [open_model(where, config.step, config.plugin) for where in config.models]
     checkpoints = {where: open_checkpoints(where, config.plugin) for where in config.models if config.drift}
-    _require_levels(config, models)
-    plan = _plan(config, models)
+    plan = plan_of(config, models, "drawn")
+    asked = {"--bpe": config.bpe is not None, "--reference": config.reference is not None, "--drift": config.drift}
+    require_levels(models, asked)
     text = _text(config, models)
     return Inputs(models, checkpoints, text, plan, _targets(config, text))
-
-
-def _require_levels(config: EvaluateConfig, models: Sequence[OpenModel]) -> None:
-    """Raise `ConfigError` where boundaries are asked for that a model does not have."""
-    without = [one.name for one in models if not one.levels]
-    asked = {"--bpe": config.bpe is not None, "--reference": config.reference is not None, "--drift": config.drift}
-    if len(without) == len(models):
-        asked |= {"--boundaries": config.boundaries != "drawn", "--samples": config.samples > 1}
-    flags = [flag for flag, is_asked in asked.items() if is_asked]
-    if without and flags:
-        raise ConfigError(
-            f"{without[0]} has no level of tokens and so no boundaries: leave out {', '.join(flags)}, or this model"
-        )
-
-
-def context_of(models: Sequence[OpenModel]) -> int:
-    """The bytes of a window where none are asked for: the shortest sequences that a model was trained on."""
-    return min((one.config.length for one in models if one.config is not None), default=CONTEXT)
-
-
-def _plan(config: EvaluateConfig, models: Sequence[OpenModel]) -> Plan:
-    context = config.context or context_of(models)
-    stride = config.stride or max(1, context // 2)
-    require(stride <= context, f"--stride {stride} is more than --context {context}: windows would leave bytes out")
-    return Plan(context, stride, config.boundaries, config.samples, config.seed)
 
 
 def _text(config: EvaluateConfig, models: Sequence[OpenModel]) -> Text:
