@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness, with data on this machine."""
 
+import importlib
 import importlib.util
 import io
 import itertools
@@ -30,10 +31,10 @@ from experiments.config.errors import ConfigError  # noqa: E402
 from experiments.scoring.cache import ScoreCache  # noqa: E402
 from experiments.scoring.models import OpenModel  # noqa: E402
 from experiments.scoring.score import Plan  # noqa: E402
-from experiments.tasks import generations, likelihoods, noise, published  # noqa: E402
+from experiments.tasks import cute, generations, likelihoods, noise, published  # noqa: E402
 from experiments.tasks.arguments import ModelArguments  # noqa: E402
 from experiments.tasks.generations import Generations, Style, style_of  # noqa: E402
-from experiments.tasks.harness import open_tasks, register  # noqa: E402
+from experiments.tasks.harness import FILES, open_tasks, register  # noqa: E402
 from experiments.tasks.likelihoods import Likelihoods, Request  # noqa: E402
 from experiments.tasks.model import CaesuraLM  # noqa: E402
 from experiments.tasks.results import gold_bits  # noqa: E402
@@ -442,6 +443,27 @@ def test_noises_are_what_they_are_called():
     assert places == [("context", "A", ["b", "c"]), ("endings", "a", ["B", "C"]), ("both", "A", ["B", "C"])]
 
 
+def test_every_task_file_is_found_and_names_functions_that_are_there():
+    import lm_eval.tasks
+
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=FILES)
+    files = {name: entry.cfg or {} for name, entry in manager.task_index.items()}
+    groups = {name: files[name]["task"] for name in ("cute", "noisy_hellaswag")}
+    assert {name: len(members) for name, members in groups.items()} == {"cute": 14, "noisy_hellaswag": 5}
+    assert files.keys() == {*groups, *itertools.chain(*groups.values())}
+    assert tuple(groups["noisy_hellaswag"]) == published.NOISY
+    splits = set()
+    for name in groups["cute"]:
+        module, _, function = files[name]["process_results"].rpartition("/")[2].rpartition(".")
+        assert callable(getattr(importlib.import_module(module), function))
+        # Case matters in tasks on characters only.
+        assert (function == "same_words") == name.endswith("_word")
+        splits.add(files[name]["test_split"])
+    assert splits == {name.removeprefix("cute_") for name in groups["cute"]}
+    assert [cute.same({"answer": "No"}, [text])["acc"] for text in (" No ", "no", "")] == [1, 0, 0]
+    assert [cute.same_words({"answer": "No"}, [text])["acc"] for text in (" No ", "no", "")] == [1, 1, 0]
+
+
 def test_robustness_is_the_part_of_what_is_above_chance_that_is_left():
     assert noise.robustness(0.35, 0.45) == pytest.approx(50)
     assert noise.robustness(0.2, 0.45) == pytest.approx(-25)
@@ -476,6 +498,9 @@ def repository(config, splits, rows):
 @pytest.fixture
 def fresh_client(monkeypatch, tmp_path):
     """A client of the hub with nothing in its cache, which does not wait between its attempts."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data")
     monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
