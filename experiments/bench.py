@@ -271,7 +271,7 @@ class Generation(OfModel, AbstractTimed):
 class Compile(OfModel, AbstractMeasurement):
     """Times nothing: compiles a training step for a GPU that need not be there, and says what it needs."""
 
-    target: Annotated[Literal["h100", "b200"], tyro.conf.Positional]
+    target: Annotated[Literal["a100", "h100", "b200"], tyro.conf.Positional]
     """The GPU."""
     estimator: str = DEFAULT
     """Estimator of the step."""

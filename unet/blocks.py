@@ -15,6 +15,7 @@ from estimators.base import Layout
 from unet.attention import AbstractMixer, Attention, BlockContext, LayerOutput, Visibility
 from unet.cross import CrossLayer, VisibleTokens
 from unet.decoding.kv_cache import is_unallocated
+from unet.fused_attention import AttentionForm
 from unet.layers import ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU
 
 Attends = Literal["none", "first", "every"]
@@ -152,6 +153,7 @@ class Stack(eqx.Module):
     norm: ScaleNorm | None = None
     unfold: Linear | None = None
     rotary_base: float = eqx.field(static=True, default=ROTARY_BASE)
+    attention: AttentionForm = eqx.field(static=True, default="auto")
 
     def __init__(
         self,
@@ -162,9 +164,10 @@ class Stack(eqx.Module):
         norm: ScaleNorm | None = None,
         unfold: Linear | None = None,
         rotary_base: float = ROTARY_BASE,
+        attention: AttentionForm = "auto",
     ):
         """`window`: how many positions attention sees, its own included; None for all before it. `rotary_base`: see `Rotary`.
-        Raises `ValueError` for a window below 1, for blocks with different `rotary_dim`, and for `Attending` blocks without
+        `attention`: its form, see `AttentionForm`. Raises `ValueError` for a window below 1, for blocks with different `rotary_dim`, and for `Attending` blocks without
         `unfold`."""
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, the position itself; got {window}")
@@ -175,7 +178,7 @@ class Stack(eqx.Module):
             raise ValueError("blocks that attend to tokens need the vectors that `unfold` makes of them")
         self.blocks = tuple(blocks)
         self.window, self.remat, self.norm, self.unfold = window, remat, norm, unfold
-        self.rotary_base = rotary_base
+        self.rotary_base, self.attention = rotary_base, attention
 
     def init_state(self, batch: int) -> tuple[PyTree[Array], ...]:
         """The decode states of the blocks before the first position."""
@@ -211,7 +214,8 @@ class Stack(eqx.Module):
         if rotary_dim is not None:
             rotary = Rotary(layout.positions, rotary_dim, self.rotary_base)
             # In decoding, positions also see the KV caches, which have their own mask.
-            visibility = Visibility(layout, self.window) if state is None or is_unallocated(state) else None
+            if state is None or is_unallocated(state):
+                visibility = Visibility(layout, self.window, self.attention)
         if self.unfold is not None:
             if tokens is None:
                 raise ValueError(
@@ -240,6 +244,7 @@ def attending(stack: Stack, which: Attends, *, dim: int, heads: int, vectors: in
         norm=stack.norm,
         unfold=unfold,
         rotary_base=stack.rotary_base,
+        attention=stack.attention,
     )
 
 
@@ -251,8 +256,10 @@ def transformer(
     *,
     window: int | None,
     remat: bool = False,
+    attention: AttentionForm = "auto",
     key: PRNGKeyArray,
 ) -> Stack:
     """A stack of Gemma-2 blocks without a final norm."""
     keys = jax.random.split(key, layers) if layers else ()
-    return Stack([Block(dim, heads, mlp_dim, key=k) for k in keys], window=window, remat=remat)
+    blocks = [Block(dim, heads, mlp_dim, key=k) for k in keys]
+    return Stack(blocks, window=window, remat=remat, attention=attention)

@@ -16,6 +16,7 @@ from estimators.base import VOCAB, AbstractEstimator
 from estimators.bounds import MARGIN, Layers, Vectors, Width, Window, Within, check_bounds
 from estimators.keys import named_key
 from unet.blocks import Attends, Stack, attending, transformer
+from unet.fused_attention import AttentionForm
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.layers import Linear, RMSNorm
 from unet.ngrams import MAX_NGRAM, PRIMES, HashedNgrams
@@ -49,6 +50,10 @@ class AbstractShape(ABC):
     `interpret`, which emulates the kernels on the host, slowly, or `native`: XLA with JAX's own derivatives, so that the loss
     can be differentiated more than once and in forward mode."""
 
+    attention: AttentionForm = "auto"
+    """Implementation of self-attention: the fused kernels of tokamax on CUDA where they can run and XLA elsewhere (`auto`), always
+    `xla`, or always `tokamax` (`pip install 'caesura-lm[gpu]'`). With --unet.implementation native it is always XLA."""
+
     ngrams: tuple[Annotated[int, Within(2, MAX_NGRAM)], ...] = ()
     """Lengths of the byte n-grams whose hashed embeddings are added to each byte's own (BLT: 3 4 5 6 7 8); by default none."""
     ngram_buckets: Annotated[int, Within(1, 2**31)] = 500_000
@@ -60,6 +65,11 @@ class AbstractShape(ABC):
     heads as self-attention; at every token level."""
     attend_vectors: Vectors = 2
     """Number of vectors into which each token is unfolded for this."""
+
+    @property
+    def attention_form(self) -> AttentionForm:
+        """The form of attention. The kernels of tokamax have a first derivative in reverse mode only."""
+        return "xla" if self.implementation == "native" else self.attention
 
     def new_ngrams(self, key: PRNGKeyArray) -> HashedNgrams | None:
         """The configured n-gram embeddings, with the standard deviation of the byte embeddings; `key` is that of the whole
@@ -141,10 +151,10 @@ class UNetConfig(AbstractShape):
         """
         if len(estimators) > 1:
             raise ValueError(f"this shape has one token level; got {len(estimators)} estimators")
-        dim, heads = self.dim, self.heads
+        dim, heads, form = self.dim, self.heads, self.attention_form
 
         def byte_level(layers: int, key: PRNGKeyArray) -> Stack:
-            return transformer(layers, dim, heads, dim, window=self.window, remat=self.remat, key=key)
+            return transformer(layers, dim, heads, dim, window=self.window, remat=self.remat, attention=form, key=key)
 
         if not estimators:
             stage = Flat(byte_level(self.encoder_layers + self.decoder_layers, named_key(key, "encoder")))
@@ -158,7 +168,14 @@ class UNetConfig(AbstractShape):
                 key=named_key(key, "attention to tokens"),
             )
             main = transformer(
-                self.main_layers, dim, heads, 4 * dim, window=None, remat=self.remat, key=named_key(key, "main")
+                self.main_layers,
+                dim,
+                heads,
+                4 * dim,
+                window=None,
+                remat=self.remat,
+                attention=form,
+                key=named_key(key, "main"),
             )
             stage = Hierarchy(
                 byte_level(self.encoder_layers, named_key(key, "encoder")),

@@ -220,7 +220,13 @@ class HNetConfig(AbstractShape):
         keys = jax.random.split(key, len(letters))
         blocks = [self._block(letter, stage, residuals, one) for letter, one in zip(letters, keys, strict=True)]
         norm = ScaleNorm(self.dims[stage]) if self.network_norms or last else None
-        return Stack(blocks, window=self.windows[stage] or None, remat=self.remat, norm=norm)
+        return Stack(
+            blocks,
+            window=self.windows[stage] or None,
+            remat=self.remat,
+            norm=norm,
+            attention=self.attention_form,
+        )
 
     def _block(self, letter: str, stage: int, residuals: int, key: PRNGKeyArray) -> PreNorm:
         dim, heads, rotary_dim = self.dims[stage], self.heads[stage], self.rotary_dims[stage]
