@@ -12,7 +12,7 @@ from estimators.base import Layout
 from unet import fused_attention
 from unet.attention import Visibility, attend
 from unet.config import UNetConfig
-from unet.fused_attention import attend_fused, refusal
+from unet.fused_attention import AttentionForm, attend_fused, refusal
 
 
 def plain_kernel(query, key, value, *, mask, is_causal, logits_soft_cap, implementation):
@@ -54,20 +54,20 @@ def test_the_blocks_and_masks_of_the_kernels_give_attention_in_value_and_gradien
     layout, parts = inputs(length)
     visibility = Visibility(layout, window, "xla")
     fused = functools.partial(attend_fused, kernel=plain_kernel)
-    found = value_and_gradient(lambda *qkv: fused(*qkv, visibility.segments, visibility.window, cap), parts)
-    wanted = value_and_gradient(lambda *qkv: attend(*qkv, visibility, cap=cap), parts)
+    found = value_and_gradient(lambda q, k, v: fused(q, k, v, visibility.segments, visibility.window, cap), parts)
+    wanted = value_and_gradient(lambda q, k, v: attend(q, k, v, visibility, cap=cap), parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)
 
 
 def test_without_a_gpu_attention_is_that_of_xla_and_the_kernels_are_refused_in_a_sentence():
     layout, parts = inputs(8)
-    auto, xla = (
-        jax.jit(lambda *qkv, form=form: attend(*qkv, Visibility(layout, 4, form), cap=5.0)).lower(*parts).as_text()
-        for form in ("auto", "xla")
-    )
-    assert auto == xla
+
+    def attended(form: AttentionForm):
+        return jax.jit(lambda q, k, v: attend(q, k, v, Visibility(layout, 4, form), cap=5.0))
+
+    assert attended("auto").lower(*parts).as_text() == attended("xla").lower(*parts).as_text()
     with pytest.raises(ValueError, match="the kernel of attention cannot run: there is no CUDA device"):
-        attend(*parts, Visibility(layout, 4, "tokamax"), cap=5.0)
+        attended("tokamax")(*parts)
 
 
 class Device:
@@ -90,9 +90,10 @@ class Device:
     ],
 )
 def test_what_the_kernels_cannot_do_is_named(capability, shape, reason, monkeypatch):
+    length, head_dim, window, dtype = shape
     monkeypatch.setattr(fused_attention, "get_default_device", lambda: Device(capability))
     monkeypatch.setattr(fused_attention, "missing", lambda: None)
-    found = refusal(*shape[:3], jnp.dtype(shape[3]))
+    found = refusal(length, head_dim, window, jnp.dtype(dtype))
     assert found is None if reason is None else reason in (found or "")
 
 
@@ -111,14 +112,16 @@ def test_a_loss_that_is_differentiated_twice_has_attention_in_xla():
 @pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is not installed")
 @pytest.mark.parametrize("window", [None, 64])
 def test_what_tokamax_defines_in_xla_is_this_attention(window):
-    from tokamax import dot_product_attention
+    from tokamax import dot_product_attention  # pyrefly: ignore[missing-import] -- of the extra `gpu`
 
     def kernel(*parts, implementation, **options):
         return dot_product_attention(*parts, implementation="xla", **options)
 
     layout, parts = inputs(300, "bfloat16", head_dim=64)
     visibility = Visibility(layout, window, "xla")
-    found = value_and_gradient(lambda *qkv: attend_fused(*qkv, visibility.segments, window, 50.0, kernel=kernel), parts)
-    wanted = value_and_gradient(lambda *qkv: attend(*qkv, visibility, cap=50.0), parts)
+    found = value_and_gradient(
+        lambda q, k, v: attend_fused(q, k, v, visibility.segments, window, 50.0, kernel=kernel), parts
+    )
+    wanted = value_and_gradient(lambda q, k, v: attend(q, k, v, visibility, cap=50.0), parts)
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
         np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), rtol=2e-2, atol=2e-2)

@@ -96,7 +96,7 @@ def attend(
         return _attend_in_xla(query, key, value, visibility, cap)
 
     def fused(interpret: bool):
-        return lambda *args: attend_fused(*args, visibility.segments, visibility.window, cap)
+        return lambda query, key, value: attend_fused(query, key, value, visibility.segments, visibility.window, cap)
 
     return dispatch("attention", refused, BY_NAME[form], query, key, value, xla=xla, kernel=fused)
 

@@ -167,8 +167,8 @@ class Stack(eqx.Module):
         attention: AttentionForm = "auto",
     ):
         """`window`: how many positions attention sees, its own included; None for all before it. `rotary_base`: see `Rotary`.
-        `attention`: its form, see `AttentionForm`. Raises `ValueError` for a window below 1, for blocks with different `rotary_dim`, and for `Attending` blocks without
-        `unfold`."""
+        `attention`: its form, see `AttentionForm`. Raises `ValueError` for a window below 1, for blocks with different
+        `rotary_dim`, and for `Attending` blocks without `unfold`."""
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, the position itself; got {window}")
         rotary_dims = {block.rotary_dim for block in blocks} - {None}

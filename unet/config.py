@@ -51,8 +51,8 @@ class AbstractShape(ABC):
     can be differentiated more than once and in forward mode."""
 
     attention: AttentionForm = "auto"
-    """Implementation of self-attention: the fused kernels of tokamax on CUDA where they can run and XLA elsewhere (`auto`), always
-    `xla`, or always `tokamax` (`pip install 'caesura-lm[gpu]'`). With --unet.implementation native it is always XLA."""
+    """Implementation of self-attention: the fused kernels of tokamax on CUDA where they can run and XLA elsewhere (`auto`),
+    always `xla`, or always `tokamax` (`pip install 'caesura-lm[gpu]'`). With --unet.implementation native it is XLA."""
 
     ngrams: tuple[Annotated[int, Within(2, MAX_NGRAM)], ...] = ()
     """Lengths of the byte n-grams whose hashed embeddings are added to each byte's own (BLT: 3 4 5 6 7 8); by default none."""

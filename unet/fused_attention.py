@@ -5,9 +5,12 @@ They keep logits and weights on the chip. `unet.attention.attend` defines what t
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 from typing import Literal, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax.extend.backend import get_default_device
 from jaxtyping import Array, Bool, Float, Int
@@ -78,6 +81,16 @@ def refusal(length: int, head_dim: int, window: int | None, dtype: jnp.dtype) ->
     return None
 
 
+@functools.cache
+def tokamax_kernel() -> Kernel:
+    """`tokamax.dot_product_attention`. Importing it takes seconds."""
+    from tokamax import dot_product_attention  # pyrefly: ignore[missing-import] -- of the extra `gpu`
+
+    # For every shape it warns, in a screenful of JSON, that it was not tuned for it, and goes on with a usual choice.
+    logging.getLogger("absl").addFilter(lambda record: "Autotuning cache miss" not in str(record.msg))
+    return dot_product_attention
+
+
 def attend_fused(
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length heads head_dim"],
@@ -95,7 +108,7 @@ def attend_fused(
     compute the logits of all pairs.
     """
     if kernel is None:
-        from tokamax import dot_product_attention as kernel
+        kernel = tokamax_kernel()
     length = query.shape[1]
     before = 0 if window is None else -(-(window - 1) // TILE) * TILE
     block = max(BLOCK, before)
@@ -107,15 +120,16 @@ def attend_fused(
 
     queries = Located(*(batched(blocks_of(part, block, fill=-1)) for part in _located(segments, block)))
     keys = Located(*(batched(spans_of(part, block, before, fill=-2)) for part in _located(segments, block)))
-    mixed = kernel(
-        batched(blocks_of(query, block, fill=0)),
-        batched(spans_of(key, block, before, fill=0)),
-        batched(spans_of(value, block, before, fill=0)),
-        mask=visible(queries, keys, window)[:, None],
-        is_causal=before == 0,
-        logits_soft_cap=cap,
-        implementation="mosaic",
-    )
+    with jax.named_scope("fused_attention"):
+        mixed = kernel(
+            batched(blocks_of(query, block, fill=0)),
+            batched(spans_of(key, block, before, fill=0)),
+            batched(spans_of(value, block, before, fill=0)),
+            mask=visible(queries, keys, window)[:, None],
+            is_causal=before == 0,
+            logits_soft_cap=cap,
+            implementation="mosaic",
+        )
     return mixed.reshape(query.shape[0], -1, *query.shape[2:])[:, :length]
 
 
