@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -180,6 +181,17 @@ class Stack(eqx.Module):
         self.window, self.remat, self.norm, self.unfold = window, remat, norm, unfold
         self.rotary_base, self.attention = rotary_base, attention
 
+    def computed(self, *, remat: bool, attention: AttentionForm | None = None) -> Stack:
+        """The same stack with or without recomputation in the backward pass, and with another form of attention if one is
+        given."""
+        # Not by calling the class, since the arrays of its blocks may be elsewhere.
+        made = object.__new__(type(self))
+        for field in dataclasses.fields(self):
+            object.__setattr__(made, field.name, getattr(self, field.name))
+        object.__setattr__(made, "remat", remat)
+        object.__setattr__(made, "attention", self.attention if attention is None else attention)
+        return made
+
     def init_state(self, batch: int) -> tuple[PyTree[Array], ...]:
         """The decode states of the blocks before the first position."""
         return tuple(block.init_state(batch, self.window) for block in self.blocks)
@@ -263,3 +275,15 @@ def transformer(
     keys = jax.random.split(key, layers) if layers else ()
     blocks = [Block(dim, heads, mlp_dim, key=k) for k in keys]
     return Stack(blocks, window=window, remat=remat, attention=attention)
+
+
+Tree = TypeVar("Tree", bound=PyTree)
+
+
+def computed(tree: Tree, *, remat: bool, attention: AttentionForm | None = None) -> Tree:
+    """The same tree of modules with all its stacks `computed` in this way."""
+    return jax.tree.map(
+        lambda node: node.computed(remat=remat, attention=attention) if isinstance(node, Stack) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, Stack),
+    )

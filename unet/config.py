@@ -43,8 +43,11 @@ class AbstractShape(ABC):
     early_exit_fraction: Annotated[float, Within(MARGIN, 1.0)] = 1.0
     """Fraction of the positions, drawn anew every step, at which the early-exit head predicts in training; the others get its
     mean over these."""
-    remat: bool = False
-    """Recompute each block in the backward pass, to save memory."""
+    remat: bool | Literal["auto"] = False
+    """Recompute each block in the backward pass, to save memory; with `auto` a training run does so only where its activations
+    would not fit otherwise."""
+    memory: Annotated[float, Within(MARGIN, 2**20)] | None = None
+    """GiB that a training step may take on each device, for --unet.remat auto; by default what the device has."""
     implementation: Implementation | None = None
     """Implementation of the ragged operations: kernels on CUDA and XLA elsewhere (None), always `xla`, always `pallas` kernels,
     `interpret`, which emulates the kernels on the host, slowly, or `native`: XLA with JAX's own derivatives, so that the loss
@@ -65,6 +68,11 @@ class AbstractShape(ABC):
     heads as self-attention; at every token level."""
     attend_vectors: Vectors = 2
     """Number of vectors into which each token is unfolded for this."""
+
+    @property
+    def always_remat(self) -> bool:
+        """Whether the blocks of a new model are recomputed wherever it is differentiated. With `auto` the trainer decides."""
+        return self.remat is True
 
     @property
     def attention_form(self) -> AttentionForm:
@@ -97,6 +105,11 @@ class AbstractShape(ABC):
         """Number of token levels; each has an estimator, whose router sees hidden states as wide as those of the stage around
         it."""
         return len(self.widths) - 1
+
+    @property
+    @abstractmethod
+    def attention_layers(self) -> Sequence[tuple[int, int | None]]:
+        """The width of a head and the window (None: all positions) of the kinds of self-attention that the shape has."""
 
     @abstractmethod
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
@@ -141,6 +154,11 @@ class UNetConfig(AbstractShape):
     def widths(self) -> tuple[int, ...]:
         return (self.dim, self.dim)
 
+    @property
+    def attention_layers(self) -> tuple[tuple[int, int | None], ...]:
+        head_dim = self.dim // self.heads
+        return (head_dim, self.window), (head_dim, None)
+
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
         """Without an estimator there is no token level and no cross-attention: a purely byte-level model of encoder and decoder
         blocks.
@@ -154,7 +172,9 @@ class UNetConfig(AbstractShape):
         dim, heads, form = self.dim, self.heads, self.attention_form
 
         def byte_level(layers: int, key: PRNGKeyArray) -> Stack:
-            return transformer(layers, dim, heads, dim, window=self.window, remat=self.remat, attention=form, key=key)
+            return transformer(
+                layers, dim, heads, dim, window=self.window, remat=self.always_remat, attention=form, key=key
+            )
 
         if not estimators:
             stage = Flat(byte_level(self.encoder_layers + self.decoder_layers, named_key(key, "encoder")))
@@ -173,7 +193,7 @@ class UNetConfig(AbstractShape):
                 heads,
                 4 * dim,
                 window=None,
-                remat=self.remat,
+                remat=self.always_remat,
                 attention=form,
                 key=named_key(key, "main"),
             )

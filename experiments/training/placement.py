@@ -81,12 +81,21 @@ def with_implementation(config: RunConfig) -> RunConfig:
 def _with_attention(config: RunConfig) -> RunConfig:
     form, spread = config.unet.attention_form, device_count(config) > 1
     if form == "tokamax":
-        refused = fused_attention.unable()
-        if config.unet.compute != "bfloat16":
-            refused = refused or "they compute in bfloat16: add --unet.compute bfloat16"
-        refused = refused or (ON_ONE_DEVICE if spread else None)
-        if refused:
-            raise ConfigError(f"--unet.attention tokamax: its kernels cannot run here: {refused}")
+        dtype = jnp.dtype(config.unet.compute)
+        refused = (fused_attention.refusal(config.length, *one, dtype) for one in config.unet.attention_layers)
+        lacks = next(filter(None, refused), None) or (ON_ONE_DEVICE if spread else None)
+        if lacks:
+            raise ConfigError(f"--unet.attention tokamax: its kernels cannot run here: {lacks}")
+        # The model itself may run anywhere.
+        return dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention="auto"))
     if form == "auto" and spread:
         return dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention="xla"))
     return config
+
+
+def attention_notes(config: RunConfig) -> list[str]:
+    """Says so where a GPU could attend in fused kernels and does not."""
+    lacks = fused_attention.missing()
+    if jax.default_backend() != "gpu" or config.unet.attention_form != "auto" or lacks is None:
+        return []
+    return [f"attention runs in XLA, which moves several times as much memory as fused kernels would: {lacks}"]
