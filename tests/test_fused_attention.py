@@ -2,6 +2,10 @@
 
 import functools
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +13,11 @@ import numpy as np
 import pytest
 
 from estimators.base import Layout
+from experiments.benchmark import deviceless
 from unet import fused_attention
 from unet.attention import Visibility, attend
 from unet.config import UNetConfig
-from unet.fused_attention import AttentionForm, attend_fused, refusal
+from unet.fused_attention import AttentionForm, attend_fused, missing, refusal
 
 
 def plain_kernel(query, key, value, *, mask, is_causal, logits_soft_cap, implementation):
@@ -109,7 +114,7 @@ def test_a_loss_that_is_differentiated_twice_has_attention_in_xla():
     assert UNetConfig(16, 2, 1, 1, 1, window=4).attention_form == "auto"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is not installed")
+@pytest.mark.skipif(missing() is not None, reason=missing() or "")
 @pytest.mark.parametrize("window", [None, 64])
 def test_what_tokamax_defines_in_xla_is_this_attention(window):
     from tokamax import dot_product_attention  # pyrefly: ignore[missing-import] -- of the extra `gpu`
@@ -119,9 +124,27 @@ def test_what_tokamax_defines_in_xla_is_this_attention(window):
 
     layout, parts = inputs(300, "bfloat16", head_dim=64)
     visibility = Visibility(layout, window, "xla")
-    found = value_and_gradient(
-        lambda q, k, v: attend_fused(q, k, v, visibility.segments, window, 50.0, kernel=kernel), parts
-    )
-    wanted = value_and_gradient(lambda q, k, v: attend(q, k, v, visibility, cap=50.0), parts)
-    for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
+    # tokamax relies on JAX's usual dtype promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        _, found = value_and_gradient(
+            lambda q, k, v: attend_fused(q, k, v, visibility.segments, window, 50.0, kernel=kernel), parts
+        )
+    _, wanted = value_and_gradient(lambda q, k, v: attend(q, k, v, visibility, cap=50.0), parts)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a.astype("float32"), b.astype("float32"), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(missing() is not None, reason=missing() or "")
+@pytest.mark.skipif(deviceless.missing() is not None, reason=deviceless.missing() or "")
+@pytest.mark.parametrize("target", ["h100", "b200"])
+def test_the_kernels_compile_to_machine_code_forward_and_backward(target):
+    # tokamax relies on JAX's usual promotion, of dtypes and ranks, which the tests make strict.
+    usual = {"JAX_NUMPY_DTYPE_PROMOTION": "standard", "JAX_NUMPY_RANK_PROMOTION": "allow"}
+    environment = {**os.environ, **deviceless.ENVIRONMENT, **usual, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])
+    program = Path(__file__).parent / "compile_attention.py"
+    done = subprocess.run([sys.executable, program, target], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # One kernel forward and two backward; nothing of the logits is left to XLA.
+    # Beside what ptxas says.
+    assert {"full 3", "windowed 3"} <= set(done.stdout.splitlines())

@@ -130,7 +130,8 @@ def attend_fused(
             logits_soft_cap=cap,
             implementation="mosaic",
         )
-    return mixed.reshape(query.shape[0], -1, *query.shape[2:])[:, :length]
+    # Some of the kernels for Blackwell return float32.
+    return mixed.reshape(query.shape[0], -1, *query.shape[2:])[:, :length].astype(value.dtype)
 
 
 def _located(segments: Array, block: int) -> tuple[Array, Array]:
