@@ -271,7 +271,7 @@ class Generation(OfModel, AbstractTimed):
 class Compile(OfModel, AbstractMeasurement):
     """Times nothing: compiles a training step for a GPU that need not be there, and says what it needs."""
 
-    target: Annotated[Literal["h100", "b200"], tyro.conf.Positional]
+    target: Annotated[Literal["a100", "h100", "b200"], tyro.conf.Positional]
     """The GPU."""
     estimator: str = DEFAULT
     """Estimator of the step."""
@@ -337,7 +337,8 @@ def step_table(report: StepReport, bytes_per_step: int) -> str:
         f"{report.target}: {report.peak_bytes / 2**30:.2f} GiB at the peak, {report.state_bytes / 2**30:.2f} of it parameters "
         f"and moments; {bytes_per_step / total / 1e6:.1f} MB/s by the estimate; {report.pallas} kernels of this library"
         + (f"; {report.loops} loops, counted as one pass each" if report.loops else "")
-        + f"; compiled in {report.compile_seconds:.0f} s."
+        + f"; compiled in {report.compile_seconds:.0f} s"
+        + (f"; {report.memory}." if report.memory else ".")
     )
     return f"{table(['part', 'kernels', 'GFLOP', 'GB moved', 'estimate, ms', 'share'], rows)}\n{notes}\n"
 

@@ -54,6 +54,39 @@ def test_a_program_is_read_kernel_by_kernel():
         kernels_of("HloModule empty")
 
 
+SLICED = """
+%rotated (p: bf16[8,96], q: bf16[8,32]) -> bf16[8,32] {
+  %p = bf16[8,96]{1,0} parameter(0)
+  %q = bf16[8,32]{1,0} parameter(1)
+  %r = bf16[8,1,96]{2,1,0} bitcast(%p)
+  %s = bf16[8,1,32]{2,1,0} slice(%r), slice={[0:8], [0:1], [32:64]}
+  %t = bf16[8,32]{1,0} bitcast(%s)
+  ROOT %n = bf16[8,32]{1,0} multiply(%t, %q)
+}
+
+ENTRY %main (x: bf16[8,96], q: bf16[2,4,3,64], k: bf16[2,6,3,64], m: f32[2,3,4], s: s8[2,1,4,6]) -> bf16[8,32] {
+  %x = bf16[8,96]{1,0} parameter(0)
+  %q = bf16[2,4,3,64]{3,2,1,0} parameter(1)
+  %k = bf16[2,6,3,64]{3,2,1,0} parameter(2)
+  %m = f32[2,3,4]{2,1,0} parameter(3)
+  %s = s8[2,1,4,6]{3,2,1,0} parameter(4)
+  %v = bf16[8,32]{1,0} slice(%x), slice={[0:8], [64:96]}
+  %a = (bf16[2,4,3,64]{3,2,1,0}, f32[2,3,4]{2,1,0}) custom-call(%q, %k, %k, %s), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(f)/jvp(mid)/fused_attention/run"}
+  %b = (bf16[2,6,3,64]{3,2,1,0}, bf16[2,6,3,64]{3,2,1,0}) custom-call(%q, %k, %k, %q, %m, %s), \
+custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/mid/fused_attention/run"}
+  ROOT %fused = bf16[8,32]{1,0} fusion(%x, %v), kind=kLoop, calls=%rotated, metadata={op_name="jit(f)/mid/mul"}
+}
+"""
+
+
+def test_a_fused_kernel_reads_only_its_slices_and_attention_counts_its_products():
+    _, forward, backward, fused = kernels_of(SLICED)
+    assert fused.bytes == 3 * 2.0 * 8 * 32
+    pairs = 2.0 * 2 * 4 * 3 * 64 * 6
+    assert (forward.flops, backward.flops) == (2 * pairs, 4 * pairs)
+
+
 def test_a_kernel_takes_as_long_as_what_binds_it():
     gpu = dataclasses.replace(TARGETS["h100"], bandwidth=10.0, bfloat16=100.0)
     kernels = [Kernel("mid", "a", 1000.0, 20.0), Kernel("mid", "b", 0.0, 50.0), Kernel("other", "c", 0.0, 10.0)]

@@ -1,5 +1,7 @@
 """The ragged ops against plain loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from estimators import equations as eq
+from estimators.base import Limits
 from unet.ops import boundary_scan, downsample, token_of, upsample
+from unet.ops.boundary_scan import scan_in_turn, scan_parallel, scan_unrolled
 
 
 @settings(deadline=None, max_examples=30)
@@ -83,6 +87,44 @@ def test_boundary_scan_draws_in_order_from_the_logits_of_its_own_past(window, ca
     parallel = eq.windowed_logits(projections, drawn.actions, starts)
     parallel = parallel if cap is None else eq.soft_cap(parallel, cap)
     np.testing.assert_allclose(drawn.logits, parallel, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("window", [1, 3, 7])
+def test_all_positions_at_once_draw_bit_for_bit_what_one_after_another_draws(window, cap):
+    def decide(logits, uniform, start):
+        logits = eq.soft_cap(logits, cap)
+        return (uniform < jax.nn.sigmoid(logits)) | start, logits
+
+    rng = np.random.default_rng(window)
+    projections = jnp.asarray(rng.normal(size=(3, 300, window + 1)) * 2, jnp.float32)
+    # Greedy in the last sequence, which does not begin with a start, as in decoding.
+    uniforms = jnp.asarray(rng.random((3, 300)), jnp.float32).at[2].set(0.5)
+    starts = jnp.zeros((3, 300), bool).at[:2, 0].set(True).at[1, 7:150:9].set(True)
+    wanted, *others = (
+        jax.jit(functools.partial(scan, decide))(projections, uniforms, starts)
+        for scan in (scan_in_turn, scan_parallel, scan_unrolled)
+    )
+    assert 0.1 < wanted[0].mean() < 0.9
+    for found in others:
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_an_accelerator_without_the_kernel_scans_without_a_loop_or_in_a_short_one():
+    def lowered(lags, limited=False):
+        q, u = jax.ShapeDtypeStruct((2, 4096, lags), jnp.float32), jax.ShapeDtypeStruct((2, 4096), jnp.float32)
+
+        def scan(q, u):
+            limits = Limits(jnp.full(u.shape, 2), jnp.full(u.shape, 5)) if limited else None
+            return boundary_scan(q, u, limits=limits, implementation="xla")
+
+        return jax.jit(scan).trace(q, u).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "while" not in lowered(8)
+    for looped in (lowered(12), lowered(1, limited=True)):
+        assert looped.count("stablehlo.while") == 1
+        assert "dense<256> : tensor<i32>" in looped
+        assert "dense<4096> : tensor<i32>" not in looped
 
 
 def test_boundary_scan_draws_with_the_probability_it_states():

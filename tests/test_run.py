@@ -205,7 +205,13 @@ def test_what_is_there_is_not_overwritten_unless_told(finished, corpus, tmp_path
 
 
 @pytest.mark.parametrize(
-    "invalid", [("--dataset", "no/such/file"), ("--devices", "3"), ("--unet.implementation", "pallas")]
+    "invalid",
+    [
+        ("--dataset", "no/such/file"),
+        ("--devices", "3"),
+        ("--unet.implementation", "pallas"),
+        ("--unet.attention", "tokamax"),
+    ],
 )
 def test_invalid_input_costs_no_finished_run_and_leaves_no_folder(finished, corpus, tmp_path, invalid):
     copy, fresh = tmp_path / "copy", tmp_path / "fresh"

@@ -14,7 +14,10 @@ from estimators.bounds import Width, require_within
 from estimators.equations import soft_cap
 from unet.cross import VisibleTokens
 from unet.decoding.kv_cache import AnyCache, KVCache, KVUpdate, attend_cached
+from unet.fused_attention import AttentionForm, attend_fused, refusal, unable
 from unet.layers import Linear, Rotary, for_all_heads, require_heads
+from unet.ops.mosaic import Implementation, dispatch
+from unet.visibility import Located, blocks_of, spans_of, visible
 
 BLOCK_QUERIES = 2048
 """Queries per block of full attention over longer texts. Memory then grows with the length, not with its square."""
@@ -24,8 +27,12 @@ MIN_STRIP_QUERIES = 128
 after it."""
 
 
+BY_NAME: dict[AttentionForm, Implementation | None] = {"auto": None, "xla": "xla", "tokamax": "pallas"}
+"""The forms of attention as implementations of an operation."""
+
+
 class Visibility(eqx.Module):
-    """Which keys each query sees, in the block form that `attend` uses.
+    """Which keys each query sees, in the block form that `attend` uses, and the `form` that it takes.
 
     Positions are split into blocks of queries. With a window, a block is as long as the window and sees itself and the block
     before it. Full attention has a single block up to a length of `BLOCK_QUERIES`; over longer texts `mask` is None, and `attend`
@@ -35,14 +42,15 @@ class Visibility(eqx.Module):
     segments: Int[Array, "batch length"]
     mask: Bool[Array, "batch blocks block span"] | None
     window: int | None = eqx.field(static=True)
+    form: AttentionForm = eqx.field(static=True)
 
-    def __init__(self, layout: Layout, window: int | None):
+    def __init__(self, layout: Layout, window: int | None, form: AttentionForm = "auto"):
         """Causal, within a document, and never from or to padding, except that a padded position sees itself (a softmax needs
         one key).
 
         `window`: how many positions a query sees, itself included; None for all before it.
         """
-        length = layout.mask.shape[1]
+        length, self.form = layout.mask.shape[1], form
         self.segments = jnp.where(layout.mask, layout.segments, -1)
         # A window over everything is full attention.
         self.window = None if window is not None and window >= length else window
@@ -54,28 +62,10 @@ class Visibility(eqx.Module):
         length = self.segments.shape[1]
         positions = jnp.broadcast_to(jnp.arange(length), self.segments.shape)
         # The padding of the last block has a position after every query, so no query sees it.
-        queries = Located(_blocks(self.segments, block, fill=-1), _blocks(positions, block, fill=length))
-        keys = Located(
-            _spans(self.segments, block, self.window, fill=-2), _spans(positions, block, self.window, fill=length)
-        )
+        queries = Located(blocks_of(self.segments, block, fill=-1), blocks_of(positions, block, fill=length))
+        before = 0 if self.window is None else block
+        keys = Located(spans_of(self.segments, block, before, fill=-2), spans_of(positions, block, before, fill=length))
         return visible(queries, keys, self.window)
-
-
-class Located(eqx.Module):
-    """The document (negative for padding) and the position of each of some queries or keys."""
-
-    segments: Int[Array, "*batch length"]
-    positions: Int[Array, "*batch length"]
-
-
-def visible(queries: Located, keys: Located, window: int | None) -> Bool[Array, "*batch queries keys"]:
-    """Whether each query sees each key."""
-    distance = queries.positions[..., :, None] - keys.positions[..., None, :]
-    same = queries.segments[..., :, None] == keys.segments[..., None, :]
-    allowed = same & (distance >= 0) & (queries.segments[..., :, None] >= 0)
-    if window is not None:
-        allowed = allowed & (distance < window)
-    return allowed | (distance == 0)
 
 
 def attend(
@@ -92,7 +82,32 @@ def attend(
     With a window, time and memory are `length · window`. For full attention, time is `length²` and memory `length ·
     BLOCK_QUERIES`: over longer texts, the weights of each block of queries are recomputed in the backward pass. Logits and
     softmax are float32, the result has the dtype of `value`.
+
+    On CUDA the fused kernels of tokamax do it where they can (`unet.fused_attention`); their products of logits and values are
+    those of bfloat16, and their sums float32. Raises `ValueError` if they were requested by name and cannot.
     """
+    form, refused = visibility.form, None
+    if form == "auto" and unable() is not None:
+        form = "xla"
+    if form != "xla":
+        refused = refusal(query.shape[1], query.shape[3], visibility.window, query.dtype)
+
+    def xla(query: Array, key: Array, value: Array) -> Array:
+        return _attend_in_xla(query, key, value, visibility, cap)
+
+    def fused(interpret: bool):
+        return lambda query, key, value: attend_fused(query, key, value, visibility.segments, visibility.window, cap)
+
+    return dispatch("attention", refused, BY_NAME[form], query, key, value, xla=xla, kernel=fused)
+
+
+def _attend_in_xla(
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length heads head_dim"],
+    value: Float[Array, "batch length heads head_dim"],
+    visibility: Visibility,
+    cap: float | None,
+) -> Float[Array, "batch length heads head_dim"]:
     length, head_dim = query.shape[1], query.shape[3]
     # Heads first, so that products are of whole matrices: twice as fast on a CPU.
     query, key, value = (jnp.swapaxes(part, 1, 2) for part in (query, key, value))
@@ -103,8 +118,8 @@ def attend(
         mixed = _attend_in_strips(query, key, value, visibility.mask[:, 0], cap)
     else:
         block = visibility.mask.shape[2]
-        key, value = (_spans(part, block, visibility.window, fill=0, axis=2) for part in (key, value))
-        mixed = _attend_masked(_blocks(query, block, fill=0, axis=2), key, value, visibility.mask[:, None], cap)
+        key, value = (spans_of(part, block, block, fill=0, axis=2) for part in (key, value))
+        mixed = _attend_masked(blocks_of(query, block, fill=0, axis=2), key, value, visibility.mask[:, None], cap)
         mixed = mixed.reshape(*query.shape[:2], -1, head_dim)[:, :, :length]
     return jnp.swapaxes(mixed, 1, 2)
 
@@ -158,9 +173,9 @@ def _attend_in_blocks(
 
     size = -(-length // -(-length // BLOCK_QUERIES))
     # The padding of the last block belongs to no document; it sees the first position, since a softmax needs one key.
-    queries = Located(_blocks(segments, size, fill=-1), _blocks(keys.positions, size, fill=0))
+    queries = Located(blocks_of(segments, size, fill=-1), blocks_of(keys.positions, size, fill=0))
     queries = jax.tree.map(lambda part: jnp.moveaxis(part, 1, 0), queries)
-    mixed = jax.lax.map(one_block, (jnp.moveaxis(_blocks(query, size, fill=0, axis=2), 2, 0), queries))
+    mixed = jax.lax.map(one_block, (jnp.moveaxis(blocks_of(query, size, fill=0, axis=2), 2, 0), queries))
     return jnp.moveaxis(mixed, 0, 2).reshape(*query.shape[:2], -1, query.shape[3])[:, :, :length]
 
 
@@ -275,23 +290,3 @@ class Attention(AbstractMixer):
             assert state is not None
             mixed = attend_cached(query, update, state, context.layout.mask, cap=self.cap)
         return LayerOutput(self.out(mixed.reshape(x.shape)), None if state is None else update)
-
-
-def _blocks(values: Array, block: int, *, fill: int, axis: int = 1) -> Array:
-    """`… length …` to `… blocks block …`; the last block is padded with `fill`."""
-    widths = [(0, 0)] * values.ndim
-    widths[axis] = (0, -values.shape[axis] % block)
-    values = jnp.pad(values, widths, constant_values=fill)
-    return values.reshape(*values.shape[:axis], -1, block, *values.shape[axis + 1 :])
-
-
-def _spans(values: Array, block: int, window: int | None, *, fill: int, axis: int = 1) -> Array:
-    """`… length …` to what each block of queries sees, `… blocks span …`: the block itself, with a window after the block
-    before it."""
-    own = _blocks(values, block, fill=fill, axis=axis)
-    if window is None:
-        return own
-    widths = [(0, 0)] * own.ndim
-    widths[axis] = (1, 0)
-    before = jnp.pad(jax.lax.slice_in_dim(own, 0, -1, axis=axis), widths, constant_values=fill)
-    return jnp.concatenate([before, own], axis=axis + 1)

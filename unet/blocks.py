@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -15,6 +16,7 @@ from estimators.base import Layout
 from unet.attention import AbstractMixer, Attention, BlockContext, LayerOutput, Visibility
 from unet.cross import CrossLayer, VisibleTokens
 from unet.decoding.kv_cache import is_unallocated
+from unet.fused_attention import AttentionForm
 from unet.layers import NORM_EPSILON, ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU
 
 Attends = Literal["none", "first", "every"]
@@ -152,6 +154,7 @@ class Stack(eqx.Module):
     norm: ScaleNorm | None = None
     unfold: Linear | None = None
     rotary_base: float = eqx.field(static=True, default=ROTARY_BASE)
+    attention: AttentionForm = eqx.field(static=True, default="auto")
 
     def __init__(
         self,
@@ -162,10 +165,11 @@ class Stack(eqx.Module):
         norm: ScaleNorm | None = None,
         unfold: Linear | None = None,
         rotary_base: float = ROTARY_BASE,
+        attention: AttentionForm = "auto",
     ):
         """`window`: how many positions attention sees, its own included; None for all before it. `rotary_base`: see `Rotary`.
-        Raises `ValueError` for a window below 1, for blocks with different `rotary_dim`, and for `Attending` blocks without
-        `unfold`."""
+        `attention`: its form, see `AttentionForm`. Raises `ValueError` for a window below 1, for blocks with different
+        `rotary_dim`, and for `Attending` blocks without `unfold`."""
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, the position itself; got {window}")
         rotary_dims = {block.rotary_dim for block in blocks} - {None}
@@ -175,7 +179,18 @@ class Stack(eqx.Module):
             raise ValueError("blocks that attend to tokens need the vectors that `unfold` makes of them")
         self.blocks = tuple(blocks)
         self.window, self.remat, self.norm, self.unfold = window, remat, norm, unfold
-        self.rotary_base = rotary_base
+        self.rotary_base, self.attention = rotary_base, attention
+
+    def computed(self, *, remat: bool, attention: AttentionForm | None = None) -> Stack:
+        """The same stack with or without recomputation in the backward pass, and with another form of attention if one is
+        given."""
+        # Not by calling the class, since the arrays of its blocks may be elsewhere.
+        made = object.__new__(type(self))
+        for field in dataclasses.fields(self):
+            object.__setattr__(made, field.name, getattr(self, field.name))
+        object.__setattr__(made, "remat", remat)
+        object.__setattr__(made, "attention", self.attention if attention is None else attention)
+        return made
 
     def init_state(self, batch: int) -> tuple[PyTree[Array], ...]:
         """The decode states of the blocks before the first position."""
@@ -211,7 +226,8 @@ class Stack(eqx.Module):
         if rotary_dim is not None:
             rotary = Rotary(layout.positions, rotary_dim, self.rotary_base)
             # In decoding, positions also see the KV caches, which have their own mask.
-            visibility = Visibility(layout, self.window) if state is None or is_unallocated(state) else None
+            if state is None or is_unallocated(state):
+                visibility = Visibility(layout, self.window, self.attention)
         if self.unfold is not None:
             if tokens is None:
                 raise ValueError(
@@ -253,6 +269,7 @@ def attending(
         norm=stack.norm,
         unfold=unfold,
         rotary_base=stack.rotary_base,
+        attention=stack.attention,
     )
 
 
@@ -264,8 +281,22 @@ def transformer(
     *,
     window: int | None,
     remat: bool = False,
+    attention: AttentionForm = "auto",
     key: PRNGKeyArray,
 ) -> Stack:
     """A stack of Gemma-2 blocks without a final norm."""
     keys = jax.random.split(key, layers) if layers else ()
-    return Stack([Block(dim, heads, mlp_dim, key=k) for k in keys], window=window, remat=remat)
+    blocks = [Block(dim, heads, mlp_dim, key=k) for k in keys]
+    return Stack(blocks, window=window, remat=remat, attention=attention)
+
+
+Tree = TypeVar("Tree", bound=PyTree)
+
+
+def computed(tree: Tree, *, remat: bool, attention: AttentionForm | None = None) -> Tree:
+    """The same tree of modules with all its stacks `computed` in this way."""
+    return jax.tree.map(
+        lambda node: node.computed(remat=remat, attention=attention) if isinstance(node, Stack) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, Stack),
+    )

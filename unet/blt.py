@@ -109,6 +109,11 @@ class BLTConfig(AbstractShape):
     def widths(self) -> tuple[int, ...]:
         return self.dims
 
+    @property
+    def attention_layers(self) -> tuple[tuple[int, int | None], ...]:
+        networks = [network for network, layers in enumerate(self.layers) if layers]
+        return tuple((self._dim(one) // self.heads[one], self.windows[one] or None) for one in networks)
+
     def new_ngrams(self, key: PRNGKeyArray) -> HashedNgrams | None:
         if not self.ngrams:
             return None
@@ -177,7 +182,8 @@ class BLTConfig(AbstractShape):
         return Stack(
             blocks,
             window=self.windows[network] or None,
-            remat=self.remat,
+            remat=self.always_remat,
+            attention=self.attention_form,
             norm=ScaleNorm(dim, epsilon) if last else None,
             rotary_base=self.rotary_bases[network],
         )

@@ -16,6 +16,7 @@ from estimators.base import VOCAB, AbstractEstimator
 from estimators.bounds import MARGIN, Layers, Vectors, Width, Window, Within, check_bounds
 from estimators.keys import named_key
 from unet.blocks import Attends, Stack, attending, transformer
+from unet.fused_attention import AttentionForm
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.layers import Linear, RMSNorm
 from unet.ngrams import MAX_NGRAM, PRIMES, HashedNgrams
@@ -42,12 +43,19 @@ class AbstractShape(ABC):
     early_exit_fraction: Annotated[float, Within(MARGIN, 1.0)] = 1.0
     """Fraction of the positions, drawn anew every step, at which the early-exit head predicts in training; the others get its
     mean over these."""
-    remat: bool = False
-    """Recompute each block in the backward pass, to save memory."""
+    remat: bool | Literal["auto"] = False
+    """Recompute each block in the backward pass, to save memory; with `auto` a training run does so only where its activations
+    would not fit otherwise."""
+    memory: Annotated[float, Within(MARGIN, 2**20)] | None = None
+    """GiB that a training step may take on each device, for --unet.remat auto; by default what the device has."""
     implementation: Implementation | None = None
     """Implementation of the ragged operations: kernels on CUDA and XLA elsewhere (None), always `xla`, always `pallas` kernels,
     `interpret`, which emulates the kernels on the host, slowly, or `native`: XLA with JAX's own derivatives, so that the loss
     can be differentiated more than once and in forward mode."""
+
+    attention: AttentionForm = "auto"
+    """Implementation of self-attention: the fused kernels of tokamax on CUDA where they can run and XLA elsewhere (`auto`),
+    always `xla`, or always `tokamax` (`pip install 'caesura-lm[gpu]'`). With --unet.implementation native it is XLA."""
 
     ngrams: tuple[Annotated[int, Within(2, MAX_NGRAM)], ...] = ()
     """Lengths of the byte n-grams whose hashed embeddings are added to each byte's own (BLT: 3 4 5 6 7 8); by default none."""
@@ -60,6 +68,16 @@ class AbstractShape(ABC):
     heads as self-attention; at every token level."""
     attend_vectors: Vectors = 2
     """Number of vectors into which each token is unfolded for this."""
+
+    @property
+    def always_remat(self) -> bool:
+        """Whether the blocks of a new model are recomputed wherever it is differentiated. With `auto` the trainer decides."""
+        return self.remat is True
+
+    @property
+    def attention_form(self) -> AttentionForm:
+        """The form of attention. The kernels of tokamax have a first derivative in reverse mode only."""
+        return "xla" if self.implementation == "native" else self.attention
 
     def new_ngrams(self, key: PRNGKeyArray) -> HashedNgrams | None:
         """The configured n-gram embeddings, with the standard deviation of the byte embeddings; `key` is that of the whole
@@ -87,6 +105,11 @@ class AbstractShape(ABC):
         """Number of token levels; each has an estimator, whose router sees hidden states as wide as those of the stage around
         it."""
         return len(self.widths) - 1
+
+    @property
+    @abstractmethod
+    def attention_layers(self) -> Sequence[tuple[int, int | None]]:
+        """The width of a head and the window (None: all positions) of the kinds of self-attention that the shape has."""
 
     @abstractmethod
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
@@ -131,6 +154,11 @@ class UNetConfig(AbstractShape):
     def widths(self) -> tuple[int, ...]:
         return (self.dim, self.dim)
 
+    @property
+    def attention_layers(self) -> tuple[tuple[int, int | None], ...]:
+        head_dim = self.dim // self.heads
+        return (head_dim, self.window), (head_dim, None)
+
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
         """Without an estimator there is no token level and no cross-attention: a purely byte-level model of encoder and decoder
         blocks.
@@ -141,10 +169,12 @@ class UNetConfig(AbstractShape):
         """
         if len(estimators) > 1:
             raise ValueError(f"this shape has one token level; got {len(estimators)} estimators")
-        dim, heads = self.dim, self.heads
+        dim, heads, form = self.dim, self.heads, self.attention_form
 
         def byte_level(layers: int, key: PRNGKeyArray) -> Stack:
-            return transformer(layers, dim, heads, dim, window=self.window, remat=self.remat, key=key)
+            return transformer(
+                layers, dim, heads, dim, window=self.window, remat=self.always_remat, attention=form, key=key
+            )
 
         if not estimators:
             stage = Flat(byte_level(self.encoder_layers + self.decoder_layers, named_key(key, "encoder")))
@@ -158,7 +188,14 @@ class UNetConfig(AbstractShape):
                 key=named_key(key, "attention to tokens"),
             )
             main = transformer(
-                self.main_layers, dim, heads, 4 * dim, window=None, remat=self.remat, key=named_key(key, "main")
+                self.main_layers,
+                dim,
+                heads,
+                4 * dim,
+                window=None,
+                remat=self.always_remat,
+                attention=form,
+                key=named_key(key, "main"),
             )
             stage = Hierarchy(
                 byte_level(self.encoder_layers, named_key(key, "encoder")),

@@ -168,6 +168,13 @@ class HNetConfig(AbstractShape):
     def widths(self) -> tuple[int, ...]:
         return self.dims
 
+    @property
+    def attention_layers(self) -> tuple[tuple[int, int | None], ...]:
+        attending = [
+            stage for stage, letters in enumerate(_stages(read_layout(self.layout))) if set(letters) & set("tT")
+        ]
+        return tuple((self.dims[stage] // self.heads[stage], self.windows[stage] or None) for stage in attending)
+
     def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
         """Weights are initialised as in the released code: normal with standard deviation .02. For the projections that end a
         layer this is divided by the square root of the number of residual additions in this stage and the stages around it. The
@@ -220,7 +227,13 @@ class HNetConfig(AbstractShape):
         keys = jax.random.split(key, len(letters))
         blocks = [self._block(letter, stage, residuals, one) for letter, one in zip(letters, keys, strict=True)]
         norm = ScaleNorm(self.dims[stage]) if self.network_norms or last else None
-        return Stack(blocks, window=self.windows[stage] or None, remat=self.remat, norm=norm)
+        return Stack(
+            blocks,
+            window=self.windows[stage] or None,
+            remat=self.always_remat,
+            norm=norm,
+            attention=self.attention_form,
+        )
 
     def _block(self, letter: str, stage: int, residuals: int, key: PRNGKeyArray) -> PreNorm:
         dim, heads, rotary_dim = self.dims[stage], self.heads[stage], self.rotary_dims[stage]

@@ -34,20 +34,28 @@ class Target:
     """FLOP/s of the tensor cores in bfloat16."""
     float32: float
     """FLOP/s of the tensor cores for float32 operands, which XLA rounds to TF32."""
+    shared: int = 233_472
+    """Shared memory of a multiprocessor, in bytes; a block may have 1 KiB less."""
+    lanes: int = 128
+    """float32 lanes of a multiprocessor."""
+    clock: float = 1.98
+    """GHz."""
 
     @property
     def description(self) -> str:
         """The target for the compiler: a `GpuTargetConfigProto` in text format."""
+        features = "ACCELERATED_FEATURES" if self.major >= 9 else "NONE"
         return f"""
             gpu_device_info {{
               threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-              shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-              core_count: {self.cores} fpus_per_core: 128 clock_rate_ghz: 1.98
+              shared_memory_per_block: 49152 shared_memory_per_core: {self.shared}
+              shared_memory_per_block_optin: {self.shared - 1024}
+              core_count: {self.cores} fpus_per_core: {self.lanes} clock_rate_ghz: {self.clock}
               block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
               thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
               memory_bandwidth: {round(self.bandwidth)} l2_cache_size: {self.cache} device_memory_size: {self.memory}
               registers_per_core_limit: 65536 registers_per_block_limit: 65536
-              cuda_compute_capability {{ major: {self.major} feature_extension: ACCELERATED_FEATURES }}
+              cuda_compute_capability {{ major: {self.major} feature_extension: {features} }}
               device_vendor: "NVIDIA Corporation" name: "{self.name}"
               driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
               dnn_version: "9.10.0"
@@ -59,6 +67,19 @@ class Target:
 
 
 TARGETS = {
+    "a100": Target(
+        "NVIDIA A100-SXM4-80GB",
+        8,
+        108,
+        85_100_068_864,
+        41_943_040,
+        2.039e12,
+        312e12,
+        156e12,
+        shared=167_936,
+        lanes=64,
+        clock=1.41,
+    ),
     "h100": Target("NVIDIA H100 80GB HBM3", 9, 132, 84_942_979_072, 52_428_800, 3.35e12, 989e12, 494e12),
     "b200": Target("NVIDIA B200", 10, 148, 191_514_411_008, 132_644_864, 7.67e12, 2250e12, 1125e12),
 }

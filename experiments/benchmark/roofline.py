@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.benchmark.deviceless import Target
@@ -55,13 +55,14 @@ class PartCost:
 def kernels_of(program: str) -> list[Kernel]:
     """All kernels that the entry computation of an optimized program launches, in order.
 
-    Operands and results count in full, which is an upper bound for a kernel that gathers a few rows of a large operand. A loop
-    counts as one kernel. Raises `ValueError` if there is no entry computation.
+    Operands and results count in full, but for operands of which a fused kernel reads only slices. This is an upper bound for a
+    kernel that gathers a few rows of a large operand. A loop counts as one kernel. Raises `ValueError` if there is no entry
+    computation.
     """
-    lines = _entry_computation(program)
+    computations = _computations(program)
     shapes: dict[str, str] = {}
     kernels = []
-    for line in lines:
+    for line in computations.get("ENTRY", ()):
         match = _INSTRUCTION.match(line)
         if match is None:
             continue
@@ -69,10 +70,13 @@ def kernels_of(program: str) -> list[Kernel]:
         if match["opcode"] in NOT_KERNELS:
             continue
         operands = [shapes.get(name, "") for name in re.findall(r"%([\w.-]+)", match["operands"])]
-        moved = sum(map(_bytes, operands), _bytes(match["shape"]))
+        called = re.search(r"calls=%([\w.-]+)", line) if match["opcode"] == "fusion" else None
+        sliced = {} if called is None else _sliced(computations.get(called[1], ()))
+        read = (min(_bytes(shape), sliced.get(number, math.inf)) for number, shape in enumerate(operands))
+        moved = sum(read, _bytes(match["shape"]))
         target = re.search(r'custom_call_target="([^"]+)"', line)
         kind = match["opcode"] if target is None else target[1]
-        flops = _product_flops(line, match["shape"], operands)
+        flops = _product_flops(line, match["shape"], operands) + _attention_flops(line, kind, match["shape"], operands)
         float32 = flops > 0 and operands[0].startswith("f32")
         kernels.append(Kernel(part_of(line), kind, flops, moved, float32))
     return kernels
@@ -96,17 +100,47 @@ def part_of(line: str) -> str:
     return next((scope for scope in reversed(scopes) if scope in PARTS), "other")
 
 
-def _entry_computation(program: str) -> Iterator[str]:
-    lines = iter(program.splitlines())
-    for line in lines:
-        if line.startswith("ENTRY "):
-            break
-    else:
+def _computations(program: str) -> dict[str, list[str]]:
+    """The lines of every computation by its name, and of the entry computation as `ENTRY`."""
+    found: dict[str, list[str]] = {}
+    own: list[str] | None = None
+    for line in program.splitlines():
+        head = re.match(r"(ENTRY )?%([\w.-]+) .*\{$", line)
+        if head is not None:
+            own = found.setdefault("ENTRY" if head[1] else head[2], [])
+        elif own is not None and line.startswith("}"):
+            own = None
+        elif own is not None:
+            own.append(line)
+    if "ENTRY" not in found:
         raise ValueError("the program has no ENTRY")
+    return found
+
+
+def _sliced(lines: Sequence[str]) -> dict[int, float]:
+    """The bytes that a fused computation reads of those of its parameters of which it reads only slices, by their number."""
+    users: dict[str, list[tuple[str, str, str]]] = {}
+    parameters: dict[int, str] = {}
     for line in lines:
-        if line.startswith("}"):
-            return
-        yield line
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        if match["opcode"] == "parameter":
+            parameters[int(match["operands"])] = match["name"]
+        for place, name in enumerate(re.findall(r"%([\w.-]+)", match["operands"])):
+            opcode = match["opcode"] if place == 0 else "other"
+            users.setdefault(name, []).append((opcode, match["name"], match["shape"]))
+
+    def read(name: str) -> float:
+        total = 0.0
+        for opcode, user, shape in users.get(name, ()):
+            if opcode == "bitcast":
+                total += read(user)
+            else:
+                total += _bytes(shape) if opcode in ("slice", "dynamic-slice") else math.inf
+        return total
+
+    return {number: read(name) for number, name in parameters.items()}
 
 
 def _bytes(shape: str) -> float:
@@ -131,3 +165,17 @@ def _product_flops(line: str, shape: str, operands: Sequence[str]) -> float:
         return 0.0
     dims = [int(dim) for dim in first[2].split(",") if dim]
     return 2.0 * _count(result[2]) * math.prod(dims[int(axis)] for axis in re.findall(r"\d+", contracted[1]))
+
+
+def _attention_flops(line: str, kind: str, shape: str, operands: Sequence[str]) -> float:
+    """FLOPs of a kernel of `unet.fused_attention`, as if every query saw every key that it is given; 0 for other instructions.
+
+    The forward pass has two products, of queries by keys and of weights by values. The backward pass computes the logits again
+    and the gradient of the weights, and has one more product for each gradient it returns.
+    """
+    if not kind.startswith("mosaic_gpu") or "fused_attention" not in line or len(operands) < 3:
+        return 0.0
+    query, key = ([int(size) for size in dims.split(",")] for _, dims in _SHAPE.findall(" ".join(operands[:2])))
+    backward = any(operand.startswith("f32") for operand in operands)
+    products = 2 + (len(re.findall(r"\bbf16\[", shape)) if backward else 0)
+    return products * 2.0 * math.prod(query) * key[1]

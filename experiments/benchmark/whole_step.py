@@ -28,11 +28,15 @@ from experiments.config.files import from_json, to_json
 from experiments.config.plugins import trusted
 from experiments.config.settings import RunConfig
 from experiments.training.capacity import rated_capacities
+from experiments.training.remat import GIB
 from experiments.training.step import fresh_state
 from experiments.training.trainer import Trainer
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 """XLA flags without autotuning, which needs a GPU. Matrix products use cuBLAS, whose kernels `roofline` can parse."""
+
+PREALLOCATED = 0.75
+"""Share of the memory of a GPU that jax takes by default."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,19 @@ class StepReport:
     pallas: int
     loops: int
     parts: tuple[PartCost, ...]
+    memory: str | None = None
+    """What --unet.remat auto decided, and why."""
 
 
 def compile_step(config: RunConfig, target: str) -> StepReport:
     """Compile in this process, which must have the right environment. Raises `ConfigError` for estimators that need data."""
     if config.first.needs_text:
         raise ConfigError(f"--estimator {config.estimator} is built from data, which compilation does not have")
+    gpu = TARGETS[target]
+    if config.unet.memory is None:
+        config = dataclasses.replace(
+            config, unet=dataclasses.replace(config.unet, memory=PREALLOCATED * gpu.memory / GIB)
+        )
     model = shapes_of(config)
     routers = [estimator.router for estimator in model.stage.estimators]
     if routers and routers[0].rate is None:
@@ -63,17 +74,20 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
             f"--estimator {config.estimator} has a rate of the data's own, which compilation does not have"
         )
     # Only the largest capacity: kernels in branches for other capacities would need weights.
-    trainer = Trainer.of(config, model, rated_capacities(config, routers[0])[-1:] if routers else (config.length,))
+    capacities = rated_capacities(config, routers[0])[-1:] if routers else (config.length,)
+    mesh = mesh_of(gpu)
+    # What runs in kernels, and so what has to be kept for the backward pass, follows from the default device.
+    with jax.default_device(mesh.devices.flat[0]):
+        trainer = Trainer.of(config, model, capacities)
     step, state = trainer.step, eqx.filter_eval_shape(lambda: fresh_state(trainer.params, trainer.optimizer))
     shape = config.batch, config.length
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype)
         for name, dtype in {"bytes": jnp.uint8, "segments": jnp.int32, "mask": bool}.items()
     }
-    gpu = TARGETS[target]
     started = time.perf_counter()
     compiled = compile_for(
-        mesh_of(gpu),
+        mesh,
         lambda state, batch, key: step(state, batch, jax.random.wrap_key_data(key)),
         state,
         batch,
@@ -93,6 +107,7 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
         pallas=sum(kernel.kind.startswith("mosaic_gpu") for kernel in kernels),
         loops=sum(kernel.kind == "while" for kernel in kernels),
         parts=tuple(costs_by_part(kernels, gpu)),
+        memory=None if trainer.memory is None else trainer.memory.note,
     )
 
 

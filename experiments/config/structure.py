@@ -126,6 +126,12 @@ def _choice(value: object, kind: object) -> object:
     raise TypeError(f"{_quoted(value)} is none of {', '.join(map(str, get_args(kind)))}")
 
 
+def _truth_value_or_auto(value: object, kind: object) -> bool | str:
+    if value != "auto" and not isinstance(value, bool):
+        raise TypeError(f"{_quoted(value)} is neither true nor false nor auto")
+    return value
+
+
 def _shape(value: object, kind: object) -> Shape:
     names = value if isinstance(value, dict) else {}
     own = HNetConfig if "layout" in names else BLTConfig if "layers" in names else UNetConfig
@@ -155,6 +161,7 @@ def _converter() -> cattrs.Converter:
     # Plain values, whose types are checked against those of the parts that they belong to.
     converter.register_structure_hook_func(lambda kind: kind == Mapping[str, Mapping[str, object]], _sections)
     converter.register_structure_hook(Shape, _shape)
+    converter.register_structure_hook(bool | Literal["auto"], _truth_value_or_auto)
     return converter
 
 

@@ -14,7 +14,10 @@ from jaxtyping import Array, PyTree
 from data import Batch
 from experiments.config.errors import ConfigError, require
 from experiments.config.settings import RunConfig
+from unet import fused_attention
 from unet.ops.mosaic import refusal
+
+ON_ONE_DEVICE = "they run on one device only: add --devices 1"
 
 Tree = TypeVar("Tree", bound=PyTree[Array])
 
@@ -58,17 +61,41 @@ def device_count(config: RunConfig) -> int:
 
 
 def with_implementation(config: RunConfig) -> RunConfig:
-    """The run with ragged operations in XLA where its batch is spread over devices, which kernels cannot be.
+    """The run with ragged operations and attention in XLA where its batch is spread over devices, which kernels cannot be.
 
     Raises `ConfigError` where kernels were asked for by name and cannot run.
     """
+    config = _with_attention(config)
     implementation, spread = config.unet.implementation, device_count(config) > 1
     if implementation == "pallas":
         refused = "there is no CUDA device" if jax.default_backend() != "gpu" else None
         refused = refused or refusal(config.unet.widths[0], jnp.dtype(config.unet.compute))
-        refused = refused or ("they run on one device only: add --devices 1" if spread else None)
+        refused = refused or (ON_ONE_DEVICE if spread else None)
         if refused:
             raise ConfigError(f"--unet.implementation pallas: kernels cannot run here: {refused}")
     if implementation is None and spread:
         return dataclasses.replace(config, unet=dataclasses.replace(config.unet, implementation="xla"))
     return config
+
+
+def _with_attention(config: RunConfig) -> RunConfig:
+    form, spread = config.unet.attention_form, device_count(config) > 1
+    if form == "tokamax":
+        dtype = jnp.dtype(config.unet.compute)
+        refused = (fused_attention.refusal(config.length, *one, dtype) for one in config.unet.attention_layers)
+        lacks = next(filter(None, refused), None) or (ON_ONE_DEVICE if spread else None)
+        if lacks:
+            raise ConfigError(f"--unet.attention tokamax: its kernels cannot run here: {lacks}")
+        # The model itself may run anywhere.
+        return dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention="auto"))
+    if form == "auto" and spread:
+        return dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention="xla"))
+    return config
+
+
+def attention_notes(config: RunConfig) -> list[str]:
+    """Says so where a GPU could attend in fused kernels and does not."""
+    lacks = fused_attention.missing()
+    if jax.default_backend() != "gpu" or config.unet.attention_form != "auto" or lacks is None:
+        return []
+    return [f"attention runs in XLA, which moves several times as much memory as fused kernels would: {lacks}"]

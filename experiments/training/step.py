@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from experiments.config.settings import RunConfig
 from experiments.training.target import TargetSchedule, TargetState
 from unet import UNet
+from unet.blocks import computed
 from unet.model import LossOutput
 
 
@@ -47,14 +48,18 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     capacities: Sequence[int | Sequence[int]],
+    remat: bool | None = None,
 ) -> Step:
-    """The training step of a run; `capacities` as `UNet.loss` takes them."""
+    """The training step of a run; `capacities` as `UNet.loss` takes them. `remat`: whether blocks are recomputed in the backward
+    pass (None: as the model says)."""
     schedule, accumulate, samples = TargetSchedule.of(config), config.optimizer.accumulate, config.samples
 
     def loss(
         params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray, target_rate: Float[Array, ""]
     ) -> tuple[Float[Array, ""], LossOutput]:
         model: UNet = eqx.combine(params, static)
+        # Only here, so that the model is the same whatever machine it was trained on.
+        model = model if remat is None else computed(model, remat=remat)
         output = model.loss(
             batch["bytes"],
             key=key,

@@ -15,6 +15,7 @@ from experiments.reporting.display import Display
 from experiments.training.checkpoint import SaveError
 from experiments.training.data import EPOCHS, SHOWN, latest
 from experiments.training.dropped import DroppedBoundaries
+from experiments.training.placement import attention_notes
 from experiments.training.session import Session
 from experiments.training.setup import Setup
 from experiments.training.stopping import stop_requests
@@ -51,8 +52,10 @@ class Outcome:
 
 
 def _notes(config: RunConfig, setup: Setup) -> list[str]:
-    """What a user should know of what was prepared."""
-    return [] if setup.prepared is None else config.first.notes(setup.prepared, config.rate)
+    """What a user should know of what was prepared, and of how the step was chosen to run."""
+    prepared = [] if setup.prepared is None else config.first.notes(setup.prepared, config.rate)
+    memory = setup.trainer.memory
+    return [*prepared, *attention_notes(config), *([] if memory is None else [memory.note])]
 
 
 def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> Outcome:

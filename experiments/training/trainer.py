@@ -17,6 +17,7 @@ from estimators.base import has_gradient
 from experiments.config.settings import RunConfig
 from experiments.training.capacity import inner_capacities, training_capacities
 from experiments.training.optimizer import make_optimizer, multipliers
+from experiments.training.remat import MemoryPlan, memory_plan
 from experiments.training.step import Step, TrainState, fresh_state, make_step
 from unet import UNet
 
@@ -24,13 +25,15 @@ from unet import UNet
 @dataclass(frozen=True)
 class Trainer:
     """The model of a run, split into its first `params` and everything that stays the same (`static`), its optimizer, and the
-    `capacities` of its levels: those that a step chooses from at the first level, and one for each level inside."""
+    `capacities` of its levels: those that a step chooses from at the first level, and one for each level inside. `memory`: what
+    --unet.remat auto was decided by, None without it."""
 
     config: RunConfig
     params: PyTree[Float[Array, ...]]
     static: UNet
     optimizer: optax.GradientTransformation
     capacities: tuple[int | tuple[int, ...], ...]
+    memory: MemoryPlan | None = None
 
     @classmethod
     def of(cls, config: RunConfig, model: UNet, capacities: Sequence[int]) -> Trainer:
@@ -38,8 +41,14 @@ class Trainer:
         params, static = eqx.partition(model, has_gradient)
         routers = [estimator.router for estimator in model.stage.estimators]
         inside = inner_capacities(config, routers, capacities[-1])
+        auto = config.unet.remat == "auto"
         return cls(
-            config, params, static, make_optimizer(config, multipliers(config, params)), (tuple(capacities), *inside)
+            config,
+            params,
+            static,
+            make_optimizer(config, multipliers(config, params)),
+            (tuple(capacities), *inside),
+            memory_plan(config, model, (capacities[-1], *inside)) if auto else None,
         )
 
     @classmethod
@@ -51,7 +60,8 @@ class Trainer:
     @property
     def step(self) -> Step:
         """The training step, not compiled."""
-        return make_step(self.config, self.static, self.optimizer, capacities=self.capacities)
+        remat = None if self.memory is None else self.memory.remat
+        return make_step(self.config, self.static, self.optimizer, capacities=self.capacities, remat=remat)
 
     @property
     def capacity(self) -> int:

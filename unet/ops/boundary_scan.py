@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from estimators.base import BoundaryScan, Limits
@@ -13,6 +17,12 @@ from unet.ops.mosaic import AHEAD, LANES, Implementation, declare, dispatch, ref
 
 MAX_LAGS = 17
 """Maximum number of lags in the kernel: 0 and those of the actions that it remembers."""
+
+MAX_PARALLEL_LAGS = 9
+"""Maximum number of lags of the parallel form, whose work doubles with each."""
+
+MAX_ITERATIONS = 256
+"""Maximum number of iterations of a loop that an accelerator runs: each starts a few kernels."""
 
 
 def boundary_scan(
@@ -32,8 +42,9 @@ def boundary_scan(
     actions are discrete; recompute the logits of given actions with `estimators.equations.windowed_logits`. Raises `ValueError`
     if a kernel requested by name cannot run.
 
-    One pass over the positions, each step in O(batch x lags), limits or not. Without a memory there is none, unless limits are
-    `sized`.
+    On a CPU and in the kernel it is one pass over the positions, each step in O(batch x lags), limits or not. Without a memory
+    there is none, unless limits are `sized`. XLA on an accelerator has no loop with up to `MAX_PARALLEL_LAGS` lags and without
+    such limits, and otherwise one of at most `MAX_ITERATIONS` iterations; its boundaries are the same.
 
     The kernel adds the lags in another order than XLA, and its exponential may differ in the last bit. So an action can differ
     where u and σ(l) agree to about seven digits.
@@ -54,24 +65,18 @@ def boundary_scan(
         return BoundaryScan(*decide(projections[..., 0], uniforms, starts))
 
     def xla(projections: Array, uniforms: Array, starts: Array, *sizes: Array) -> tuple[Array, Array]:
-        def step(carry, inputs):
-            memory, size = carry
-            lags, uniform, start, *bounds = inputs
-            memory = memory & ~start[:, None]
-            action, logits = decide(lags[:, 0] + jnp.sum(jnp.where(memory, lags[:, 1:], 0.0), axis=1), uniform, start)
-            if bounds:
-                action = within_limits(action, size + 1, *bounds) | start
-                size = jnp.where(action, 0, size + 1)
-            return (jnp.concatenate([action[:, None], memory[:, :-1]], axis=1)[:, : memory.shape[1]], size), (
-                action,
-                logits,
-            )
-
-        batch, _, lags = projections.shape
-        inputs = (jnp.swapaxes(projections, 0, 1), uniforms.T, starts.T, *(bound.T for bound in sizes[:2]))
-        no_actions, size = varying_zeros(projections, (batch, lags - 1), bool), sizes[2] if sizes else ()
-        _, (actions, logits) = jax.lax.scan(step, (no_actions, size), inputs)
-        return actions.T, logits.T
+        parallel = functools.partial(scan_unrolled, decide)
+        if not sizes and projections.shape[-1] <= MAX_PARALLEL_LAGS:
+            parallel = functools.partial(scan_parallel, decide)
+        # In turn is fastest on a CPU. An accelerator would start a few kernels for each position.
+        return jax.lax.platform_dependent(
+            projections,
+            uniforms,
+            starts,
+            *sizes,
+            cpu=functools.partial(scan_in_turn, decide),
+            default=parallel,
+        )
 
     def kernel(interpret: bool):
         return lambda *args: _scan_kernel(*args, cap=cap, interpret=interpret)
@@ -83,6 +88,76 @@ def boundary_scan(
     return BoundaryScan(
         *dispatch("boundary_scan", _refusal(projections), implementation, *args, xla=xla, kernel=kernel)
     )
+
+
+Decide = Callable[[Array, Array, Array], tuple[Array, Array]]
+"""Actions and bounded logits from logits, uniforms and starts."""
+
+
+def scan_in_turn(
+    decide: Decide, projections: Array, uniforms: Array, starts: Array, *sizes: Array, unroll: int = 1
+) -> tuple[Array, Array]:
+    """One position after another: the definition."""
+
+    def step(carry, inputs):
+        memory, size = carry
+        lags, uniform, start, *bounds = inputs
+        memory = memory & ~start[:, None]
+        action, logits = decide(lags[:, 0] + jnp.sum(jnp.where(memory, lags[:, 1:], 0.0), axis=1), uniform, start)
+        if bounds:
+            action = within_limits(action, size + 1, *bounds) | start
+            size = jnp.where(action, 0, size + 1)
+        return (jnp.concatenate([action[:, None], memory[:, :-1]], axis=1)[:, : memory.shape[1]], size), (
+            action,
+            logits,
+        )
+
+    batch, _, lags = projections.shape
+    inputs = (jnp.swapaxes(projections, 0, 1), uniforms.T, starts.T, *(bound.T for bound in sizes[:2]))
+    no_actions, size = varying_zeros(projections, (batch, lags - 1), bool), sizes[2] if sizes else ()
+    _, (actions, logits) = jax.lax.scan(step, (no_actions, size), inputs, unroll=unroll)
+    return actions.T, logits.T
+
+
+def scan_unrolled(
+    decide: Decide, projections: Array, uniforms: Array, starts: Array, *sizes: Array
+) -> tuple[Array, Array]:
+    """The same, with at most `MAX_ITERATIONS` iterations of a loop."""
+    unroll = -(-uniforms.shape[1] // MAX_ITERATIONS)
+    return scan_in_turn(decide, projections, uniforms, starts, *sizes, unroll=unroll)
+
+
+def scan_parallel(decide: Decide, projections: Array, uniforms: Array, starts: Array) -> tuple[Array, Array]:
+    r"""The same values without a loop: all positions at once, in $\log_2$ `length` steps.
+
+    A memory of w actions has $2^w$ states. Every position maps the state before it to the state after it, and these maps are
+    composed by an associative scan.
+    """
+    window = projections.shape[-1] - 1
+    states = np.arange(1 << window)
+
+    def outcome(q: Array, uniform: Array, start: Array, states: Array) -> tuple[Array, Array]:
+        """Actions and logits after these states, whose bit j - 1 is the action j positions before."""
+        remembered = jnp.zeros_like(q[..., 0])
+        for lag in range(1, window + 1):
+            remembered = remembered + jnp.where((states >> (lag - 1)) & 1 != 0, q[..., lag], 0.0)
+        return decide(q[..., 0] + remembered, uniform, start)
+
+    def after(states: Array, actions: Array) -> Array:
+        return ((states << 1) | actions.astype(jnp.int32)) & ((1 << window) - 1)
+
+    start = starts[..., None]
+    known = jnp.where(start, 0, states)
+    # (b, length, states): the state after each position, by the state before it.
+    actions, _ = outcome(projections[..., None, :], uniforms[..., None], start, known)
+    moves = after(known, actions)
+    if window <= 8:
+        moves = moves.astype(jnp.uint8)
+    composed = jax.lax.associative_scan(
+        lambda earlier, later: jnp.take_along_axis(later, earlier.astype(jnp.int32), axis=-1), moves, axis=1
+    )
+    reached = jnp.pad(composed[:, :-1, 0].astype(jnp.int32), ((0, 0), (1, 0)))
+    return outcome(projections, uniforms, starts, jnp.where(starts, 0, reached))
 
 
 def _refusal(projections: Array) -> str | None:

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.extend.backend import get_default_device
 from jaxtyping import Array
 
 from estimators.sharding import varying_like
@@ -37,15 +38,20 @@ _log = logging.getLogger(__name__)
 
 
 @functools.cache
-def _unable() -> str | None:
-    """Why no kernel can run in this process, whatever the shapes; None if they can."""
+def _lacks_mosaic() -> str | None:
     try:
         importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     except ImportError as error:
         return f"this build of jax has no Mosaic GPU ({error})"
-    if jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < MIN_CAPABILITY:
-        return f"the GPU has compute capability {jax.devices()[0].compute_capability}, below {MIN_CAPABILITY}"
     return None
+
+
+def _unable() -> str | None:
+    """Why no kernel can run on the default device, whatever the shapes; None if they can, or if it is no GPU."""
+    device = get_default_device()
+    if device.platform == "gpu" and float(device.compute_capability) < MIN_CAPABILITY:
+        return f"the GPU has compute capability {device.compute_capability}, below {MIN_CAPABILITY}"
+    return _lacks_mosaic()
 
 
 def refusal(dim: int, dtype: jnp.dtype) -> str | None:
