@@ -319,7 +319,7 @@ def test_the_home_folder_stands_for_a_tilde_in_every_path(monkeypatch, tmp_path)
         str(tmp_path / "init"),
     )
     assert config.settings["entropy"]["model"] == str(tmp_path / "entropy.model")
-    common, _ = compare.parse_compare(["--estimators", "uniform", "--out=~/a", "--tables", "~/b", "~/c"])
+    common = compare.parse_compare(["--estimators", "uniform", "--out=~/a", "--tables", "~/b", "~/c"])
     assert (common.out, common.tables) == (tmp_path / "a", (tmp_path / "b", tmp_path / "c"))
     analysed = parsed(words.WordsConfig, "words", ["~/a", "~/b", "--out", "~/c"])
     assert (analysed.runs, analysed.out) == ((tmp_path / "a", tmp_path / "b"), tmp_path / "c")

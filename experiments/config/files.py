@@ -43,5 +43,7 @@ def from_values(values: object, where: str, plugins: Collection[str] = ()) -> Ru
         unused = sorted(config.settings.keys() - config.sections.keys())
         require(not unused, f"nothing it names has settings {', '.join(unused)}")
     except (ValueError, OverflowError, RecursionError, ConfigError) as error:
-        raise ConfigError(f"{where} is not the configuration of a run: {one_line(str(error))}") from None
+        raise ConfigError(
+            f"{where} is not the configuration of a run of this version: {one_line(str(error))}"
+        ) from None
     return config
