@@ -9,6 +9,20 @@ from experiments.launch import Stream
 LONGEST = 600
 """Characters of a message in one line, at most."""
 
+_PLAIN = {
+    "±": "+-",
+    "–": "-",
+    "−": "-",
+    "…": "...",
+    "×": "x",
+    "≈": "~",
+    "†": "+",
+    "⏎": "",
+    "•": "*",
+    "π": "pi",
+    "·": "*",
+}
+"""How messages have signs that an encoding lacks."""
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _UNSEEN = (*range(0x80, 0xA0), 0x2028, 0x2029, *_DIRECTIONS, *range(0xD800, 0xE000))
@@ -56,7 +70,7 @@ class Lenient:
     def write(self, text: str) -> int:
         if self._stream is not None:
             try:
-                self._write(self._stream, text)
+                self._write(self._stream, in_encoding(text, self.encoding))
             except (OSError, ValueError):
                 self._stream = None
         return len(text)
@@ -81,6 +95,25 @@ class Lenient:
         if self._stream is None:
             raise OSError("there is no such stream")
         return self._stream.fileno()
+
+
+def in_encoding(text: str, encoding: str) -> str:
+    """Text with the signs that messages use in plain letters where the encoding has no such signs."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return "".join(_PLAIN.get(one, one) if _lacks(encoding, one) else one for one in text)
+    except LookupError:
+        return text
+    return text
+
+
+def _lacks(encoding: str, character: str) -> bool:
+    try:
+        character.encode(encoding)
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 class OutputClosed(Exception):

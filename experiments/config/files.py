@@ -15,8 +15,9 @@ from experiments.config.structure import parsed, structured
 def to_json(config: RunConfig) -> str:
     """The configuration as JSON text, paths as strings."""
     values = dataclasses.asdict(config.resolved)
-    # What a command may import is for whoever gives the command to say.
-    del values["plugin"]
+    # What a command may import is for whoever gives the command to say; the others say how it is given.
+    for name in ("plugin", "config", "quiet"):
+        del values[name]
     return json.dumps(values, indent=2, default=str) + "\n"
 
 

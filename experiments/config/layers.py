@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from estimators.lookup import PartError
+from experiments.config.arguments import expanded
 from experiments.config.errors import ConfigError, one_line
 from experiments.config.parts import house_sections
 from experiments.config.plugins import require_known
@@ -133,6 +134,30 @@ def with_values(base: RunConfig, values: Values, plugins: Collection[str] = ()) 
         return structured(joined(dataclasses.asdict(base), {**length, **own}), RunConfig)
     except (ValueError, OverflowError, RecursionError, PartError, ConfigError) as error:
         raise ConfigError(one_line(str(error), 400)) from None
+
+
+def from_file(path: Path, model: str | None, plugins: Collection[str] = ()) -> RunConfig:
+    """The run that a file describes; `model`: the preset below it, instead of the one that it names. The folder of the run that
+    left the file is no setting. Raises `ConfigError` in a sentence that names file and setting."""
+    values = read_file(path, "--config")
+    try:
+        named = plain(values)
+        for name in ("resume", "overwrite"):
+            # As in every config.json.
+            if named.get(name) is False:
+                del named[name]
+        out = named.get("out")
+        if isinstance(out, str) and Path(expanded(out), path.name).resolve() == path.resolve():
+            del named["out"]
+        if model is not None and "unet" in named and model != named.get("model"):
+            raise ConfigError(
+                f"--model {model} would have no effect on the shape that the file has: leave out one of them"
+            )
+        run = with_values(preset(named, model), named, plugins)
+        require_used(sections_of(named), [run])
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    return run
 
 
 def require_used(sections: Collection[str], runs: Collection[RunConfig]) -> None:
