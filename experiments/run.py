@@ -28,7 +28,8 @@ from experiments.reporting.display import Display, bits_per_byte
 from experiments.reporting.report import write_report
 from experiments.reporting.shading import Character, shade
 from experiments.reporting.summary import summary_of
-from experiments.training.extending import OF_THE_END, extend, resumed
+from experiments.tracking.follow import Trackers
+from experiments.training.extending import OF_THE_END, extend, latest_step, resumed
 from experiments.training.prepared import write_prepared
 from experiments.training.replacing import replacing
 from experiments.training.rescue import save_elsewhere
@@ -126,7 +127,11 @@ def _set_up(config: RunConfig) -> Setup:
 
 
 def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display) -> None:
-    outcome = train(config, setup, run_dir, display)
+    trackers = Trackers(config, run_dir, setup.split, latest_step(config), display.note)
+    try:
+        outcome = train(config, setup, run_dir, display, on_step=trackers.on_step, on_validation=trackers.on_validation)
+    finally:
+        trackers.close()
     try:
         shaded = _write_results(run_dir, config, outcome)
     except Exception as error:  # whatever a report stumbles over, the training was not for nothing

@@ -29,6 +29,7 @@ class Job:
     name: str
     folder: Path
     plugins: tuple[str, ...] = ()
+    trackers: tuple[str, ...] = ()
     reads: Job | None = None
     process: subprocess.Popen[bytes] | None = None
     core: int | None = None
@@ -64,7 +65,7 @@ def ready(run: RunConfig, may_differ: Collection[str] = ()) -> Job:
         # It goes on with the cores that it gets now, or two devices would share one.
         with held(folder):
             write_atomically(folder / CONFIG, to_json(dataclasses.replace(there, devices=run.devices)))
-    return Job(folder.name, folder, trusted(run))
+    return Job(folder.name, folder, trusted(run), run.tracker)
 
 
 def run_jobs(jobs: list[Job], at_once: int, logs: Path, display: Display) -> list[str]:
@@ -122,6 +123,7 @@ def _launch(job: Job, core: int | None, logs: Path) -> None:
     """Start a run in a process of its own; `--resume` of a run without a checkpoint starts it."""
     command = [sys.executable, "-m", "experiments.run", "--resume", "--out", str(job.folder)]
     command += ["--plugin", *job.plugins] if job.plugins else []
+    command += ["--tracker", *job.trackers] if job.trackers else []
     # An interrupt before the process is known would leave it behind.
     with (logs / f"{job.name}.log").open("ab") as log, stop_requests() as requested:
         # In a session of its own, or Ctrl-C would reach it before it is told to stop.

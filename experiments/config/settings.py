@@ -111,6 +111,9 @@ class RunConfig:
     """Seconds between lines of progress where there is no terminal for a bar."""
     quiet: bool = False
     """Say nothing but errors."""
+    tracker: tuple[str, ...] = ()
+    """Where to send metrics, held-out text and boundaries beside metrics.jsonl: tensorboard, wandb, trackio, or a class of your
+    own as package.module:Class."""
     target: TargetConfig = field(default_factory=TargetConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

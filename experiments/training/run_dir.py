@@ -35,9 +35,11 @@ REPLACED = "replaced"
 OWN_FILES = (
     *(CONFIG, METRICS, SUMMARY, CHECKPOINTS, "report.html", "boundaries.png"),
     *(WEIGHTS, PREPARED, REPLACED),
+    # What trackers leave.
+    *("tensorboard", "wandb", "trackio"),
 )
 
-OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every", "plugin", "config", "log_seconds", "quiet")
+OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every", "plugin", "config", "log_seconds", "quiet", "tracker")
 """Settings that do not change the results of a run, so that they may differ when it is resumed."""
 
 
