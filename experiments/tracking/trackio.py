@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -18,15 +19,17 @@ class NamedTracker:
     """A run of its own for each run; one that goes on goes on there too."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, object], step: int):
-        self._run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", "caesura"),
-            name=f"{run_dir.resolve().name}-{run_id(run_dir / 'trackio')[:6]}",
-            resume="allow",
-            config=dict(config),
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
+        # Standard output is for results.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._run = trackio.init(
+                project=os.environ.get("TRACKIO_PROJECT", "caesura"),
+                name=f"{run_dir.resolve().name}-{run_id(run_dir / 'trackio')[:6]}",
+                resume="allow",
+                config=dict(config),
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -35,10 +38,11 @@ class NamedTracker:
         self._run.log({name: trackio.Histogram(np_histogram=(np.asarray(shares), np.asarray(edges)))}, step=step)
 
     def html(self, step: int, name: str, page: str) -> None:
-        self._run.log({name: trackio.Html(page, data_is_not_path=True)}, step=step)
+        self._run.log({name: trackio.Html(page)}, step=step)
 
     def picture(self, step: int, name: str, png: bytes) -> None:
         self._run.log({name: trackio.Image(Image.open(io.BytesIO(png)))}, step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        with contextlib.redirect_stdout(io.StringIO()):
+            trackio.finish()
