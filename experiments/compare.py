@@ -1,15 +1,13 @@
-"""Train several estimators on the same data and compare them: `python -m experiments.compare --estimators sfe gumbel hnet`."""
+"""Train variants of a model on the same data and compare them: `python -m experiments.compare --estimators sfe gumbel hnet`, or
+`python -m experiments.compare study.toml`."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -18,89 +16,80 @@ import tyro
 from estimators.bounds import Seed, Within
 from estimators.registry import COMPARED
 from experiments.command import exit_code
-from experiments.comparison.comparison import REFERENCE, write_comparison
-from experiments.comparison.finished import by_estimator, is_finished, read_finished, read_tables, without
-from experiments.comparison.pairs import Names, every_pair
+from experiments.comparison.comparison import write_comparison
+from experiments.comparison.finished import (
+    FinishedRun,
+    Key,
+    by_variant,
+    is_finished,
+    read_finished,
+    read_joined,
+    read_tables,
+)
+from experiments.comparison.jobs import prepared, ready, run_jobs
+from experiments.comparison.plan import BYTE_MODEL_RUN, Plan, pairs_of, requested_runs, run_folders, runs_of
+from experiments.comparison.study import Study, Variant, found, of_estimators, read_study
 from experiments.config.arguments import PATHS, usage
 from experiments.config.errors import ConfigError, require, require_bounds
-from experiments.config.files import to_json
-from experiments.config.flags import shared_out
-from experiments.config.plugins import trusted
+from experiments.config.plugins import named_modules, trusted
 from experiments.config.settings import RunConfig
 from experiments.launch import program
 from experiments.reporting.display import Display
-from experiments.run import parse
-from experiments.training.run_dir import CONFIG, SUMMARY, differing, held, make_folder, prepare_new, read_config
-from experiments.training.stopping import stop_requests, stop_signals
-from unet.files.saving import write_atomically
+from experiments.training.run_dir import SUMMARY, make_folder
+from experiments.training.stopping import stop_signals
 
 LOGS = "logs"
-BYTE_MODEL_RUN = "byte-model"
+OF_SINGLE_RUNS = ("--estimator", "--seed", "--resume", "--overwrite", "--config")
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Train estimators on the same data in the same order, seed by seed, and put them side by side.
+    """Train variants of a model on the same data in the same order, seed by seed, and put them side by side.
 
-    Every setting of `python -m experiments.run` may follow: it holds for all of the runs. Runs that are finished are not
-    done again, runs that were stopped go on.
+    Variants are estimators, or those of a study: a TOML file of named settings. Every setting of `python -m experiments.run` may
+    follow: it holds for all of the runs. Runs that are finished are not done again, runs that were stopped go on.
     """
 
-    estimators: tuple[str, ...] = COMPARED
-    """What to compare, by name or as package.module:Class; the others are measured against uniform boundaries where those are
-    among them."""
+    study: Path | None = None
+    """File of named variants, or the name of one that comes with the library; also without --study, in the first place."""
+    estimators: tuple[str, ...] = ()
+    """What to compare instead, by name or as package.module:Class; by default those of the papers."""
+    variants: tuple[str, ...] = ()
+    """Those of the study to do; by default all."""
+    runs: tuple[str, ...] = ()
+    """Folders of finished runs to put beside them, made by any command, as PATH or NAME=PATH; those of one name are its seeds."""
+    reference: str | None = None
+    """What gains are relative to; by default what the study says, uniform boundaries, or the first."""
     pairs: tuple[str, ...] = ()
-    """Which of them to compare with each other, as FIRST:SECOND, such as sfe:hnet sfe:uniform; by default every two."""
-    seeds: tuple[Seed, ...] = (0, 1, 2)
-    """Seeds of parameters, data order and boundaries."""
+    """Which to compare with each other, as FIRST:SECOND, such as sfe:hnet sfe:uniform; by default every two estimators, and each
+    variant of a study with its reference."""
+    seeds: tuple[Seed, ...] | None = None
+    """Seeds of parameters, data order and boundaries; by default those of the study, or 0 1 2."""
     tables: tuple[Path, ...] = ()
     """table.json of comparisons made elsewhere with the same settings: their runs count as if they had been done here."""
-    out: Path = field(default=Path("runs/compare"))
-    """Folder for the runs, the table and the report."""
-    jobs: Annotated[int, Within(1, 1024)] = 1
-    """Runs at a time; on a CPU each gets a core of its own, which for small models is faster than sharing two."""
+    out: Path | None = None
+    """Folder for the runs, the table and the report; by default runs/compare, or runs/ and the name of the study."""
+    jobs: Annotated[int, Within(1, 1024)] | None = None
+    """Runs at a time; on a CPU each gets a core of its own, which for small models is faster than sharing two. By default what
+    the study says, or 1."""
 
     def __post_init__(self):
         require_bounds(self)
         require(
-            len(set(self.estimators)) == len(self.estimators) and len(set(self.seeds)) == len(self.seeds),
+            len(set(self.estimators)) == len(self.estimators) and len(set(self.seeds or ())) == len(self.seeds or ()),
             "--estimators and --seeds name each estimator and each seed once",
         )
-        require(
-            bool(self.estimators and self.seeds),
-            "a comparison needs at least one estimator and one seed",
-        )
-        pairs_of(self)
+        require(self.seeds is None or bool(self.seeds), "a comparison needs at least one seed")
+        require(self.study is None or not self.estimators, "--study has variants and --estimators makes them: use one")
 
 
-@dataclass
-class Job:
-    """One run of the comparison, the modules of others that it needs, the run whose model it reads, and its process."""
-
-    name: str
-    folder: Path
-    plugins: tuple[str, ...] = ()
-    reads: Job | None = None
-    process: subprocess.Popen[bytes] | None = None
-    core: int | None = None
-
-    @property
-    def may_start(self) -> bool:
-        """Whether the model it reads, if any, is there, or will never be."""
-        if self.reads is None or (self.reads.folder / SUMMARY).is_file():
-            return True
-        return self.reads.process is not None and self.reads.process.poll() is not None
-
-
-Requested = Mapping[str, RunConfig]
-"""By estimator, the run that the command line asks for."""
-
-
-def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Requested]:
-    """What to compare, and the run of each estimator. Each takes the flags that it has, and every flag must be one of some run.
+def parse_compare(arguments: Sequence[str]) -> Plan:
+    """What to compare, and the run of each variant.
 
     Prints help or a usage error and raises `SystemExit` (2 for an error); raises `ConfigError` for inconsistent values.
     """
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--study", *arguments]
     with usage(arguments):
         config, rest = tyro.cli(
             CompareConfig,
@@ -109,181 +98,117 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Requested]:
             return_unknown_args=True,
             registry=PATHS,
         )
-    for flag in ("--estimator", "--seed", "--resume", "--overwrite"):
+    for flag in OF_SINGLE_RUNS:
         if any(given == flag or given.startswith(flag + "=") for given in rest):
             raise ConfigError(
-                f"{flag} is for single runs; a comparison has --estimators, --seeds and goes on by itself"
+                f"{flag} is for single runs; a comparison has --study or --estimators, --seeds and goes on by itself"
             )
-    given = shared_out(rest, config.estimators)
-    return config, {name: parse([*given[name], "--estimator", name]) for name in config.estimators}
+    return plan_of(config, rest, arguments)
 
 
-def pairs_of(config: CompareConfig) -> list[Names]:
-    """The pairs asked for. Raises `ConfigError` for one that is not of two estimators compared, or is there twice."""
-    if not config.pairs:
-        return every_pair(config.estimators, last=REFERENCE)
-    by_name = {name: name for name in config.estimators}
-    pairs = []
-    for text in config.pairs:
-        splits = [(text[:place], text[place + 1 :]) for place, letter in enumerate(text) if letter == ":"]
-        first, second = next((both for both in splits if by_name.keys() >= set(both)), ("", ""))
-        if first == second:
-            raise ConfigError(
-                f"--pairs {text!r} is not FIRST:SECOND of two different ones of --estimators ({', '.join(by_name)})"
-            )
-        pairs.append((by_name[first], by_name[second]))
-    if len({frozenset(pair) for pair in pairs}) < len(pairs):
-        raise ConfigError("--pairs names each pair once, in one order")
-    return pairs
+def plan_of(config: CompareConfig, rest: Sequence[str], arguments: Sequence[str]) -> Plan:
+    """The plan of a comparison with the flags `rest` for its runs; `arguments` are the whole command line.
 
-
-def runs_of(config: CompareConfig, requested: Requested) -> list[RunConfig]:
-    """The configuration of every run, seed by seed; first, where an estimator reads the model of another run and none is named,
-    that run."""
-    chosen = {name: dataclasses.replace(run, devices=1) if config.jobs > 1 else run for name, run in requested.items()}
-    first, runs = {}, []
-    for name, run in chosen.items():
-        needs = run.first.prerequisite
-        if needs is not None and getattr(run.first, needs.setting) is None:
-            before = dataclasses.replace(run, estimator=needs.estimator).with_settings(**needs.settings)
-            folder = next((path for path, other in first.items() if not differing(other, before, ("seed",))), None)
-            folder = folder or config.out / (BYTE_MODEL_RUN if not first else f"{BYTE_MODEL_RUN}-{len(first) + 1}")
-            first[folder] = dataclasses.replace(before, seed=config.seeds[0], out=folder)
-            chosen[name] = run.with_settings(**{run.parts[0].estimator.section: {needs.setting: folder}})
-    for seed in config.seeds:
-        runs += [
-            dataclasses.replace(run, seed=seed, out=run_folder(config, name, seed)) for name, run in chosen.items()
-        ]
-    return [*first.values(), *runs]
-
-
-def run_folder(config: CompareConfig, estimator: str, seed: int) -> Path:
-    """The folder of a run; a class is named without its module where that tells it from the others."""
-    short = [name.rpartition(":")[2] for name in config.estimators]
-    own = estimator.rpartition(":")[2]
-    return config.out / f"{own if short.count(own) == 1 else estimator.replace(':', '.')}-{seed}"
-
-
-def ready(run: RunConfig) -> Job:
-    """A run's folder with its configuration in it. Raises `ConfigError` where it holds a run of other settings, or one that
-    another process is at work on while its number of devices has to change."""
-    folder, plugins = run.run_dir, trusted(run)
-    path = folder / CONFIG
-    if not path.is_file():
-        prepare_new(run)
-        return Job(folder.name, folder, plugins)
-    there = read_config(folder, plugins)
-    # How many cores a run had moves its curve by no more than rounding. A byte model serves for seeds named later, too.
-    may_differ = ("devices", "seed") if folder.name.startswith(BYTE_MODEL_RUN) else ("devices",)
-    if changed := differing(run, there, may_differ):
-        raise ConfigError(f"{folder} holds a run with other settings for {', '.join(changed)}; name another --out")
-    if run.devices != there.devices and not (folder / SUMMARY).is_file():
-        # It goes on with the cores that it gets now, or two devices would share one.
-        with held(folder):
-            write_atomically(path, to_json(dataclasses.replace(there, devices=run.devices)))
-    return Job(folder.name, folder, plugins)
-
-
-def run_jobs(jobs: list[Job], at_once: int, logs: Path, display: Display) -> list[str]:
-    """Run the jobs, `at_once` at a time; returns the names of those that failed.
-
-    A job waits for the one whose model it reads; where that one fails it says so itself. An interrupt or an error stops all of
-    them, each with a checkpoint, and is raised again.
+    Raises `ConfigError` for what cannot be compared.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    waiting = [job for job in jobs if not (job.folder / SUMMARY).is_file()]
-    if len(waiting) < len(jobs):
-        display.note(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished already")
-    running: list[Job] = []
-    failed: list[str] = []
-    done = len(jobs) - len(waiting)
-    try:
-        while waiting or running:
-            while len(running) < at_once and (job := next((job for job in waiting if job.may_start), None)):
-                waiting.remove(job)
-                free = [core for core in cores if core not in {other.core for other in running}]
-                # Before it has a process, or an interrupt between the two would leave that behind.
-                running.append(job)
-                _launch(job, free[0] if at_once > 1 and free else None, logs)
-            time.sleep(0.2)
-            for job in [job for job in running if job.process is not None and job.process.poll() is not None]:
-                running.remove(job)
-                done += 1
-                if job.process is not None and job.process.returncode:
-                    failed.append(job.name)
-                    display.note(f"{job.name} failed; the end of {logs / job.name}.log: {_last_line(job, logs)}")
-                else:
-                    display.note(f"{job.name} finished, {done} of {len(jobs)}: {_last_line(job, logs)}")
-    except BaseException:
-        _stop([job.process for job in running if job.process is not None])
-        raise
-    return failed
+    study = study_of(config)
+    head = study.head
+    run_folders(study)
+    seeds = head.seeds if config.seeds is None else config.seeds
+    require(
+        bool(seeds) and len(set(seeds)) == len(seeds), f"{study.place()}seeds names each seed once, and at least one"
+    )
+    said = config.reference or head.reference
+    reference = study.names[0] if said is None else said
+    require(reference in study.names, f"{study.place()}--reference {reference!r} is none of {', '.join(study.names)}")
+    out = Path("runs") / (study.file.stem if study.file else "compare") if config.out is None else config.out
+    return Plan(
+        study=study,
+        requested=requested_runs(study, rest, named_modules(arguments)),
+        seeds=seeds,
+        reference=reference,
+        # Of estimators without uniform boundaries none is the second of its pairs.
+        pairs=pairs_of(study, config.pairs or head.pairs, reference if study.file else said),
+        out=out,
+        jobs=head.jobs if config.jobs is None else config.jobs,
+        tables=config.tables,
+        modules=named_modules(arguments),
+    )
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Have runs save a checkpoint and end. On another interrupt they end at once, with the last one that they have saved."""
-    try:
-        with stop_signals(signal.SIG_IGN):
-            for process in processes:
-                process.send_signal(signal.SIGTERM)
-        for process in processes:
-            process.wait()
-    except KeyboardInterrupt:
-        with stop_signals(signal.SIG_IGN):
-            for process in processes:
-                process.kill()
-                process.wait()
-
-
-def _launch(job: Job, core: int | None, logs: Path) -> None:
-    """Start a run in a process of its own; `--resume` of a run without a checkpoint starts it."""
-    command = [sys.executable, "-m", "experiments.run", "--resume", "--out", str(job.folder)]
-    command += ["--plugin", *job.plugins] if job.plugins else []
-    # An interrupt before the process is known would leave it behind.
-    with (logs / f"{job.name}.log").open("ab") as log, stop_requests() as requested:
-        # In a session of its own, or Ctrl-C would reach it before it is told to stop.
-        job.process = subprocess.Popen(
-            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+def study_of(config: CompareConfig) -> Study:
+    """The study that the flags name or make, with the finished runs that they add. Raises `ConfigError`."""
+    if config.study is not None:
+        study = read_study(found(config.study))
+    else:
+        study = of_estimators(config.estimators or (() if config.runs else COMPARED))
+    if config.variants:
+        if unknown := [name for name in config.variants if name not in study.names]:
+            raise ConfigError(f"{study.place()}--variants {unknown[0]!r} is none of {', '.join(study.names)}")
+        head = (
+            study.head if study.head.reference in config.variants else dataclasses.replace(study.head, reference=None)
         )
-    if requested:
-        raise KeyboardInterrupt
-    job.core = core
-    if core is not None:
-        os.sched_setaffinity(job.process.pid, {core})
+        kept = tuple(variant for variant in study.variants if variant.name in config.variants)
+        study = dataclasses.replace(study, variants=kept, head=dataclasses.replace(head, pairs=()))
+    joined = _joined(config.runs)
+    for name in study.names:
+        require(name not in joined, f"--runs {name}=…: there is a variant of that name; name the runs otherwise")
+    return dataclasses.replace(
+        study, variants=(*study.variants, *(Variant(name, runs=tuple(paths)) for name, paths in joined.items()))
+    )
 
 
-def _last_line(job: Job, logs: Path) -> str:
-    lines = (logs / f"{job.name}.log").read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "(empty)"
+def _joined(given: Sequence[str]) -> dict[str, list[Path]]:
+    """The folders of finished runs by the name that they have in the comparison: if none is given their own, without the seed."""
+    joined: dict[str, list[Path]] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            own = Path(text).resolve().name
+            name, path = (own.rpartition("-")[0] or own) if own.rpartition("-")[2].isdigit() else own, text
+        joined.setdefault(name, []).append(Path(path))
+    return joined
 
 
-def compare(config: CompareConfig, requested: Requested, display: Display) -> int:
+def compare(plan: Plan, display: Display) -> int:
     """Do the runs and write the comparison. Returns 0, or 1 where a run failed."""
-    runs = runs_of(config, requested)
-    byte_models = [run for run in runs if run.run_dir.name.startswith(BYTE_MODEL_RUN)]
-    compared = runs[len(byte_models) :]
-    elsewhere = read_tables(config.tables, compared)
-    runs = [*byte_models, *without(compared, elsewhere)]
-    make_folder(config.out)
-    logs = config.out / LOGS
+    byte_models, requested = runs_of(plan)
+    finished: dict[Key, FinishedRun] = {}
+    for variant in plan.study.variants:
+        finished |= read_joined(variant.name, variant.runs, plan.modules)
+    finished |= read_tables(plan.tables, requested)
+    here = {key: run for key, run in requested.items() if key not in finished}
+    # All of them before the first is touched.
+    for run in byte_models:
+        prepared(run, may_differ=("seed",))
+    for run in here.values():
+        prepared(run)
+    make_folder(plan.out)
+    logs = plan.out / LOGS
     logs.mkdir(exist_ok=True)
-    jobs = [ready(run) for run in runs]
-    for job, run in zip(jobs, runs, strict=True):
-        needs = run.first.prerequisite
-        model = None if needs is None else getattr(run.first, needs.setting)
-        job.reads = next((other for other in jobs if other.folder == model and other is not job), None)
-    failed = run_jobs(jobs, config.jobs, logs, display)
-    done = [job for job in jobs if not job.name.startswith(BYTE_MODEL_RUN) and is_finished(job.folder)]
-    here = [read_finished(job.folder, job.plugins) for job in done]
-    known = {BYTE_MODEL_RUN, *(job.name for job in jobs)}
-    others = sorted(path.parent.name for path in config.out.glob(f"*/{SUMMARY}") if path.parent.name not in known)
-    if others:
-        display.note(f"left out, since --estimators, --seeds and --tables do not ask for them: {', '.join(others)}")
-    if finished := by_estimator([*here, *elsewhere], config.estimators):
-        write_comparison(config.out, finished, pairs_of(config), next(iter(requested.values())), display)
+    # A byte model serves for seeds named later, too.
+    jobs = [*(ready(run, may_differ=("seed",)) for run in byte_models), *(ready(run) for run in here.values())]
+    for job, run in zip(jobs, [*byte_models, *here.values()], strict=True):
+        job.reads = next((other for other in jobs if other.folder == _read_by(run) and other is not job), None)
+    failed = run_jobs(jobs, plan.jobs, logs, display)
+    for key, run in here.items():
+        if is_finished(run.run_dir):
+            finished[key] = read_finished(run.run_dir, trusted(run))
+    known = {job.name for job in jobs} | {run.run_dir.name for run in requested.values()}
+    others = sorted(path.parent.name for path in plan.out.glob(f"*/{SUMMARY}") if path.parent.name not in known)
+    if others := [name for name in others if not name.startswith(BYTE_MODEL_RUN)]:
+        display.note(f"left out, since nothing here asks for them: {', '.join(others)}")
+    if runs := by_variant(finished, plan.study.names):
+        write_comparison(plan, runs, display)
     if failed:
         display.note(f"error: {len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}")
     return 1 if failed else 0
+
+
+def _read_by(run: RunConfig) -> object:
+    """The folder of the run whose model this one reads, if any."""
+    needs = run.first.prerequisite
+    return None if needs is None else getattr(run.first, needs.setting)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -295,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # `KeyboardInterrupt` on `kill` too, and on Ctrl-C where a shell that started this in the background ignores it: the runs
         # have sessions of their own and would stay behind.
         with stop_signals(signal.default_int_handler):
-            return compare(*parse_compare(given), display)
+            return compare(parse_compare(given), display)
 
     return exit_code(display, command, stopped="stopped; the same command goes on from here")
 

@@ -17,7 +17,8 @@ from data import DataError
 from experiments.command import exit_code
 from experiments.config.arguments import expanded
 from experiments.config.errors import ConfigError, RunError, failure, one_line
-from experiments.config.flags import parse_run
+from experiments.config.flags import parse_run, with_flag_length
+from experiments.config.layers import from_file
 from experiments.config.plugins import import_plugins, named_modules, plugins_in
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
@@ -27,6 +28,8 @@ from experiments.reporting.display import Display, bits_per_byte
 from experiments.reporting.report import write_report
 from experiments.reporting.shading import Character, shade
 from experiments.reporting.summary import summary_of
+from experiments.tracking.follow import Trackers
+from experiments.training.extending import OF_THE_END, extend, latest_step, resumed
 from experiments.training.prepared import write_prepared
 from experiments.training.replacing import replacing
 from experiments.training.rescue import save_elsewhere
@@ -53,22 +56,29 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     Prints help or a usage error and raises `SystemExit` (2 for an error), raises `ConfigError` for values that cannot be run.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--model", default="tiny")
+    early.add_argument("--model", default=None)
     early.add_argument("--out", default=None)
+    early.add_argument("--config", default=None)
     early.add_argument("--resume", action="store_true")
     known, _ = early.parse_known_args(arguments)
     modules = named_modules(arguments)
     import_plugins(plugins_in(arguments))
-    if known.model not in PRESETS:
+    if known.model not in (None, *PRESETS):
         raise ConfigError(f"--model {known.model!r} is none of {', '.join(PRESETS)}")
-    default = PRESETS[known.model]
+    default = PRESETS[known.model or "tiny"]
+    if known.config is not None:
+        if known.resume:
+            raise ConfigError("--config is for new runs: one that goes on (--resume) has settings of its own")
+        default = from_file(Path(expanded(known.config)), known.model, modules)
     if known.resume and known.out is not None:
         default = dataclasses.replace(read_config(Path(expanded(known.out)), modules), resume=False, overwrite=False)
-    config = parse_run(arguments, default, program="python -m experiments.run")
+    config = parse_run(arguments, with_flag_length(default, arguments), program="python -m experiments.run")
     # Given several times, all of them count.
     config = dataclasses.replace(config, plugin=plugins_in(arguments))
     if config.resume:
-        _require_same(config, read_config(config.run_dir, modules))
+        saved = read_config(config.run_dir, modules)
+        _require_same(config, saved)
+        config = resumed(config, saved)
     return config
 
 
@@ -76,7 +86,7 @@ def _require_same(config: RunConfig, saved: RunConfig) -> None:
     """Raise `ConfigError` where a run that goes on would have other settings. Its data may have moved, since a checkpoint says
     what they were."""
     there = moved(config, saved) if has_checkpoint(config.run_dir) else saved
-    if changed := differing(config, there):
+    if changed := differing(config, there, OF_THE_END):
         raise ConfigError(
             f"the run in {config.run_dir} has other settings for {', '.join(changed)}: resume it without changing them, or start "
             "a new run in another --out"
@@ -94,6 +104,8 @@ def run(config: RunConfig, display: Display) -> None:
         if not config.resume:
             require_free(config)
         setup = _set_up(config)
+        if config.resume:
+            extend(config, display.note)
         with contextlib.nullcontext() if config.resume else replacing(run_dir, display.note):
             try:
                 if not config.resume:
@@ -116,7 +128,11 @@ def _set_up(config: RunConfig) -> Setup:
 
 
 def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display) -> None:
-    outcome = train(config, setup, run_dir, display)
+    trackers = Trackers(config, run_dir, setup.split, latest_step(config), display.note)
+    try:
+        outcome = train(config, setup, run_dir, display, on_step=trackers.on_step, on_validation=trackers.on_validation)
+    finally:
+        trackers.close()
     try:
         shaded = _write_results(run_dir, config, outcome)
     except Exception as error:  # whatever a report stumbles over, the training was not for nothing
@@ -153,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         config = parse(sys.argv[1:] if arguments is None else arguments)
+        display.quiet = config.quiet
         # Two halves of a batch side by side beat one product on two cores at these sizes.
         use_cpu_devices(2)
         try:

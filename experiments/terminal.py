@@ -9,6 +9,21 @@ from experiments.launch import Stream
 LONGEST = 600
 """Characters of a message in one line, at most."""
 
+_PLAIN = {
+    "±": "+-",
+    "–": "-",
+    "−": "-",
+    "…": "...",
+    "×": "x",
+    "≈": "~",
+    "†": "+",
+    "⏎": "",
+    "•": "*",
+    "π": "pi",
+    "·": "*",
+}
+"""How messages have signs that an encoding lacks."""
+
 
 def escaped(text: str, keep: str = "") -> str:
     """A message: what cannot be printed, the bytes of odd file names included, as Python writes it (`\\x1b`), but for `keep`."""
@@ -45,7 +60,7 @@ class Lenient:
     def write(self, text: str) -> int:
         if self._stream is not None:
             try:
-                self._write(self._stream, text)
+                self._write(self._stream, in_encoding(text, self.encoding))
             except (OSError, ValueError):
                 self._stream = None
         return len(text)
@@ -70,6 +85,25 @@ class Lenient:
         if self._stream is None:
             raise OSError("there is no such stream")
         return self._stream.fileno()
+
+
+def in_encoding(text: str, encoding: str) -> str:
+    """Text with the signs that messages use in plain letters where the encoding has no such signs."""
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return "".join(_PLAIN.get(one, one) if _lacks(encoding, one) else one for one in text)
+    except LookupError:
+        return text
+    return text
+
+
+def _lacks(encoding: str, character: str) -> bool:
+    try:
+        character.encode(encoding)
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 class OutputClosed(Exception):

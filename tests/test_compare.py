@@ -13,16 +13,10 @@ from collections.abc import Sequence
 import pytest
 
 from experiments import compare as compare_module
-from experiments.comparison.comparison import (
-    COLUMNS,
-    MethodResult,
-    cells,
-    html_table,
-    markdown,
-    method_results,
-    remarks,
-)
+from experiments.comparison import jobs as jobs_module
+from experiments.comparison.comparison import MethodResult, cells, columns, markdown, method_results, remarks
 from experiments.comparison.finished import FinishedRun, curve, read_tables
+from experiments.comparison.page import html_table
 from experiments.comparison.pairs import (
     PAIR_COLUMNS,
     Curve,
@@ -32,6 +26,8 @@ from experiments.comparison.pairs import (
     pair_cells,
     pair_remarks,
 )
+from experiments.comparison.plan import pairs_of
+from experiments.comparison.study import of_estimators
 from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
 from experiments.reporting.display import Display
@@ -73,7 +69,7 @@ def finished_run(estimator: str, seed: int, bpb: float, rate: float = 0.2, **mor
 
 
 def shown(lines: Sequence[MethodResult]) -> str:
-    return markdown(COLUMNS, [cells(line) for line in lines])
+    return markdown(columns("uniform"), [cells(line) for line in lines])
 
 
 def test_means_errors_and_paired_gains():
@@ -81,7 +77,8 @@ def test_means_errors_and_paired_gains():
         {
             "uniform": [finished_run("uniform", 0, 2.0), finished_run("uniform", 1, 2.2)],
             "sfe": [finished_run("sfe", 0, 1.9), finished_run("sfe", 1, 2.0)],
-        }
+        },
+        "uniform",
     )
     bpb = lines[1].numbers["val_bpb"]
     found = bpb.mean, bpb.error, bpb.n, lines[1].gain.mean, lines[1].gain.half_width
@@ -164,19 +161,21 @@ def test_a_method_without_runs_has_dashes():
 
 
 def test_pairs_asked_for():
-    config = compare_module.CompareConfig(pairs=("sfe:hnet", "uniform:sfe"))
-    assert compare_module.pairs_of(config) == [("sfe", "hnet"), ("uniform", "sfe")]
-    assert len(compare_module.pairs_of(dataclasses.replace(config, pairs=()))) == 6
+    study, asked = of_estimators(("sfe", "gumbel", "hnet", "uniform")), ("sfe:hnet", "uniform:sfe")
+    assert pairs_of(study, asked, "uniform") == (("sfe", "hnet"), ("uniform", "sfe"))
+    assert len(pairs_of(study, (), "uniform")) == 6
     with pytest.raises(ConfigError, match="sfe, gumbel"):
-        compare_module.pairs_of(dataclasses.replace(config, estimators=("sfe", "gumbel")))
+        pairs_of(of_estimators(("sfe", "gumbel")), asked, "sfe")
 
 
 def test_a_missed_rate_is_flagged():
-    lines = method_results({"hnet": [finished_run("hnet", 0, 2.0, 0.268)], "sfe": [finished_run("sfe", 0, 2.0, 0.205)]})
+    lines = method_results(
+        {"hnet": [finished_run("hnet", 0, 2.0, 0.268)], "sfe": [finished_run("sfe", 0, 2.0, 0.205)]}, ""
+    )
     assert [line.missed for line in lines] == [True, False]
     assert "0.268 †" in shown(lines)
     inside = finished_run("sfe", 0, 2.0, 0.21, val_level1_rate=0.6, level1_target_rate=0.5)
-    (line,) = method_results({"sfe": [inside]})
+    (line,) = method_results({"sfe": [inside]}, "")
     assert line.missed
     assert "| 0.210 / 0.600 † |" in shown([line])
     assert "sfe 0.210 / 0.600 for 0.2 / 0.5" in " ".join(remarks([line]))
@@ -185,7 +184,7 @@ def test_a_missed_rate_is_flagged():
 
 def test_what_a_reader_of_the_table_has_to_know():
     taught = finished_run("bpe-distilled", 0, 2.8, val_bpb_greedy=2.7, val_bpb_as_trained=2.6, dropped_fraction=0.02)
-    said = " ".join(remarks(method_results({"bpe-distilled": [taught], "sfe": [finished_run("sfe", 0, 2.0)]})))
+    said = " ".join(remarks(method_results({"bpe-distilled": [taught], "sfe": [finished_run("sfe", 0, 2.0)]}, "")))
     assert "2.6000 bits per byte with those, 2.8000 with its own, sampled, and 2.7000 with its own, greedy" in said
     assert "(bpe-distilled 2.0%)" in said
 
@@ -200,9 +199,9 @@ def finished(corpus, tmp_path_factory):
 def test_a_comparison_leaves_its_table_its_curves_and_its_page(finished):
     found = json.loads((finished / "table.json").read_text())
     assert set(found) == {"reference", "confidence", "methods", "pairs", "notes"}
-    assert [line["estimator"] for line in found["methods"]] == ["uniform", "sfe"]
+    assert [line["name"] for line in found["methods"]] == ["uniform", "sfe"]
     assert all(line["seeds"] == [0, 1] for line in found["methods"])
-    runs = {line["estimator"]: line["runs"] for line in found["methods"]}
+    runs = {line["name"]: line["runs"] for line in found["methods"]}
     for name, of_method in runs.items():
         for run in of_method:
             assert run["summary"] == json.loads((finished / f"{name}-{run['seed']}" / "summary.json").read_text())
@@ -218,7 +217,7 @@ def test_a_comparison_leaves_its_table_its_curves_and_its_page(finished):
     assert page.count('<pre class="text">') == 6
     assert "http://" not in page
     tables = (finished / "table.md").read_text()
-    assert tables.startswith("| estimator |")
+    assert tables.startswith("| variant |")
     assert "| `sfe` below `uniform` | " in tables
     assert "<td>sfe below uniform</td>" in page
 
@@ -228,14 +227,14 @@ def test_runs_made_elsewhere_count_as_if_made_here(finished, launched, corpus, t
     table_json = finished / "table.json"
     assert start("--estimators", "uniform", "sfe", "--seeds", "0", "1", "2", "--tables", table_json, *common) == 0
     assert launched == ["uniform-2", "sfe-2"]
-    _, asked = compare_module.parse_compare([*ARGUMENTS, "--dataset", str(corpus), *map(str, SMALL)])
-    runs = [dataclasses.replace(asked[name], seed=0) for name in ("uniform", "sfe")]
+    asked = compare_module.parse_compare([*ARGUMENTS, "--dataset", str(corpus), *map(str, SMALL)]).requested
+    runs = {(name, 0): dataclasses.replace(asked[name], seed=0) for name in ("uniform", "sfe")}
     found = read_tables([table_json, table_json], runs)
-    assert [(run.config.estimator, run.seed) for run in found] == [("uniform", 0), ("sfe", 0)]
-    assert found[1].summary == json.loads((finished / "sfe-0" / "summary.json").read_text())
-    assert found[1].curve == curve(finished / "sfe-0")
+    assert list(found) == [("uniform", 0), ("sfe", 0)]
+    assert found["sfe", 0].summary == json.loads((finished / "sfe-0" / "summary.json").read_text())
+    assert found["sfe", 0].curve == curve(finished / "sfe-0")
     with pytest.raises(ConfigError, match="other settings for rate"):
-        read_tables([table_json], [dataclasses.replace(runs[1], rate=0.3)])
+        read_tables([table_json], {("sfe", 0): dataclasses.replace(runs["sfe", 0], rate=0.3)})
     with pytest.raises(ConfigError, match="is not the table"):
         read_tables([finished / "sfe-0" / "summary.json"], runs)
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -308,7 +307,7 @@ def launched(monkeypatch):
         (logs / f"{job.name}.log").write_text("done")
         job.process = subprocess.Popen(["true"])
 
-    monkeypatch.setattr(compare_module, "_launch", launch)
+    monkeypatch.setattr(jobs_module, "_launch", launch)
     monkeypatch.setattr(compare_module, "write_comparison", lambda *arguments: None)
     monkeypatch.setattr(
         compare_module, "read_finished", lambda folder, plugins: FinishedRun(read_config(folder), {}, [])
@@ -329,8 +328,8 @@ def test_methods_and_seeds_added_later_are_all_that_is_done(launched, corpus, tm
     assert start("--estimators", "gumbel", "--seeds", "0", "1", *common) == 0
     assert launched == ["gumbel-0", "entropy-0"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "left out, since --estimators, --seeds and --tables do not ask for them: sfe-1, uniform-1" in said
-    assert said.endswith("do not ask for them: entropy-0, entropy-1, sfe-1, uniform-1")
+    assert "left out, since nothing here asks for them: sfe-1, uniform-1" in said
+    assert said.endswith("nothing here asks for them: entropy-0, entropy-1, sfe-1, uniform-1")
 
 
 def test_an_unfinished_run_goes_on_with_the_cores_it_gets(launched, corpus, tmp_path):
@@ -380,7 +379,7 @@ def test_a_second_interrupt_waits_for_no_checkpoint(tmp_path, monkeypatch):
             self.told += (signal.SIGKILL,)
 
     slow = [Slow(), Slow()]
-    compare_module._stop(slow)
+    jobs_module._stop(slow)
     assert [one.told for one in slow] == [(signal.SIGTERM, signal.SIGKILL)] * 2
 
     def popen(*_, **__):
@@ -388,15 +387,15 @@ def test_a_second_interrupt_waits_for_no_checkpoint(tmp_path, monkeypatch):
         return slow[0]
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    job = compare_module.Job("run", tmp_path)
+    job = jobs_module.Job("run", tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        compare_module._launch(job, None, tmp_path)
+        jobs_module._launch(job, None, tmp_path)
     assert job.process is slow[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_comparison_stops_its_runs(tmp_path, number, monkeypatch):
-    job = compare_module.Job("run", tmp_path)
+    job = jobs_module.Job("run", tmp_path)
     started = []
 
     def launch(job, core, logs):
@@ -404,10 +403,10 @@ def test_a_stopped_comparison_stops_its_runs(tmp_path, number, monkeypatch):
         job.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(compare_module, "_launch", launch)
+    monkeypatch.setattr(jobs_module, "_launch", launch)
     before = signal.getsignal(number)
     with stop_signals(signal.default_int_handler), pytest.raises(KeyboardInterrupt):
-        compare_module.run_jobs([job], 1, tmp_path, Display(quiet=True))
+        jobs_module.run_jobs([job], 1, tmp_path, Display(quiet=True))
     assert started[0].process.poll() == -signal.SIGTERM
     assert signal.getsignal(number) == before
 

@@ -1,7 +1,6 @@
 """Somebody else's package: found by name, used in every command, and named in a sentence where something is wrong with it."""
 
 import ast
-import dataclasses
 import importlib
 import json
 import os
@@ -19,7 +18,9 @@ from estimators.lookup import settings_of
 from estimators.registry import ESTIMATORS, configuration, sections_of
 from estimators.settings import EstimatorConfig
 from estimators.testing import Setup, check_chunker, check_constraints, check_estimator, check_reduction
-from experiments.compare import pairs_of, parse_compare, run_folder, runs_of
+from experiments.compare import parse_compare
+from experiments.comparison.plan import run_folders, runs_of
+from experiments.comparison.study import of_estimators
 from experiments.config.errors import ConfigError, PluginError
 from experiments.config.parts import KINDS, find
 from experiments.config.plugins import trusted
@@ -274,14 +275,12 @@ def test_what_cannot_be_saved_is_refused_before_training():
 
 def test_a_comparison_names_classes_by_module(outside, tmp_path):
     names = ("my_tokens.router:NormRouter", "uniform")
-    config, requested = parse_compare(
-        ["--estimators", *names, "--pairs", f"{names[0]}:uniform", "--out", str(tmp_path)]
-    )
-    assert pairs_of(config) == [names]
-    assert [run.run_dir.name for run in runs_of(config, requested)][:2] == ["NormRouter-0", "uniform-0"]
-    twins = dataclasses.replace(config, estimators=(names[0], "other:NormRouter"), pairs=())
-    assert run_folder(twins, names[0], 0).name == "my_tokens.router.NormRouter-0"
-    assert trusted(requested[names[0]]) == ("my_tokens.router",)
+    plan = parse_compare(["--estimators", *names, "--pairs", f"{names[0]}:uniform", "--out", str(tmp_path)])
+    assert plan.pairs == (names,)
+    assert [run.run_dir.name for run in runs_of(plan)[1].values()][:2] == ["NormRouter-0", "uniform-0"]
+    twins = run_folders(of_estimators((names[0], "other:NormRouter")))
+    assert twins[names[0]] == "my_tokens.router.NormRouter"
+    assert trusted(plan.requested[names[0]]) == ("my_tokens.router",)
 
 
 def test_nothing_is_imported_because_a_file_names_it(tmp_path, outside, monkeypatch):

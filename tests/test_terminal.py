@@ -13,7 +13,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from data import DataError, WorkerError
-from experiments import bench, compare, export, lab, launch, words
+from experiments import bench, compare, export, lab, launch, runs, words
 from experiments import generate as generate_module
 from experiments import run as run_module
 from experiments.command import exit_code, sentence_of
@@ -90,10 +90,10 @@ def test_work_goes_on_where_its_messages_are_not_read(error, monkeypatch):
 
 
 def test_messages_have_replacements_in_other_encodings():
-    for encoding, expected in (("ascii", b"5 \\u2013 \\xe9"), ("latin-1", b"5 \\u2013 \xe9")):
+    for encoding, expected in (("ascii", b"5 +- 1 ... \\u4e2d \\xe9"), ("latin-1", b"5 \xb1 1 ... \\u4e2d \xe9")):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
         lenient = Lenient(stream)
-        lenient.write("5 – é")
+        lenient.write("5 ± 1 … 中 é")
         lenient.flush()
         assert stream.buffer.getvalue() == expected
 
@@ -244,6 +244,7 @@ COMMANDS = {
     export: ("export", ("runs/x", "--to", "there")),
     generate_module: ("generate", ("runs/x",)),
     words: ("analyse_runs", ("runs/x",)),
+    runs: ("list_runs", ("runs/x",)),
     lab: ("run", ("--out", "there")),
     bench: ("bench", ("ops",)),
 }
@@ -319,7 +320,7 @@ def test_the_home_folder_stands_for_a_tilde_in_every_path(monkeypatch, tmp_path)
         str(tmp_path / "init"),
     )
     assert config.settings["entropy"]["model"] == str(tmp_path / "entropy.model")
-    common, _ = compare.parse_compare(["--estimators", "uniform", "--out=~/a", "--tables", "~/b", "~/c"])
+    common = compare.parse_compare(["--estimators", "uniform", "--out=~/a", "--tables", "~/b", "~/c"])
     assert (common.out, common.tables) == (tmp_path / "a", (tmp_path / "b", tmp_path / "c"))
     analysed = parsed(words.WordsConfig, "words", ["~/a", "~/b", "--out", "~/c"])
     assert (analysed.runs, analysed.out) == ((tmp_path / "a", tmp_path / "b"), tmp_path / "c")

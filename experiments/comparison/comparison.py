@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from data import Split
-from estimators.registry import BASELINE
 from experiments.comparison.finished import FinishedRun, Runs
-from experiments.comparison.intervals import ALIKE, CONFIDENCE, Difference, paired_difference
+from experiments.comparison.intervals import CONFIDENCE, Difference, paired_difference
+from experiments.comparison.page import Table, curves_picture, page, shaded_texts
 from experiments.comparison.pairs import (
     PAIR_COLUMNS,
-    Curve,
-    Names,
     Pair,
     compare_pairs,
     difference_json,
@@ -28,25 +21,19 @@ from experiments.comparison.pairs import (
     pair_remarks,
     text_of,
 )
-from experiments.config.plugins import load_model, modules_of
-from experiments.config.settings import RunConfig
+from experiments.comparison.plan import Plan
+from experiments.comparison.study import Variant
 from experiments.reporting.display import Display
 from experiments.reporting.markdown import table as markdown_table
-from experiments.reporting.report import html_page, picture
-from experiments.reporting.shading import shade
 from experiments.training.data import load_split
 from experiments.training.dropped import TOLERATED
 from experiments.training.run_dir import json_text
 from unet.files.saving import write_atomically
-from unet.shading.characters import Character
-from unet.shading.html import fragment
 
-REFERENCE = BASELINE
-"""The estimator that gains are relative to."""
 RATE_TOLERANCE = 0.1
 """Relative deviation from the target rate above which a method is flagged: more tokens give better bits per byte."""
-TEXT_ROWS = 3
-"""Number of held-out rows shown in the report."""
+OF_THE_TEXT = ("dataset", "data", "evaluation", "length", "batch", "total_steps")
+"""What settles which text a run is trained and evaluated on."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +60,14 @@ class MeanAndError:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """Results of one estimator over its seeds.
+    """Results of one variant over its seeds.
 
     `numbers`: the values of `MEASURED` by name. `gain`: the reference's bits per byte minus its own, paired by seed.
     `val_rates`, `target_rates`: measured and target rates of all levels, the outermost first. `missed`: whether a rate
     differs from its target by more than `RATE_TOLERANCE`. A target under constraints is one of the bytes that they leave free.
     """
 
-    estimator: str
+    name: str
     seeds: tuple[int, ...]
     numbers: Mapping[str, MeanAndError]
     gain: Difference
@@ -103,9 +90,9 @@ MEASURED = (
 """Entries of `summary.json` that are averaged over seeds."""
 
 COLUMNS: dict[str, str] = {
-    "estimator": "estimator",
+    "name": "variant",
     "val_bpb": "bits per byte",
-    "gain": f"below `{REFERENCE}`, {CONFIDENCE:.0%} interval",
+    "gain": f"below `{{reference}}`, {CONFIDENCE:.0%} interval",
     "val_rates": "rate",
     "val_whitespace_auc": "AUC of p",
     "val_whitespace_f1": "F1, p > 0.5",
@@ -120,45 +107,93 @@ COLUMNS: dict[str, str] = {
 }
 
 
-Curves = Mapping[str, Mapping[int, Curve]]
+def columns(reference: str) -> dict[str, str]:
+    """The headings of the table of variants, by column name."""
+    return {name: heading.format(reference=reference) for name, heading in COLUMNS.items()}
 
 
-def write_comparison(
-    out: Path, runs: Runs, pairs: Sequence[Names], common: RunConfig, display: Display
-) -> list[MethodResult]:
-    """Write all output files to `out` and print the tables. Returns the results of the methods."""
+def write_comparison(plan: Plan, runs: Runs, display: Display) -> list[MethodResult]:
+    """Write all output files of the finished `runs` and print the tables. Returns the results of the variants."""
+    out = plan.out
     curves = {name: {run.seed: run.curve for run in own} for name, own in runs.items()}
-    methods = method_results(runs)
-    compared = compare_pairs(pairs, {name: bits_per_byte(own) for name, own in runs.items()}, curves)
-    notes = [*remarks(methods), *pair_remarks(compared, [method.gain for method in methods])]
-    tables = [markdown(COLUMNS, [cells(method) for method in methods])]
+    methods = method_results(runs, plan.reference)
+    compared = compare_pairs(plan.pairs, {name: bits_per_byte(own) for name, own in runs.items()}, curves)
+    gains = [method.gain for method in methods]
+    notes = [*remarks(methods), *joined_remarks(plan, runs), *pair_remarks(compared, gains)]
+    tables = [Table("", columns(plan.reference), [cells(method) for method in methods])]
+    if published := published_table(plan.study.variants, runs):
+        tables.append(published)
     if compared:
-        tables.append(markdown(PAIR_COLUMNS, [pair_cells(pair) for pair in compared]))
-    write_atomically(out / "table.json", json_text(table_json(methods, compared, runs, notes)))
-    write_atomically(out / "table.md", "\n".join([*tables, "\n\n".join(notes)]) + "\n")
-    picture_of_curves = curves_picture(curves)
-    write_atomically(out / "curves.png", picture_of_curves)
+        tables.append(Table("Pairs", PAIR_COLUMNS, [pair_cells(pair) for pair in compared]))
+    texts_of_tables = [markdown(table.columns, table.rows) for table in tables]
+    write_atomically(out / "table.json", json_text(table_json(plan, methods, compared, runs, notes)))
+    write_atomically(out / "table.md", "\n".join([*texts_of_tables, "\n\n".join(notes)]) + "\n")
+    picture = curves_picture(curves)
+    write_atomically(out / "curves.png", picture)
+    common = next(iter(plan.requested.values()), next(iter(runs.values()))[0].config)
     split = load_split(common)
     here = {name: [run for run in own if run.folder is not None] for name, own in runs.items()}
     texts = shaded_texts({name: own[0] for name, own in here.items() if own}, split)
-    write_atomically(out / "report.html", page(common, methods, compared, notes, picture_of_curves, texts))
-    for text in (*tables, *split.notes, *notes, f"see {out / 'report.html'}"):
+    write_atomically(out / "report.html", page(plan.study.head, common, tables, notes, picture, texts))
+    for text in (*texts_of_tables, *split.notes, *notes, f"see {out / 'report.html'}"):
         display.note(text)
     return methods
 
 
 def table_json(
-    methods: Sequence[MethodResult], pairs: Sequence[Pair], runs: Runs, notes: Sequence[str]
+    plan: Plan, methods: Sequence[MethodResult], pairs: Sequence[Pair], runs: Runs, notes: Sequence[str]
 ) -> dict[str, object]:
-    """The content of `table.json`: both tables in full, and the settings, summary and curve of each run."""
-    entries = [{**method.json(), "runs": [run.json() for run in runs[method.estimator]]} for method in methods]
+    """The content of `table.json`: the tables in full, and the settings, summary and curve of each run."""
+    published = {variant.name: dict(variant.published) for variant in plan.study.variants}
+    entries = [
+        {
+            **method.json(),
+            "published": published.get(method.name, {}),
+            "runs": [run.json() for run in runs[method.name]],
+        }
+        for method in methods
+    ]
     return {
-        "reference": REFERENCE,
+        "reference": plan.reference,
         "confidence": CONFIDENCE,
         "methods": entries,
         "pairs": [pair_json(pair) for pair in pairs],
         "notes": list(notes),
     }
+
+
+def published_table(variants: Sequence[Variant], runs: Runs) -> Table | None:
+    """Numbers of others beside those of the finished runs, by metric; None where the study has none."""
+    names = list(dict.fromkeys(name for variant in variants for name in variant.published))
+    if not names:
+        return None
+    headings = {"name": "variant"}
+    for name in names:
+        headings |= {name: f"`{name}`", f"{name} published": "published"}
+    rows = []
+    for variant in variants:
+        if own := runs.get(variant.name):
+            row = {"name": f"`{variant.name}`"}
+            for name in names:
+                row[name] = MeanAndError.of([run.value(name) for run in own]).text(3)
+                row[f"{name} published"] = f"{variant.published[name]:g}" if name in variant.published else "–"
+            rows.append(row)
+    return Table("Published numbers", headings, rows) if rows else None
+
+
+def joined_remarks(plan: Plan, runs: Runs) -> list[str]:
+    """A note for each variant made of runs from elsewhere, on other data or of another length than the runs made here."""
+    first = next(iter(plan.requested.values()), next(iter(runs.values()))[0].config)
+    notes = []
+    for variant in plan.study.variants:
+        for run in runs.get(variant.name, ()) if variant.runs else ():
+            if changed := [name for name in OF_THE_TEXT if getattr(run.config, name) != getattr(first, name)]:
+                notes.append(
+                    f"{variant.name} was made elsewhere with other settings for {', '.join(changed)}: its bits per byte are "
+                    "those of another text, or of another training text."
+                )
+                break
+    return notes
 
 
 def bits_per_byte(runs: Sequence[FinishedRun]) -> dict[int, float]:
@@ -174,9 +209,9 @@ def _of_free(rates: Sequence[MeanAndError], runs: Sequence[FinishedRun]) -> list
     return [first, *(unknown if config.inner_constrain else rate for rate in rates[1:])]
 
 
-def method_results(runs: Runs) -> list[MethodResult]:
-    """The results of each estimator, in the order of `runs`."""
-    reference = bits_per_byte(runs.get(REFERENCE, ()))
+def method_results(runs: Runs, reference: str) -> list[MethodResult]:
+    """The results of each variant, in the order of `runs`; gains are relative to the `reference`."""
+    of_reference = bits_per_byte(runs.get(reference, ()))
     methods = []
     for name, own in runs.items():
 
@@ -188,10 +223,10 @@ def method_results(runs: Runs) -> list[MethodResult]:
         targets = tuple(own[0].value(f"{level}target_rate") for level in ("", *inner))
         methods.append(
             MethodResult(
-                estimator=name,
+                name=name,
                 seeds=tuple(run.seed for run in own),
                 numbers={key: measured(key) for key in MEASURED},
-                gain=paired_difference({} if name == REFERENCE else reference, bits_per_byte(own)),
+                gain=paired_difference({} if name == reference else of_reference, bits_per_byte(own)),
                 val_rates=rates,
                 target_rates=targets,
                 missed=any(
@@ -205,10 +240,10 @@ def method_results(runs: Runs) -> list[MethodResult]:
 
 
 def cells(method: MethodResult) -> dict[str, str]:
-    """The table cells of one estimator, by column."""
+    """The table cells of one variant, by column."""
     numbers = method.numbers
     return {
-        "estimator": f"`{method.estimator}`",
+        "name": f"`{method.name}`",
         "val_bpb": numbers["val_bpb"].text(4),
         "gain": text_of(method.gain),
         "val_rates": _rates(method) + (" †" if method.missed else ""),
@@ -223,21 +258,9 @@ def cells(method: MethodResult) -> dict[str, str]:
     }
 
 
-def markdown(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
-    """A table in Markdown. `columns`: the headings by column name."""
-    return markdown_table([*columns.values()], [[row[name] for name in columns] for row in rows])
-
-
-def html_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
-    """A table in HTML. Differences that are not distinguishable from zero are grey."""
-
-    def cell(text: str) -> str:
-        kind = ' class="quiet"' if text.endswith(ALIKE) else ""
-        return f"<td{kind}>{html.escape(text.replace('`', ''))}</td>"
-
-    head = "".join(f"<th>{html.escape(text.replace('`', ''))}</th>" for text in columns.values())
-    body = "".join("<tr>" + "".join(cell(row[name]) for name in columns) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+def markdown(headings: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> str:
+    """A table in Markdown. `headings`: by column name."""
+    return markdown_table([*headings.values()], [[row[name] for name in headings] for row in rows])
 
 
 def _rates(method: MethodResult) -> str:
@@ -257,7 +280,7 @@ def remarks(methods: Sequence[MethodResult]) -> list[str]:
     missed = [method for method in methods if method.missed]
     if missed:
         names = ", ".join(
-            f"{method.estimator} {_rates(method)} for {' / '.join(f'{target:g}' for target in method.target_rates)}"
+            f"{method.name} {_rates(method)} for {' / '.join(f'{target:g}' for target in method.target_rates)}"
             for method in missed
         )
         notes.append(
@@ -265,85 +288,13 @@ def remarks(methods: Sequence[MethodResult]) -> list[str]:
             "give worse. --target.control adjusts an estimator's own target until the rate is the target rate; larger is faster."
         )
     if overfull := [method for method in methods if method.numbers["dropped_fraction"].mean > TOLERATED]:
-        names = ", ".join(f"{method.estimator} {method.numbers['dropped_fraction'].mean:.1%}" for method in overfull)
+        names = ", ".join(f"{method.name} {method.numbers['dropped_fraction'].mean:.1%}" for method in overfull)
         notes.append(f"Too many boundaries were dropped in training ({names}): set a larger --capacity-slack.")
     for method in methods:
         own, greedy, trained = (method.numbers[f"val_bpb{kind}"] for kind in ("", "_greedy", "_as_trained"))
         if not math.isnan(trained.mean):
             notes.append(
-                f"{method.estimator} was trained on boundaries that another router drew: {trained.text(4)} bits per byte with "
+                f"{method.name} was trained on boundaries that another router drew: {trained.text(4)} bits per byte with "
                 f"those, {own.text(4)} with its own, sampled, and {greedy.text(4)} with its own, greedy."
             )
     return notes
-
-
-def curves_picture(curves: Curves) -> bytes:
-    """A PNG with held-out bits per byte over training FLOPs (score-function paper, figure 10) and over training bytes. Thick
-    lines are means over seeds, thin ones single seeds."""
-    figure = Figure(figsize=(10.5, 4.2), dpi=130, layout="constrained")
-    by_flops, by_bytes = figure.subplots(1, 2, sharey=True)
-    lowest: list[float] = []
-    for number, (name, runs) in enumerate(curves.items()):
-        length = min(map(len, runs.values()))
-        if not length:
-            continue
-        points = np.array([curve[:length] for curve in runs.values()])
-        mean = points.mean(axis=0)
-        lowest.append(float(mean[:, 2].min()))
-        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
-        for axes, column in ((by_flops, 0), (by_bytes, 1)):
-            axes.plot(mean[:, column], mean[:, 2], marker=".", linewidth=1.2, label=name, **style)
-            for seed in points if len(points) > 1 else ():
-                axes.plot(seed[:, column], seed[:, 2], linewidth=0.5, alpha=0.35, **style)
-    if lowest:
-        by_flops.set_ylim(min(lowest) - 0.05, min(lowest) + 1.0)
-    by_flops.set_xlabel("training FLOPs (6 per parameter and byte or token)")
-    by_flops.set_ylabel("held-out bits per byte, means over seeds")
-    by_bytes.set_xlabel("training bytes / 10⁶")
-    for axes in (by_flops, by_bytes):
-        axes.grid(alpha=0.25)
-    by_bytes.legend(fontsize=8, frameon=False)
-    return picture(figure)
-
-
-def shaded_texts(runs: Mapping[str, FinishedRun], split: Split) -> dict[str, list[list[Character]]]:
-    """The first held-out rows, shaded by the boundary probabilities of each run."""
-    rows = split.held_out_rows(TEXT_ROWS * split.length)[:TEXT_ROWS]
-    return {
-        name: shade(load_model(run.folder, modules_of(run.config)).model, rows, seed=0)
-        for name, run in runs.items()
-        if run.folder is not None
-    }
-
-
-def page(
-    common: RunConfig,
-    methods: Sequence[MethodResult],
-    pairs: Sequence[Pair],
-    notes: Sequence[str],
-    curves: bytes,
-    texts: Mapping[str, Sequence[Sequence[Character]]],
-) -> str:
-    """The content of `report.html`, a self-contained page."""
-    title, encoded = f"Estimators on {common.dataset}", base64.b64encode(curves).decode()
-    blocks = []
-    for number in range(max(map(len, texts.values()), default=0)):
-        blocks.append(f"<h3>Text {number + 1}</h3>")
-        blocks.append(fragment([shaded[number] for shaded in texts.values()], list(texts)))
-    remarks_html = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    paired = ""
-    if pairs:
-        paired = "<h2>Pairs</h2>\n" + html_table(PAIR_COLUMNS, [pair_cells(pair) for pair in pairs])
-    return html_page(
-        title,
-        f"""<p class="quiet">{html.escape(common.model)}, {common.length} bytes x {common.batch} sequences a step,
-{common.total_steps * common.bytes_per_step / 1e6:.2f} MB of training text, target rate {common.rate:g}</p>
-{html_table(COLUMNS, [cells(method) for method in methods])}
-{paired}
-{remarks_html}
-<h2>Curves</h2>
-<img alt="Held-out bits per byte over training FLOPs and over bytes" src="data:image/png;base64,{encoded}">
-<p class="quiet">Thick lines are means over seeds, thin lines are single seeds.</p>
-<h2>The same held-out text</h2>
-{"".join(blocks)}""",
-    )

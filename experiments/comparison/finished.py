@@ -50,7 +50,9 @@ class FinishedRun:
 
 
 Runs = Mapping[str, Sequence[FinishedRun]]
-"""Finished runs by estimator, sorted by seed."""
+"""Finished runs by variant, sorted by seed."""
+Key = tuple[str, int]
+"""A variant and a seed."""
 
 
 def is_finished(folder: Path) -> bool:
@@ -64,28 +66,45 @@ def read_finished(folder: Path, plugins: Collection[str] = ()) -> FinishedRun:
     return FinishedRun(config, read_summary(folder), curve(folder, config), folder)
 
 
-def read_tables(paths: Sequence[Path], runs: Sequence[RunConfig]) -> list[FinishedRun]:
-    """Those of `runs` that are in the `table.json` files at `paths`.
+def read_tables(paths: Sequence[Path], requested: Mapping[Key, RunConfig]) -> dict[Key, FinishedRun]:
+    """Those of the `requested` runs that are in the `table.json` files at `paths`, by variant and seed.
 
-    Raises `ConfigError` if a file is not such a table, or if a run in it has the estimator and seed of one of `runs` but other
+    Raises `ConfigError` if a file is not such a table, or if a run in it has the name of a variant and a seed of it but other
     settings.
     """
-    requested = {(run.estimator, run.seed): run for run in runs}
-    plugins = {module for run in runs for module in trusted(run)}
-    read: dict[tuple[str, int], FinishedRun] = {}
+    plugins = {module for run in requested.values() for module in trusted(run)}
+    read: dict[Key, FinishedRun] = {}
     for path in paths:
-        for run in _read_table(path, plugins):
-            key = run.config.estimator, run.seed
+        for name, run in _read_table(path, plugins):
+            key = name, run.seed
             if key not in requested or key in read:
                 continue
             # The number of devices changes a run only by rounding errors.
             if changed := differing(_portable(run.config), _portable(requested[key]), may_differ=("devices",)):
                 raise ConfigError(
-                    f"{path} has {key[0]} of seed {key[1]} with other settings for {', '.join(changed)}: leave out the "
+                    f"{path} has {name} of seed {run.seed} with other settings for {', '.join(changed)}: leave out the "
                     "table, or use its settings"
                 )
             read[key] = run
-    return list(read.values())
+    return read
+
+
+def read_joined(name: str, folders: Sequence[Path], plugins: Collection[str]) -> dict[Key, FinishedRun]:
+    """The finished runs in `folders`, made by any command, as those of the variant `name`.
+
+    Raises `ConfigError` for a folder without one, and for two runs of one seed.
+    """
+    read: dict[Key, FinishedRun] = {}
+    for folder in folders:
+        if not is_finished(folder):
+            raise ConfigError(f"{folder} holds no finished run: there is no {SUMMARY} in it")
+        run = read_finished(folder, plugins)
+        if (name, run.seed) in read:
+            raise ConfigError(
+                f"{folder} and {read[name, run.seed].folder} are both of seed {run.seed}: name one of them"
+            )
+        read[name, run.seed] = run
+    return read
 
 
 def _portable(run: RunConfig) -> RunConfig:
@@ -94,11 +113,15 @@ def _portable(run: RunConfig) -> RunConfig:
     return run if needs is None else run.with_settings(**{run.parts[0].estimator.section: {needs.setting: None}})
 
 
-def _read_table(path: Path, plugins: Collection[str]) -> list[FinishedRun]:
+def _read_table(path: Path, plugins: Collection[str]) -> list[tuple[str, FinishedRun]]:
+    """The runs in a table with the names of their methods, which in tables of earlier versions are those of their estimators."""
     try:
         values = parsed(path.read_bytes())
         methods = _part(values, "methods", list)
-        return [_run_of(run, str(path), plugins) for method in methods for run in _part(method, "runs", list)]
+        named = [
+            (method, _run_of(run, str(path), plugins)) for method in methods for run in _part(method, "runs", list)
+        ]
+        return [(str(method.get("name", run.config.estimator)), run) for method, run in named]
     except OSError as error:
         raise ConfigError(f"--tables {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -132,10 +155,9 @@ def _number(point: Flat, name: str) -> float:
     return float(value)
 
 
-def by_estimator(runs: Sequence[FinishedRun], names: Sequence[str]) -> Runs:
+def by_variant(runs: Mapping[Key, FinishedRun], names: Sequence[str]) -> Runs:
     """The runs of each of `names`, sorted by seed; names without runs are left out."""
-    sorted_runs = sorted(runs, key=lambda run: run.seed)
-    grouped = {name: [run for run in sorted_runs if run.config.estimator == name] for name in names}
+    grouped = {name: [runs[key] for key in sorted(runs) if key[0] == name] for name in names}
     return {name: own for name, own in grouped.items() if own}
 
 
@@ -158,9 +180,3 @@ def curve(folder: Path, config: RunConfig | None = None) -> Curve:
         if isinstance(bpb := record.get("val_bpb"), float):
             points.append((flops, bytes_so_far / 1e6, bpb))
     return points
-
-
-def without(runs: Sequence[RunConfig], finished: Sequence[FinishedRun]) -> list[RunConfig]:
-    """Those of `runs` that are not among the `finished` ones."""
-    done = {(run.config.estimator, run.seed) for run in finished}
-    return [run for run in runs if (run.estimator, run.seed) not in done]

@@ -43,7 +43,7 @@ PAIR_COLUMNS: dict[str, str] = {
 }
 
 
-def every_pair(names: Sequence[str], last: str) -> list[Names]:
+def every_pair(names: Sequence[str], last: str | None) -> list[Names]:
     """All pairs in the order of `names`. In its pairs, `last` is the second."""
     pairs = itertools.combinations(names, 2)
     return [(second, first) if first == last else (first, second) for first, second in pairs]

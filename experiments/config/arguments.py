@@ -20,7 +20,7 @@ from experiments.terminal import OutputClosed, escaped
 Settings = TypeVar("Settings")
 
 PATHS = ConstructorRegistry()
-"""How tyro reads settings that are paths."""
+"""How tyro reads settings that are paths or whole numbers."""
 
 
 @PATHS.primitive_rule
@@ -34,6 +34,29 @@ def _path(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda path: [str(path)],
     )
+
+
+@PATHS.primitive_rule
+def _whole_number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    if kind.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: whole_number(words[0]),
+        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        str_from_instance=lambda number: [str(number)],
+    )
+
+
+def whole_number(text: str) -> int:
+    """The number that a text says, which may be 12e6. Raises `ValueError`."""
+    try:
+        return int(text)
+    except ValueError:
+        if re.fullmatch(r"\d+(\.\d*)?[eE]\+?\d{1,2}", text) and (number := float(text)).is_integer():
+            return int(number)
+        raise
 
 
 def expanded(path: str) -> str:

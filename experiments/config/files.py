@@ -15,8 +15,9 @@ from experiments.config.structure import parsed, structured
 def to_json(config: RunConfig) -> str:
     """The configuration as JSON text, paths as strings."""
     values = dataclasses.asdict(config.resolved)
-    # What a command may import is for whoever gives the command to say.
-    del values["plugin"]
+    # What a command may import is for whoever gives the command to say; the others say how it is given.
+    for name in ("plugin", "config", "quiet", "tracker"):
+        del values[name]
     return json.dumps(values, indent=2, default=str) + "\n"
 
 
@@ -43,5 +44,7 @@ def from_values(values: object, where: str, plugins: Collection[str] = ()) -> Ru
         unused = sorted(config.settings.keys() - config.sections.keys())
         require(not unused, f"nothing it names has settings {', '.join(unused)}")
     except (ValueError, OverflowError, RecursionError, ConfigError) as error:
-        raise ConfigError(f"{where} is not the configuration of a run: {one_line(str(error))}") from None
+        raise ConfigError(
+            f"{where} is not the configuration of a run of this version: {one_line(str(error))}"
+        ) from None
     return config

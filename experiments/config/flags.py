@@ -22,8 +22,8 @@ from experiments.config.arguments import PATHS, expanded, usage
 from experiments.config.build import require_fit
 from experiments.config.errors import ConfigError, refused
 from experiments.config.parts import KINDS, Names, Section, Values, levels_of, sections_in
-from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig, require_free_names
+from experiments.tracking.tracker import require_trackers
 from unet.chunkers.named import CHUNKERS, POOLS
 
 FIELDS: Mapping[str, Kind] = {
@@ -60,6 +60,12 @@ def parse_run(arguments: Sequence[str], default: RunConfig, *, program: str) -> 
         config = _built(parsed, default, sections)
     except PartError as error:
         raise refused(error) from error.__cause__
+    return fitting(config)
+
+
+def fitting(config: RunConfig) -> RunConfig:
+    """The run with all settings of what it chose. Raises `ConfigError` if its parts cannot be built, or a tracker is missing."""
+    require_trackers(config.tracker)
     require_fit(config)
     return config.resolved
 
@@ -72,30 +78,33 @@ def _everything() -> Iterator[Part]:
                 yield find(kind, name)
 
 
-def shared_out(arguments: Sequence[str], estimators: Sequence[str]) -> dict[str, list[str]]:
-    """Of the arguments of a comparison those for each estimator: without the settings of parts that it does not have and another
-    has. Raises `ConfigError` for names that stand for nothing."""
+def shared_out(arguments: Sequence[str], runs: Mapping[str, tuple[RunConfig, Sequence[str]]]) -> dict[str, list[str]]:
+    """Of the arguments of a comparison those for each run, which is given as what it is before them and the flags that make it:
+    without the settings of parts that it does not have and another has. Raises `ConfigError` for names that stand for nothing."""
     try:
-        own = {name: _section_names([*arguments, "--estimator", name]) for name in estimators}
+        own = {name: _section_names([*arguments, *flags], default) for name, (default, flags) in runs.items()}
     except PartError as error:
         raise refused(error) from error.__cause__
     everything = set().union(*own.values())
-    given: dict[str, list[str]] = {name: [] for name in estimators}
+    given: dict[str, list[str]] = {name: [] for name in runs}
     for group in _groups(arguments):
-        section, dot, _ = _plain(group[0].partition("=")[0]).partition(".")
+        section, dot, _ = plain_flag(group[0].partition("=")[0]).partition(".")
         for name, words in given.items():
             if not dot or section in own[name] or section not in everything:
                 words += group
     return given
 
 
-def _section_names(arguments: Sequence[str]) -> set[str]:
+def _section_names(arguments: Sequence[str], default: RunConfig) -> set[str]:
     """The sections of what a command line chooses."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--model", default="tiny")
-    default = PRESETS.get(early.parse_known_args(arguments)[0].model, PRESETS["tiny"])
     parts = _parts(arguments, default)
     return set(sections_in(parts, _with_named_parts(arguments, parts, default.settings)))
+
+
+def with_flag_length(default: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """`default`, without its number of steps where the command line says instead how many bytes a run has."""
+    flags = {plain_flag(word.partition("=")[0]) for word in arguments if word.startswith("--")}
+    return dataclasses.replace(default, steps=None) if "bytes" in flags and "steps" not in flags else default
 
 
 def _groups(arguments: Sequence[str]) -> Iterator[list[str]]:
@@ -148,13 +157,14 @@ def _values_of(given: Sequence[str], name: str) -> list[str] | None:
     found = None
     for number, word in enumerate(given):
         flag, _, value = word.partition("=")
-        if flag.startswith("--") and _plain(flag) == name:
+        if flag.startswith("--") and plain_flag(flag) == name:
             rest = itertools.takewhile(lambda one: not one.startswith("--"), given[number + 1 :])
             found = [value] if value else list(rest)
     return found
 
 
-def _plain(flag: str) -> str:
+def plain_flag(flag: str) -> str:
+    """The name of a flag as a setting."""
     return flag.removeprefix("--").replace("-", "_")
 
 
@@ -162,7 +172,7 @@ def _require_chosen(given: Sequence[str], sections: Mapping[str, Section]) -> No
     """Raise `ConfigError` for a flag of a part of the library that was not chosen."""
     mine = {*sections, *(one.name for one in dataclasses.fields(RunConfig))}
     for word in given:
-        section, dot, _ = _plain(word.partition("=")[0]).partition(".")
+        section, dot, _ = plain_flag(word.partition("=")[0]).partition(".")
         if not (word.startswith("--") and dot) or section in mine:
             continue
         owners = [

@@ -34,16 +34,16 @@ def _whole(name: str, tables: Mapping[str, Table]) -> dict[str, object]:
     """A table on top of those that it is like."""
     own = dict(tables[name])
     like = own.pop("like", None)
-    return _joined(_whole(like, tables), own) if isinstance(like, str) else _joined({}, own)
+    return joined(_whole(like, tables), own) if isinstance(like, str) else joined({}, own)
 
 
-def _joined(below: Table, above: Table) -> dict[str, object]:
+def joined(below: Table, above: Table) -> dict[str, object]:
     """Two tables, the values `above` winning; tables within are joined likewise."""
-    joined = dict(below)
+    both = dict(below)
     for name, value in above.items():
-        old = joined.get(name)
-        joined[name] = _joined(old if isinstance(old, Mapping) else {}, value) if isinstance(value, Mapping) else value
-    return joined
+        old = both.get(name)
+        both[name] = joined(old if isinstance(old, Mapping) else {}, value) if isinstance(value, Mapping) else value
+    return both
 
 
 PRESETS = read_presets((resources.files("experiments.config") / "presets.toml").read_text())

@@ -62,6 +62,22 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class ScheduleConfig:
+    """The end of a run that was given another one while it trained."""
+
+    decay_now: bool = False
+    """With --resume: the learning rate decays from where the run is to its end, which --bytes or --steps may move."""
+    decay_from: Annotated[int, Within(0, LARGEST_BYTES)] | None = None
+    """Training bytes from which on it decays, in the manner of --optimizer.schedule; by default that schedule holds to the end.
+    --schedule.decay-now sets it."""
+    planned_bytes: Annotated[int, Within(1, LARGEST_BYTES)] | None = None
+    """Training bytes that the schedule was made for that holds until then; by default all."""
+
+    def __post_init__(self):
+        require_bounds(self, "--schedule.")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """How documents become training sequences."""
 

@@ -23,6 +23,7 @@ from experiments.config.sections import (
     DataConfig,
     EvaluationConfig,
     OptimizerConfig,
+    ScheduleConfig,
     TargetConfig,
 )
 from unet.blt import BLTConfig
@@ -80,8 +81,10 @@ class RunConfig:
     """Folder for everything the run leaves; by default runs/ESTIMATOR-DATASET-MODEL-SEED."""
     plugin: tuple[str, ...] = ()
     """Modules with classes of your own that the run in --out or the model of --init holds, as package.module."""
+    config: Path | None = None
+    """Settings of a new run from a file: the config.json of another one, or TOML or YAML; flags count more."""
     resume: bool = False
-    """Go on with the run in --out from its last checkpoint."""
+    """Go on with the run in --out from its last checkpoint; with --bytes or --steps, to another end."""
     overwrite: bool = False
     """Delete what is in --out first."""
     chunker: str | None = None
@@ -105,8 +108,16 @@ class RunConfig:
     """Devices that share a batch; by default all there are (a CPU counts as up to two)."""
     log_every: Count = 1
     """Steps between lines of metrics.jsonl."""
+    log_seconds: Annotated[float, Within(0.0, 1e6)] = 30.0
+    """Seconds between lines of progress where there is no terminal for a bar."""
+    quiet: bool = False
+    """Say nothing but errors."""
+    tracker: tuple[str, ...] = ()
+    """Where to send metrics, held-out text and boundaries beside metrics.jsonl: tensorboard, wandb, trackio, or a class of your
+    own as package.module:Class."""
     target: TargetConfig = field(default_factory=TargetConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -230,6 +241,15 @@ def _require_amounts(config: RunConfig) -> None:
         config.warmup_steps <= config.total_steps,
         f"a warm-up of {optimizer.warmup_bytes} bytes is longer than the run: name a shorter --optimizer.warmup-bytes, or None "
         "for 5 % of the run",
+    )
+    require(
+        config.resume or not config.schedule.decay_now,
+        "--schedule.decay-now is for a run that goes on: use --resume too",
+    )
+    start = config.schedule.decay_from
+    require(
+        start is None or start < config.total_steps * config.bytes_per_step,
+        f"--schedule.decay-from {start} lies behind the end of the run: name more --bytes",
     )
     require(config.evaluation.bytes >= config.length, f"--evaluation.bytes must be at least --length, {config.length}")
     require(not (config.resume and config.overwrite), "--resume goes on with a run and --overwrite deletes it: use one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -78,7 +79,10 @@ def structured(values: object, kind: type[Settings], where: str = "") -> Setting
 
 def _sentence(error: BaseException, kind: object) -> str:
     if isinstance(error, ForbiddenExtraKeysError):
-        return f"there is no setting {', '.join(sorted(error.extra_fields))}; another version wrote it"
+        names = sorted(error.extra_fields)
+        known = [one.name for one in dataclasses.fields(error.cl)] if dataclasses.is_dataclass(error.cl) else []
+        close = difflib.get_close_matches(names[0], known, 1)
+        return f"there is no setting {', '.join(names)}" + (f" (did you mean {close[0]}?)" if close else "")
     if isinstance(error, KeyError):
         return "it is missing"
     if isinstance(error, TypeError) and (dataclasses.is_dataclass(kind) or kind == Shape):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import equinox as eqx
@@ -22,6 +22,9 @@ from unet.hierarchy import Hierarchy, StageSampling
 from unet.likelihood import continues, next_logprobs, plain_layout
 from unet.losses import early_log_prob
 from unet.model import UNet
+
+PROBABILITY_BINS = 10
+"""Into how many equal parts validations divide boundary probabilities."""
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
@@ -100,6 +103,8 @@ class Validation:
     bpb_error: float = math.nan
     documents: int = 0
     free_rate: float = math.nan
+    probability: Mapping[str, float] = field(default_factory=dict)
+    """Shares of the bytes with a boundary probability within each tenth, by its number; empty where no boundary was drawn."""
 
 
 @eqx.filter_jit
@@ -329,8 +334,15 @@ class ValidationAccumulator:
             bpb_as_trained=bits("log_prob_as_trained"),
             bpb_error=float(equations.bits_per_byte_error(*jnp.asarray(self._documents, jnp.float32))),
             documents=int((self._documents[1] > 0).sum()),
+            probability=probability_shares(probs) if sums["drawn"] else {},
             free_rate=sums["drawn_unheld"] / sums["unheld"] if sums.get("unheld") else math.nan,
         )
+
+
+def probability_shares(probs: np.ndarray) -> dict[str, float]:
+    """Shares of the probabilities in [i/n, (i+1)/n), by i, for the n = `PROBABILITY_BINS`; 1 is in the last. Empty for none."""
+    counts, _ = np.histogram(probs, PROBABILITY_BINS, (0.0, 1.0))
+    return {str(number): float(count / probs.size) for number, count in enumerate(counts)} if probs.size else {}
 
 
 def inner_rates(tokens: np.ndarray) -> tuple[float, ...]:

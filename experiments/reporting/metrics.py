@@ -10,8 +10,8 @@ from experiments.reporting.markdown import table
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: name, unit and meaning. In a name, `{n}` stands for an inner token level (1, 2, …) and `{class}` for a class of
-    bytes (whitespace or spacelike)."""
+    """A metric: name, unit and meaning. In a name, `{n}` stands for an inner token level (1, 2, …), `{class}` for a class of
+    bytes (whitespace or spacelike), `{part}` for a part of the model and `{tenth}` for 0 to 9."""
 
     name: str
     unit: str
@@ -44,6 +44,12 @@ TRAINING = (
     Metric("level{n}_overflow", "fraction", "the same for tokens of the next outer level"),
     Metric("padding", "fraction", "of the token positions that are padding"),
     Metric("gradient_norm", "nats per byte", "global norm of the gradient before clipping"),
+    Metric(
+        "gradient_norm_{part}",
+        "nats per byte",
+        "the same of a part: `embedding`, `encoder`, `router`, `chunker`, `objective`, `main`, `decoder`, `head`, `early_head`",
+    ),
+    Metric("level{n}_gradient_norm_{part}", "nats per byte", "the same of a part of an inner level"),
     Metric("drawn_so_far", "steps", "drawn boundaries, summed over steps; those of a step as a fraction of its bytes"),
     Metric("dropped_so_far", "steps", "dropped boundaries, in the same unit"),
     Metric("level{n}_drawn_so_far", "steps", "the same for an inner level"),
@@ -77,6 +83,11 @@ HELD_OUT = (
         "the same as `val_rate` of the bytes that constraints leave free; only with constraints",
     ),
     Metric("val_policy_entropy", "nats per decision", "of the policy"),
+    Metric(
+        "val_probability_{tenth}",
+        "fraction",
+        "of the bytes where no boundary is forced, with a boundary probability from tenth/10 to (tenth + 1)/10",
+    ),
     Metric("val_overflow", "fraction", "of bytes with a boundary that was dropped; 0 by construction"),
     Metric("val_bytes", "bytes", "predicted held-out bytes"),
     Metric("val_documents", "documents", "distinct documents among them"),
@@ -133,6 +144,8 @@ SECTIONS = {
 def metric_of(name: str) -> Metric | None:
     """The metric called `name`, which may have a level or a class in it; None for an unknown name."""
     general = re.sub(r"^(val_)?level\d+_", r"\1level{n}_", name)
+    general = re.sub(r"gradient_norm_[a-z_]+$", "gradient_norm_{part}", general)
+    general = re.sub(r"^val_probability_\d$", "val_probability_{tenth}", general)
     general = re.sub(r"^val_(whitespace|spacelike)_", "val_{class}_", general)
     known = {metric.name: metric for metrics in SECTIONS.values() for metric in metrics}
     of_objectives = {metric.name: metric for metric in OBJECTIVES}

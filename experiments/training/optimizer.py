@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from estimators import trainable
 from estimators.equations import stage_multipliers
+from experiments.config.sections import ScheduleConfig
 from experiments.config.settings import RunConfig
 
 DECAYING = 0.2
@@ -45,21 +48,44 @@ def multipliers(config: RunConfig, params: PyTree[Float[Array, ...]]) -> PyTree[
 
 def make_schedule(config: RunConfig) -> optax.Schedule:
     """Linear warm-up from 0 to the peak; then a cosine to `final_fraction` of it, or the peak itself until the last fifth of
-    training and an inverse square root to that fraction."""
+    training and an inverse square root to that fraction.
+
+    From `schedule.decay_from` on, the same decay from the learning rate that there is then to the end of the run.
+    """
+    start = config.schedule.decay_from
+    if start is not None:
+        first = round(start / config.bytes_per_step)
+        planned = config.schedule.planned_bytes or config.total_steps * config.bytes_per_step
+        steps = max(planned // config.bytes_per_step, config.warmup_steps, 1)
+        begun = dataclasses.replace(config, bytes=planned, steps=steps, schedule=ScheduleConfig())
+        decay = _decay(config, learning_rate(begun, first), max(1, config.total_steps - first))
+        return optax.join_schedules([make_schedule(begun), decay], [first])
     optimizer, warmup = config.optimizer, config.warmup_steps
     peak, total = optimizer.learning_rate, max(config.total_steps, warmup + 1)
     if optimizer.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total, peak * optimizer.final_fraction)
     decaying = max(1, min(round(DECAYING * total), total - warmup))
+    parts = [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak), _decay(config, peak, decaying)]
+    return optax.join_schedules(parts, [warmup, total - decaying])
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """The learning rate of a step."""
+    return float(np.asarray(make_schedule(config)(step)))
+
+
+def _decay(config: RunConfig, rate: float, steps: int) -> optax.Schedule:
+    """From `rate` to the final learning rate in so many `steps`: a cosine, or an inverse square root stretched to end there."""
+    final = config.optimizer.learning_rate * config.optimizer.final_fraction
     last = (1.0 + STEEPNESS) ** -0.5
+    cosine = config.optimizer.schedule == "cosine"
 
     def decayed(step: ArrayLike) -> ArrayLike:
-        share = jnp.clip(jnp.asarray(step, jnp.float32) / decaying, 0.0, 1.0)
-        left = (jax.lax.rsqrt(1.0 + STEEPNESS * share) - last) / (1.0 - last)
-        return peak * (optimizer.final_fraction + (1.0 - optimizer.final_fraction) * left)
+        share = jnp.clip(jnp.asarray(step, jnp.float32) / steps, 0.0, 1.0)
+        root = (jax.lax.rsqrt(1.0 + STEEPNESS * share) - last) / (1.0 - last)
+        return final + (rate - final) * (0.5 * (1.0 + jnp.cos(jnp.pi * share)) if cosine else root)
 
-    parts = [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak), decayed]
-    return optax.join_schedules(parts, [warmup, total - decaying])
+    return decayed
 
 
 def make_optimizer(config: RunConfig, scales: PyTree[float] | None = None) -> optax.GradientTransformation:

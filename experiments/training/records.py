@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Mapping
 
 from experiments.evaluation.evaluate import Validation
 from experiments.training.step import StepMetrics
@@ -27,6 +29,9 @@ def step_record(step: int, num_bytes: int, metrics: StepMetrics) -> Record:
         "padding": float(output.padding),
         "gradient_norm": float(metrics.gradient_norm),
     }
+    for part, value in metrics.gradient_norms.items():
+        level, name = re.fullmatch(r"(level\d+_)?(.*)", part).groups(default="")  # type: ignore[missing-attribute]  # matches all
+        record[f"{level}gradient_norm_{name}"] = float(value)
     return record | {name: float(value) for name, value in output.metrics.items()}
 
 
@@ -39,7 +44,7 @@ def held_out(validation: Validation) -> Record:
     """The numbers of a validation by name."""
     record: Record = {}
     for name, value in dataclasses.asdict(validation).items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             record.update({f"val_{name}_{key}": number(inner) for key, inner in value.items()})
         elif isinstance(value, tuple):
             record.update({f"val_{level_prefix(level)}rate": number(rate) for level, rate in enumerate(value, start=1)})

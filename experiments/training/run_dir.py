@@ -35,9 +35,11 @@ REPLACED = "replaced"
 OWN_FILES = (
     *(CONFIG, METRICS, SUMMARY, CHECKPOINTS, "report.html", "boundaries.png"),
     *(WEIGHTS, PREPARED, REPLACED),
+    # What trackers leave.
+    *("tensorboard", "wandb", "trackio"),
 )
 
-OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every", "plugin")
+OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every", "plugin", "config", "log_seconds", "quiet", "tracker")
 """Settings that do not change the results of a run, so that they may differ when it is resumed."""
 
 
@@ -124,6 +126,25 @@ def _locked(folder: Path, descriptor: int) -> bool:
             return False
         raise
     return True
+
+
+def at_work(folder: Path) -> bool:
+    """Whether a process is at work on the run in `folder`, as far as locks tell. Asking takes the lock for a moment."""
+    if fcntl is None:
+        return False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def require_free(config: RunConfig) -> None:

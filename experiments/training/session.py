@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -31,6 +32,11 @@ from experiments.training.setup import Setup
 from experiments.training.step import compiled
 from unet import UNet
 from unet.files.saving import save, write_atomically
+
+OnStep = Callable[[int, Record], None]
+"""Is told of a training step: its number and its line of `metrics.jsonl`."""
+OnValidation = Callable[[int, Record, Callable[[], UNet]], None]
+"""Is told of a validation: its step, its line of `metrics.jsonl`, and how to get the model as it is then."""
 
 
 class NonFiniteError(RunError):
@@ -69,6 +75,8 @@ class Session:
         self.speed = Speedometer(config.bytes_per_step)
         self._started = time.perf_counter()
         self.validation: Validation | None = None
+        self.on_step: OnStep | None = None
+        self.on_validation: OnValidation | None = None
 
     def _restore(self) -> Progress | None:
         """Take over the last checkpoint, if there is one; returns how far it is."""
@@ -117,7 +125,10 @@ class Session:
         self._refuse_non_finite(record)
         total = self.config.total_steps
         if self.step % self.config.log_every == 0 or self.step == total:
-            self._write({**record, **self.dropped.record, "seconds": round(self.seconds, 3)})
+            whole = {**record, **self.dropped.record, "seconds": round(self.seconds, 3)}
+            self._write(whole)
+            if self.on_step is not None:
+                self.on_step(self.step, whole)
         self.display.progress(self.step, record, self.speed.bytes_per_second)
         self._note()
 
@@ -142,8 +153,11 @@ class Session:
     def log_validation(self) -> None:
         """Evaluate, log and show it."""
         self.validation = self.validate()
-        self._write(validation_record(self.step, self.step * self.config.bytes_per_step, self.validation))
+        record = validation_record(self.step, self.step * self.config.bytes_per_step, self.validation)
+        self._write(record)
         self.display.validation(self.step, self.validation)
+        if self.on_validation is not None:
+            self.on_validation(self.step, record, lambda: self.model)
         self.speed.pause()
 
     def save(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -14,6 +15,7 @@ from experiments.config.settings import RunConfig
 from experiments.training.target import TargetSchedule, TargetState
 from unet import UNet
 from unet.blocks import computed
+from unet.losses import level_prefix
 from unet.model import LossOutput
 
 
@@ -32,11 +34,13 @@ def fresh_state(params: PyTree[Float[Array, ...]], optimizer: optax.GradientTran
 
 
 class StepMetrics(eqx.Module):
-    """What a step reports: its losses, the norm of the gradient before clipping, and the rate its estimator aimed at."""
+    """What a step reports: its losses, the norm of the gradient before clipping, of all of it and by part, and the rate its
+    estimator aimed at."""
 
     output: LossOutput
     gradient_norm: Float[Array, ""]
     aimed_rate: Float[Array, ""]
+    gradient_norms: dict[str, Float[Array, ""]]
 
 
 Step = Callable[[TrainState, dict[str, Array], PRNGKeyArray], tuple[TrainState, StepMetrics]]
@@ -98,9 +102,31 @@ def make_step(
             updates, moments = optimizer.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
         moved = TrainState(params, moments, schedule.moved(state.target, output.free_rate))
-        return moved, StepMetrics(output, optax.tree.norm(gradients), target_rate)
+        return moved, StepMetrics(output, optax.tree.norm(gradients), target_rate, norms_by_part(gradients))
 
     return step
+
+
+def norms_by_part(tree: PyTree[Float[Array, ...]]) -> dict[str, Float[Array, ""]]:
+    """The norm of each part of a model's parameters or gradients, by the name of its part."""
+    parts: dict[str, list[Array]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        parts.setdefault(part_of(jax.tree_util.keystr(path)), []).append(leaf)
+    return {name: optax.tree.norm(leaves) for name, leaves in parts.items()}
+
+
+def part_of(path: str) -> str:
+    """The part of a model that a parameter belongs to, with the prefix of its level inside the first: `embedding`, `encoder`,
+    `router`, `chunker`, `objective`, `main` (the innermost network), `decoder`, `head`, `early_head`."""
+    inside = re.match(
+        r"\.stage((?:\.inner|\.stage)*)\.(encoder|decoder|estimator(?:\.(?:router|chunker|objective))?)\b", path
+    )
+    if inside is not None:
+        return level_prefix(inside.group(1).count(".inner")) + inside.group(2).rpartition(".")[2]
+    if path.startswith(".stage"):
+        return "main"
+    outside = path.partition(".")[2].partition(".")[0].partition("[")[0]
+    return {"norm": "head", "early_norm": "early_head", "ngrams": "embedding"}.get(outside, outside)
 
 
 def compiled(step: Step) -> jax.stages.Wrapped:

@@ -16,7 +16,7 @@ from experiments.training.checkpoint import SaveError
 from experiments.training.data import EPOCHS, SHOWN, latest
 from experiments.training.dropped import DroppedBoundaries
 from experiments.training.placement import attention_notes
-from experiments.training.session import Session
+from experiments.training.session import OnStep, OnValidation, Session
 from experiments.training.setup import Setup
 from experiments.training.stopping import stop_requests
 from unet import UNet
@@ -58,8 +58,17 @@ def _notes(config: RunConfig, setup: Setup) -> list[str]:
     return [*prepared, *attention_notes(config), *([] if memory is None else [memory.note])]
 
 
-def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> Outcome:
-    """Train to the end, from the last checkpoint in `run_dir` if there is one.
+def train(
+    config: RunConfig,
+    setup: Setup,
+    run_dir: Path,
+    display: Display,
+    *,
+    on_step: OnStep | None = None,
+    on_validation: OnValidation | None = None,
+) -> Outcome:
+    """Train to the end, from the last checkpoint in `run_dir` if there is one. The callbacks are called after every logged step
+    and after every validation; what they raise ends the run.
 
     The model is in `run_dir` then. Raises `Interrupted` after SIGINT or SIGTERM, `NonFiniteError`, `DataError`, `ConfigError`
     for a checkpoint that does not fit or data that has changed, and `RunError` for files that cannot be written, with everything
@@ -68,6 +77,7 @@ def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> O
     for note in (*setup.split.notes, *_notes(config, setup)):
         display.note(note)
     session, total = Session(config, setup, run_dir, display), config.total_steps
+    session.on_step, session.on_validation = on_step, on_validation
     display.start(config, session.trainer.parameters, session.trainer.capacity, session.step)
     try:
         with stop_requests() as requested:

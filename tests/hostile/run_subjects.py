@@ -89,14 +89,14 @@ def _tables(folder: Path) -> list[bytes]:
     for name in ("sfe", "uniform"):
         config = dataclasses.replace(TINY, estimator=name)
         run = FinishedRun(config, SUMMARY_SEED | {"estimator": name}, [(1e6, 0.5, 8.5), (2e6, 1.0, 8.25)])
-        methods.append({"estimator": name, "seeds": [0], "runs": [run.json()]})
+        methods.append({"name": name, "seeds": [0], "runs": [run.json()]})
     return [json.dumps({"reference": "uniform", "methods": methods}).encode()]
 
 
 def _read_table(folder: Path, content: bytes) -> object:
     path = folder / "table.json"
     path.write_bytes(content)
-    return read_tables([path], [TINY, dataclasses.replace(TINY, estimator="uniform")])
+    return read_tables([path], {("sfe", 0): TINY, ("uniform", 0): dataclasses.replace(TINY, estimator="uniform")})
 
 
 refused = partial(Subject, refused=(ConfigError,))

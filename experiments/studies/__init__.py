@@ -1,0 +1,1 @@
+"""Studies that papers made, as files for `python -m experiments.compare`."""

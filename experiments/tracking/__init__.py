@@ -1,0 +1,1 @@
+"""Where a run sends what it measures, beside its own files."""
