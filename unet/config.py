@@ -89,9 +89,9 @@ class AbstractShape(ABC):
         return len(self.widths) - 1
 
     @abstractmethod
-    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
-        """A new model of this shape with one estimator for each token level, the outermost first. Raises `ValueError` for
-        another number of estimators."""
+    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray, vocab: int = VOCAB) -> Parts:
+        """A new model of this shape with one estimator for each token level, the outermost first, over so many bytes or tokens.
+        Raises `ValueError` for another number of estimators."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class UNetConfig(AbstractShape):
     def widths(self) -> tuple[int, ...]:
         return (self.dim, self.dim)
 
-    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
+    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray, vocab: int = VOCAB) -> Parts:
         """Without an estimator there is no token level and no cross-attention: a purely byte-level model of encoder and decoder
         blocks.
 
@@ -168,6 +168,6 @@ class UNetConfig(AbstractShape):
                 chunk_positions=self.token_positions == "chunk",
                 implementation=self.implementation,
             )
-        embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, dim), jnp.float32)
-        head = Linear(dim, VOCAB, key=named_key(key, "head"))
+        embedding = jax.random.normal(named_key(key, "embedding"), (vocab, dim), jnp.float32)
+        head = Linear(dim, vocab, key=named_key(key, "head"))
         return Parts(embedding, stage, RMSNorm(dim), head, self.new_ngrams(key))

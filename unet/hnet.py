@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import VOCAB, AbstractEstimator
-from estimators.bounds import Width, Within, shown
+from estimators.bounds import Positive, Width, Within, shown
 from estimators.keys import named_key
 from unet.attention import Attention
 from unet.blocks import PreNorm, Stack, attending
@@ -118,6 +118,8 @@ class HNetConfig(AbstractShape):
     """Rotary positions of tokens: the index of the token, or the position of its boundary in the level around."""
     tie_embeddings: bool = False
     """Tie the output head to the byte embedding."""
+    embedding_std: Positive = 1.0
+    """Standard deviation of the initial embedding; 0.02 suits a tied one of many tokens."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -168,17 +170,18 @@ class HNetConfig(AbstractShape):
     def widths(self) -> tuple[int, ...]:
         return self.dims
 
-    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
+    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray, vocab: int = VOCAB) -> Parts:
         """Weights are initialised as in the released code: normal with standard deviation .02. For the projections that end a
         layer this is divided by the square root of the number of residual additions in this stage and the stages around it. The
-        embedding, tied or not, has a standard deviation of 1."""
+        embedding, tied or not, has a standard deviation of `embedding_std`."""
         networks = read_layout(self.layout)
         if len(estimators) != networks.depth:
             raise ValueError(f"{self.layout} has {networks.depth} token levels; got {len(estimators)} estimators")
         head = None
         if not self.tie_embeddings:
-            head = Linear.of(STD * jax.random.normal(named_key(key, "head"), (self.dims[0], VOCAB), jnp.float32))
-        embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, self.dims[0]), jnp.float32)
+            head = Linear.of(STD * jax.random.normal(named_key(key, "head"), (self.dims[0], vocab), jnp.float32))
+        embedding = jax.random.normal(named_key(key, "embedding"), (vocab, self.dims[0]), jnp.float32)
+        embedding = embedding * self.embedding_std
         stage = self._stage(networks, 0, 0, tuple(estimators), named_key(key, "stage"))
         return Parts(embedding, stage, None, head, self.new_ngrams(key))
 

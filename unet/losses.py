@@ -48,12 +48,16 @@ class LossOutput(eqx.Module):
     overflow: Float[Array, ""]
     padding: Float[Array, ""]
     metrics: dict[str, Float[Array, ""]]
+    target_of: Float[Array, ""] | None = None
 
     @property
     def free_rate(self) -> Float[Array, ""]:
         r"""The fraction of bytes with a boundary that was drawn, kept or dropped, among those where no constraint forces or
         forbids one: $\sum_{i \notin C} a_i / \sum_{i \notin C} 1$ over valid bytes, C the `Boundaries.constrained`. It is what a
-        target rate asks for; without constraints, `rate + overflow`."""
+        target rate asks for; without constraints, `rate + overflow`. Of a model of tokens, the same for the level inside the
+        tokenizer (`target_of`)."""
+        if self.target_of is not None:
+            return self.target_of
         return self.metrics.get("free_rate", self.rate + self.overflow)
 
 
