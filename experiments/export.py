@@ -19,17 +19,17 @@ from experiments.command import command_line
 from experiments.config.arguments import expanded
 from experiments.config.errors import ConfigError
 from experiments.config.files import to_json
-from experiments.config.plugins import import_plugins, load_model, modules_of
+from experiments.config.plugins import import_plugins, load_model, modules_of, require_bytes
 from experiments.config.settings import RunConfig
 from experiments.config.structure import Flat
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.terminal import escaped
 from experiments.training.run_dir import SUMMARY, is_temporary, make_folder, read_config, read_summary
-from unet import UNet
 from unet.files.hnet_layout import LayoutError, to_reference
 from unet.files.pretrained import save_hnet
 from unet.files.saving import CONFIG, WEIGHTS, save, write_atomically
+from unet.language_model import AbstractLanguageModel
 
 CARD = "README.md"
 FILES = (CARD, CONFIG, WEIGHTS, "model.json", "model.pt")
@@ -73,7 +73,7 @@ def export(config: ExportConfig, display: Display) -> None:
     summary = read_summary(run) if (run / SUMMARY).is_file() else {}
     if config.layout != "own":
         try:
-            to_reference(model)
+            to_reference(require_bytes(model, run))
         except LayoutError as error:
             raise ConfigError(f"--layout {config.layout}: {error}") from None
     if config.to.startswith("hub:"):
@@ -97,7 +97,9 @@ def _require_free(folder: Path) -> None:
         raise ConfigError(f"--to {folder} is not empty; name a new folder")
 
 
-def _write_to(folder: Path, model: UNet, settings: RunConfig, summary: Flat, layout: ExportLayout) -> None:
+def _write_to(
+    folder: Path, model: AbstractLanguageModel, settings: RunConfig, summary: Flat, layout: ExportLayout
+) -> None:
     """Write to a folder inside first: while that is there, the export is not complete."""
     make_folder(folder, "--to")
     _require_free(folder)
@@ -111,10 +113,12 @@ def _write_to(folder: Path, model: UNet, settings: RunConfig, summary: Flat, lay
     unfinished.rmdir()
 
 
-def _write(folder: Path, model: UNet, settings: RunConfig, summary: Flat, layout: ExportLayout) -> None:
+def _write(
+    folder: Path, model: AbstractLanguageModel, settings: RunConfig, summary: Flat, layout: ExportLayout
+) -> None:
     write_atomically(folder / CARD, card(settings, summary, layout))
     if layout != "own":
-        save_hnet(model, folder, kind="pt" if layout == "hnet-pt" else "safetensors")
+        save_hnet(require_bytes(model, settings.model), folder, kind="pt" if layout == "hnet-pt" else "safetensors")
         return
     write_atomically(folder / CONFIG, to_json(settings))
     save(model, folder)

@@ -27,13 +27,18 @@ from unet.files.pretrained import load_hnet, save_hnet
 from unet.files.saving import Loaded, LoadError, load, save
 from unet.hierarchy import AbstractStage, Flat, Hierarchy, Level
 from unet.hnet import HNetConfig
+from unet.language_model import AbstractLanguageModel
 from unet.likelihood import next_logprobs
 from unet.losses import LossOutput, Prediction
 from unet.model import UNet
+from unet.tokens.model import TokenModel
+from unet.tokens.tokenizer import Tokenizer, train_tokenizer
+from unet.transformer import TransformerConfig
 from unet.widened import Widened
 
 __all__ = [
     "AbstractDownsampler",
+    "AbstractLanguageModel",
     "AbstractStage",
     "AbstractUpsampler",
     "AttentionPool",
@@ -60,6 +65,9 @@ __all__ = [
     "Select",
     "Smooth",
     "TextStream",
+    "TokenModel",
+    "Tokenizer",
+    "TransformerConfig",
     "UNet",
     "UNetConfig",
     "Widened",
@@ -74,5 +82,6 @@ __all__ = [
     "save_hnet",
     "score",
     "to_reference",
+    "train_tokenizer",
     "utf8",
 ]

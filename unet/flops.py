@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import equinox as eqx
 import jax
@@ -13,9 +13,11 @@ from estimators.base import AbstractEstimator, Frozen
 from unet.attention import AbstractMixer, Attention
 from unet.blocks import AbstractBlock, Attending, Block, PreNorm, Stack
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
+from unet.language_model import AbstractLanguageModel
 from unet.layers import Linear
 from unet.mamba import Mamba2
 from unet.model import UNet
+from unet.tokens.model import TokenModel
 from unet.widened import Widened
 
 
@@ -40,15 +42,26 @@ class Flops:
         """All parts together."""
         return self.embed + self.encode + self.boundary + self.mid + self.decode + self.heads
 
+    def times(self, factor: float) -> Flops:
+        """Every part times a factor."""
+        return Flops(*(factor * part for part in astuple(self)))
 
-def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (), samples: int = 1) -> Flops:
+
+def matrix_flops(
+    model: AbstractLanguageModel, *, rate: float, inner_rates: Sequence[float] = (), samples: int = 1
+) -> Flops:
     """6 per parameter and byte (or token, at the token level); embeddings are lookups (score-function paper, appendix D).
 
     `rate` is in tokens per byte, each of `inner_rates` in tokens per token of the level around. All parameters count except the
     embedding, which counts only if it is tied; a frozen parameter counts 2, for the forward pass alone. With several `samples`
     of boundaries, everything after the encoder but the early-exit head runs that many times. `mid` includes everything inside
-    the token level, further levels too. Raises `ValueError` if rates of levels are missing.
+    the token level, further levels too. In a model of tokens everything, the head of its vocabulary too, runs at `rate` tokens
+    per byte, and its own levels have the `inner_rates`. Raises `ValueError` if rates of levels are missing.
     """
+    if isinstance(model, TokenModel):
+        own = _own_rates(model, inner_rates)
+        return matrix_flops(model.unet, rate=own[0], inner_rates=own[1:], samples=samples).times(rate)
+    model = model.unet
 
     def stage_cost(stage: AbstractStage, rates: Sequence[float]) -> float:
         """Operations of a stage inside a token level, for each of its positions."""
@@ -75,13 +88,19 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
     )
 
 
-def layer_flops(model: UNet, *, length: int, rate: float, inner_rates: Sequence[float] = (), samples: int = 1) -> Flops:
+def layer_flops(
+    model: AbstractLanguageModel, *, length: int, rate: float, inner_rates: Sequence[float] = (), samples: int = 1
+) -> Flops:
     """Every product of every layer, the backward pass counted as twice the forward (H-Net, appendix B).
 
     Self-attention sees `length` positions at byte level, at most its window, and `length · rate` at token level; the masked
     half is not deducted, as in the paper. Cross-attention sees the vectors of one token. Embeddings count as products with
-    one-hot vectors. Everything else is as in `matrix_flops`.
+    one-hot vectors. Everything else is as in `matrix_flops`; a model of tokens sees `length · rate` of them.
     """
+    if isinstance(model, TokenModel):
+        own, tokens = _own_rates(model, inner_rates), round(length * rate)
+        return layer_flops(model.unet, length=tokens, rate=own[0], inner_rates=own[1:], samples=samples).times(rate)
+    model = model.unet
 
     def stage_cost(stage: AbstractStage, positions: float, rates: Sequence[float]) -> float:
         if isinstance(stage, Widened):
@@ -177,6 +196,15 @@ class _Outermost:
     estimator: AbstractEstimator | None = None
     inner: AbstractStage | None = None
     decoder: Stack | None = None
+
+
+def _own_rates(model: TokenModel, inner_rates: Sequence[float]) -> Sequence[float]:
+    """The rates of the levels inside the tokenizer, which are all that its `UNet` has; 0 without any."""
+    if len(inner_rates) < len(model.estimators):
+        raise ValueError(
+            f"{len(model.estimators)} levels inside the tokenizer need as many inner_rates; got {list(inner_rates)}"
+        )
+    return inner_rates or (0.0,)
 
 
 def _outermost(model: UNet, inner_rates: Sequence[float]) -> _Outermost:

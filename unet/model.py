@@ -75,7 +75,9 @@ def check_bytes(bytes: Integer[Array, "batch length"], vocab: int = VOCAB) -> In
         # NumPy, since jax.numpy would return a tracer while an outer function is being traced.
         low, high = int(np.min(np.asarray(bytes))), int(np.max(np.asarray(bytes)))
         if low < 0 or high >= vocab:
-            raise ValueError(f"{'bytes' if vocab == VOCAB else 'tokens'} must lie between 0 and {vocab - 1}; got {low if low < 0 else high}")
+            raise ValueError(
+                f"{'bytes' if vocab == VOCAB else 'tokens'} must lie between 0 and {vocab - 1}; got {low if low < 0 else high}"
+            )
     return bytes
 
 

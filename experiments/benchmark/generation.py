@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from data import Split
 from estimators import Layout, RuleRouter
-from experiments.config.build import build_model
+from experiments.config.build import build_byte_model
 from experiments.config.settings import RunConfig
 from unet import TextStream, UNet
 from unet.decoding.kv_cache import KVCache, rounded_up
@@ -63,7 +63,7 @@ def untrained_model(config: RunConfig) -> UNet:
     """The untrained model of a run."""
 
     def build() -> UNet:
-        return build_model(config, jax.random.key(config.seed))
+        return build_byte_model(config, jax.random.key(config.seed))
 
     return eqx.filter_jit(build)()
 

@@ -15,6 +15,7 @@ from cattrs.errors import ForbiddenExtraKeysError
 from experiments.config.errors import one_line
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
+from unet.transformer import TransformerConfig
 
 Settings = TypeVar("Settings")
 
@@ -73,12 +74,16 @@ def structured(values: object, kind: type[Settings], where: str = "") -> Setting
         raise ValueError(one_line(f"{name}{': ' if name else ''}{what}")) from None
 
 
+_SHAPES = UNetConfig | HNetConfig | TransformerConfig
+"""The shapes of models."""
+
+
 def _sentence(error: BaseException, kind: object) -> str:
     if isinstance(error, ForbiddenExtraKeysError):
         return f"there is no setting {', '.join(sorted(error.extra_fields))}; another version wrote it"
     if isinstance(error, KeyError):
         return "it is missing"
-    if isinstance(error, TypeError) and (dataclasses.is_dataclass(kind) or kind == UNetConfig | HNetConfig):
+    if isinstance(error, TypeError) and (dataclasses.is_dataclass(kind) or kind == _SHAPES):
         return "it is no JSON object"
     return str(error)
 
@@ -123,8 +128,9 @@ def _choice(value: object, kind: object) -> object:
     raise TypeError(f"{_quoted(value)} is none of {', '.join(map(str, get_args(kind)))}")
 
 
-def _shape(value: object, kind: object) -> UNetConfig | HNetConfig:
-    own = HNetConfig if isinstance(value, dict) and "layout" in value else UNetConfig
+def _shape(value: object, kind: object) -> UNetConfig | HNetConfig | TransformerConfig:
+    keys = value if isinstance(value, dict) else ()
+    own = HNetConfig if "layout" in keys else TransformerConfig if "layers" in keys else UNetConfig
     return _CONVERTER.structure(value, own)
 
 
@@ -150,7 +156,7 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook_func(lambda kind: kind is object, lambda value, kind: value)
     # Plain values, whose types are checked against those of the parts that they belong to.
     converter.register_structure_hook_func(lambda kind: kind == Mapping[str, Mapping[str, object]], _sections)
-    converter.register_structure_hook(UNetConfig | HNetConfig, _shape)
+    converter.register_structure_hook(_SHAPES, _shape)
     return converter
 
 

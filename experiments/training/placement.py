@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from data import Batch
 from experiments.config.errors import ConfigError, require
 from experiments.config.settings import RunConfig
 from unet.ops.mosaic import refusal
@@ -39,10 +38,9 @@ class Placement:
         mesh = jax.make_mesh((count,), ("batch",), axis_types=(AxisType.Auto,), devices=available[:count])
         return cls(NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec()))
 
-    def batch(self, batch: Batch) -> dict[str, Array]:
-        """A batch on the devices."""
-        arrays = {"bytes": batch["bytes"], "segments": batch["segments"], "mask": batch["mask"]}
-        return jax.device_put(arrays, self.by_row)
+    def inputs(self, inputs: Tree) -> Tree:
+        """What a model reads of a batch, on the devices."""
+        return jax.device_put(inputs, self.by_row)
 
     def replicated(self, tree: Tree) -> Tree:
         """A tree on each of the devices."""

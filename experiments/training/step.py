@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import equinox as eqx
 import jax
@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from experiments.config.settings import RunConfig
 from experiments.training.target import TargetSchedule, TargetState
-from unet import UNet
-from unet.model import LossOutput
+from unet.language_model import AbstractLanguageModel
+from unet.losses import LossOutput
 
 
 class TrainState(eqx.Module):
@@ -38,12 +38,14 @@ class StepMetrics(eqx.Module):
     aimed_rate: Float[Array, ""]
 
 
-Step = Callable[[TrainState, dict[str, Array], PRNGKeyArray], tuple[TrainState, StepMetrics]]
+Inputs = Mapping[str, PyTree[Array]]
+"""What `AbstractLanguageModel.inputs` makes of a batch of text."""
+Step = Callable[[TrainState, Inputs, PRNGKeyArray], tuple[TrainState, StepMetrics]]
 
 
 def make_step(
     config: RunConfig,
-    static: UNet,
+    static: AbstractLanguageModel,
     optimizer: optax.GradientTransformation,
     *,
     capacities: Sequence[int | Sequence[int]],
@@ -52,24 +54,16 @@ def make_step(
     schedule, accumulate, samples = TargetSchedule.of(config), config.optimizer.accumulate, config.samples
 
     def loss(
-        params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray, target_rate: Float[Array, ""]
+        params: PyTree[Array], batch: Inputs, key: PRNGKeyArray, target_rate: Float[Array, ""]
     ) -> tuple[Float[Array, ""], LossOutput]:
-        model: UNet = eqx.combine(params, static)
-        output = model.loss(
-            batch["bytes"],
-            key=key,
-            segments=batch["segments"],
-            mask=batch["mask"],
-            target_rate=target_rate,
-            capacities=capacities,
-            samples=samples,
-        )
+        model: AbstractLanguageModel = eqx.combine(params, static)
+        output = model.batch_loss(batch, key=key, target_rate=target_rate, capacities=capacities, samples=samples)
         return output.loss, output
 
     gradient = jax.grad(loss, has_aux=True)
 
     def accumulated(
-        params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray, target_rate: Float[Array, ""]
+        params: PyTree[Array], batch: Inputs, key: PRNGKeyArray, target_rate: Float[Array, ""]
     ) -> tuple[PyTree[Array], LossOutput]:
         """The mean over the parts of a batch."""
         if accumulate == 1:
@@ -78,7 +72,7 @@ def make_step(
         parts = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, accumulate, *rows.shape[1:]), 0, 1), batch)
         keys = jax.random.split(key, accumulate)
 
-        def add(total: PyTree[Array], part: tuple[dict[str, Array], PRNGKeyArray]) -> tuple[PyTree[Array], None]:
+        def add(total: PyTree[Array], part: tuple[Inputs, PRNGKeyArray]) -> tuple[PyTree[Array], None]:
             return jax.tree.map(jnp.add, total, gradient(params, *part, target_rate)), None
 
         first = gradient(params, jax.tree.map(lambda rows: rows[0], parts), keys[0], target_rate)
@@ -86,7 +80,7 @@ def make_step(
         total, _ = jax.lax.scan(add, first, rest)
         return jax.tree.map(lambda value: value / accumulate, total)
 
-    def step(state: TrainState, batch: dict[str, Array], key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Inputs, key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
         target_rate = schedule.target(state.target)
         gradients, output = accumulated(state.params, batch, key, target_rate)
         with jax.named_scope("optimizer"):

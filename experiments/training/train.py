@@ -15,10 +15,11 @@ from experiments.reporting.display import Display
 from experiments.training.checkpoint import SaveError
 from experiments.training.data import EPOCHS, SHOWN, latest
 from experiments.training.dropped import DroppedBoundaries
+from experiments.training.prepared import notes_of
 from experiments.training.session import Session
 from experiments.training.setup import Setup
 from experiments.training.stopping import stop_requests
-from unet import UNet
+from unet.language_model import AbstractLanguageModel
 
 
 class Interrupted(Exception):
@@ -36,7 +37,7 @@ class Outcome:
     out; `epochs`: how often the data was gone through; `shown`: the share of its bytes that the protocol can show, of a stream
     of those read."""
 
-    model: UNet
+    model: AbstractLanguageModel
     prepared: PyTree
     validation: Validation
     split: Split
@@ -50,11 +51,6 @@ class Outcome:
     shown: float | None
 
 
-def _notes(config: RunConfig, setup: Setup) -> list[str]:
-    """What a user should know of what was prepared."""
-    return [] if setup.prepared is None else config.first.notes(setup.prepared, config.rate)
-
-
 def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> Outcome:
     """Train to the end, from the last checkpoint in `run_dir` if there is one.
 
@@ -62,7 +58,7 @@ def train(config: RunConfig, setup: Setup, run_dir: Path, display: Display) -> O
     for a checkpoint that does not fit or data that has changed, and `RunError` for files that cannot be written, with everything
     saved where that is possible.
     """
-    for note in (*setup.split.notes, *_notes(config, setup)):
+    for note in (*setup.split.notes, *notes_of(config, setup.prepared)):
         display.note(note)
     session, total = Session(config, setup, run_dir, display), config.total_steps
     display.start(config, session.trainer.parameters, session.trainer.capacity, session.step)

@@ -18,9 +18,9 @@ BYTES = tuple(bytes([value]) for value in range(VOCAB))
 
 
 class Alphabet(eqx.Module):
-    """The symbols that a model can draw: how many bytes each has (`sizes`; 0: it is never drawn), and the UTF-8 state after it for
-    each state before it, strictly (`after`: -1 where a byte of it is invalid) and leniently (`next_state`: an invalid byte counts as
-    a complete character). `bos` and `eos` are the symbols that mark the ends of a document."""
+    """The symbols that a model can draw: how many bytes each has (`sizes`; 0: it is never drawn), and the UTF-8 state after it
+    for each state before it, strictly (`after`: -1 where a byte is invalid) and leniently (`next_states`: an invalid byte
+    counts as a complete character). `bos` and `eos` are the symbols that mark the ends of a document."""
 
     sizes: Int[Array, " vocab"]
     after: Int[Array, "states vocab"]
@@ -39,8 +39,9 @@ class Alphabet(eqx.Module):
     def allowed(
         self, character: Int[Array, " batch"], left: Int[Array, " batch"], *, valid: bool, endless: bool
     ) -> Bool[Array, "batch vocab"]:
-        """The symbols that may come next where `left` bytes may still come: BOS never, EOS not if texts are `endless`. For `valid`
-        UTF-8 only those that can follow the UTF-8 state `character` and leave room for its end, and EOS after a complete one."""
+        """The symbols that may come next where `left` bytes may still come: BOS never, EOS not if texts are `endless`. For
+        `valid` UTF-8 only those that can follow the UTF-8 state `character` and leave room for its end, and EOS after a
+        complete character."""
         values = jnp.arange(self.sizes.shape[0])
         fits = (self.sizes > 0) & (values != self.bos) & (values != self.eos)
         if valid:

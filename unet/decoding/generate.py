@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import equinox as eqx
 import jax
@@ -20,6 +19,7 @@ from estimators.decode_state import update_state
 from unet.decoding import utf8
 from unet.decoding.alphabet import Alphabet, at_last_bytes
 from unet.decoding.kv_cache import most_slots, with_room
+from unet.decoding.pieces import Generation, Piece, joined
 from unet.decoding.sampling import ChunkBytes, NumBytes, Sampling, draw
 from unet.decoding.score import depth_of_bytes, drawing_keys, keys_of, prefill, rate_of, texts_as_bytes
 from unet.hierarchy import boundary_depth
@@ -35,30 +35,10 @@ RESERVED = 2**13
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The next bytes of one text.
-
-    Of a model of tokens, what belongs to a token stands at its last byte, and the other bytes of it have 0.
-    `logprobs`: log-probability of each byte in nats, under the model itself, before any sampling option. `boundary_depth`: how
-    many levels, counted from the outermost, closed a token at each byte (0: none). `finish` says why the text ends here, if it
-    does: the model drew the byte EOS, a `stop` string appeared (neither is part of the text), or the length limit was reached.
-    """
-
-    bytes: bytes
-    logprobs: np.ndarray
-    boundary_depth: np.ndarray
-    finish: Literal["eos", "stop", "length"] | None
-
-    @property
-    def boundaries(self) -> np.ndarray:
-        """Whether the outermost level closed a token at each byte."""
-        return self.boundary_depth > 0
-
-
-@dataclass(frozen=True)
 class Throughput:
     """Cost of generation: `prefill_seconds` for the prompts; `steps` of one byte (or token) each, of which `token_steps` also ran
-    the token level inside; `bytes` of all texts. `seconds` and `timed_bytes` leave out the first chunk, whose time may include compilation."""
+    the token level inside; `bytes` of all texts. `seconds` and `timed_bytes` leave out the first chunk, whose time may include
+    compilation."""
 
     prefill_seconds: float = 0.0
     seconds: float = 0.0
@@ -83,25 +63,6 @@ class Throughput:
             self.steps + int(chunk.steps),
             self.token_steps + int(chunk.token_steps),
         )
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One text: its `prompt`, the boundary depth at each byte of the prompt, and the generated continuation as one piece."""
-
-    prompt: bytes
-    prompt_boundary_depth: np.ndarray
-    piece: Piece
-
-    @property
-    def prompt_boundaries(self) -> np.ndarray:
-        """Whether the outermost level closed a token at each byte of the prompt."""
-        return self.prompt_boundary_depth > 0
-
-    @property
-    def text(self) -> str:
-        """The generated text, with U+FFFD for invalid UTF-8."""
-        return self.piece.bytes.decode("utf-8", errors="replace")
 
 
 @dataclass(frozen=True)
@@ -319,15 +280,16 @@ class TextStream:
     def _new(self, chunk: Chunk) -> list[Piece]:
         """The bytes of each row of a chunk. Only EOS ends a text here."""
         symbols, eos, rows = self._model.symbols, self._settings.alphabet.eos, []
-        for row, valid in enumerate(chunk.valid):
-            drawn = valid & (chunk.symbols[row] != eos)
-            own = chunk.symbols[row][drawn]
+        drawn_symbols, logprobs, depth = (np.asarray(part) for part in (chunk.symbols, chunk.logprobs, chunk.depth))
+        for row, valid in enumerate(np.asarray(chunk.valid)):
+            drawn = valid & (drawn_symbols[row] != eos)
+            own = drawn_symbols[row][drawn]
             sizes = np.array([len(symbols[one]) for one in own], np.int64)
             rows.append(
                 Piece(
                     b"".join([symbols[one] for one in own]),
-                    at_last_bytes(chunk.logprobs[row][drawn], sizes),
-                    depth_of_bytes(self._model, own, chunk.depth[row][drawn]),
+                    at_last_bytes(logprobs[row][drawn], sizes),
+                    depth_of_bytes(self._model, own, depth[row][drawn]),
                     "eos" if np.any(valid & ~drawn) else None,
                 )
             )
@@ -409,13 +371,3 @@ def generate(
             so_far += [] if piece is None else [piece]
     whole = map(joined, pieces)
     return Generated(tuple(map(Generation, stream.prompts, stream.prompt_boundary_depth, whole)), stream.throughput)
-
-
-def joined(pieces: Sequence[Piece]) -> Piece:
-    """Concatenate consecutive pieces."""
-    return Piece(
-        b"".join(piece.bytes for piece in pieces),
-        np.concatenate([piece.logprobs for piece in pieces]),
-        np.concatenate([piece.boundary_depth for piece in pieces]),
-        pieces[-1].finish,
-    )

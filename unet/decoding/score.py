@@ -166,8 +166,8 @@ def drawing_keys(keys: Key[Array, " batch"]) -> Key[Array, " batch"]:
 class Scored:
     """Score of a text after its context: its `log_prob` in nats, its length in `bytes`, and the `logprobs` of the bytes.
 
-    `greedy`: whether every byte (or token) was the most likely one. `boundary_depth`: how many levels, counted from the outermost, closed
-    a token at each byte.
+    `greedy`: whether every byte (or token) was the most likely one. `boundary_depth`: how many levels, counted from the
+    outermost, closed a token at each byte.
     """
 
     log_prob: float
@@ -196,8 +196,8 @@ def score(
     so its score does not depend on the other texts. The score is the log-probability given these boundaries, which are the ones
     that `generate` draws with the same key. No boundary is dropped. Texts of similar lengths are batched, `batch` at a time.
 
-    A model of tokens is given the tokens of the context, then those of the text, which begin with it. The log-probability of a token
-    stands at its last byte, 0 at the others.
+    A model of tokens is given the tokens of the context, then those of the text, which begin with it. The log-probability of a
+    token stands at its last byte, 0 at the others.
 
     Raises `ValueError` if the number of contexts or keys differs from that of texts, for a batch outside 1 … 65536, and if a
     text contains the byte BOS or EOS.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from unet.ops.rows import add_at
 from unet.tokens.tokenizer import Tokenizer
@@ -44,7 +45,11 @@ def tokenised(
     ]
     values = np.asarray(bytes).astype(np.uint8)
     # The first byte of a document alone, then the rest of it.
-    parts = [values[row, start:stop].tobytes() for row, first, last in spans for start, stop in ((first, first + 1), (first + 1, last))]
+    parts = [
+        values[row, start:stop].tobytes()
+        for row, first, last in spans
+        for start, stop in ((first, first + 1), (first + 1, last))
+    ]
     encoded, sizes = tokenizer.encode_all(parts), tokenizer.token_sizes
     rows: list[list[tuple[np.ndarray, np.ndarray, int]]] = [[] for _ in values]
     for number, (row, first, _) in enumerate(spans):
@@ -67,12 +72,12 @@ def _documents(segments: Int[np.ndarray, " length"], mask: Bool[np.ndarray, " le
     size = int(mask.sum())
     changes = np.flatnonzero(np.diff(segments[:size])) + 1
     bounds = [0, *changes.tolist(), size]
-    yield from ((first, last) for first, last in zip(bounds, bounds[1:], strict=False) if last > first)
+    yield from ((first, last) for first, last in itertools.pairwise(bounds) if last > first)
 
 
 def padded_length(count: int, most: int) -> int:
-    """The length that rows of up to `count` tokens are padded to: a power of two or one and a half of one, or `most` where that is
-    less. So few programs are compiled."""
+    """The length that rows of up to `count` tokens are padded to: a power of two or one and a half of one, or `most` where that
+    is less. So few programs are compiled."""
     length = SHORTEST
     while length < count:
         length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
@@ -82,19 +87,16 @@ def padded_length(count: int, most: int) -> int:
 def at_predictions(
     tokens: TokenBatch, values: Shaped[Array, "batch tokens"], length: int
 ) -> Shaped[Array, "batch length"]:
-    """Values of the predictions made at tokens as values of those made at bytes: that of the next token stands where its last byte
-    is predicted, one byte before it. The others are 0."""
+    """Values of the predictions made at tokens as values of those made at bytes: that of the next token stands where its last
+    byte is predicted, one byte before it. The others are 0."""
     ends = jnp.roll(jnp.asarray(tokens.ends), -1, axis=1)
     same = jnp.roll(jnp.asarray(tokens.segments), -1, axis=1) == jnp.asarray(tokens.segments)
     is_next = jnp.roll(jnp.asarray(tokens.mask), -1, axis=1) & same & (jnp.arange(ends.shape[1]) < ends.shape[1] - 1)
     return add_at(jnp.where(is_next, ends - 1, length), jnp.where(is_next, values, jnp.zeros((), values.dtype)), length)
 
 
-def at_last_byte(tokens: TokenBatch, values: Shaped[Array, "batch tokens"], length: int) -> Shaped[Array, "batch length"]:
+def at_last_byte(
+    tokens: TokenBatch, values: Shaped[Array, "batch tokens"], length: int
+) -> Shaped[Array, "batch length"]:
     """Values of tokens as values of bytes: each at the last byte of its token. The others are 0."""
     return add_at(jnp.where(jnp.asarray(tokens.mask), jnp.asarray(tokens.ends), length), values, length)
-
-
-def bytes_per_token(bytes: Float[Array, ""], tokens: Float[Array, ""]) -> Float[Array, ""]:
-    r"""$B/T$: what a mean over T tokens is divided by to be one over the B bytes that they cover; 1 without tokens."""
-    return jnp.where(tokens > 0, bytes / jnp.maximum(tokens, 1.0), 1.0)

@@ -23,9 +23,9 @@ class TokenModel(AbstractLanguageModel):
     chunks tokens instead of bytes (H-Net, figure 10).
 
     Its likelihood of a text is that of the one sequence of tokens that the tokenizer makes of it,
-    $\log p(x) = \sum_t \log p(v_t \mid v_{<t})$, which is rescaled to bytes: divided by the number of bytes that the tokens cover.
-    Other sequences of tokens spell the same text, so this is a lower bound of its probability, and the usual figure for such
-    models (H-Net, appendix A). A loss in nats per byte has the weight of each objective as in a model of bytes.
+    $\log p(x) = \sum_t \log p(v_t \mid v_{<t})$, which is rescaled to bytes: divided by the number of bytes that the tokens
+    cover. Other sequences of tokens spell the same text, so this is a lower bound of its probability, and the usual figure for
+    such models (H-Net, section 5).
     """
 
     tokenizer: Tokenizer

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
-from estimators.base import BOS, EOS
 from estimators.bounds import Within, require_within
 
 if TYPE_CHECKING:
@@ -25,16 +24,16 @@ TokenizerSize = Annotated[int, Within(257, 2**20)]
 NEEDED = "a tokenizer needs the tokenizers library: pip install 'caesura-lm[bpe]'"
 
 PROBE = (
-    " The  naïve résumé,\r\n\tİstanbul ＷＩＤＥ ﬁ e\u0301 12345 1,000 it's IT'S e.g. def f(x):\n    return x\n\n中文 日本語 한국어 "
-    "🙂👩‍👩‍👧 \u200b\u00a0\u2028 \x00\x7f end "
+    " The  naïve résumé,\r\n\tİstanbul ＷＩＤＥ ﬁ e\u0301 12345 1,000 it's IT'S def f(x):\n    return x\n\n中文 한국어 "
+    "🙂 \u200b\u00a0\u2028 \x00\x7f end "
 )
 """Text that a tokenizer which changes what it reads would change."""
 
 
 class Tokenizer(eqx.Module):
     """A byte-pair encoding of the `tokenizers` library, as the text of its `tokenizer.json`, and its tokens: their joined bytes
-    (`joined`) and the place where each `ends`. The tokens of a text make up its bytes, whatever they are: bytes outside UTF-8, BOS
-    and EOS among them, are tokens of one byte.
+    (`joined`) and the place where each `ends`. The tokens of a text make up its bytes, whatever they are: bytes outside UTF-8,
+    BOS and EOS among them, are tokens of one byte.
     """
 
     json: UInt8[Array, " size"]
@@ -58,7 +57,7 @@ class Tokenizer(eqx.Module):
             jnp.asarray(np.cumsum([len(token) for token in tokens]), jnp.int32),
             learned_from,
         )
-        made.encode_all([PROBE.encode()])
+        made.encode_all([PROBE.encode(), b"one"])
         return made
 
     @property
@@ -81,19 +80,19 @@ class Tokenizer(eqx.Module):
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, " _"]]:
-        """The tokens of each text. Raises `ValueError` where they are not its bytes, and `ImportError` without the extra `bpe`."""
+        """The tokens of each text. Raises `ValueError` where they are not its bytes, `ImportError` without the extra `bpe`."""
         opened = _opened(np.asarray(self.json).tobytes())
         pieces = [list(whole_characters(text)) for text in texts]
         strings = [part for parts in pieces for part in parts if isinstance(part, str)]
         encoded = iter(opened.library.encode_batch(strings, add_special_tokens=False) if strings else [])
         rows, tokens = [], self.tokens
         for text, parts in zip(texts, pieces, strict=True):
-            ids = [
-                opened.singles[part[0]] if isinstance(part, bytes) else next(encoded).ids for part in parts
-            ]
+            ids = [opened.singles[part[0]] if isinstance(part, bytes) else next(encoded).ids for part in parts]
             row = np.array(list(itertools.chain.from_iterable(ids)), np.int32)
             if b"".join([tokens[one] for one in row]) != text:
-                raise ValueError("the tokens of the tokenizer do not make up the bytes of a text: it changes what it reads")
+                raise ValueError(
+                    "the tokens of the tokenizer do not make up the bytes of a text: it changes what it reads"
+                )
             rows.append(row)
         return rows
 
@@ -158,9 +157,11 @@ def _tokens_of(content: bytes, library: Library) -> list[bytes]:
     tokens = [b""] * (1 + max(vocabulary.values(), default=0))
     for text, number in vocabulary.items():
         try:
-            tokens[number] = text.encode() if text in added else bytes(_ALPHABET[character] for character in text)
+            tokens[number] = text.encode() if text in added else bytes(BYTE_CHARACTERS[character] for character in text)
         except KeyError:
-            raise ValueError(f"the tokenizer is not byte-level: its token {ascii(text)[:40]} stands for no bytes") from None
+            raise ValueError(
+                f"the tokenizer is not byte-level: its token {ascii(text)[:40]} stands for no bytes"
+            ) from None
     return tokens
 
 
@@ -179,7 +180,7 @@ def train_tokenizer(texts: Iterable[bytes], size: int) -> Tokenizer:
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=sorted(_ALPHABET, key=_ALPHABET.__getitem__), show_progress=False
+        vocab_size=size, initial_alphabet=sorted(BYTE_CHARACTERS, key=BYTE_CHARACTERS.__getitem__), show_progress=False
     )
     read = 0
 
@@ -220,7 +221,5 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(value): value for value in plain} | {chr(256 + rank): value for rank, value in enumerate(others)}
 
 
-_ALPHABET = _byte_alphabet()
-
-MARKS = (BOS, EOS)
-"""The bytes whose single-byte tokens mark the ends of a document."""
+BYTE_CHARACTERS = _byte_alphabet()
+"""The byte of each of these characters."""
