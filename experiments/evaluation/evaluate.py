@@ -120,7 +120,7 @@ def evaluate_batches(
     key: PRNGKeyArray,
     actions: Bool[np.ndarray, "rows length"] | None = None,
 ) -> Iterator[tuple[Sequence[AnyRow], dict[str, np.ndarray]]]:
-    """Per-byte results for each batch of `rows`: the fields of `byte_results.ByteResults` but `decided`, and the `bytes`. An off-policy router
+    """Per-byte results for each batch of `rows`: the fields of `ByteResults` but `decided`, and the `bytes`. An off-policy router
     adds `log_prob_greedy` and `log_prob_as_trained`.
 
     `actions`: boundaries to use instead of sampled ones. The additional passes of an off-policy router are then skipped.
@@ -149,7 +149,7 @@ def evaluate_without_drops(
     capacity: int,
     actions: tuple[Bool[Array, "batch length"], ...] = (),
 ) -> dict[str, np.ndarray]:
-    """The fields of `byte_results.ByteResults` but `decided` for one batch, with sampled boundaries or `actions`. No boundary is dropped.
+    """The fields of `ByteResults` but `decided` for one batch, with sampled boundaries or `actions`. No boundary is dropped.
 
     The first pass has a capacity of `capacity` tokens per sequence. Each sequence with more tokens is evaluated again, alone,
     with the same outermost boundaries and a capacity of all its bytes. The usual case thus costs one pass at `capacity`.
