@@ -11,7 +11,7 @@ import pytest
 from estimators.base import Boundaries
 from experiments.config.build import build_estimators
 from experiments.config.presets import PRESETS
-from unet import Chunker, Insert, Select, UNet
+from unet import Chunker, HNetConfig, Insert, Select, UNet
 
 GPT2 = 50_257
 """Tokens of GPT-2's tokenizer."""
@@ -54,8 +54,9 @@ def test_transformers_of_tokens_have_as_many_parameters_in_their_blocks(name):
 
 
 def test_a_hybrid_main_network_has_three_mamba_layers_to_one_of_attention():
-    layout = PRESETS["hnet-2stage-XL-hybrid"].unet.layout
-    main = max(re.findall(r'"([mT\d]*)"', layout), key=len)
+    shape = PRESETS["hnet-2stage-XL-hybrid"].unet
+    assert isinstance(shape, HNetConfig)
+    main: str = max(re.findall(r'"([mT\d]*)"', shape.layout), key=len)
     counts = {kind: sum(int(count) for one, count in re.findall(r"([mT])(\d+)", main) if one == kind) for kind in "mT"}
     assert counts == {"m": 20, "T": 7}
 

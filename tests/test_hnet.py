@@ -57,7 +57,7 @@ from unet.attention import Attention
 from unet.blocks import PreNorm
 from unet.decoding.score import keys_of
 from unet.hnet import read_layout
-from unet.layers import Linear
+from unet.layers import Linear, SwiGLU
 from unet.likelihood import next_logprobs, plain_layout
 from unet.losses import Reward
 from unet.mamba import Mamba2
@@ -308,7 +308,7 @@ def test_weights_start_as_released():
         assert std(into) == pytest.approx(0.02, rel=0.05)
         assert std(out) == pytest.approx(0.02 / math.sqrt(residuals), rel=0.05)
     assert isinstance(main, PreNorm)
-    assert main.mlp is not None
+    assert isinstance(main.mlp, SwiGLU)
     assert std(main.mlp.out) == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
     assert std(model.output_head) == pytest.approx(0.02, rel=0.05)
     assert float(jnp.std(model.embedding)) == pytest.approx(1.0, rel=0.05)

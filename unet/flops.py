@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from estimators.base import AbstractEstimator, Frozen
 from unet.attention import AbstractMixer, Attention
 from unet.blocks import AbstractBlock, Attending, Block, PreNorm, Stack
+from unet.experts import Experts
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.language_model import AbstractLanguageModel
 from unet.layers import Linear
@@ -68,7 +69,7 @@ def matrix_flops(
         if isinstance(stage, Widened):
             return 6.0 * stage.padding.size + stage_cost(stage.stage, rates)
         if isinstance(stage, Flat):
-            return 6.0 * _size(stage.stack)
+            return 6.0 * _stack_size(stage.stack, 0.0)
         if isinstance(stage, Hierarchy):
             trained, frozen = _sizes(stage.estimator)
             outside = 6.0 * (_size(stage.encoder) + _stack_size(stage.decoder, rates[0])) + 6.0 * trained + 2.0 * frozen
@@ -79,7 +80,7 @@ def matrix_flops(
     trained, frozen = (0, 0) if outer.estimator is None else _sizes(outer.estimator)
     return Flops(
         embed=0.0,
-        encode=6.0 * _size(outer.encoder),
+        encode=6.0 * _stack_size(outer.encoder, 0.0),
         boundary=6.0 * trained + 2.0 * frozen,
         mid=0.0 if outer.inner is None else samples * rate * stage_cost(outer.inner, inner_rates),
         decode=6.0 * samples * _stack_size(outer.decoder, rate),
@@ -131,12 +132,15 @@ def layer_flops(
 
 
 def _stack_size(stack: Stack | None, rate: float) -> float:
-    """Parameters of a stack; those applied to tokens (their unfolding, keys and values) are weighted by `rate`."""
+    """Parameters of a stack; those applied to tokens (their unfolding, keys and values) are weighted by `rate`, those of experts
+    by the share of them that a position chooses."""
     if stack is None:
         return 0.0
     attending = [block.cross for block in stack.blocks if isinstance(block, Attending)]
     of_tokens = _size((stack.unfold, [(cross.before_key_value, cross.key_value) for cross in attending]))
-    return _size(stack) - (1 - rate) * of_tokens
+    mixtures = [block.mlp for block in stack.blocks if isinstance(block, PreNorm) and isinstance(block.mlp, Experts)]
+    idle = sum((1 - mlp.choices / mlp.experts) * (mlp.value_gate.size + mlp.out.size) for mlp in mixtures)
+    return _size(stack) - (1 - rate) * of_tokens - idle
 
 
 def _stack_forward(stack: Stack | None, positions: float, rate: float = 0.0) -> float:
@@ -165,7 +169,11 @@ def _block_forward(block: AbstractBlock, seen: float) -> float:
     if isinstance(block, Attending):
         return _block_forward(block.block, seen)
     if isinstance(block, PreNorm):
-        return _mixer_forward(block.mixer, seen) + (0.0 if block.mlp is None else _mlp_forward(block.mlp.out))
+        mixed = _mixer_forward(block.mixer, seen)
+        if isinstance(block.mlp, Experts):
+            one = 2.0 * 3 * block.mlp.out[0].size + 5 * block.mlp.out.shape[2]
+            return mixed + block.mlp.choices * one + 2 * block.mlp.router.weight.size
+        return mixed + (0.0 if block.mlp is None else _mlp_forward(block.mlp.out))
     raise ValueError(f"the operations of a {type(block).__name__} cannot be counted")
 
 

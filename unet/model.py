@@ -270,7 +270,7 @@ class UNet(AbstractLanguageModel):
                 hidden = without_copies(output.levels[0].hidden, samples)
                 hidden = hidden if early_positions is None else hidden[:, early_positions]
                 early_logits = self.early_head.in_float32(self.early_norm(hidden))
-            return Prediction(self.logits(output.hidden), early_logits, output.levels, early_positions)
+            return Prediction(self.logits(output.hidden), early_logits, output.levels, early_positions, output.experts)
 
     @property
     def output_head(self) -> Linear:
