@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -38,9 +40,9 @@ class Placement:
         mesh = jax.make_mesh((count,), ("batch",), axis_types=(AxisType.Auto,), devices=available[:count])
         return cls(NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec()))
 
-    def inputs(self, inputs: Tree) -> Tree:
-        """What a model reads of a batch, on the devices."""
-        return jax.device_put(inputs, self.by_row)
+    def inputs(self, inputs: Mapping[str, PyTree[np.ndarray]]) -> dict[str, PyTree[Array]]:
+        """What a model reads of a batch (`AbstractLanguageModel.inputs`), on the devices."""
+        return jax.device_put(dict(inputs), self.by_row)
 
     def replicated(self, tree: Tree) -> Tree:
         """A tree on each of the devices."""
