@@ -171,7 +171,7 @@ def _block_forward(block: AbstractBlock, seen: float) -> float:
     if isinstance(block, PreNorm):
         mixed = _mixer_forward(block.mixer, seen)
         if isinstance(block.mlp, Experts):
-            one = 2.0 * 3 * block.mlp.out[0].size + 5 * block.mlp.out.shape[2]
+            one = 2.0 * 3 * block.mlp.out.size / block.mlp.experts + 5 * block.mlp.out.shape[2]
             return mixed + block.mlp.choices * one + 2 * block.mlp.router.weight.size
         return mixed + (0.0 if block.mlp is None else _mlp_forward(block.mlp.out))
     raise ValueError(f"the operations of a {type(block).__name__} cannot be counted")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Int, Integer, Shaped
 
 from unet.ops.rows import add_at
 from unet.tokens.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ class TokenBatch(eqx.Module):
 
 def tokenised(
     tokenizer: Tokenizer,
-    bytes: Int[np.ndarray, "batch length"],
+    bytes: Integer[np.ndarray, "batch length"],
     segments: Int[np.ndarray, "batch length"],
     mask: Bool[np.ndarray, "batch length"],
 ) -> TokenBatch:
