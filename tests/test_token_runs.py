@@ -39,6 +39,12 @@ def finished(corpus, tmp_path_factory):
     return folder
 
 
+def tokenizer_of(folder):
+    model = load(folder).model
+    assert isinstance(model, TokenModel)
+    return model.tokenizer
+
+
 def test_a_run_of_tokens_leaves_a_model_with_its_tokenizer(finished):
     summary = json.loads((finished / "summary.json").read_text())
     model = load(finished).model
@@ -80,13 +86,13 @@ def test_it_is_exported_and_evaluated_on_every_byte(finished, tmp_path, capsys):
 
 
 def test_a_tokenizer_of_a_file_or_of_another_model_is_used(finished, corpus, tmp_path):
-    tokenizer = load(finished).model.tokenizer
+    tokenizer = tokenizer_of(finished)
     path = tmp_path / "tokenizer.json"
     path.write_bytes(np.asarray(tokenizer.json).tobytes())
     for number, source in enumerate((path, finished)):
         out = tmp_path / str(number)
         assert start("--dataset", corpus, "--out", out, *SMALL, "--steps", "1", "--tokenizer.source", source) == 0
-        assert load(out).model.tokenizer.tokens == tokenizer.tokens
+        assert tokenizer_of(out).tokens == tokenizer.tokens
 
 
 def test_bad_input_is_one_sentence(finished, corpus, tmp_path, capsys):
