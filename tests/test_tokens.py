@@ -127,6 +127,9 @@ def test_rows_of_tokens_cover_what_is_predicted_of_rows_of_bytes(tokenizer):
     assert int(jnp.sum(jnp.where(continues(of_tokens), sizes, 0))) == int(jnp.sum(continues(layout)))
     assert np.all(np.asarray(tokens.ids)[:, 0] == [tokenizer.tokens.index(bytes([BOS])), tokens.ids[1, 0]])
     assert [padded_length(count, 100) for count in (3, 16, 17, 25, 97, 200)] == [16, 16, 24, 32, 100, 200]
+    longer = tokenised(tokenizer, **batch, shortest=50)
+    assert longer.ids.shape == (2, 64)
+    np.testing.assert_array_equal(longer.ids[longer.mask], tokens.ids[tokens.mask])
 
 
 def test_the_loss_is_that_of_the_tokens_over_the_bytes(flat, nested):

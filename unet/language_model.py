@@ -46,9 +46,9 @@ class AbstractLanguageModel(eqx.Module):
         """The symbols that make up a text."""
 
     @abstractmethod
-    def inputs(self, batch: Mapping[str, np.ndarray]) -> dict[str, PyTree[np.ndarray]]:
-        """What `batch_loss` reads of a batch of text: its `bytes`, `segments` and `mask`, and what follows from them. Runs on the
-        host."""
+    def inputs(self, batch: Mapping[str, np.ndarray], *, shortest: int = 0) -> dict[str, PyTree[np.ndarray]]:
+        """What `batch_loss` reads of a batch of text: its `bytes`, `segments` and `mask`, and what follows from them. Rows of
+        tokens are padded to `shortest` at least, so that batches share a compiled program. Runs on the host."""
 
     @abstractmethod
     def batch_loss(

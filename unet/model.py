@@ -175,7 +175,7 @@ class UNet(AbstractLanguageModel):
     def encode(self, text: bytes) -> Int[np.ndarray, " symbols"]:
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
-    def inputs(self, batch: Mapping[str, np.ndarray]) -> dict[str, PyTree[np.ndarray]]:
+    def inputs(self, batch: Mapping[str, np.ndarray], *, shortest: int = 0) -> dict[str, PyTree[np.ndarray]]:
         return {name: batch[name] for name in ("bytes", "segments", "mask")}
 
     def batch_loss(

@@ -108,9 +108,8 @@ class Session:
                 self.save()
             raise
         key = jax.random.fold_in(self.setup.key_steps, self.step)
-        self._state, metrics = self._step_function(
-            self._state, self.setup.placement.inputs(self.setup.model.inputs(text_of(batch))), key
-        )
+        inputs = self.setup.model.inputs(text_of(batch), shortest=self.trainer.positions)
+        self._state, metrics = self._step_function(self._state, self.setup.placement.inputs(inputs), key)
         self.step += 1
         record = step_record(self.step, self.step * self.config.bytes_per_step, jax.device_get(metrics))
         record |= data_record(self._batches)

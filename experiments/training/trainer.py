@@ -24,13 +24,15 @@ from unet.language_model import AbstractLanguageModel
 @dataclass(frozen=True)
 class Trainer:
     """The model of a run, split into its first `params` and everything that stays the same (`static`), its optimizer, and the
-    `capacities` of its levels: those that a step chooses from at the first level, and one for each level inside."""
+    `capacities` of its levels: those that a step chooses from at the first level, and one for each level inside. `positions`:
+    those of a sequence that the model reads, bytes or tokens; longer rows of tokens compile a program of their own."""
 
     config: RunConfig
     params: PyTree[Float[Array, ...]]
     static: AbstractLanguageModel
     optimizer: optax.GradientTransformation
     capacities: tuple[int | tuple[int, ...], ...]
+    positions: int
 
     @classmethod
     def of(
@@ -44,10 +46,10 @@ class Trainer:
         the length in positions that the model reads, if they are not bytes."""
         params, static = eqx.partition(model, has_gradient)
         routers = [estimator.router for estimator in model.estimators]
-        inside = inner_capacities(in_positions or config, routers, capacities[-1])
-        return cls(
-            config, params, static, make_optimizer(config, multipliers(config, params)), (tuple(capacities), *inside)
-        )
+        read = in_positions or config
+        inside = inner_capacities(read, routers, capacities[-1])
+        optimizer = make_optimizer(config, multipliers(config, params))
+        return cls(config, params, static, optimizer, (tuple(capacities), *inside), read.length)
 
     @classmethod
     def on(cls, config: RunConfig, model: AbstractLanguageModel, split: Split) -> Trainer:

@@ -36,8 +36,11 @@ def tokenised(
     bytes: Integer[np.ndarray, "batch length"],
     segments: Int[np.ndarray, "batch length"],
     mask: Bool[np.ndarray, "batch length"],
+    *,
+    shortest: int = 0,
 ) -> TokenBatch:
-    """The tokens of rows of bytes, padded to one of a few lengths. Raises `ValueError` as `Tokenizer.encode_all` does."""
+    """The tokens of rows of bytes, padded to one of a few lengths, to `shortest` at least. Raises `ValueError` as
+    `Tokenizer.encode_all` does."""
     spans = [
         (row, first, last)
         for row in range(len(bytes))
@@ -55,7 +58,8 @@ def tokenised(
     for number, (row, first, _) in enumerate(spans):
         ids = np.concatenate(encoded[2 * number : 2 * number + 2])
         rows[row].append((ids, first + np.cumsum(sizes[ids]) - 1, int(segments[row][first])))
-    count = padded_length(max(sum(len(ids) for ids, _, _ in row) for row in rows), values.shape[1])
+    most = max(sum(len(ids) for ids, _, _ in row) for row in rows)
+    count = padded_length(max(most, shortest), max(values.shape[1], most))
     made = TokenBatch(*(np.zeros((len(rows), count), kind) for kind in (np.int32, np.int32, np.int32, np.bool_)))
     for number, row in enumerate(rows):
         place = 0

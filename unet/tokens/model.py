@@ -50,9 +50,9 @@ class TokenModel(AbstractLanguageModel):
     def encode(self, text: bytes) -> Int[np.ndarray, " symbols"]:
         return self.tokenizer.encode(text)
 
-    def inputs(self, batch: Mapping[str, np.ndarray]) -> dict[str, PyTree[np.ndarray]]:
+    def inputs(self, batch: Mapping[str, np.ndarray], *, shortest: int = 0) -> dict[str, PyTree[np.ndarray]]:
         rows = {name: np.asarray(batch[name]) for name in ("bytes", "segments", "mask")}
-        return {**rows, "tokens": tokenised(self.tokenizer, **rows)}
+        return {**rows, "tokens": tokenised(self.tokenizer, **rows, shortest=shortest)}
 
     def batch_loss(
         self,
