@@ -61,6 +61,8 @@ class Characters(AbstractEstimator):
 class Whitespace(AbstractEstimator):
     """Tokens end at white space."""
 
+    reads_bytes: ClassVar[bool] = True
+
     router: AbstractRouter
     chunker: AbstractChunker
     objective: AbstractObjective
@@ -71,6 +73,8 @@ class Whitespace(AbstractEstimator):
 
 class Spacelike(AbstractEstimator):
     """Tokens end where SpaceByte applies its global blocks."""
+
+    reads_bytes: ClassVar[bool] = True
 
     router: AbstractRouter
     chunker: AbstractChunker

@@ -66,7 +66,7 @@ class Bare(EstimatorConfig):
     sfe: ScoreFunctionSettings
 
     def __post_init__(self):
-        for name in ("default_chunker", "default_pool", "learns_through", "outermost_only"):
+        for name in ("default_chunker", "default_pool", "learns_through", "outermost_only", "reads_bytes"):
             object.__setattr__(self, name, getattr(self.part.cls, name, getattr(EstimatorConfig, name)))
 
     @property

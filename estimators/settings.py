@@ -121,6 +121,9 @@ class EstimatorConfig(ABC):
     """Set if the router learns through the chunker. A chunker that passes no gradient to this field is refused."""
     outermost_only: ClassVar[bool] = False
     """Whether it reads bytes, so that it cannot draw boundaries inside a hierarchy."""
+    reads_bytes: ClassVar[bool] = False
+    """Whether it looks at the byte of each position, so that it cannot chunk the tokens of a tokenizer, as none can that is
+    `outermost_only`."""
     prerequisite: ClassVar[Prerequisite | None] = None
     """A run whose model it reads, if any."""
 

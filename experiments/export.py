@@ -19,20 +19,20 @@ from experiments.command import command_line
 from experiments.config.arguments import expanded
 from experiments.config.errors import ConfigError
 from experiments.config.files import to_json
-from experiments.config.plugins import import_plugins, load_model, modules_of
+from experiments.config.plugins import import_plugins, load_model, modules_of, require_bytes
 from experiments.config.settings import RunConfig
 from experiments.config.structure import Flat
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.terminal import escaped
 from experiments.training.run_dir import SUMMARY, is_temporary, make_folder, read_config, read_summary
-from unet import UNet
 from unet.files import hnet_layout
 from unet.files.blt_written import reference_config as blt_config
 from unet.files.errors import LayoutError
 from unet.files.pretrained import save_blt, save_hnet
 from unet.files.saving import CONFIG, WEIGHTS, save, write_atomically
 from unet.files.weights import is_shard
+from unet.language_model import AbstractLanguageModel
 
 CARD = "README.md"
 FILES = (CARD, CONFIG, WEIGHTS, "model.json", "model.pt")
@@ -80,7 +80,8 @@ def export(config: ExportConfig, display: Display) -> None:
     summary = read_summary(run) if (run / SUMMARY).is_file() else {}
     if config.layout != "own":
         try:
-            blt_config(model) if config.layout == "blt" else hnet_layout.to_reference(model)
+            own = require_bytes(model, run)
+            blt_config(own) if config.layout == "blt" else hnet_layout.to_reference(own)
         except LayoutError as error:
             raise ConfigError(f"--layout {config.layout}: {error}") from None
     if config.to.startswith("hub:"):
@@ -104,7 +105,9 @@ def _require_free(folder: Path) -> None:
         raise ConfigError(f"--to {folder} is not empty; name a new folder")
 
 
-def _write_to(folder: Path, model: UNet, settings: RunConfig, summary: Flat, layout: ExportLayout) -> None:
+def _write_to(
+    folder: Path, model: AbstractLanguageModel, settings: RunConfig, summary: Flat, layout: ExportLayout
+) -> None:
     """Write to a folder inside first: while that is there, the export is not complete."""
     make_folder(folder, "--to")
     _require_free(folder)
@@ -118,13 +121,15 @@ def _write_to(folder: Path, model: UNet, settings: RunConfig, summary: Flat, lay
     unfinished.rmdir()
 
 
-def _write(folder: Path, model: UNet, settings: RunConfig, summary: Flat, layout: ExportLayout) -> None:
+def _write(
+    folder: Path, model: AbstractLanguageModel, settings: RunConfig, summary: Flat, layout: ExportLayout
+) -> None:
     write_atomically(folder / CARD, card(settings, summary, layout))
     if layout == "blt":
-        save_blt(model, folder)
+        save_blt(require_bytes(model, settings.model), folder)
         return
     if layout != "own":
-        save_hnet(model, folder, kind="pt" if layout == "hnet-pt" else "safetensors")
+        save_hnet(require_bytes(model, settings.model), folder, kind="pt" if layout == "hnet-pt" else "safetensors")
         return
     write_atomically(folder / CONFIG, to_json(settings))
     save(model, folder)

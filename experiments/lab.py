@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from data import Split, load, open_source
 from estimators.bounds import LARGEST_INDEX, MARGIN, Count, Positive, Within
 from experiments.command import command_line
-from experiments.config.build import build_model, require_fit
+from experiments.config.build import build_byte_model, require_fit
 from experiments.config.errors import ConfigError, require, require_bounds
 from experiments.config.presets import PRESETS
 from experiments.laboratory.gradients import Subjects, findings
@@ -124,7 +124,7 @@ def find(config: LabConfig, name: str, split: Split) -> Candidate:
         f"and at most {OUTCOMES} are tried: lower --length or --texts",
     )
     prepared = prepare(run, split)
-    return Candidate(name, lambda key: build_model(run, key, prepared), run.samples)
+    return Candidate(name, lambda key: build_byte_model(run, key, prepared), run.samples)
 
 
 def _measure_named(config: LabConfig, display: Display) -> None:

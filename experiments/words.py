@@ -17,7 +17,7 @@ from estimators.bounds import LARGEST_BYTES, Seed, Within
 from experiments.command import command_line
 from experiments.comparison.comparison import MeanAndError
 from experiments.config.errors import ConfigError, require, require_bounds
-from experiments.config.plugins import import_plugins, load_model
+from experiments.config.plugins import import_plugins, load_model, require_bytes
 from experiments.config.settings import RunConfig
 from experiments.evaluation.boundaries import (
     BoundaryStatistics,
@@ -147,7 +147,9 @@ def _analyse_runs(config: WordsConfig, display: Display) -> None:
             f"{folder}: this model's probabilities are not numbers: its weights are too large to compute with",
         )
         if config.placements:
-            moved = evaluate_placements(model, rows, results, labels, batch=batch, seed=config.seed)
+            moved = evaluate_placements(
+                require_bytes(model, folder), rows, results, labels, batch=batch, seed=config.seed
+            )
             analyses[folder].placements.update(moved)
     grouped = {name: [analyses[folder] for folder in group] for name, group in groups(runs).items()}
     text = escaped(markdown(grouped, labels, config.segmenter), keep="\n")

@@ -31,7 +31,7 @@ from unet import (
 from unet.attention import Attention
 from unet.blocks import PreNorm, Stack
 from unet.blt import MARKS, PUBLISHED_IDS
-from unet.decoding.generate import DecodeSettings, DecodeState, allowed_bytes
+from unet.decoding.generate import DecodeSettings, DecodeState, allowed_symbols
 from unet.decoding.sampling import Sampling
 from unet.files.blt_layout import patcher_of, router_of
 from unet.files.errors import LayoutError
@@ -172,7 +172,7 @@ def test_marks_that_are_no_bytes_are_read_and_never_drawn(model):
     logits, one = jnp.zeros((1, MARKS)), jnp.zeros((1,), jnp.int32)
     state = DecodeState(model.init_state(1), logits, jax.random.split(jax.random.key(0), 1), one + 4, one, one > 0)
     for valid in (False, True):
-        allowed = allowed_bytes(state, DecodeSettings(model, Sampling(), valid, False, 4))[0]
+        allowed = allowed_symbols(state, DecodeSettings(model, model.alphabet, Sampling(), valid, False, 4))[0]
         assert allowed.shape == (MARKS,)
         assert not allowed[256:].any()
         assert bool(allowed[255])

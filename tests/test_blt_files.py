@@ -16,7 +16,7 @@ from experiments.config.files import to_json
 from experiments.config.models import is_published
 from experiments.config.presets import PRESETS
 from experiments.training.initial import initial_weights
-from experiments.training.prepared import read_byte_model
+from experiments.training.text import read_byte_model
 from tests.hub_server import hub
 from unet import (
     LoadError,
@@ -238,7 +238,7 @@ def test_configurations_of_the_authors_own_are_told_apart(model, tmp_path):
 @pytest.fixture
 def tiny():
     """A run of `--model blt-tiny` whose entropies come from `--model blt-patcher-tiny`, and its model."""
-    byte_model = build_model(PRESETS["blt-patcher-tiny"], jax.random.key(2))
+    byte_model = build_model(PRESETS["blt-patcher-tiny"], jax.random.key(2)).unet
     return PRESETS["blt-tiny"], build_model(PRESETS["blt-tiny"], jax.random.key(1), Measured(byte_model, 1.25))
 
 
@@ -250,7 +250,7 @@ def test_runs_start_from_published_weights_and_are_exported_again(tiny, tmp_path
     assert eqx.tree_equal(byte_model, patcher_of(load_pretrained(tmp_path / "published")))
     fresh = build_model(config, jax.random.key(5), Measured(byte_model, 3.0))
     started = initial_weights(str(tmp_path / "published"), fresh)
-    assert reference_config(started)["patching_threshold"] == 1.25
+    assert reference_config(started.unet)["patching_threshold"] == 1.25
     assert eqx.tree_equal(eqx.filter(started, eqx.is_array), eqx.filter(made, eqx.is_array))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(to_json(config))

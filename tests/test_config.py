@@ -22,7 +22,7 @@ CHANGES = [
     ("out", 3, "out: 3 is no string"),
     ("estimator", "magic", "--estimator magic: there are bpe, bpe-distilled, characters"),
     ("estimator", "os:path", "os:path, which is not part of this library: add --plugin os if you trust it"),
-    ("chunker", "glue", "--chunker glue: there are attend, deviate, distribute, smooth"),
+    ("chunker", "glue", "--chunker glue: there are attend, deviate, distribute, insert, smooth"),
     ("pool", "lust", "--pool lust: did you mean last? There are"),
     ("inner_rates", [0.5, "x"], "inner_rates[1]: 'x' is no number"),
     ("pool", 3, "pool: 3 is no string"),

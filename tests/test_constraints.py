@@ -27,7 +27,7 @@ from estimators.base import Limits
 from estimators.constraints import Constrained, MaxLength, MinLength, WholeCharacters, constrained
 from estimators.equations import NEVER
 from estimators.routers.rules import bytes_missing
-from experiments.config.build import build_model
+from experiments.config.build import build_byte_model
 from experiments.config.errors import ConfigError
 from experiments.config.files import from_json, to_json
 from experiments.run import parse
@@ -280,7 +280,7 @@ def asked(*arguments):
 
 def test_constraints_and_their_settings_are_flags_and_are_kept():
     config = asked("--constrain", "characters", "max-length", "--max-length.n", 12)
-    model = build_model(config, jax.random.key(0))
+    model = build_byte_model(config, jax.random.key(0))
     router = model.stage.estimators[0].router
     assert isinstance(router, Constrained)
     assert router.constraints == (WholeCharacters(), MaxLength(12))
@@ -290,7 +290,7 @@ def test_constraints_and_their_settings_are_flags_and_are_kept():
 def test_a_constrained_model_is_saved_and_comes_back(tmp_path):
     model = under(registered("sfe"), (*ALL,))
     save(model, tmp_path)
-    back = load(tmp_path).model
+    back = load(tmp_path).model.unet
     router = back.stage.estimators[0].router
     assert isinstance(router, Constrained)
     assert router.constraints == ALL
@@ -310,7 +310,7 @@ def test_levels_inside_have_constraints_of_their_own_that_count_tokens():
         2,
     )
     config = asked(*given)
-    outer, inner = build_model(config, jax.random.key(0)).stage.estimators
+    outer, inner = build_byte_model(config, jax.random.key(0)).stage.estimators
     assert not isinstance(outer.router, Constrained)
     assert isinstance(inner.router, Constrained)
     assert inner.router.constraints == (MaxLength(2),)

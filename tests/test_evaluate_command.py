@@ -89,7 +89,7 @@ def test_tables_go_to_standard_output_and_everything_else_elsewhere(folders, cap
         tmp_path / "all.parquet",
     )
     asked = [folders / "sfe", folders / "uniform", "--dataset", folders / "text.jsonl", "--split", "all", *arguments]
-    code, out, err = run(capsys, *asked, *WINDOWS, "--samples", 2)
+    code, out, err = run(capsys, *asked, *WINDOWS, "--samples", 2, "--perplexity")
     assert code == 0, err
     tables = [line for line in out.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in tables if f"`{folders / 'sfe'}` −" in line} == {4}
@@ -100,7 +100,11 @@ def test_tables_go_to_standard_output_and_everything_else_elsewhere(folders, cap
     page = (tmp_path / "page" / "report.html").read_text()
     assert page.count("<pre") == 2
     assert (tmp_path / "page" / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(json.loads((tmp_path / "page" / "evaluation.json").read_text())["models"]) == 2
+    models = json.loads((tmp_path / "page" / "evaluation.json").read_text())["models"]
+    assert len(models) == 2
+    assert all(model["perplexity"] == pytest.approx(2 ** model["bpb"]) for model in models)
+    assert "| bits per byte | perplexity per byte | early exit |" in out
+    assert f"| {models[0]['perplexity']:.4f} |" in out
     rows = pyarrow.parquet.read_table(tmp_path / "all.parquet").to_pydict()
     size = len("".join(DOCUMENTS).encode())
     assert len(rows["byte"]) == 2 * 2 * size

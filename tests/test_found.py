@@ -14,8 +14,9 @@ from experiments.config.build import build_estimator
 from experiments.config.errors import ConfigError
 from experiments.run import parse
 from experiments.training.data import load_split
-from experiments.training.prepared import prepare, read_byte_model, read_prepared
+from experiments.training.prepared import prepare, read_prepared
 from experiments.training.run_dir import PREPARED, read_config
+from experiments.training.text import read_byte_model
 from tests.compositions import registered
 from tests.conftest import needs
 from tests.test_run import SMALL, curve, interrupt_at, start, summary
@@ -109,7 +110,7 @@ def test_a_vocabulary_that_misses_the_rate_is_used_and_its_rate_told(corpus, tmp
     # One batch of the four that may be read is kept to measure the rate on; a BOS is no text.
     assert 3 * 64 - 12 <= values["vocabulary_bytes"] <= 3 * 64
     assert values["capacity"] >= min(rate * config.length, config.length)
-    assert load(out).model.stage.estimators[0].router.rate == rate
+    assert load(out).model.unet.stage.estimators[0].router.rate == rate
     assert values["val_rate"] == pytest.approx(rate, abs=0.2)
 
 

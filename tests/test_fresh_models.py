@@ -101,7 +101,7 @@ def test_a_fresh_router_draws_about_its_initial_rate_and_a_step_has_room_for_it(
     config = dataclasses.replace(config_of(name), length=128, rate=0.2, capacity_slack=1.35)
     config = config.with_settings(hnet={"routing": routing})
     model = eqx.filter_jit(lambda: build_model(config, jax.random.key(0)))()
-    router = model.stage.estimators[0].router
+    router = model.estimators[0].router
     assert router.initial_rate is not None
     prediction = eqx.filter_jit(lambda m, b: m(b, key=jax.random.key(1), training=True))(model, text_bytes(16, 128))
     drawn = np.asarray(prediction.levels[0].boundaries.actions)

@@ -91,7 +91,7 @@ def test_a_prompt_comes_from_standard_input(folder, capsys, monkeypatch):
         (("--max-bytes", 0), "--max-bytes must be a whole number from 1 to"),
         (("--num", 0), "--num must be a whole number from 1 to"),
         (("--json", "--stream"), "leave out --stream"),
-        (("--top-k", 0), "--top-k must be a whole number from 1 to 256; got 0"),
+        (("--top-k", 0), "--top-k must be a whole number from 1 to 1048576; got 0"),
         (("--stop", ""), "stop string"),
         # How an argument that is no UTF-8 comes to a program.
         (("--prompt", "a\udcfe"), "holds the byte 254"),

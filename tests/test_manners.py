@@ -16,7 +16,7 @@ import pytest
 from estimators import BatchCentre, Discount, EarlyExit, Estimator, ScoreFunctionObjective, trainable
 from estimators.base import uniforms_from
 from estimators.registry import ESTIMATORS
-from experiments.config.build import build_model
+from experiments.config.build import build_byte_model
 from tests.compositions import config_of, prepared_for, registered
 from tests.conftest import losses, small_model, small_score_function, text_bytes
 from unet import Chunker, Distribute, Select, UNet, UNetConfig, generate, load, save, score
@@ -61,7 +61,7 @@ def test_settings_of_jax_change_no_promise(setting, name):
 def test_under_64_bit_types_a_model_has_the_same_values_and_everything_is_float32(name):
     def built() -> UNet:
         config = config_of(name)
-        return build_model(config, jax.random.key(0), prepared_for(config))
+        return build_byte_model(config, jax.random.key(0), prepared_for(config))
 
     usual = built()
     with wide():

@@ -267,7 +267,7 @@ def test_a_run_that_diverges_at_once_promises_no_checkpoint_and_gives_back_the_o
     finished, corpus, tmp_path, capsys
 ):
     """With weights that are not numbers, which are refused, and with ones that are too large to compute with."""
-    copy, broken, model = tmp_path / "copy", tmp_path / "broken", load(finished).model
+    copy, broken, model = tmp_path / "copy", tmp_path / "broken", load(finished).model.unet
     shutil.copytree(finished, copy)
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     for value, code in ((np.nan, 2), (3e38, 1)):
@@ -295,8 +295,8 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_with_its_weights_again
     arguments = ["--dataset", str(corpus), "--out", str(tmp_path / "run"), "--init", str(finished), *SMALL]
     config = run_module.parse(arguments)
     prepare_new(config)
-    begun = set_up(dataclasses.replace(config, resume=True)).model
-    np.testing.assert_array_equal(begun.embedding, load(finished).model.embedding)
+    begun = set_up(dataclasses.replace(config, resume=True)).model.unet
+    np.testing.assert_array_equal(begun.embedding, load(finished).model.unet.embedding)
 
 
 def test_a_run_whose_folder_vanishes_is_saved_beside_it_and_goes_on_from_there(

@@ -196,7 +196,7 @@ def test_what_was_scored_is_not_scored_again_and_an_interruption_loses_one_chunk
     requests = [
         asked("loglikelihood", "so it", text) for text in (" goes", " went", " is over for now, and they left", " ends")
     ]
-    calls, compute = [], likelihoods.score_windows
+    calls, compute = [], likelihoods.score_positions
 
     def interrupted(*arguments, **settings):
         if len(calls) == 2:
@@ -204,13 +204,13 @@ def test_what_was_scored_is_not_scored_again_and_an_interruption_loses_one_chunk
         calls.append(arguments)
         return compute(*arguments, **settings)
 
-    monkeypatch.setattr(likelihoods, "score_windows", interrupted)
+    monkeypatch.setattr(likelihoods, "score_positions", interrupted)
     with pytest.raises(KeyboardInterrupt):
         harness_model(registered("sfe"), cache=cache).loglikelihood(requests, disable_tqdm=True)
-    monkeypatch.setattr(likelihoods, "score_windows", lambda *a, **s: calls.append(a) or compute(*a, **s))
+    monkeypatch.setattr(likelihoods, "score_positions", lambda *a, **s: calls.append(a) or compute(*a, **s))
     found = harness_model(registered("sfe"), cache=cache).loglikelihood(requests, disable_tqdm=True)
     assert len(calls) == 3
-    monkeypatch.setattr(likelihoods, "score_windows", None)
+    monkeypatch.setattr(likelihoods, "score_positions", None)
     assert harness_model(registered("sfe"), cache=cache).loglikelihood(requests, disable_tqdm=True) == found
 
 

@@ -157,7 +157,7 @@ def test_callbacks_are_told_of_steps_and_validations(corpus, tmp_path):
         Display(quiet=True),
         on_step=lambda step, record: steps.append((step, record["bpb"])),
         on_validation=lambda step, record, model: validations.append(
-            (step, record["val_bpb"], model().embedding.shape)
+            (step, record["val_bpb"], model().unet.embedding.shape)
         ),
     )
     records = list(read_metrics(tmp_path))

@@ -10,6 +10,7 @@ from unet.chunkers import (
     Chunker,
     Deviation,
     Distribute,
+    Insert,
     LeaveToDecoder,
     MaxPool,
     MeanPool,
@@ -29,13 +30,18 @@ from unet.files.pretrained import load_hnet, load_pretrained, save_blt, save_hne
 from unet.files.saving import Loaded, LoadError, load, save
 from unet.hierarchy import AbstractStage, Flat, Hierarchy, Level
 from unet.hnet import HNetConfig
+from unet.language_model import AbstractLanguageModel
 from unet.likelihood import next_logprobs
 from unet.losses import LossOutput, Prediction
 from unet.model import UNet
+from unet.tokens.model import TokenModel
+from unet.tokens.tokenizer import Tokenizer, train_tokenizer
+from unet.transformer import TransformerConfig
 from unet.widened import Widened
 
 __all__ = [
     "AbstractDownsampler",
+    "AbstractLanguageModel",
     "AbstractStage",
     "AbstractUpsampler",
     "AttentionPool",
@@ -49,6 +55,7 @@ __all__ = [
     "Generation",
     "HNetConfig",
     "Hierarchy",
+    "Insert",
     "LeaveToDecoder",
     "Level",
     "LoadError",
@@ -64,6 +71,9 @@ __all__ = [
     "Smooth",
     "TextBoundaries",
     "TextStream",
+    "TokenModel",
+    "Tokenizer",
+    "TransformerConfig",
     "UNet",
     "UNetConfig",
     "Widened",
@@ -84,5 +94,6 @@ __all__ = [
     "score",
     "to_blt_ids",
     "to_reference",
+    "train_tokenizer",
     "utf8",
 ]

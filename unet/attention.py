@@ -14,6 +14,7 @@ from estimators.bounds import Width, require_within
 from estimators.equations import soft_cap
 from unet.cross import VisibleTokens
 from unet.decoding.kv_cache import AnyCache, KVCache, KVUpdate, attend_cached
+from unet.experts import ExpertLoss
 from unet.fused_attention import AttentionForm, attend_fused, refusal, unable
 from unet.layers import Linear, Rotary, for_all_heads, require_heads
 from unet.ops.mosaic import Implementation, dispatch
@@ -184,7 +185,8 @@ class BlockContext(eqx.Module):
 
     For attention, `rotary` is the position embedding, and `visibility` says which of these positions see which; it is None in
     decoding once there are KV caches to attend to as well. For stacks that attend to tokens, `tokens` are the unfolded tokens
-    of the inner level. Matrix products use the dtype `compute`.
+    of the inner level. Matrix products use the dtype `compute`. Mixtures of experts drop choices and report losses only in
+    `training`.
     """
 
     layout: Layout
@@ -192,13 +194,16 @@ class BlockContext(eqx.Module):
     visibility: Visibility | None
     tokens: VisibleTokens | None = None
     compute: str = eqx.field(static=True, default="float32")
+    training: bool = eqx.field(static=True, default=False)
 
 
 class LayerOutput(eqx.Module):
-    """Hidden states, and the update of the layer's decode state (None in training)."""
+    """Hidden states, the update of the layer's decode state (None in training), and in training the loss of its mixtures of
+    experts, if there are any."""
 
     hidden: Float[Array, "batch length dim"]
     update: PyTree[Array]
+    experts: ExpertLoss | None = None
 
 
 class AbstractMixer(eqx.Module):

@@ -16,6 +16,7 @@ from estimators.base import Layout
 from unet.attention import AbstractMixer, Attention, BlockContext, LayerOutput, Visibility
 from unet.cross import CrossLayer, VisibleTokens
 from unet.decoding.kv_cache import is_unallocated
+from unet.experts import Experts
 from unet.fused_attention import AttentionForm
 from unet.layers import NORM_EPSILON, ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU
 
@@ -76,7 +77,8 @@ class Block(AbstractBlock):
 
 
 class PreNorm(AbstractBlock):
-    r"""$x \mathrel{+}= \mathrm{mixer}(N(x))$ and, if there is an MLP, $x \mathrel{+}= \mathrm{mlp}(N(x))$ (H-Net).
+    r"""$x \mathrel{+}= \mathrm{mixer}(N(x))$ and, if there is an MLP or a mixture of experts, $x \mathrel{+}= \mathrm{mlp}(N(x))$
+    (H-Net).
 
     The residual stream keeps the dtype of x; mixer and MLP work in the compute dtype.
     """
@@ -84,9 +86,9 @@ class PreNorm(AbstractBlock):
     before_mixer: ScaleNorm
     mixer: AbstractMixer
     before_mlp: ScaleNorm | None
-    mlp: SwiGLU | None
+    mlp: SwiGLU | Experts | None
 
-    def __init__(self, dim: int, mixer: AbstractMixer, mlp: SwiGLU | None, *, epsilon: float = NORM_EPSILON):
+    def __init__(self, dim: int, mixer: AbstractMixer, mlp: SwiGLU | Experts | None, *, epsilon: float = NORM_EPSILON):
         """Without an `mlp` the block is the mixer alone. `epsilon` is that of the norms."""
         self.before_mixer, self.mixer = ScaleNorm(dim, epsilon), mixer
         self.before_mlp, self.mlp = (None, None) if mlp is None else (ScaleNorm(dim, epsilon), mlp)
@@ -104,9 +106,13 @@ class PreNorm(AbstractBlock):
     ) -> LayerOutput:
         mixed = self.mixer(self.before_mixer(x).astype(context.compute), context, state)
         x = x + mixed.hidden.astype(x.dtype)
-        if self.mlp is not None and self.before_mlp is not None:
-            x = x + self.mlp(self.before_mlp(x).astype(context.compute)).astype(x.dtype)
-        return LayerOutput(x, mixed.update)
+        if self.mlp is None or self.before_mlp is None:
+            return LayerOutput(x, mixed.update)
+        inputs = self.before_mlp(x).astype(context.compute)
+        if isinstance(self.mlp, SwiGLU):
+            return LayerOutput(x + self.mlp(inputs).astype(x.dtype), mixed.update)
+        chosen = self.mlp(inputs, context.layout.mask, training=context.training)
+        return LayerOutput(x + chosen.hidden.astype(x.dtype), mixed.update, chosen.loss)
 
 
 class Attending(AbstractBlock):
@@ -202,17 +208,20 @@ class Stack(eqx.Module):
         layout: Layout,
         state: tuple[PyTree[Array], ...] | None = None,
         tokens: VisibleTokens | None = None,
+        *,
+        training: bool = False,
     ) -> LayerOutput:
-        """The hidden states, and the updates of the blocks' states. `tokens`: those of the inner level, for a stack that
-        attends to them. Raises `ValueError` if such a stack gets none."""
-        context = self._context(x, layout, state, tokens)
-        stream, updates = x if self.norm is None else x.astype(jnp.float32), []
+        """The hidden states, the updates of the blocks' states, and in `training` the loss of mixtures of experts. `tokens`:
+        those of the inner level, for a stack that attends to them. Raises `ValueError` if such a stack gets none."""
+        context = self._context(x, layout, state, tokens, training)
+        stream, updates, experts = x if self.norm is None else x.astype(jnp.float32), [], None
         for block, old in zip(self.blocks, (None,) * len(self.blocks) if state is None else state, strict=True):
             output = (eqx.filter_checkpoint(block) if self.remat else block)(stream, context, old)
             stream = output.hidden
+            experts = experts if output.experts is None else output.experts.plus(experts)
             updates.append(output.update)
         hidden = stream if self.norm is None else self.norm(stream).astype(x.dtype)
-        return LayerOutput(hidden, None if state is None else tuple(updates))
+        return LayerOutput(hidden, None if state is None else tuple(updates), experts)
 
     def _context(
         self,
@@ -220,6 +229,7 @@ class Stack(eqx.Module):
         layout: Layout,
         state: tuple[PyTree[Array], ...] | None,
         tokens: VisibleTokens | None,
+        training: bool,
     ) -> BlockContext:
         rotary = visibility = unfolded = None
         rotary_dim = next((block.rotary_dim for block in self.blocks if block.rotary_dim is not None), None)
@@ -234,7 +244,7 @@ class Stack(eqx.Module):
                     "the stack would attend to tokens, but there are none: it must be the decoder of a Hierarchy"
                 )
             unfolded = tokens.replaced(self.unfold(tokens.outputs))
-        return BlockContext(layout, rotary, visibility, unfolded, str(x.dtype))
+        return BlockContext(layout, rotary, visibility, unfolded, str(x.dtype), training)
 
 
 def attending(

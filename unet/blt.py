@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Integer, PRNGKeyArray
 
-from estimators.base import BOS, AbstractEstimator
+from estimators.base import BOS, VOCAB, AbstractEstimator
 from estimators.bounds import Layers, Vectors, Width, Within
 from estimators.keys import named_key
 from unet.attention import Attention
@@ -127,10 +127,12 @@ class BLTConfig(AbstractShape):
             key=named_key(key, "ngrams"),
         )
 
-    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
+    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray, vocab: int = VOCAB) -> Parts:
         """Matrices are drawn from normals of standard deviation `inputs**-0.5`, embeddings of `dim**-0.5`; norms start at one.
-        There are `MARKS` embeddings. Raises `ValueError` for another number of estimators than token levels, and for a chunker
-        whose tokens are not as wide as the main network."""
+        There are `MARKS` embeddings. Raises `ValueError` for another number of estimators than token levels, for a chunker whose
+        tokens are not as wide as the main network, and for another `vocab` than that of bytes."""
+        if vocab != VOCAB:
+            raise ValueError(f"this shape reads bytes, not the {vocab} tokens of a tokenizer")
         if len(estimators) != self.levels:
             raise ValueError(f"this shape has {self.levels} token levels; got {len(estimators)} estimators")
         dim = self.dims[0]

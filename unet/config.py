@@ -112,9 +112,9 @@ class AbstractShape(ABC):
         """The width of a head and the window (None: all positions) of the kinds of self-attention that the shape has."""
 
     @abstractmethod
-    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
-        """A new model of this shape with one estimator for each token level, the outermost first. Raises `ValueError` for
-        another number of estimators."""
+    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray, vocab: int = VOCAB) -> Parts:
+        """A new model of this shape with one estimator for each token level, the outermost first, over so many bytes or tokens.
+        Raises `ValueError` for another number of estimators."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class UNetConfig(AbstractShape):
         head_dim = self.dim // self.heads
         return (head_dim, self.window), (head_dim, None)
 
-    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
+    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray, vocab: int = VOCAB) -> Parts:
         """Without an estimator there is no token level and no cross-attention: a purely byte-level model of encoder and decoder
         blocks.
 
@@ -205,6 +205,6 @@ class UNetConfig(AbstractShape):
                 chunk_positions=self.token_positions == "chunk",
                 implementation=self.implementation,
             )
-        embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, dim), jnp.float32)
-        head = Linear(dim, VOCAB, key=named_key(key, "head"))
+        embedding = jax.random.normal(named_key(key, "embedding"), (vocab, dim), jnp.float32)
+        head = Linear(dim, vocab, key=named_key(key, "head"))
         return Parts(embedding, stage, RMSNorm(dim), head, self.new_ngrams(key))

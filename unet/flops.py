@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import equinox as eqx
 import jax
@@ -12,10 +12,13 @@ from jaxtyping import PyTree
 from estimators.base import AbstractEstimator, Frozen
 from unet.attention import AbstractMixer, Attention
 from unet.blocks import AbstractBlock, Attending, Block, PreNorm, Stack
+from unet.experts import Experts
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
+from unet.language_model import AbstractLanguageModel
 from unet.layers import Linear
 from unet.mamba import Mamba2
 from unet.model import UNet
+from unet.tokens.model import TokenModel
 from unet.widened import Widened
 
 
@@ -40,22 +43,33 @@ class Flops:
         """All parts together."""
         return self.embed + self.encode + self.boundary + self.mid + self.decode + self.heads
 
+    def times(self, factor: float) -> Flops:
+        """Every part times a factor."""
+        return Flops(*(factor * part for part in astuple(self)))
 
-def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (), samples: int = 1) -> Flops:
+
+def matrix_flops(
+    model: AbstractLanguageModel, *, rate: float, inner_rates: Sequence[float] = (), samples: int = 1
+) -> Flops:
     """6 per parameter and byte (or token, at the token level); embeddings are lookups (score-function paper, appendix D).
 
     `rate` is in tokens per byte, each of `inner_rates` in tokens per token of the level around. All parameters count except the
     embedding, which counts only if it is tied; a frozen parameter counts 2, for the forward pass alone. With several `samples`
     of boundaries, everything after the encoder but the early-exit head runs that many times. `mid` includes everything inside
-    the token level, further levels too. Raises `ValueError` if rates of levels are missing.
+    the token level, further levels too. In a model of tokens everything, the head of its vocabulary too, runs at `rate` tokens
+    per byte, and its own levels have the `inner_rates`. Raises `ValueError` if rates of levels are missing.
     """
+    if isinstance(model, TokenModel):
+        own = _own_rates(model, inner_rates)
+        return matrix_flops(model.unet, rate=own[0], inner_rates=own[1:], samples=samples).times(rate)
+    model = model.unet
 
     def stage_cost(stage: AbstractStage, rates: Sequence[float]) -> float:
         """Operations of a stage inside a token level, for each of its positions."""
         if isinstance(stage, Widened):
             return 6.0 * stage.padding.size + stage_cost(stage.stage, rates)
         if isinstance(stage, Flat):
-            return 6.0 * _size(stage.stack)
+            return 6.0 * _stack_size(stage.stack, 0.0)
         if isinstance(stage, Hierarchy):
             trained, frozen = _sizes(stage.estimator)
             outside = 6.0 * (_size(stage.encoder) + _stack_size(stage.decoder, rates[0])) + 6.0 * trained + 2.0 * frozen
@@ -66,7 +80,7 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
     trained, frozen = (0, 0) if outer.estimator is None else _sizes(outer.estimator)
     return Flops(
         embed=0.0,
-        encode=6.0 * _size(outer.encoder),
+        encode=6.0 * _stack_size(outer.encoder, 0.0),
         boundary=6.0 * trained + 2.0 * frozen,
         mid=0.0 if outer.inner is None else samples * rate * stage_cost(outer.inner, inner_rates),
         decode=6.0 * samples * _stack_size(outer.decoder, rate),
@@ -75,13 +89,19 @@ def matrix_flops(model: UNet, *, rate: float, inner_rates: Sequence[float] = (),
     )
 
 
-def layer_flops(model: UNet, *, length: int, rate: float, inner_rates: Sequence[float] = (), samples: int = 1) -> Flops:
+def layer_flops(
+    model: AbstractLanguageModel, *, length: int, rate: float, inner_rates: Sequence[float] = (), samples: int = 1
+) -> Flops:
     """Every product of every layer, the backward pass counted as twice the forward (H-Net, appendix B).
 
     Self-attention sees `length` positions at byte level, at most its window, and `length · rate` at token level; the masked
     half is not deducted, as in the paper. Cross-attention sees the vectors of one token. Embeddings count as products with
-    one-hot vectors. Everything else is as in `matrix_flops`.
+    one-hot vectors. Everything else is as in `matrix_flops`; a model of tokens sees `length · rate` of them.
     """
+    if isinstance(model, TokenModel):
+        own, tokens = _own_rates(model, inner_rates), round(length * rate)
+        return layer_flops(model.unet, length=tokens, rate=own[0], inner_rates=own[1:], samples=samples).times(rate)
+    model = model.unet
 
     def stage_cost(stage: AbstractStage, positions: float, rates: Sequence[float]) -> float:
         if isinstance(stage, Widened):
@@ -112,12 +132,15 @@ def layer_flops(model: UNet, *, length: int, rate: float, inner_rates: Sequence[
 
 
 def _stack_size(stack: Stack | None, rate: float) -> float:
-    """Parameters of a stack; those applied to tokens (their unfolding, keys and values) are weighted by `rate`."""
+    """Parameters of a stack; those applied to tokens (their unfolding, keys and values) are weighted by `rate`, those of experts
+    by the share of them that a position chooses."""
     if stack is None:
         return 0.0
     attending = [block.cross for block in stack.blocks if isinstance(block, Attending)]
     of_tokens = _size((stack.unfold, [(cross.before_key_value, cross.key_value) for cross in attending]))
-    return _size(stack) - (1 - rate) * of_tokens
+    mixtures = [block.mlp for block in stack.blocks if isinstance(block, PreNorm) and isinstance(block.mlp, Experts)]
+    idle = sum((1 - mlp.choices / mlp.experts) * (mlp.value_gate.size + mlp.out.size) for mlp in mixtures)
+    return _size(stack) - (1 - rate) * of_tokens - idle
 
 
 def _stack_forward(stack: Stack | None, positions: float, rate: float = 0.0) -> float:
@@ -146,7 +169,11 @@ def _block_forward(block: AbstractBlock, seen: float) -> float:
     if isinstance(block, Attending):
         return _block_forward(block.block, seen)
     if isinstance(block, PreNorm):
-        return _mixer_forward(block.mixer, seen) + (0.0 if block.mlp is None else _mlp_forward(block.mlp.out))
+        mixed = _mixer_forward(block.mixer, seen)
+        if isinstance(block.mlp, Experts):
+            one = 2.0 * 3 * block.mlp.out.size / block.mlp.experts + 5 * block.mlp.out.shape[2]
+            return mixed + block.mlp.choices * one + 2 * block.mlp.router.weight.size
+        return mixed + (0.0 if block.mlp is None else _mlp_forward(block.mlp.out))
     raise ValueError(f"the operations of a {type(block).__name__} cannot be counted")
 
 
@@ -177,6 +204,15 @@ class _Outermost:
     estimator: AbstractEstimator | None = None
     inner: AbstractStage | None = None
     decoder: Stack | None = None
+
+
+def _own_rates(model: TokenModel, inner_rates: Sequence[float]) -> Sequence[float]:
+    """The rates of the levels inside the tokenizer, which are all that its `UNet` has; 0 without any."""
+    if len(inner_rates) < len(model.estimators):
+        raise ValueError(
+            f"{len(model.estimators)} levels inside the tokenizer need as many inner_rates; got {list(inner_rates)}"
+        )
+    return inner_rates or (0.0,)
 
 
 def _outermost(model: UNet, inner_rates: Sequence[float]) -> _Outermost:

@@ -28,6 +28,7 @@ from unet.chunkers.up import last_output
 from unet.cross import visible_tokens
 from unet.decoding.kv_cache import is_unallocated
 from unet.decoding.sparse import for_closed
+from unet.experts import ExpertLoss
 from unet.ops import Implementation, boundary_scan, token_of
 
 Batched = TypeVar("Batched")
@@ -61,11 +62,13 @@ def boundary_depth(levels: Sequence[Level], mask: Bool[Array, "batch length"]) -
 
 
 class StageOutput(eqx.Module):
-    """The stage's hidden states, its levels, the outermost first, and the update of its decode state (None in training)."""
+    """The stage's hidden states, its levels, the outermost first, the update of its decode state (None in training), and in
+    training the loss of its mixtures of experts, if there are any."""
 
     hidden: Float[Array, "batch length dim"]
     levels: tuple[Level, ...]
     update: PyTree[Array] = None
+    experts: ExpertLoss | None = None
 
 
 class StageSampling(eqx.Module):
@@ -205,8 +208,8 @@ class Flat(AbstractStage):
     def decode(
         self, encoded: Encoded, sampling: StageSampling, state: PyTree[Array] = None, *, capacity: int | None = None
     ) -> StageOutput:
-        output = self.stack(encoded.hidden, encoded.layout, state)
-        return StageOutput(output.hidden, (), output.update)
+        output = self.stack(encoded.hidden, encoded.layout, state, training=sampling.training)
+        return StageOutput(output.hidden, (), output.update, output.experts)
 
 
 class HierarchyUpdate(eqx.Module):

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from estimators.base import VOCAB, AbstractEstimator
-from estimators.bounds import Width, Within, shown
+from estimators.bounds import Positive, Weight, Width, Within, shown
 from estimators.keys import named_key
 from unet.attention import Attention
 from unet.blocks import PreNorm, Stack, attending
 from unet.config import AbstractShape, Parts
+from unet.experts import Experts
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.layers import Linear, ScaleNorm, SwiGLU
 from unet.mamba import HEAD, Mamba2
@@ -118,6 +119,17 @@ class HNetConfig(AbstractShape):
     """Rotary positions of tokens: the index of the token, or the position of its boundary in the level around."""
     tie_embeddings: bool = False
     """Tie the output head to the byte embedding."""
+    experts: Annotated[int, Within(1, 1024)] = 1
+    """Experts that the MLP of every layer is replaced by: a mixture, for shapes without token levels; 1: a plain MLP."""
+    experts_chosen: Annotated[int, Within(1, 1024)] = 1
+    """Experts that every position chooses."""
+    expert_capacity: Annotated[float, Within(0.01, 1024.0)] = 1.25
+    """Positions of a sequence that each expert has room for in training, as a multiple of what equal shares would be; choices
+    beyond are dropped and counted."""
+    balance_weight: Weight = 0.01
+    """Weight of the loss that balances the experts, summed over layers."""
+    embedding_std: Positive = 1.0
+    """Standard deviation of the initial embedding; 0.02 suits a tied one of many tokens."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,6 +144,10 @@ class HNetConfig(AbstractShape):
             self._check_stage(stage, letters)
         if self.attend != "none":
             self._check_attend(networks)
+        if self.experts > 1 and networks.depth:
+            raise ValueError(f"experts {self.experts} are for layouts without token levels; got {self.layout}")
+        if self.experts_chosen > self.experts:
+            raise ValueError(f"experts_chosen {self.experts_chosen} is more than there are experts, {self.experts}")
 
     def _check_stage(self, stage: int, letters: str) -> None:
         dim, heads, rotary_dim = self.dims[stage], self.heads[stage], self.rotary_dims[stage]
@@ -175,17 +191,18 @@ class HNetConfig(AbstractShape):
         ]
         return tuple((self.dims[stage] // self.heads[stage], self.windows[stage] or None) for stage in attending)
 
-    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray) -> Parts:
+    def parts(self, estimators: Sequence[AbstractEstimator], *, key: PRNGKeyArray, vocab: int = VOCAB) -> Parts:
         """Weights are initialised as in the released code: normal with standard deviation .02. For the projections that end a
         layer this is divided by the square root of the number of residual additions in this stage and the stages around it. The
-        embedding, tied or not, has a standard deviation of 1."""
+        embedding, tied or not, has a standard deviation of `embedding_std`."""
         networks = read_layout(self.layout)
         if len(estimators) != networks.depth:
             raise ValueError(f"{self.layout} has {networks.depth} token levels; got {len(estimators)} estimators")
         head = None
         if not self.tie_embeddings:
-            head = Linear.of(STD * jax.random.normal(named_key(key, "head"), (self.dims[0], VOCAB), jnp.float32))
-        embedding = jax.random.normal(named_key(key, "embedding"), (VOCAB, self.dims[0]), jnp.float32)
+            head = Linear.of(STD * jax.random.normal(named_key(key, "head"), (self.dims[0], vocab), jnp.float32))
+        embedding = jax.random.normal(named_key(key, "embedding"), (vocab, self.dims[0]), jnp.float32)
+        embedding = embedding * self.embedding_std
         stage = self._stage(networks, 0, 0, tuple(estimators), named_key(key, "stage"))
         return Parts(embedding, stage, None, head, self.new_ngrams(key))
 
@@ -242,8 +259,24 @@ class HNetConfig(AbstractShape):
             mixer = Mamba2(dim, state=self.state, conv_width=self.conv_width, expand=self.expand, key=key_mixer)
         else:
             mixer = Attention(dim, heads, cap=None, rotary_dim=rotary_dim, key=key_mixer)
-        mlp = SwiGLU(dim, self.mlp_dims[stage], key=key_mlp) if letter in "MT" else None
+        mlp = self._mlp(stage, residuals, key_mlp) if letter in "MT" else None
         return _reinitialised(PreNorm(dim, mixer, mlp), residuals, key_draw)
+
+    def _mlp(self, stage: int, residuals: int, key: PRNGKeyArray) -> SwiGLU | Experts:
+        dim, hidden = self.dims[stage], self.mlp_dims[stage]
+        if self.experts == 1:
+            return SwiGLU(dim, hidden, key=key)
+        return Experts(
+            dim,
+            hidden,
+            self.experts,
+            choices=self.experts_chosen,
+            capacity_factor=self.expert_capacity,
+            balance_weight=self.balance_weight,
+            std=STD,
+            out_std=STD / residuals**0.5,
+            key=key,
+        )
 
 
 def _stages(networks: Networks) -> list[str]:

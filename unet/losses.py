@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from estimators.base import AbstractObjective, Layout, ObjectiveInputs, ObjectiveOutput
 from estimators.equations import masked_mean
+from unet.experts import ExpertLoss
 from unet.hierarchy import Level, repeated, without_copies
 from unet.likelihood import continues, log_prob_of, next_logprobs
 from unet.ops import token_of
@@ -21,13 +23,15 @@ class Prediction(eqx.Module):
     """Logits of the next byte at each position, those of the early-exit head if there is one, and the levels of the hierarchy.
 
     `early_logits` depend on no boundary, so all samples of a sequence (adjacent in the batch) share one row of them.
-    `early_positions`, if given: their positions, the same in every sequence.
+    `early_positions`, if given: their positions, the same in every sequence. `experts`: in training the loss of mixtures of
+    experts, if there are any.
     """
 
     logits: Float[Array, "batch length vocab"]
     early_logits: Float[Array, "sequences positions vocab"] | None
     levels: tuple[Level, ...]
     early_positions: Int[Array, " positions"] | None = None
+    experts: ExpertLoss | None = None
 
 
 class LossOutput(eqx.Module):
@@ -48,12 +52,16 @@ class LossOutput(eqx.Module):
     overflow: Float[Array, ""]
     padding: Float[Array, ""]
     metrics: dict[str, Float[Array, ""]]
+    target_of: Float[Array, ""] | None = None
 
     @property
     def free_rate(self) -> Float[Array, ""]:
         r"""The fraction of bytes with a boundary that was drawn, kept or dropped, among those where no constraint forces or
         forbids one: $\sum_{i \notin C} a_i / \sum_{i \notin C} 1$ over valid bytes, C the `Boundaries.constrained`. It is what a
-        target rate asks for; without constraints, `rate + overflow`."""
+        target rate asks for; without constraints, `rate + overflow`. Of a model of tokens, the same for the level inside the
+        tokenizer (`target_of`)."""
+        if self.target_of is not None:
+            return self.target_of
         return self.metrics.get("free_rate", self.rate + self.overflow)
 
 
@@ -178,7 +186,8 @@ def losses(
     samples: int = 1,
     capacity: int | None = None,
 ) -> LossOutput:
-    r"""The language-model loss plus the objectives' losses of all levels (SFE eq. 22; H-Net eq. 10, one loss for each stage).
+    r"""The language-model loss plus the objectives' losses of all levels (SFE eq. 22; H-Net eq. 10, one loss for each stage) and
+    the balance losses of mixtures of experts.
 
     $-\mathrm{mean}_i \log p(x_{i+1} \mid x_{\le i}) + \sum_s L_s$ in nats per byte. `capacity`: tokens per sequence that the
     outermost token level could hold (None: as many as there are bytes).
@@ -190,7 +199,10 @@ def losses(
     outputs = [objective(one) for objective, one in zip(objectives, inputs, strict=True)]
     early = None if reward.early_log_prob is None else jnp.sum(reward.early_log_prob) / count
     loss = sum((output.loss for output in outputs), -log_prob)
-    return _summary(loss, log_prob, early, outputs, prediction.levels, layout, capacity)
+    if prediction.experts is None:
+        return _summary(loss, log_prob, early, outputs, prediction.levels, layout, capacity)
+    summary = _summary(loss + prediction.experts.loss, log_prob, early, outputs, prediction.levels, layout, capacity)
+    return dataclasses.replace(summary, metrics={**summary.metrics, **prediction.experts.metrics})
 
 
 def _summary(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import equinox as eqx
@@ -17,7 +17,9 @@ from estimators.bounds import Count, Samples, require_within
 from estimators.decode_state import AbstractDecodeState, last_positions, update_state
 from unet.capacity import smallest_with_room, switch_with_gradient
 from unet.config import AbstractShape
+from unet.decoding.alphabet import BYTES, Alphabet, byte_alphabet
 from unet.hierarchy import AbstractStage, Encoded, StageOutput, StageSampling, repeated, without_copies
+from unet.language_model import AbstractLanguageModel
 from unet.layers import Linear, RMSNorm
 from unet.likelihood import plain_layout
 from unet.losses import LossOutput, Prediction, losses
@@ -74,7 +76,9 @@ def check_bytes(bytes: Integer[Array, "batch length"], vocab: int = VOCAB) -> In
         # NumPy, since jax.numpy would return a tracer while an outer function is being traced.
         low, high = int(np.min(np.asarray(bytes))), int(np.max(np.asarray(bytes)))
         if low < 0 or high >= vocab:
-            raise ValueError(f"bytes must lie between 0 and {vocab - 1}; got {low if low < 0 else high}")
+            raise ValueError(
+                f"{'bytes' if vocab == VOCAB else 'symbols'} must lie between 0 and {vocab - 1}; got {low if low < 0 else high}"
+            )
     return bytes
 
 
@@ -105,13 +109,14 @@ def _choices(capacities: Sequence[int | Sequence[int]] | int) -> tuple[tuple[int
     return (levels[0] if levels else ()), tuple(level[-1] for level in levels)
 
 
-class UNet(eqx.Module):
+class UNet(AbstractLanguageModel):
     """A byte-level autoregressive U-Net whose token boundaries an estimator draws (SFE section 2.2).
 
     `model(bytes, key=key)` predicts; `model.loss(bytes, key=key)` is the training loss; `model.decode` predicts at the next
     bytes from a decode state (`unet.generate` is the decoding loop). Without a `head` the embedding is tied: one array, whose
-    gradient is the sum over both uses. A vocabulary of more than 256 has other marks behind the bytes, such as those of a
-    published model: they are read and scored, and never drawn.
+    gradient is the sum over both uses. A `vocab` of more than 256 has other marks behind the bytes, such as those of a published
+    model, which are read and scored, and never drawn; or it is the part of a `TokenModel` that reads tokens: what is said of
+    bytes here is true of them.
     """
 
     embedding: Float[Array, "vocab dim"]
@@ -131,6 +136,7 @@ class UNet(eqx.Module):
         estimator: AbstractEstimator | Sequence[AbstractEstimator] | None,
         *,
         key: PRNGKeyArray,
+        vocab: int = VOCAB,
     ):
         """`estimator`: one for each token level, the outermost first; None for a purely byte-level model.
 
@@ -138,7 +144,7 @@ class UNet(eqx.Module):
         Raises `ValueError` if the shape has another number of token levels, or another width than a router was built for.
         """
         estimators = [estimator] if isinstance(estimator, AbstractEstimator) else list(estimator or ())
-        parts = jax.tree.map(_at_most_float32, config.parts(estimators, key=key))
+        parts = jax.tree.map(_at_most_float32, config.parts(estimators, key=key, vocab=vocab))
         for number, (router, dim) in enumerate(zip((one.router for one in estimators), config.widths, strict=False)):
             if router.dim not in (None, dim):
                 raise ValueError(
@@ -151,6 +157,48 @@ class UNet(eqx.Module):
         self.compute = config.compute
         self.early_exit_fraction = config.early_exit_fraction
         self.ngrams = parts.ngrams
+
+    @property
+    def unet(self) -> UNet:
+        return self
+
+    @property
+    def symbols(self) -> Sequence[bytes]:
+        # Other marks than bytes stand for no text.
+        return (*BYTES, *(b"",) * (self.embedding.shape[0] - VOCAB))
+
+    @property
+    def alphabet(self) -> Alphabet:
+        return byte_alphabet(self.embedding.shape[0] - VOCAB)
+
+    @property
+    def levels(self) -> int:
+        return len(self.stage.estimators)
+
+    def encode(self, text: bytes) -> Int[np.ndarray, " symbols"]:
+        return np.frombuffer(text, np.uint8).astype(np.int32)
+
+    def inputs(self, batch: Mapping[str, np.ndarray], *, shortest: int = 0) -> dict[str, PyTree[np.ndarray]]:
+        return {name: batch[name] for name in ("bytes", "segments", "mask")}
+
+    def batch_loss(
+        self,
+        batch: Mapping[str, PyTree[Array]],
+        *,
+        key: PRNGKeyArray | None,
+        target_rate: Float[Array, ""] | None = None,
+        capacities: Sequence[int | Sequence[int]] = (),
+        samples: int = 1,
+    ) -> LossOutput:
+        return self.loss(
+            batch["bytes"],
+            key=key,
+            segments=batch["segments"],
+            mask=batch["mask"],
+            target_rate=target_rate,
+            capacities=capacities,
+            samples=samples,
+        )
 
     @with_rank_promotion
     def __call__(
@@ -225,7 +273,7 @@ class UNet(eqx.Module):
                 hidden = without_copies(output.levels[0].hidden, samples)
                 hidden = hidden if early_positions is None else hidden[:, early_positions]
                 early_logits = self.early_head.in_float32(self.early_norm(hidden))
-            return Prediction(self.logits(output.hidden), early_logits, output.levels, early_positions)
+            return Prediction(self.logits(output.hidden), early_logits, output.levels, early_positions, output.experts)
 
     @property
     def output_head(self) -> Linear:

@@ -15,11 +15,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from data import Split
 from estimators import Layout, RuleRouter
-from experiments.config.build import build_model
+from experiments.config.build import build_byte_model
 from experiments.config.settings import RunConfig
 from unet import TextStream, UNet
 from unet.decoding.kv_cache import KVCache, rounded_up
-from unet.decoding.score import padded, rate_of
+from unet.decoding.score import encoded, padded, rate_of
 from unet.hierarchy import Hierarchy, HierarchyState
 
 BATCH = 16
@@ -63,7 +63,7 @@ def untrained_model(config: RunConfig) -> UNet:
     """The untrained model of a run."""
 
     def build() -> UNet:
-        return build_model(config, jax.random.key(config.seed))
+        return build_byte_model(config, jax.random.key(config.seed))
 
     return eqx.filter_jit(build)()
 
@@ -105,7 +105,9 @@ def measure_generation(config: RunConfig, split: Split, *, rounds: int) -> Gener
         lambda m: m.stage.estimator.router, model, RuleRouter(no_boundaries, 0, rate_of(model))
     )
     prompts, keys = texts_of(split, BATCH, PROMPT), jax.random.split(jax.random.key(0), 1)
-    mean_length_text = jnp.asarray(padded([texts_of(split, 1, PROMPT + GENERATED // 2 - 1)[0]]))
+    mean_length_text = jnp.asarray(
+        padded(encoded(model, [texts_of(split, 1, PROMPT + GENERATED // 2 - 1)[0]]), model.alphabet.bos)[0]
+    )
     capacity = rounded_up(round(1.3 * rate_of(model) * mean_length_text.shape[1]))
 
     def forward_seconds() -> float:

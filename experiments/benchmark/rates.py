@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from estimators.registry import EVERY_BYTE, REGULAR
 from experiments.benchmark.timing import Work, time_interleaved
-from experiments.config.build import build_model
+from experiments.config.build import build_byte_model
 from experiments.config.settings import RunConfig, transformer_shape
 
 RATES = (1.0, 1 / 2, 1 / 4, 1 / 8)
@@ -41,7 +41,7 @@ def _work(config: RunConfig, rate: float, blocks: int) -> Work:
     unet = dataclasses.replace(transformer_shape(config), main_layers=blocks)
     config = dataclasses.replace(config, unet=unet, estimator=REGULAR if rate < 1 else EVERY_BYTE, rate=min(rate, 0.5))
     key = jax.random.key(config.seed)
-    model = build_model(config, key)
+    model = build_byte_model(config, key)
     params, static = eqx.partition(model, eqx.is_inexact_array)
     bytes = jax.random.randint(key, (config.batch, config.length), 32, 127)
     capacity = round(rate * config.length)

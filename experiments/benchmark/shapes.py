@@ -5,7 +5,7 @@ from __future__ import annotations
 import equinox as eqx
 import jax
 
-from experiments.config.build import build_model
+from experiments.config.build import build_byte_model
 from experiments.config.settings import RunConfig
 from unet import UNet
 
@@ -14,6 +14,6 @@ def shapes_of(config: RunConfig) -> UNet:
     """The model of a run with a `jax.ShapeDtypeStruct` for every array. Raises `ValueError` for estimators that need data."""
 
     def build() -> UNet:
-        return build_model(config, jax.random.key(0))
+        return build_byte_model(config, jax.random.key(0))
 
     return eqx.filter_eval_shape(build)

@@ -13,12 +13,14 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from data import Split, open_batches
 from estimators.keys import named_key
 from experiments.benchmark.timing import Work
-from experiments.config.build import build_model
+from experiments.config.build import build_byte_model
 from experiments.config.errors import ConfigError
 from experiments.config.settings import RunConfig, transformer_shape
+from experiments.training.data import text_of
 from experiments.training.placement import Placement, with_implementation
-from experiments.training.prepared import RunText, prepare
+from experiments.training.prepared import prepare
 from experiments.training.step import StepMetrics, TrainState, compiled
+from experiments.training.text import RunText
 from experiments.training.trainer import Trainer
 from unet import UNet
 
@@ -37,9 +39,9 @@ def fresh_model(config: RunConfig, split: Split) -> UNet:
     """The untrained model of a run. An estimator that reads the model of another run gets an untrained one if none is named."""
     needs, key = config.first.prerequisite, jax.random.key(config.seed)
     if needs is None or getattr(config.first, needs.setting) is not None:
-        return build_model(config, key, prepare(config, split))
+        return build_byte_model(config, key, prepare(config, split))
     config = config.with_settings(**{config.parts[0].estimator.section: {needs.setting: "untrained"}})
-    return build_model(config, key, config.first.prepare(UntrainedText(config, split)))
+    return build_byte_model(config, key, config.first.prepare(UntrainedText(config, split)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def prepare_step(config: RunConfig, split: Split, *, capacities: Sequence[int] |
     model = fresh_model(config, split)
     trainer = Trainer.on(config, model, split) if capacities is None else Trainer.of(config, model, capacities)
     stream = open_batches(split, batch=config.batch, seed=config.seed)
-    batches = [placement.batch(next(stream)) for _ in range(4)]
+    batches = [placement.inputs(model.inputs(text_of(next(stream)))) for _ in range(4)]
     stream.close()
     state = placement.replicated(trainer.first_state())
     return PreparedStep(compiled(trainer.step), model, state, batches, trainer.capacity)

@@ -172,7 +172,7 @@ def curve(folder: Path, config: RunConfig | None = None) -> Curve:
         bytes_so_far, rate = record.get("bytes"), record.get(f"{prefix}rate")
         if not isinstance(bytes_so_far, int | float) or not isinstance(rate, float):
             continue
-        inner = [record.get(f"{prefix}{level_prefix(level)}rate") for level in range(1, len(config.levels))]
+        inner = [record.get(f"{prefix}{level_prefix(level)}rate") for level in range(1, config.depth)]
         inner_rates = [one for one in inner if isinstance(one, float)]
         if bytes_so_far > counted_bytes:
             per_byte = matrix_flops(model, rate=rate, inner_rates=inner_rates, samples=config.samples).total

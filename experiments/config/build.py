@@ -15,11 +15,26 @@ from experiments.config.errors import ConfigError, outside_errors, refused, requ
 from experiments.config.settings import LevelConfig, RunConfig
 from unet import UNet
 from unet.chunkers.named import ChunkerNames
+from unet.language_model import AbstractLanguageModel
+from unet.tokens.model import TokenModel
 
 
-def build_model(config: RunConfig, key: PRNGKeyArray, prepared: PyTree = None) -> UNet:
-    """A new model of a run; `prepared` is what the outermost estimator took from text. Raises `ValueError` for parts that do not
-    fit."""
+def build_model(config: RunConfig, key: PRNGKeyArray, prepared: PyTree = None) -> AbstractLanguageModel:
+    """A new model of a run; `prepared` is what the outermost estimator took from text, or the tokenizer of a model that reads
+    tokens. Raises `ValueError` for parts that do not fit."""
+    if config.reads_tokens:
+        estimators = build_estimators(config, named_key(key, "estimators"))
+        vocab = prepared.size
+        return TokenModel(prepared, UNet(config.unet, estimators, key=named_key(key, "model"), vocab=vocab))
+    return build_byte_model(config, key, prepared)
+
+
+def build_byte_model(config: RunConfig, key: PRNGKeyArray, prepared: PyTree = None) -> UNet:
+    """The same for a run that reads bytes. Raises `ConfigError` for one that reads tokens."""
+    require(
+        not config.reads_tokens,
+        f"--model {config.model} reads tokens (--tokenizer.source {config.tokenizer.source}), and this is for models of bytes",
+    )
     estimators = build_estimators(config, named_key(key, "estimators"), prepared)
     return UNet(config.unet, estimators, key=named_key(key, "model"))
 

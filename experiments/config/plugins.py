@@ -24,6 +24,7 @@ from experiments.config.parts import KINDS
 from experiments.config.settings import RunConfig
 from unet import UNet
 from unet.files.saving import WEIGHTS, Loaded, load, outside_classes
+from unet.language_model import AbstractLanguageModel
 
 
 def import_plugins(names: Sequence[str]) -> tuple[types.ModuleType, ...]:
@@ -91,7 +92,7 @@ def load_model(where: str | Path, plugins: Sequence[types.ModuleType] = ()) -> L
     return loaded
 
 
-def require_numbers(model: UNet, where: str) -> None:
+def require_numbers(model: AbstractLanguageModel, where: str) -> None:
     """Raise `ConfigError` where weights are infinite or NaN: such a model has nothing to say."""
     arrays = jax.tree_util.tree_leaves_with_path(eqx.filter(model, eqx.is_inexact_array))
     wrong = [jax.tree_util.keystr(path) for path, leaf in arrays if not np.isfinite(np.asarray(leaf)).all()]
@@ -100,6 +101,13 @@ def require_numbers(model: UNet, where: str) -> None:
             f"{where} holds weights that are not numbers, in {len(wrong)} of {len(arrays)} arrays such as {wrong[0]}: its "
             "training diverged, or the file was damaged; name another model"
         )
+
+
+def require_bytes(model: AbstractLanguageModel, where: str | Path) -> UNet:
+    """The model, if it reads bytes. Raises `ConfigError` for one that reads tokens."""
+    if not isinstance(model, UNet):
+        raise ConfigError(f"{where} holds a model of tokens, and this needs one that reads bytes: name another model")
+    return model
 
 
 def outside_modules(where: str | Path) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from estimators.bounds import LARGEST_BYTES, MARGIN, Count, Positive, Rate, Share, Weight, Within
 from experiments.config.errors import require_bounds
+from unet.tokens.tokenizer import TokenizerSize
 
 Decay = Annotated[float, Within(0.0, 1.0 - MARGIN)]
 
@@ -104,6 +105,23 @@ class DataConfig:
 
     def __post_init__(self):
         require_bounds(self, "--data.")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Tokens of a byte-pair encoding as the outermost level, which a model reads instead of bytes (pip install
+    'caesura-lm[bpe]'). Results stay in bits per byte, over the same bytes."""
+
+    source: str | None = None
+    """bpe: learned from the training text; a tokenizer.json of a byte-level encoding, such as GPT-2's; or a model of tokens (a
+    run's folder, an export, hub:owner/name), whose tokenizer is used. None: the model reads bytes."""
+    vocabulary: TokenizerSize = 50_257
+    """Tokens to learn at most, the 256 bytes among them."""
+    text_bytes: Annotated[int, Within(1, LARGEST_BYTES)] = 2**28
+    """Training text to learn them from, at most: the first that the run sees, and no more than one pass."""
+
+    def __post_init__(self):
+        require_bounds(self, "--tokenizer.")
 
 
 @dataclass(frozen=True)

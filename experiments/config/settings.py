@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -25,10 +25,12 @@ from experiments.config.sections import (
     OptimizerConfig,
     ScheduleConfig,
     TargetConfig,
+    TokenizerConfig,
 )
 from unet.blt import BLTConfig
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
+from unet.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class LevelConfig:
 class RunConfig:
     """Train a byte-level language model and its token boundaries."""
 
-    unet: tyro.conf.AvoidSubcommands[UNetConfig | HNetConfig | BLTConfig]
+    unet: tyro.conf.AvoidSubcommands[UNetConfig | HNetConfig | BLTConfig | TransformerConfig]
     """Shape of the model; the preset's unless changed."""
     estimator: str = DEFAULT
     """How boundaries are drawn and learned."""
@@ -115,6 +117,7 @@ class RunConfig:
     tracker: tuple[str, ...] = ()
     """Where to send metrics, held-out text and boundaries beside metrics.jsonl: tensorboard, wandb, trackio, or a class of your
     own as package.module:Class."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -179,6 +182,16 @@ class RunConfig:
         if self.unet.levels == 0 or not settings[0].makes_tokens:
             return ()
         return tuple(LevelConfig(*one) for one in zip(self.parts, settings, rates, strict=False))
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the model reads tokens of a byte-pair encoding instead of bytes."""
+        return self.tokenizer.source is not None
+
+    @property
+    def depth(self) -> int:
+        """The number of levels of tokens; those of a tokenizer are one."""
+        return len(self.levels) + self.reads_tokens
 
     @property
     def first(self) -> EstimatorConfig:
@@ -304,21 +317,7 @@ def _require_parts(config: RunConfig) -> None:
         bool(levels) or not config.constrain,
         f"--constrain {' '.join(config.constrain)}: there is no level of tokens whose boundaries it could constrain",
     )
-    for level in levels[1:]:
-        require(
-            not level.settings.outermost_only,
-            f"{level.estimator} reads bytes, not tokens: use it for the first level, and name --inner-estimators",
-        )
-        for part in level.parts.constraints:
-            require(
-                not getattr(part.cls, "outermost_only", False),
-                f"--inner-constrain {part.name} reads bytes, not tokens: it can only constrain the first level (--constrain)",
-            )
-        require(
-            not level.settings.needs_text and level.settings.makes_tokens,
-            f"{level.estimator} cannot be inside another level: it "
-            + ("is prepared from text" if level.settings.needs_text else "makes no tokens"),
-        )
+    _require_no_bytes_inside(config, levels if config.reads_tokens else levels[1:])
     require_free_names(config.sections)
     part = config.batch // config.optimizer.accumulate
     for level in levels:
@@ -331,3 +330,28 @@ def _require_parts(config: RunConfig) -> None:
         config.chunker != "attend" or config.unet.attend != "none",
         "--chunker attend brings no token back itself: name the blocks that attend to them with --unet.attend first or every",
     )
+    require(
+        not (config.reads_tokens and config.unet.ngrams),
+        "--unet.ngrams are embeddings of bytes, and a model with --tokenizer.source reads tokens: leave one of them out",
+    )
+
+
+def _require_no_bytes_inside(config: RunConfig, levels: Sequence[LevelConfig]) -> None:
+    """Nothing that reads bytes draws or constrains boundaries at `levels` inside others, or inside a tokenizer."""
+    for number, level in enumerate(levels):
+        first = number == 0 and config.reads_tokens
+        require(
+            not (level.settings.outermost_only or (first and level.settings.reads_bytes)),
+            f"{level.estimator} reads bytes, not tokens: use it for the first level, and name --inner-estimators"
+            + (", and no --tokenizer.source" if config.reads_tokens else ""),
+        )
+        for part in level.parts.constraints:
+            require(
+                not getattr(part.cls, "outermost_only", False),
+                f"--inner-constrain {part.name} reads bytes, not tokens: it can only constrain the first level (--constrain)",
+            )
+        require(
+            not level.settings.needs_text and level.settings.makes_tokens,
+            f"{level.estimator} cannot be inside another level{' or a tokenizer' if config.reads_tokens else ''}: it "
+            + ("is prepared from text" if level.settings.needs_text else "makes no tokens"),
+        )

@@ -17,12 +17,13 @@ from experiments.config.errors import one_line
 from unet.blt import BLTConfig
 from unet.config import UNetConfig
 from unet.hnet import HNetConfig
+from unet.transformer import TransformerConfig
 
 Settings = TypeVar("Settings")
 
 Flat = dict[str, float | int | str | None]
 """A JSON object without anything nested."""
-Shape = UNetConfig | HNetConfig | BLTConfig
+Shape = UNetConfig | HNetConfig | BLTConfig | TransformerConfig
 """The shape of a model."""
 LARGEST = 2**63
 """The largest whole number of a flat object, in size: larger ones are no numbers of steps or bytes."""
@@ -138,7 +139,12 @@ def _truth_value_or_auto(value: object, kind: object) -> bool | str:
 
 def _shape(value: object, kind: object) -> Shape:
     names = value if isinstance(value, dict) else {}
-    own = HNetConfig if "layout" in names else BLTConfig if "layers" in names else UNetConfig
+    if "layout" in names:
+        own = HNetConfig
+    elif "layers" in names:
+        own = TransformerConfig if "dim" in names else BLTConfig
+    else:
+        own = UNetConfig
     return _CONVERTER.structure(value, own)
 
 

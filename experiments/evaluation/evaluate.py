@@ -8,52 +8,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, PRNGKeyArray
 
 from data import HeldOutRow, Row
 from estimators import Layout, equations
 from estimators.bounds import Sequences, require_within
 from estimators.routers.rules import is_spacelike, is_whitespace
-from unet.hierarchy import Hierarchy, StageSampling
-from unet.likelihood import continues, next_logprobs, plain_layout
-from unet.losses import early_log_prob
-from unet.model import UNet
+from experiments.evaluation.byte_results import evaluate_batch, is_off_policy
+from unet.language_model import AbstractLanguageModel
+from unet.likelihood import plain_layout
 
 PROBABILITY_BINS = 10
 """Into how many equal parts validations divide boundary probabilities."""
 
 AnyRow = TypeVar("AnyRow", bound=Row)
-
-
-class ByteResults(eqx.Module):
-    """Per-byte results of a batch. Without a token level there are no boundaries and the probabilities are 0."""
-
-    log_prob: Float[Array, "batch length"]
-    early_log_prob: Float[Array, "batch length"] | None
-    scored: Bool[Array, "batch length"]
-    probs: Float[Array, "batch length"]
-    entropy: Float[Array, "batch length"]
-    """Entropy of the policy in nats; defined only where `decided`."""
-    decided: Bool[Array, "batch length"]
-    sampled: Bool[Array, "batch length"]
-    greedy: Bool[Array, "batch length"]
-    valid: Bool[Array, "batch length"]
-    free: Bool[Array, "batch length"]
-    """True at valid positions where no boundary is forced."""
-    overflow: Int[Array, " batch"]
-    """Number of dropped boundaries."""
-    drawn: Bool[Array, "batch length"]
-    """The boundaries before any were dropped."""
-    as_trained: Bool[Array, "batch length"]
-    """Boundaries of the router that training follows, for an off-policy router; all False for other routers."""
-    tokens: Int[Array, "batch levels"]
-    """Number of tokens at each level of the hierarchy, the outermost first."""
-    constrained: Bool[Array, "batch length"] | None = None
-    """Where a constraint forced or forbade a boundary; None without constraints."""
 
 
 @dataclass(frozen=True)
@@ -107,57 +78,6 @@ class Validation:
     """Shares of the bytes with a boundary probability within each tenth, by its number; empty where no boundary was drawn."""
 
 
-@eqx.filter_jit
-def evaluate_batch(
-    model: UNet,
-    layout: Layout,
-    key: PRNGKeyArray,
-    capacity: int | None,
-    actions: tuple[Bool[Array, "batch length"], ...] = (),
-) -> ByteResults:
-    """One forward pass with sampled boundaries, or with `actions` as boundaries. Greedy boundaries are drawn as well, but not
-    used. `capacity`: maximum tokens per sequence; with None no boundary is dropped."""
-    capacities = () if capacity is None else (capacity,)
-    mask = layout.mask
-    prediction = model(
-        layout.bytes, key=key, actions=actions, segments=layout.segments, mask=mask, capacities=capacities
-    )
-    log_prob = next_logprobs(prediction.logits, layout.bytes)
-    early = early_log_prob(prediction, layout)
-    scored, no_boundaries = continues(layout), jnp.zeros_like(mask)
-    if not prediction.levels or not isinstance(model.stage, Hierarchy):
-        zeros, no_overflow = jnp.zeros_like(log_prob), jnp.zeros(mask.shape[0], jnp.int32)
-        tokens = jnp.zeros((mask.shape[0], 0), jnp.int32)
-        return ByteResults(
-            *(log_prob, early, scored, zeros, zeros, no_boundaries, no_boundaries, no_boundaries),
-            *(mask, no_boundaries, no_overflow, no_boundaries, no_boundaries),
-            tokens,
-        )
-    level = prediction.levels[0]
-    greedy = model.stage.boundaries(level.hidden, layout, StageSampling()).actions
-    as_trained = no_boundaries
-    if is_off_policy(model):
-        as_trained = model.stage.boundaries(level.hidden, layout, StageSampling(key, training=True)).actions
-    boundaries = level.boundaries
-    return ByteResults(
-        log_prob,
-        early,
-        scored,
-        boundaries.probs,
-        equations.bernoulli_entropy(boundaries.logits),
-        boundaries.decided,
-        boundaries.actions,
-        greedy,
-        mask,
-        mask & ~layout.starts,
-        level.overflow,
-        level.drawn,
-        as_trained,
-        jnp.stack([one.lengths for one in prediction.levels], axis=1),
-        boundaries.constrained,
-    )
-
-
 def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
     """The layout of a batch of size `batch`. If there are fewer `rows`, the remaining ones are all padding."""
     missing = batch - len(rows)
@@ -168,12 +88,9 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
     return plain_layout(stack("bytes"), stack("segments"), stack("mask"))
 
 
-def is_off_policy(model: UNet) -> bool:
-    """Whether the first level trains on boundaries of another router."""
-    return any(estimator.router.off_policy for estimator in model.stage.estimators[:1])
-
-
-def evaluate(model: UNet, rows: Sequence[HeldOutRow], *, batch: int, capacity: int, key: PRNGKeyArray) -> Validation:
+def evaluate(
+    model: AbstractLanguageModel, rows: Sequence[HeldOutRow], *, batch: int, capacity: int, key: PRNGKeyArray
+) -> Validation:
     """Evaluate all `rows` in batches of size `batch` without dropping boundaries. An off-policy router is evaluated with three
     kinds of boundaries (see `Validation`)."""
     accumulator = ValidationAccumulator()
@@ -183,7 +100,7 @@ def evaluate(model: UNet, rows: Sequence[HeldOutRow], *, batch: int, capacity: i
 
 
 def evaluate_rows(
-    model: UNet,
+    model: AbstractLanguageModel,
     rows: Sequence[Row],
     *,
     batch: int,
@@ -200,7 +117,7 @@ def evaluate_rows(
 
 
 def evaluate_batches(
-    model: UNet,
+    model: AbstractLanguageModel,
     rows: Sequence[AnyRow],
     *,
     batch: int,
@@ -231,7 +148,7 @@ def evaluate_batches(
 
 
 def evaluate_without_drops(
-    model: UNet,
+    model: AbstractLanguageModel,
     layout: Layout,
     key: PRNGKeyArray,
     capacity: int,

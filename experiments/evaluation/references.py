@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +19,7 @@ from jaxtyping import Bool
 from estimators.routers.rules import is_spacelike, is_whitespace
 from experiments.config.errors import ConfigError, require
 from experiments.evaluation.byte_scores import Text
+from unet.tokens.tokenizer import BYTE_CHARACTERS, whole_characters
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -100,7 +101,7 @@ class Encoding:
         if self.reading == "latin-1":
             return [token.encode("latin-1") for token in self.tokenizer.encode(document.decode("latin-1")).tokens]
         tokens = []
-        for part in _whole_characters(document):
+        for part in whole_characters(document):
             if isinstance(part, bytes):
                 tokens.append(part)
             else:
@@ -165,35 +166,10 @@ def encoding_cuts(encoding: Encoding, text: Text, name: str) -> Bool[np.ndarray,
     return cuts
 
 
-def _whole_characters(document: bytes) -> Iterator[str | bytes]:
-    """The text of a document, and the bytes outside complete characters, in order."""
-    text = document.decode("utf-8", "surrogateescape")
-    begin = 0
-    for place, character in enumerate(text):
-        if "\udc80" <= character <= "\udcff":
-            if begin < place:
-                yield text[begin:place]
-            yield bytes([ord(character) - 0xDC00])
-            begin = place + 1
-    if begin < len(text):
-        yield text[begin:]
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level tokenizers write bytes as: printable ones of Latin-1 as themselves, the others from U+0100
-    on in order (Radford et al., GPT-2)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in plain]
-    return {chr(value): value for value in plain} | {chr(256 + rank): value for rank, value in enumerate(others)}
-
-
-_ALPHABET = _byte_alphabet()
-
-
 def _bytes_of(token: str, reading: Reading) -> bytes:
     """The bytes of a token. Raises `KeyError` for a character that is not of the byte alphabet."""
     if reading == "byte-level":
-        return bytes(_ALPHABET[character] for character in token)
+        return bytes(BYTE_CHARACTERS[character] for character in token)
     if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
         return bytes([int(token[3:5], 16)])
     return token.replace("▁", " ").encode()

@@ -27,7 +27,7 @@ from estimators import (
 )
 from estimators.equations import discounted_returns
 from estimators.keys import named_key
-from experiments.config.build import build_model
+from experiments.config.build import build_byte_model
 from experiments.config.settings import RunConfig
 from experiments.laboratory.results import Noise
 from experiments.training.data import load_split
@@ -117,7 +117,7 @@ class _Training:
         self.step = compiled(self.trainer.step)
 
     def _model(self, seed: int) -> UNet:
-        return build_model(self.config, jax.random.key(seed))
+        return build_byte_model(self.config, jax.random.key(seed))
 
     def stops(
         self, seed: int, after: Sequence[int]
@@ -134,7 +134,7 @@ class _Training:
                 arrays = {"bytes": batch["bytes"], "segments": batch["segments"], "mask": batch["mask"]}
                 state, _ = self.step(state, jax.tree.map(jnp.asarray, arrays), jax.random.fold_in(key, number))
             done = stop
-            yield stop, self.trainer.model(state.params), (here, there)
+            yield stop, self.trainer.model(state.params).unet, (here, there)
         batches.close()
 
 

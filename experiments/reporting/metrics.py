@@ -64,6 +64,10 @@ OBJECTIVES = (
     Metric("advantage_rms", "nats", "root mean square of the advantages"),
     Metric("ratio_loss", "1", "of dynamic chunking (H-Net eq. 10), unweighted"),
     Metric("prior_loss", "nats per byte", "of straight-through Gumbel, unweighted"),
+    Metric(
+        "balance_loss", "1", "of mixtures of experts, unweighted, mean over layers; 1 if all experts are chosen alike"
+    ),
+    Metric("dropped_choices", "fraction", "of the choices of experts that had no room, mean over layers"),
     Metric("imitation_loss", "nats per byte", "cross-entropy of a distilled policy, unweighted"),
 )
 """Metrics in `metrics.jsonl` from the objective of the first level. Objectives of inner levels add the prefix `level{n}_`. Custom

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from experiments.config.settings import RunConfig
-from experiments.reporting.summary import Summary
+from experiments.reporting.summary import Summary, target_rates
 from experiments.terminal import escaped
 from experiments.training.metrics_log import read_metrics
 from unet.files.saving import write_atomically
@@ -120,7 +120,8 @@ def curves_picture(folder: Path, config: RunConfig) -> bytes:
     _curve(rate, records, "val_rate", "#c0392b", "held out", marker="o")
     if config.constrain:
         _curve(rate, records, "val_free_rate", "#8e44ad", "held out, of free bytes", marker="o")
-    rate.axhline(config.rate, color="#333333", linewidth=0.8, linestyle="--", label="target")
+    if not config.reads_tokens:
+        rate.axhline(config.rate, color="#333333", linewidth=0.8, linestyle="--", label="target")
     rate.set_ylim(0, None)
     rate.set_title("fraction of bytes with a boundary")
     _curve(agreement, records, "val_whitespace_auc", "#333333", "AUC of p", marker="o")
@@ -201,7 +202,7 @@ def _result_rows(config: RunConfig, summary: Summary) -> Iterable[str]:
             )
             if summary.get(name) is not None
         ),
-        ("Boundary rate, target", f"{_number(summary['val_rate'], digits=3)}, {config.rate:g}"),
+        ("Boundary rate, target", f"{_number(summary['val_rate'], digits=3)}, {_target(summary['target_rate'])}"),
         *(
             [("… of the bytes that constraints leave free", _number(summary["val_free_rate"], digits=3))]
             if config.constrain
@@ -210,9 +211,9 @@ def _result_rows(config: RunConfig, summary: Summary) -> Iterable[str]:
         *(
             (
                 f"… at inner level {level}, target",
-                f"{_number(summary[f'val_{level_prefix(level)}rate'], digits=3)}, {settings.rate:g}",
+                f"{_number(summary[f'val_{level_prefix(level)}rate'], digits=3)}, {_target(target)}",
             )
-            for level, settings in enumerate(config.levels)
+            for level, target in enumerate(target_rates(config))
             if level
         ),
         ("White space: AUC of p", _number(summary["val_whitespace_auc"])),
@@ -232,6 +233,10 @@ def _result_rows(config: RunConfig, summary: Summary) -> Iterable[str]:
         ("Training time, s", _number(summary["seconds"], digits=0)),
     ]
     return (f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows)
+
+
+def _target(rate: float | int | str | None) -> str:
+    return "that of the tokenizer" if rate is None else f"{rate:g}"
 
 
 def _number(value: float | int | str | None, unit: float = 1.0, digits: int = 4) -> str:

@@ -10,11 +10,11 @@ import numpy as np
 
 from data import Row
 from experiments.evaluation.evaluate import evaluate_batch, stack_rows
-from unet import UNet
+from unet.language_model import AbstractLanguageModel
 from unet.shading.characters import Character, characters
 
 
-def shade(model: UNet, rows: Sequence[Row], *, seed: int) -> list[list[Character]]:
+def shade(model: AbstractLanguageModel, rows: Sequence[Row], *, seed: int) -> list[list[Character]]:
     """The characters of each row with boundary probabilities and sampled boundaries. Invalid bytes become U+FFFD."""
     result = evaluate_batch(model, stack_rows(rows, len(rows)), jax.random.key(seed), None)
     probs, sampled = np.asarray(result.probs), np.asarray(result.sampled)

@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 
 from experiments.config.settings import RunConfig
+from experiments.training.prepared import figures_of
 from experiments.training.records import held_out
 from experiments.training.train import Outcome
 from unet.flops import layer_flops, matrix_flops
 from unet.losses import level_prefix
 
 Summary = dict[str, float | int | str | None]
+
+
+def target_rates(config: RunConfig) -> list[float | None]:
+    """The target rate of each level, the outermost first; None of the tokens of a tokenizer, which come as they come."""
+    inside = [level.rate for level in config.levels]
+    return [None, *inside] if config.reads_tokens else [config.rate, *inside[1:]]
 
 
 def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
@@ -41,11 +48,9 @@ def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
             inner_rates=validation.inner_rates,
             samples=config.samples,
         ).total,
-        "target_rate": config.rate,
         **held_out(validation),
     }
-    if outcome.prepared is not None:
-        summary |= config.first.figures(outcome.prepared)
-    for level, settings in enumerate(config.levels[1:], start=1):
-        summary[f"{level_prefix(level)}target_rate"] = settings.rate
+    summary |= figures_of(config, outcome.prepared)
+    for level, rate in enumerate(target_rates(config)):
+        summary[f"{level_prefix(level)}target_rate"] = rate
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in summary.items()}

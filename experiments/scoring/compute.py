@@ -45,7 +45,7 @@ def evaluation_of(
         for opened, of, probe in zip(inputs.models, scores, probes, strict=True)
     ]
     pairs = pair_results(results, scores, inputs.text, config.seed)
-    return Evaluation(inputs.text, inputs.plan, results, pairs, drift), scores
+    return Evaluation(inputs.text, inputs.plan, results, pairs, drift, config.perplexity), scores
 
 
 def repeated_text(strings: Sequence[str], size: int) -> Text | None:

@@ -23,17 +23,19 @@ def document(evaluation: Evaluation, config: EvaluateConfig) -> dict[str, object
             "document_bytes": text.sizes.tolist(),
         },
         "plan": dataclasses.asdict(evaluation.plan),
-        "models": [_model(one) for one in evaluation.models],
+        "models": [_model(one, perplexity=evaluation.perplexity) for one in evaluation.models],
         "pairs": [dataclasses.asdict(one) for one in evaluation.pairs],
         "drift": [dataclasses.asdict(one) for one in evaluation.drift],
     }
 
 
-def _model(result: ModelResult) -> dict[str, object]:
+def _model(result: ModelResult, *, perplexity: bool) -> dict[str, object]:
     values = dataclasses.asdict(result)
     likelihood = values.pop("likelihood")
     likelihood["document_nats"] = likelihood["document_nats"].tolist()
     if values["boundaries"] is not None:
         # The last number of the histogram is of all longer chunks.
         values["boundaries"]["chunks"]["histogram_ends_at"] = LONGEST
+    if perplexity:
+        likelihood["perplexity"] = 2.0 ** likelihood["bpb"]
     return {**values, **likelihood}

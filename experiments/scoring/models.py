@@ -23,8 +23,8 @@ from experiments.config.plugins import import_plugins
 from experiments.config.settings import RunConfig
 from experiments.training.run_dir import CHECKPOINTS, read_config
 from experiments.training.stored import stored_model, stored_steps
-from unet import UNet
 from unet.files.saving import CONFIG, WEIGHTS
+from unet.language_model import AbstractLanguageModel
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,19 @@ class OpenModel:
     its checkpoint (None for the model of a finished run or an export)."""
 
     name: str
-    model: UNet
+    model: AbstractLanguageModel
     config: RunConfig | None
     step: int | None = None
 
     @property
     def levels(self) -> int:
         """The number of its token levels."""
-        return len(self.model.stage.estimators)
+        return self.model.levels
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws boundaries: those of a tokenizer are given."""
+        return bool(self.model.estimators)
 
     @property
     def parameters(self) -> int:

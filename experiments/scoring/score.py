@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxtyping import Array, Key
+
 from experiments.evaluation.byte_scores import ByteScores, Text
+from experiments.evaluation.token_windows import score_token_windows
 from experiments.evaluation.windows import PositionScores, Window, score_windows, window_keys, windows_of
 from experiments.scoring.cache import ScoreCache, chunk_key
 from experiments.scoring.models import OpenModel
+from unet.language_model import AbstractLanguageModel
+from unet.tokens.model import TokenModel
 
 CHUNK = 2**17
 """Positions that are computed, and kept, at once."""
@@ -32,7 +37,7 @@ class Plan:
 
     def passes_of(self, opened: OpenModel) -> int:
         """How often a model goes through a text: nothing is drawn in greedy passes, nor without a token level."""
-        return self.samples if self.boundaries == "drawn" and opened.levels else 1
+        return self.samples if self.boundaries == "drawn" and opened.draws else 1
 
     @property
     def batch(self) -> int:
@@ -84,7 +89,7 @@ def _chunk(
     sample: int,
     advance: Callable[[int], None],
 ) -> PositionScores:
-    drawn = (plan.seed, sample) if plan.boundaries == "drawn" and opened.levels else None
+    drawn = (plan.seed, sample) if plan.boundaries == "drawn" and opened.draws else None
     key = chunk_key(opened.digest, text.documents, windows, drawn, plan.context)
     positions = sum(window.stop - window.counted for window in windows)
     kept = cache.read(key, positions)
@@ -92,8 +97,24 @@ def _chunk(
         advance(positions)
         return kept
     keys = None if drawn is None else window_keys(*drawn, windows)
-    scores = score_windows(
+    scores = score_positions(
         opened.model, text.documents, windows, keys, context=plan.context, batch=plan.batch, advance=advance
     )
     cache.write(key, scores)
     return scores
+
+
+def score_positions(
+    model: AbstractLanguageModel,
+    documents: Sequence[bytes],
+    windows: Sequence[Window],
+    keys: Key[Array, " windows"] | None,
+    *,
+    context: int,
+    batch: int,
+    advance: Callable[[int], None] = lambda positions: None,
+) -> PositionScores:
+    """`score_windows` for a model of bytes or of tokens."""
+    if isinstance(model, TokenModel):
+        return score_token_windows(model, documents, windows, keys, batch=batch, advance=advance)
+    return score_windows(model.unet, documents, windows, keys, context=context, batch=batch, advance=advance)

@@ -69,6 +69,8 @@ class EvaluateConfig:
     """Also evaluate texts of one repeated string."""
     drift: bool = False
     """Also compare the boundaries of all checkpoints of each run."""
+    perplexity: bool = False
+    """Also give the perplexity, 2 to the bits per byte: for DNA that per base, as papers have it."""
     per_byte: Path | None = None
     """Write everything about every byte to this Parquet file (pip install 'caesura-lm[parquet]')."""
     report: Path | None = None

@@ -25,6 +25,7 @@ class Evaluation:
     models: Sequence[ModelResult]
     pairs: Sequence[PairResult]
     drift: Sequence[DriftResult]
+    perplexity: bool = False
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -103,7 +104,14 @@ Table = tuple[list[str], list[list[str]]]
 
 def likelihood_table(evaluation: Evaluation) -> Table:
     mixture = evaluation.plan.boundaries == "drawn" and evaluation.plan.samples > 1
-    head = ["model", "bits per byte", "early exit", *(["mean of probabilities"] if mixture else [])]
+    perplexity = evaluation.perplexity
+    head = [
+        "model",
+        "bits per byte",
+        *(["perplexity per byte"] if perplexity else []),
+        "early exit",
+        *(["mean of probabilities"] if mixture else []),
+    ]
     head += ["rate", "bytes per token", "parameters"]
     rows = []
     for one in evaluation.models:
@@ -112,6 +120,7 @@ def likelihood_table(evaluation: Evaluation) -> Table:
             [
                 shown(one.name),
                 with_error(likelihood.bpb, likelihood.bpb_error),
+                *([number(2.0**likelihood.bpb, 4)] if perplexity else []),
                 number(likelihood.early_bpb, 4),
                 *([number(likelihood.mixture_bpb, 4)] if mixture else []),
                 "–" if boundaries is None else number(boundaries.rate),

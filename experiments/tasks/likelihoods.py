@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from experiments.evaluation.windows import SHORTEST, PositionScores, Window, score_windows
+from experiments.evaluation.windows import SHORTEST, PositionScores, Window
 from experiments.scoring.cache import ScoreCache, chunk_key
 from experiments.scoring.models import OpenModel
-from experiments.scoring.score import BATCH_POSITIONS, Plan
+from experiments.scoring.score import BATCH_POSITIONS, Plan, score_positions
 
 CHUNK = 2**17
 """Positions, of whole windows, that are computed, and kept, at once."""
@@ -149,7 +149,7 @@ class Likelihoods:
     def _sample(
         self, requests: Sequence[Request], windows: Sequence[Window], length: int, sample: int
     ) -> PositionScores:
-        drawn = (self.plan.seed, sample) if self.plan.boundaries == "drawn" and self.opened.levels else None
+        drawn = (self.plan.seed, sample) if self.plan.boundaries == "drawn" and self.opened.draws else None
         documents = [request.document for request in requests]
         # Keys come from contexts, not from the numbers of documents as those of whole texts.
         key = chunk_key(f"{self.opened.digest} by context", documents, windows, drawn, length)
@@ -160,7 +160,7 @@ class Likelihoods:
         most = self.batch or max(1, BATCH_POSITIONS // length)
         # A power of four, so that few sizes are compiled.
         batch = min(most, 4 ** ((len(windows) - 1).bit_length() + 1 >> 1))
-        scores = score_windows(self.opened.model, documents, windows, keys, context=length, batch=batch)
+        scores = score_positions(self.opened.model, documents, windows, keys, context=length, batch=batch)
         self.cache.write(key, scores)
         return scores
 

@@ -16,7 +16,7 @@ from experiments.reporting.report import boundaries_picture
 from experiments.reporting.shading import shade
 from experiments.tracking.tracker import Tracker, open_tracker
 from experiments.training.records import Record
-from unet import UNet
+from unet.language_model import AbstractLanguageModel
 from unet.shading.html import fragment, page
 
 TEXT_ROWS = 3
@@ -41,7 +41,7 @@ class Trackers:
         values = numbers(record)
         self._tell(lambda tracker: tracker.scalars(step, values))
 
-    def on_validation(self, step: int, record: Record, model: Callable[[], UNet]) -> None:
+    def on_validation(self, step: int, record: Record, model: Callable[[], AbstractLanguageModel]) -> None:
         """Tell of a validation: its numbers, how probable boundaries are, and a text shaded by it."""
         if not self._open:
             return

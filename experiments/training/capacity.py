@@ -16,10 +16,23 @@ from estimators.routers.constrained import Constrained
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import stack_rows
 from experiments.training.target import TargetSchedule
+from unet.language_model import AbstractLanguageModel
 from unet.ops import boundary_scan
+from unet.tokens.batch import padded_length
 
 MEASURED_BYTES = 2**21
 """Held-out text, at most, that the boundaries of a rule are counted on."""
+
+
+def in_positions(config: RunConfig, model: AbstractLanguageModel, split: Split) -> RunConfig:
+    """The run with the length of a sequence in positions that the model reads: bytes or, counted on held-out text, the most
+    tokens of a sequence, rounded up (`padded_length`)."""
+    if not config.reads_tokens:
+        return config
+    rows = split.held_out_rows(min(config.evaluation.bytes, MEASURED_BYTES))
+    stacked = {name: np.stack([row[name] for row in rows]) for name in ("bytes", "segments", "mask")}
+    most = int(np.max(np.sum(model.inputs(stacked)["tokens"].mask, axis=1)))
+    return dataclasses.replace(config, length=padded_length(most, config.length))
 
 
 def training_capacities(config: RunConfig, router: AbstractRouter | None, split: Split) -> tuple[int, ...]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data import AbstractSource, Batches, FixedSplits, Split, load, open_source
+import numpy as np
+
+from data import AbstractSource, Batch, Batches, FixedSplits, Row, Split, load, open_source
 from data.coverage import LITTLE
 from experiments.config.sections import DataConfig
 from experiments.config.settings import RunConfig
@@ -40,6 +42,11 @@ def load_split(config: RunConfig) -> Split:
         held_out_share=data.held_out,
         held_out_bytes=config.evaluation.bytes,
     )
+
+
+def text_of(batch: Row | Batch) -> dict[str, np.ndarray]:
+    """What a model reads of a row or a batch of text."""
+    return {"bytes": batch["bytes"], "segments": batch["segments"], "mask": batch["mask"]}
 
 
 def data_record(batches: Batches) -> dict[str, float | int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -12,10 +13,12 @@ from jax import Array
 
 from experiments.config.errors import ConfigError
 from experiments.config.models import load_any
-from unet.model import UNet
+from unet.language_model import AbstractLanguageModel
+
+Model = TypeVar("Model", bound=AbstractLanguageModel)
 
 
-def initial_weights(where: str, fresh: UNet, plugins: Sequence[ModuleType] = ()) -> UNet:
+def initial_weights(where: str, fresh: Model, plugins: Sequence[ModuleType] = ()) -> Model:
     """`fresh` with the weights of another model of the same parts: a run's folder or an exported model, `hub:owner/name`, or a
     published model by its name on the hub or by its file. `plugins` are modules whose classes it may hold.
 

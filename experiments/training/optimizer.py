@@ -30,8 +30,8 @@ def stages_of(params: PyTree[Float[Array, ...]]) -> PyTree[int]:
     chunkers belong to the stage whose hidden states they read."""
 
     def stage(path: tuple[object, ...], leaf: Array) -> int:
-        # `.inner` of a hierarchy leads inward; `.stage` of one that is widened stays.
-        path_inward = re.match(r"\.stage((?:\.inner|\.stage)*)(?=\.)", jax.tree_util.keystr(path))
+        # `.inner` of a hierarchy leads inward, but that of a model of tokens is the model; `.stage` of one that is widened stays.
+        path_inward = re.match(r"(?:\.inner)?\.stage((?:\.inner|\.stage)*)(?=\.)", jax.tree_util.keystr(path))
         return 0 if path_inward is None else path_inward.group(1).count(".inner")
 
     return jax.tree_util.tree_map_with_path(stage, params)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from data import Batch
 from experiments.config.errors import ConfigError, require
 from experiments.config.settings import RunConfig
 from unet import fused_attention
@@ -42,10 +43,9 @@ class Placement:
         mesh = jax.make_mesh((count,), ("batch",), axis_types=(AxisType.Auto,), devices=available[:count])
         return cls(NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec()))
 
-    def batch(self, batch: Batch) -> dict[str, Array]:
-        """A batch on the devices."""
-        arrays = {"bytes": batch["bytes"], "segments": batch["segments"], "mask": batch["mask"]}
-        return jax.device_put(arrays, self.by_row)
+    def inputs(self, inputs: Mapping[str, PyTree[np.ndarray]]) -> dict[str, PyTree[Array]]:
+        """What a model reads of a batch (`AbstractLanguageModel.inputs`), on the devices."""
+        return jax.device_put(dict(inputs), self.by_row)
 
     def replicated(self, tree: Tree) -> Tree:
         """A tree on each of the devices."""

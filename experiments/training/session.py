@@ -20,7 +20,7 @@ from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation, evaluate
 from experiments.reporting.display import Display
 from experiments.training.checkpoint import Checkpoints, Progress, SaveError
-from experiments.training.data import DataNotes, data_record
+from experiments.training.data import DataNotes, data_record, text_of
 from experiments.training.dropped import DroppedBoundaries
 from experiments.training.metrics_log import MetricsLog
 from experiments.training.prepared import write_prepared
@@ -30,12 +30,12 @@ from experiments.training.rescue import RunFolder, save_elsewhere
 from experiments.training.run_dir import CHECKPOINTS, CONFIG, METRICS
 from experiments.training.setup import Setup
 from experiments.training.step import compiled
-from unet import UNet
 from unet.files.saving import save, write_atomically
+from unet.language_model import AbstractLanguageModel
 
 OnStep = Callable[[int, Record], None]
 """Is told of a training step: its number and its line of `metrics.jsonl`."""
-OnValidation = Callable[[int, Record, Callable[[], UNet]], None]
+OnValidation = Callable[[int, Record, Callable[[], AbstractLanguageModel]], None]
 """Is told of a validation: its step, its line of `metrics.jsonl`, and how to get the model as it is then."""
 
 
@@ -70,7 +70,7 @@ class Session:
         self._log = MetricsLog(run_dir, self.step)
         if self._log.damaged:
             display.note(f"{self._log.damaged} damaged line(s) of {run_dir / METRICS} are left out")
-        self.dropped = DroppedBoundaries.so_far(self._log.kept, len(setup.model.stage.estimators))
+        self.dropped = DroppedBoundaries.so_far(self._log.kept, setup.model.levels)
         self._warned = self._cannot_log = False
         self.speed = Speedometer(config.bytes_per_step)
         self._started = time.perf_counter()
@@ -101,7 +101,7 @@ class Session:
         return self._seconds_before + time.perf_counter() - self._started
 
     @property
-    def model(self) -> UNet:
+    def model(self) -> AbstractLanguageModel:
         """The model as it is now, on the default device."""
         here = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), self._state.params)
         return self.trainer.model(here)
@@ -116,7 +116,8 @@ class Session:
                 self.save()
             raise
         key = jax.random.fold_in(self.setup.key_steps, self.step)
-        self._state, metrics = self._step_function(self._state, self.setup.placement.batch(batch), key)
+        inputs = self.setup.model.inputs(text_of(batch), shortest=self.trainer.positions)
+        self._state, metrics = self._step_function(self._state, self.setup.placement.inputs(inputs), key)
         self.step += 1
         record = step_record(self.step, self.step * self.config.bytes_per_step, jax.device_get(metrics))
         record |= data_record(self._batches)

@@ -20,8 +20,8 @@ from experiments.training.placement import Placement, with_implementation
 from experiments.training.prepared import prepare, read_prepared, require_prerequisite
 from experiments.training.run_dir import has_checkpoint
 from experiments.training.trainer import Trainer
-from unet import UNet
 from unet.files.saving import require_saveable
+from unet.language_model import AbstractLanguageModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Setup:
 
     split: Split
     prepared: PyTree
-    model: UNet
+    model: AbstractLanguageModel
     trainer: Trainer
     key_steps: PRNGKeyArray
     key_evaluate: PRNGKeyArray

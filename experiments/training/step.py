@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import equinox as eqx
 import jax
@@ -13,10 +13,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from experiments.config.settings import RunConfig
 from experiments.training.target import TargetSchedule, TargetState
-from unet import UNet
 from unet.blocks import computed
-from unet.losses import level_prefix
-from unet.model import LossOutput
+from unet.language_model import AbstractLanguageModel
+from unet.losses import LossOutput, level_prefix
 
 
 class TrainState(eqx.Module):
@@ -43,12 +42,14 @@ class StepMetrics(eqx.Module):
     gradient_norms: dict[str, Float[Array, ""]]
 
 
-Step = Callable[[TrainState, dict[str, Array], PRNGKeyArray], tuple[TrainState, StepMetrics]]
+Inputs = Mapping[str, PyTree[Array]]
+"""What `AbstractLanguageModel.inputs` makes of a batch of text."""
+Step = Callable[[TrainState, Inputs, PRNGKeyArray], tuple[TrainState, StepMetrics]]
 
 
 def make_step(
     config: RunConfig,
-    static: UNet,
+    static: AbstractLanguageModel,
     optimizer: optax.GradientTransformation,
     *,
     capacities: Sequence[int | Sequence[int]],
@@ -59,26 +60,18 @@ def make_step(
     schedule, accumulate, samples = TargetSchedule.of(config), config.optimizer.accumulate, config.samples
 
     def loss(
-        params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray, target_rate: Float[Array, ""]
+        params: PyTree[Array], batch: Inputs, key: PRNGKeyArray, target_rate: Float[Array, ""]
     ) -> tuple[Float[Array, ""], LossOutput]:
-        model: UNet = eqx.combine(params, static)
+        model: AbstractLanguageModel = eqx.combine(params, static)
         # Only here, so that the model is the same whatever machine it was trained on.
         model = model if remat is None else computed(model, remat=remat)
-        output = model.loss(
-            batch["bytes"],
-            key=key,
-            segments=batch["segments"],
-            mask=batch["mask"],
-            target_rate=target_rate,
-            capacities=capacities,
-            samples=samples,
-        )
+        output = model.batch_loss(batch, key=key, target_rate=target_rate, capacities=capacities, samples=samples)
         return output.loss, output
 
     gradient = jax.grad(loss, has_aux=True)
 
     def accumulated(
-        params: PyTree[Array], batch: dict[str, Array], key: PRNGKeyArray, target_rate: Float[Array, ""]
+        params: PyTree[Array], batch: Inputs, key: PRNGKeyArray, target_rate: Float[Array, ""]
     ) -> tuple[PyTree[Array], LossOutput]:
         """The mean over the parts of a batch."""
         if accumulate == 1:
@@ -87,7 +80,7 @@ def make_step(
         parts = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, accumulate, *rows.shape[1:]), 0, 1), batch)
         keys = jax.random.split(key, accumulate)
 
-        def add(total: PyTree[Array], part: tuple[dict[str, Array], PRNGKeyArray]) -> tuple[PyTree[Array], None]:
+        def add(total: PyTree[Array], part: tuple[Inputs, PRNGKeyArray]) -> tuple[PyTree[Array], None]:
             return jax.tree.map(jnp.add, total, gradient(params, *part, target_rate)), None
 
         first = gradient(params, jax.tree.map(lambda rows: rows[0], parts), keys[0], target_rate)
@@ -95,7 +88,7 @@ def make_step(
         total, _ = jax.lax.scan(add, first, rest)
         return jax.tree.map(lambda value: value / accumulate, total)
 
-    def step(state: TrainState, batch: dict[str, Array], key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Inputs, key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
         target_rate = schedule.target(state.target)
         gradients, output = accumulated(state.params, batch, key, target_rate)
         with jax.named_scope("optimizer"):

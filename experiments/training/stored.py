@@ -17,7 +17,7 @@ from experiments.training.placement import with_implementation
 from experiments.training.prepared import read_prepared
 from experiments.training.run_dir import CHECKPOINTS, read_config
 from experiments.training.trainer import Trainer
-from unet import UNet
+from unet.language_model import AbstractLanguageModel
 
 
 def stored_steps(folder: Path) -> list[int]:
@@ -27,7 +27,9 @@ def stored_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
-def stored_model(folder: Path, step: int | None = None, plugins: Sequence[str] = ()) -> tuple[UNet, int]:
+def stored_model(
+    folder: Path, step: int | None = None, plugins: Sequence[str] = ()
+) -> tuple[AbstractLanguageModel, int]:
     """The model of a checkpoint and its step, the newest one unless `step` names another; `plugins` are modules that the run may
     name.
 

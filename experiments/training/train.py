@@ -16,10 +16,11 @@ from experiments.training.checkpoint import SaveError
 from experiments.training.data import EPOCHS, SHOWN, latest
 from experiments.training.dropped import DroppedBoundaries
 from experiments.training.placement import attention_notes
+from experiments.training.prepared import notes_of
 from experiments.training.session import OnStep, OnValidation, Session
 from experiments.training.setup import Setup
 from experiments.training.stopping import stop_requests
-from unet import UNet
+from unet.language_model import AbstractLanguageModel
 
 
 class Interrupted(Exception):
@@ -37,7 +38,7 @@ class Outcome:
     out; `epochs`: how often the data was gone through; `shown`: the share of its bytes that the protocol can show, of a stream
     of those read."""
 
-    model: UNet
+    model: AbstractLanguageModel
     prepared: PyTree
     validation: Validation
     split: Split
@@ -53,9 +54,12 @@ class Outcome:
 
 def _notes(config: RunConfig, setup: Setup) -> list[str]:
     """What a user should know of what was prepared, and of how the step was chosen to run."""
-    prepared = [] if setup.prepared is None else config.first.notes(setup.prepared, config.rate)
     memory = setup.trainer.memory
-    return [*prepared, *attention_notes(config), *([] if memory is None else [memory.note])]
+    return [
+        *notes_of(config, setup.prepared),
+        *attention_notes(config),
+        *([] if memory is None else [memory.note]),
+    ]
 
 
 def train(

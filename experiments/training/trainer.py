@@ -15,32 +15,42 @@ from data import Split
 from estimators import trainable
 from estimators.base import has_gradient
 from experiments.config.settings import RunConfig
-from experiments.training.capacity import inner_capacities, training_capacities
+from experiments.training.capacity import in_positions, inner_capacities, training_capacities
 from experiments.training.optimizer import make_optimizer, multipliers
 from experiments.training.remat import MemoryPlan, memory_plan
 from experiments.training.step import Step, TrainState, fresh_state, make_step
-from unet import UNet
+from unet.language_model import AbstractLanguageModel
 
 
 @dataclass(frozen=True)
 class Trainer:
     """The model of a run, split into its first `params` and everything that stays the same (`static`), its optimizer, and the
-    `capacities` of its levels: those that a step chooses from at the first level, and one for each level inside. `memory`: what
-    --unet.remat auto was decided by, None without it."""
+    `capacities` of its levels: those that a step chooses from at the first level, and one for each level inside. `positions`:
+    those of a sequence that the model reads, bytes or tokens; longer rows of tokens compile a program of their own. `memory`:
+    what --unet.remat auto was decided by, None without it."""
 
     config: RunConfig
     params: PyTree[Float[Array, ...]]
-    static: UNet
+    static: AbstractLanguageModel
     optimizer: optax.GradientTransformation
     capacities: tuple[int | tuple[int, ...], ...]
+    positions: int
     memory: MemoryPlan | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, model: UNet, capacities: Sequence[int]) -> Trainer:
-        """The trainer of a fresh `model`, with these capacities to choose from at the first level."""
+    def of(
+        cls,
+        config: RunConfig,
+        model: AbstractLanguageModel,
+        capacities: Sequence[int],
+        in_positions: RunConfig | None = None,
+    ) -> Trainer:
+        """The trainer of a fresh `model`, with these capacities to choose from at the first level. `in_positions`: the run with
+        the length in positions that the model reads, if they are not bytes."""
         params, static = eqx.partition(model, has_gradient)
-        routers = [estimator.router for estimator in model.stage.estimators]
-        inside = inner_capacities(config, routers, capacities[-1])
+        routers = [estimator.router for estimator in model.estimators]
+        read = in_positions or config
+        inside = inner_capacities(read, routers, capacities[-1])
         auto = config.unet.remat == "auto"
         return cls(
             config,
@@ -48,14 +58,16 @@ class Trainer:
             static,
             make_optimizer(config, multipliers(config, params)),
             (tuple(capacities), *inside),
-            memory_plan(config, model, (capacities[-1], *inside)) if auto else None,
+            read.length,
+            memory_plan(read, model.unet, (capacities[-1], *inside)) if auto else None,
         )
 
     @classmethod
-    def on(cls, config: RunConfig, model: UNet, split: Split) -> Trainer:
+    def on(cls, config: RunConfig, model: AbstractLanguageModel, split: Split) -> Trainer:
         """The same with the capacities that a run on this text has."""
-        routers = [estimator.router for estimator in model.stage.estimators]
-        return cls.of(config, model, training_capacities(config, routers[0] if routers else None, split))
+        routers = [estimator.router for estimator in model.estimators]
+        read = in_positions(config, model, split)
+        return cls.of(config, model, training_capacities(read, routers[0] if routers else None, split), read)
 
     @property
     def step(self) -> Step:
@@ -74,12 +86,12 @@ class Trainer:
         """How many parameters train."""
         return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(self.params, trainable(self.params))))
 
-    def first_state(self, model: UNet | None = None) -> TrainState:
+    def first_state(self, model: AbstractLanguageModel | None = None) -> TrainState:
         """The state before the first step, of another model of the same shape where one is given."""
         params = self.params if model is None else eqx.filter(model, has_gradient)
         # Fresh trees share equal buffers between leaves, which donation forbids.
         return jax.tree.map(jnp.copy, fresh_state(params, self.optimizer))
 
-    def model(self, params: PyTree[Float[Array, ...]]) -> UNet:
+    def model(self, params: PyTree[Float[Array, ...]]) -> AbstractLanguageModel:
         """The model with these parameters."""
         return eqx.combine(params, self.static)

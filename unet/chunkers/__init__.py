@@ -2,7 +2,7 @@
 
 from unet.chunkers.chunker import AbstractDownsampler, AbstractUpsampler, Chunker
 from unet.chunkers.down import AttentionPool, AveragePool, MaxPool, MeanPool, Select, WithBoundary
-from unet.chunkers.up import Deviation, Distribute, LeaveToDecoder, Projection, Smooth
+from unet.chunkers.up import Deviation, Distribute, Insert, LeaveToDecoder, Projection, Smooth
 
 __all__ = [
     "AbstractDownsampler",
@@ -12,6 +12,7 @@ __all__ = [
     "Chunker",
     "Deviation",
     "Distribute",
+    "Insert",
     "LeaveToDecoder",
     "MaxPool",
     "MeanPool",

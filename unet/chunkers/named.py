@@ -15,7 +15,7 @@ from estimators.keys import named_key
 from estimators.lookup import Kind, Part, construct, is_configuration
 from unet.chunkers.chunker import AbstractDownsampler, AbstractUpsampler, Chunker
 from unet.chunkers.down import AttentionPool, AveragePool, MaxPool, MeanPool, Select, WithBoundary
-from unet.chunkers.up import Deviation, Distribute, LeaveToDecoder, Projection, Smooth
+from unet.chunkers.up import Deviation, Distribute, Insert, LeaveToDecoder, Projection, Smooth
 from unet.ops import Implementation
 
 
@@ -62,7 +62,13 @@ class SmoothConfig(ChunkerConfig):
 CHUNKERS = Kind(
     "--chunker",
     "caesura.chunkers",
-    {"distribute": Distribute, "deviate": Deviation, "smooth": SmoothConfig, "attend": LeaveToDecoder},
+    {
+        "distribute": Distribute,
+        "deviate": Deviation,
+        "insert": Insert,
+        "smooth": SmoothConfig,
+        "attend": LeaveToDecoder,
+    },
     (ChunkerConfig, AbstractChunker, AbstractUpsampler),
     frozenset({"dim", "key", "pool", "implementation"}),
 )

@@ -66,6 +66,22 @@ class Deviation(AbstractUpsampler):
         return Distribute(self.implementation)(changed, tokens, hidden, boundaries, state=state)
 
 
+class Insert(AbstractUpsampler):
+    r"""Adds each token's output at the position that closed it, and nowhere else (SpaceByte): $Y_i = X_i + a_i\,
+    Y'_{\mathrm{token\_of}(i)}$. The decoder carries it on. No gradient reaches the boundaries."""
+
+    implementation: Implementation | None = eqx.field(static=True, default=None)
+
+    def init_state(self, batch: int, dim: int) -> None:
+        return None
+
+    def __call__(
+        self, outputs: Outputs, tokens: Tokens, hidden: Hidden, boundaries: Boundaries, *, state: None = None
+    ) -> Upsampled:
+        back = spread(outputs, boundaries.actions, None, self.implementation)
+        return Upsampled(hidden + jnp.where(boundaries.actions[..., None], back, jnp.zeros((), back.dtype)), None)
+
+
 class Projection(eqx.Module):
     """H-Net's residual projection: a linear layer with a bias, in float32, its weight zero at first (H-Net eq. 3)."""
 

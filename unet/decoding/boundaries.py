@@ -17,14 +17,19 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key, UInt8
 from rich.text import Text
 
 from estimators.base import Keys
+from unet.decoding.alphabet import at_last_bytes
 from unet.decoding.score import (
     Likelihoods,
+    depth_of_bytes,
     drawing_keys,
+    encoded,
     in_batches,
     keys_of,
     likelihoods,
+    sizes_of,
     texts_as_bytes,
 )
+from unet.language_model import AbstractLanguageModel
 from unet.likelihood import plain_layout
 from unet.losses import early_log_prob
 from unet.model import UNet
@@ -193,32 +198,43 @@ def coloured(shown: Sequence[Character], *, marks: bool = True) -> Text:
 
 
 def boundaries(
-    model: UNet, texts: Sequence[str | bytes] | str | bytes, *, key: Keys | None, batch: int = 16
+    model: AbstractLanguageModel,
+    texts: Sequence[str | bytes] | str | bytes,
+    *,
+    key: Keys | None,
+    batch: int = 16,
 ) -> tuple[TextBoundaries, ...]:
     """What a model makes of each byte of some texts (or of a single one), in the order given.
 
     Each text is read whole, after a BOS. Its boundaries are drawn with its own key (`key`: one for all, or one each; None:
     greedy): those of `score` and `generate` with the same key. No boundary is dropped. Texts of similar lengths are batched,
-    `batch` at a time.
+    `batch` at a time. A model of tokens has the boundaries of its tokenizer, with a probability of 1; the log-probability of a
+    token stands at its last byte, 0 at the others.
 
     Raises `ValueError` if the number of keys differs from that of texts, for a batch outside 1 … 65536, and if a text contains
     the byte BOS or EOS.
     """
     contents = texts_as_bytes(texts)
     keys = None if key is None else drawing_keys(keys_of(key, len(contents)))
-    levels = len(model.stage.estimators)
+    symbols = encoded(model, contents)
     found = {}
-    for number, result in in_batches(contents, keys, batch, model, functools.partial(byte_pass, model)):
+    for number, result in in_batches(symbols, keys, batch, model, functools.partial(byte_pass, model.unet)):
         # Position 0 is BOS, and the prediction at a position is of the next one.
-        read, bytes = slice(len(contents[number])), slice(1, 1 + len(contents[number]))
-        early, depth = result.early_log_prob, np.asarray(result.likelihoods.depth[bytes], np.uint8)
-        log_prob = np.asarray(result.likelihoods.log_prob[read])
+        own, size = symbols[number], len(symbols[number])
+        sizes = sizes_of(model, own)
+        log_prob, early = at_last_bytes(np.asarray(result.likelihoods.log_prob[:size]), sizes), result.early_log_prob
+        depth = depth_of_bytes(model, own, np.asarray(result.likelihoods.depth[1:])).astype(np.uint8)
+        if model.levels > len(model.estimators):
+            # Where a tokenizer ends its tokens is certain.
+            prob = (depth > 0).astype(np.float32)
+        else:
+            prob = np.asarray(result.prob[1 : 1 + size]) if model.levels else np.full_like(log_prob, np.nan)
         found[number] = TextBoundaries(
             contents[number],
             log_prob,
-            np.full_like(log_prob, np.nan) if early is None else np.asarray(early[read]),
-            np.asarray(result.prob[bytes]) if levels else np.full_like(log_prob, np.nan),
+            np.full_like(log_prob, np.nan) if early is None else at_last_bytes(np.asarray(early[:size]), sizes),
+            prob,
             depth,
-            levels,
+            model.levels,
         )
     return tuple(found[number] for number in range(len(contents)))

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import equinox as eqx
 import jax
@@ -14,14 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from estimators.base import BOS, EOS, VOCAB, Keys, uniforms_from
+from estimators.base import Keys, uniforms_from
 from estimators.bounds import require_within
 from estimators.decode_state import update_state
 from unet.decoding import utf8
+from unet.decoding.alphabet import Alphabet, at_last_bytes
 from unet.decoding.kv_cache import most_slots, with_room
+from unet.decoding.pieces import Generation, Piece, joined
 from unet.decoding.sampling import ChunkBytes, NumBytes, Sampling, draw
-from unet.decoding.score import drawing_keys, keys_of, prefill, rate_of, texts_as_bytes
+from unet.decoding.score import depth_of_bytes, drawing_keys, keys_of, prefill, rate_of, texts_as_bytes
 from unet.hierarchy import boundary_depth
+from unet.language_model import AbstractLanguageModel
 from unet.model import TextState, UNet
 from unet.numerics import with_rank_promotion
 
@@ -33,29 +35,10 @@ RESERVED = 2**13
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The next bytes of one text.
-
-    `logprobs`: log-probability of each byte in nats, under the model itself, before any sampling option. `boundary_depth`: how
-    many levels, counted from the outermost, closed a token at each byte (0: none). `finish` says why the text ends here, if it
-    does: the model drew the byte EOS, a `stop` string appeared (neither is part of the text), or the length limit was reached.
-    """
-
-    bytes: bytes
-    logprobs: np.ndarray
-    boundary_depth: np.ndarray
-    finish: Literal["eos", "stop", "length"] | None
-
-    @property
-    def boundaries(self) -> np.ndarray:
-        """Whether the outermost level closed a token at each byte."""
-        return self.boundary_depth > 0
-
-
-@dataclass(frozen=True)
 class Throughput:
-    """Cost of generation: `prefill_seconds` for the prompts; byte-level `steps`, of which `token_steps` also ran the token
-    level; `bytes` of all texts. `seconds` and `timed_bytes` leave out the first chunk, whose time may include compilation."""
+    """Cost of generation: `prefill_seconds` for the prompts; `steps` of one byte (or token) each, of which `token_steps` also ran
+    the token level inside; `bytes` of all texts. `seconds` and `timed_bytes` leave out the first chunk, whose time may include
+    compilation."""
 
     prefill_seconds: float = 0.0
     seconds: float = 0.0
@@ -69,9 +52,9 @@ class Throughput:
         """Bytes of all texts per second; NaN if there was only one chunk."""
         return self.timed_bytes / self.seconds if self.timed_bytes else math.nan
 
-    def after(self, chunk: Chunk, seconds: float) -> Throughput:
-        """The same including one more chunk."""
-        bytes, timed = int(chunk.valid.sum()), self.steps > 0
+    def after(self, chunk: Chunk, bytes: int, seconds: float) -> Throughput:
+        """The same including one more chunk, of so many bytes."""
+        timed = self.steps > 0
         return Throughput(
             self.prefill_seconds,
             self.seconds + seconds * timed,
@@ -83,25 +66,6 @@ class Throughput:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """One text: its `prompt`, the boundary depth at each byte of the prompt, and the generated continuation as one piece."""
-
-    prompt: bytes
-    prompt_boundary_depth: np.ndarray
-    piece: Piece
-
-    @property
-    def prompt_boundaries(self) -> np.ndarray:
-        """Whether the outermost level closed a token at each byte of the prompt."""
-        return self.prompt_boundary_depth > 0
-
-    @property
-    def text(self) -> str:
-        """The generated text, with U+FFFD for invalid UTF-8."""
-        return self.piece.bytes.decode("utf-8", errors="replace")
-
-
-@dataclass(frozen=True)
 class Generated:
     """The texts in the order of their prompts."""
 
@@ -110,8 +74,8 @@ class Generated:
 
 
 class DecodeState(eqx.Module):
-    """State of the decoding loop: the model's `state`, the `logits` of the next byte, the `keys` that draw bytes, how many
-    bytes each text may still get (`left`), the UTF-8 state (`character`), and whether a text is `done`."""
+    """State of the decoding loop: the model's `state`, the `logits` of the next symbol (a byte or a token), the `keys` that draw
+    symbols, how many bytes each text may still get (`left`), the UTF-8 state (`character`), and whether a text is `done`."""
 
     state: TextState
     logits: Float[Array, "batch vocab"]
@@ -122,10 +86,10 @@ class DecodeState(eqx.Module):
 
 
 class Chunk(eqx.Module):
-    """Bytes decoded in one call (EOS included), their log-probabilities in nats, the boundary depth at each, which of them are
+    """Symbols decoded in one call (EOS included), their log-probabilities in nats, the boundary depth at each, which of them are
     `valid`, and how many steps ran each level."""
 
-    bytes: Int[Array, "batch length"]
+    symbols: Int[Array, "batch length"]
     logprobs: Float[Array, "batch length"]
     depth: Int[Array, "batch length"]
     valid: Bool[Array, "batch length"]
@@ -144,53 +108,49 @@ class DecodeSettings(eqx.Module):
     """What stays the same from chunk to chunk: see `TextStream`."""
 
     model: UNet
+    alphabet: Alphabet
     sampling: Sampling
     valid: bool
     endless: bool
     length: int
 
 
-def allowed_bytes(state: DecodeState, settings: DecodeSettings) -> Bool[Array, "batch vocab"]:
-    """The bytes that may be drawn. BOS never, nor what is no byte; EOS not if texts are `endless`. For `valid` UTF-8 only bytes
-    that can come next, and EOS only after a complete character."""
-    values = jnp.arange(state.logits.shape[1])
-    if not settings.valid:
-        drawn = (values < VOCAB) & (values != BOS) & ~((values == EOS) & settings.endless)
-        return jnp.broadcast_to(drawn, state.logits.shape)
-    allowed = jnp.pad(utf8.can_follow(state.character, state.left), ((0, 0), (0, values.size - VOCAB)))
-    return allowed if settings.endless else allowed | (values == EOS) & (state.character == utf8.COMPLETE)[:, None]
+def allowed_symbols(state: DecodeState, settings: DecodeSettings) -> Bool[Array, "batch vocab"]:
+    """The symbols that may be drawn (`Alphabet.allowed`)."""
+    return settings.alphabet.allowed(state.character, state.left, valid=settings.valid, endless=settings.endless)
 
 
-def decode_byte(
+def decode_symbol(
     settings: DecodeSettings, state: DecodeState, choice: Float[Array, " batch"], noise: Float[Array, " batch"] | None
 ) -> DecodedChunk:
-    """Decode one byte of every text that is not done, as a chunk of length 1. The uniform numbers `choice` draw the bytes,
+    """Decode one symbol of every text that is not done, as a chunk of length 1. The uniform numbers `choice` draw the symbols,
     `noise` their boundaries."""
-    valid = ~state.done
-    byte = draw(jnp.where(allowed_bytes(state, settings), state.logits, -jnp.inf), settings.sampling, choice)
-    logprobs = jnp.take_along_axis(jax.nn.log_softmax(state.logits, axis=-1), byte[:, None], axis=1)
-    active = valid & (byte != EOS)
+    valid, alphabet = ~state.done, settings.alphabet
+    symbol = draw(jnp.where(allowed_symbols(state, settings), state.logits, -jnp.inf), settings.sampling, choice)
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(state.logits, axis=-1), symbol[:, None], axis=1)
+    active = valid & (symbol != alphabet.eos)
     decoded = settings.model.decode(
-        byte[:, None], state.state, mask=active[:, None], noise=None if noise is None else noise[:, None]
+        symbol[:, None], state.state, mask=active[:, None], noise=None if noise is None else noise[:, None]
     )
-    depth, left = boundary_depth(decoded.prediction.levels, active[:, None]), state.left - active.astype(jnp.int32)
+    depth = boundary_depth(decoded.prediction.levels, active[:, None])
+    left = state.left - jnp.where(active, alphabet.sizes[symbol], 0)
     next_state = DecodeState(
         update_state(state.state, decoded.update, active.astype(jnp.int32)),
         jnp.where(active[:, None], decoded.logits[:, 0], state.logits),
         state.keys,
         left,
-        utf8.next_state(state.character, byte),
-        state.done | (byte == EOS) | (left <= 0),
+        alphabet.next_state(state.character, symbol),
+        state.done | (symbol == alphabet.eos) | (left <= 0),
     )
     token_steps = jnp.any(depth > 0).astype(jnp.int32)
-    chunk = Chunk(byte[:, None], logprobs, depth, valid[:, None], jnp.ones((), jnp.int32), token_steps)
+    chunk = Chunk(symbol[:, None], logprobs, depth, valid[:, None], jnp.ones((), jnp.int32), token_steps)
     return DecodedChunk(chunk, next_state)
 
 
 @eqx.filter_jit(donate="all-except-first")
 @with_rank_promotion
 def decode_chunk(settings: DecodeSettings, state: DecodeState) -> DecodedChunk:
-    """Decode up to `length` bytes of every text, fewer if all are done earlier."""
+    """Decode up to `length` symbols of every text, fewer if all are done earlier."""
     batch, length = state.done.shape[0], settings.length
     empty = Chunk(
         jnp.zeros((batch, length), jnp.int32),
@@ -209,13 +169,13 @@ def decode_chunk(settings: DecodeSettings, state: DecodeState) -> DecodedChunk:
 
     def step(carry: DecodedChunk) -> DecodedChunk:
         place = carry.chunk.steps
-        choice, byte_noise = jax.tree.map(
+        choice, own_noise = jax.tree.map(
             lambda uniforms: jax.lax.dynamic_index_in_dim(uniforms, place, 1, False), (choices, noise)
         )
-        decoded = decode_byte(settings, carry.state, choice, byte_noise)
+        decoded = decode_symbol(settings, carry.state, choice, own_noise)
 
         def add(new: Array, so_far: Array) -> Array:
-            """Counts are summed, bytes written at their place."""
+            """Counts are summed, symbols written at their place."""
             if so_far.ndim == 0:
                 return so_far + new
             return jax.lax.dynamic_update_slice(so_far, new, (jnp.zeros_like(place), place))
@@ -238,7 +198,7 @@ class TextStream:
 
     def __init__(
         self,
-        model: UNet,
+        model: AbstractLanguageModel,
         prompts: Sequence[str | bytes] | str | bytes,
         *,
         max_bytes: int,
@@ -255,7 +215,8 @@ class TextStream:
         `max_bytes`: limit for each text, not counting its prompt. `key`: one for all texts, or one each. `stop`: strings, or a
         single one, that end a text and are not part of it. `valid`: draw only bytes that keep the text valid UTF-8 and let it
         end with a complete character (the prompt itself is not checked). `greedy_boundaries`: greedy instead of sampled
-        boundaries. `endless`: never draw the byte EOS, which otherwise ends a text. `chunk`: bytes decoded per piece.
+        boundaries. `endless`: never draw the byte EOS, which otherwise ends a text. `chunk`: bytes, or tokens of a model of
+        tokens, decoded per piece.
 
         Raises `ValueError` for no prompts, limits out of range, an empty stop string, a prompt with the byte BOS or EOS or whose
         last character cannot be completed (`valid`), and keys neither one nor one per prompt; `TypeError` for what is no text.
@@ -263,7 +224,7 @@ class TextStream:
         require_within("max_bytes", max_bytes, NumBytes)
         require_within("chunk", chunk, ChunkBytes)
         prompts, stop = texts_as_bytes(prompts), texts_as_bytes(stop)
-        sampling = (Sampling() if sampling is None else sampling).checked()
+        sampling = (Sampling() if sampling is None else sampling).checked(len(model.symbols))
         if not prompts:
             raise ValueError("there is no prompt; to generate from nothing, pass one empty prompt")
         if not all(stop):
@@ -274,19 +235,22 @@ class TextStream:
         started = time.perf_counter()
         keys = keys_of(key, len(prompts))
         ready = prefill(model, prompts, None if greedy_boundaries else drawing_keys(keys))
-        sizes, depth = [1 + len(prompt) for prompt in prompts], np.asarray(ready.depth)
+        sizes, depth = np.array([1 + len(encoded) for encoded in ready.symbols]), np.asarray(ready.prefilled.depth)
         self.prompts = tuple(prompts)
-        self.prompt_boundary_depth = tuple(row[1:size].copy() for row, size in zip(depth, sizes, strict=True))
-        self._settings = DecodeSettings(model, sampling, valid, endless, chunk)
+        self.prompt_boundary_depth = tuple(
+            depth_of_bytes(model, encoded, row[1:]) for row, encoded in zip(depth, ready.symbols, strict=True)
+        )
+        self._settings = DecodeSettings(model.unet, model.alphabet, sampling, valid, endless, chunk)
+        self._model = model
         self._texts = tuple(_Text(tuple(stop)) for _ in prompts)
         # A full cache grows, but each new size compiles a new program. So reserve slots for the token rate of the prompts,
         # smoothed by the expected rate because short prompts say little, plus a margin.
-        tokens = (depth > 0).sum(axis=1) if model.stage.estimators else np.array(sizes)
-        rate = float(np.max((tokens + 64 * rate_of(model)) / (np.array(sizes) + 64)))
+        tokens = (depth > 0).sum(axis=1) if model.estimators else sizes
+        rate = float(np.max((tokens + 64 * rate_of(model.unet)) / (sizes + 64)))
         self._expected = math.ceil(1.2 * rate * max_bytes) + chunk
         self._state = DecodeState(
-            self._with_reserve(ready.state),
-            ready.logits,
+            self._with_reserve(ready.prefilled.state),
+            ready.prefilled.logits,
             jax.vmap(jax.random.fold_in, (0, None))(keys, 1),
             jnp.full((len(prompts),), max_bytes, jnp.int32),
             jnp.asarray(characters),
@@ -302,15 +266,34 @@ class TextStream:
             ready = eqx.tree_at(lambda one: one.state, self._state, self._state_with_room())
             decoded = decode_chunk(self._settings, ready)
             chunk, state = jax.tree.map(np.array, decoded.chunk), decoded.state
-            ended = np.array(state.done)
+            ended, new = np.array(state.done), self._new(chunk)
             pieces = tuple(
-                None if text.finished else text.piece(chunk, row, ended=bool(ended[row]))
+                None if text.finished else text.piece(new[row], ended=bool(ended[row]))
                 for row, text in enumerate(texts)
             )
             finished = np.array([text.finished for text in texts])
             self._state = eqx.tree_at(lambda one: one.done, state, jnp.asarray(finished))
-            self.throughput = self.throughput.after(chunk, time.perf_counter() - started)
+            size = int(np.asarray(self._settings.alphabet.sizes)[chunk.symbols][chunk.valid].sum())
+            self.throughput = self.throughput.after(chunk, size, time.perf_counter() - started)
             yield pieces
+
+    def _new(self, chunk: Chunk) -> list[Piece]:
+        """The bytes of each row of a chunk. Only EOS ends a text here."""
+        symbols, eos, rows = self._model.symbols, self._settings.alphabet.eos, []
+        drawn_symbols, logprobs, depth = (np.asarray(part) for part in (chunk.symbols, chunk.logprobs, chunk.depth))
+        for row, valid in enumerate(np.asarray(chunk.valid)):
+            drawn = valid & (drawn_symbols[row] != eos)
+            own = drawn_symbols[row][drawn]
+            sizes = np.array([len(symbols[one]) for one in own], np.int64)
+            rows.append(
+                Piece(
+                    b"".join([symbols[one] for one in own]),
+                    at_last_bytes(logprobs[row][drawn], sizes),
+                    depth_of_bytes(self._model, own, depth[row][drawn]),
+                    "eos" if np.any(valid & ~drawn) else None,
+                )
+            )
+        return rows
 
     @property
     def state(self) -> TextState:
@@ -336,13 +319,12 @@ class _Text:
         self._stop = stop
         self._bytes, self._logprobs, self._depth = b"", np.zeros(0, np.float32), np.zeros(0, np.int32)
 
-    def piece(self, chunk: Chunk, row: int, *, ended: bool) -> Piece:
-        """The next piece, from row `row` of a chunk; `ended`: whether the text can get no more bytes."""
-        valid = chunk.valid[row] & (chunk.bytes[row] != EOS)
-        finish = "eos" if np.any(chunk.valid[row] & (chunk.bytes[row] == EOS)) else "length" if ended else None
-        self._bytes += chunk.bytes[row][valid].astype(np.uint8).tobytes()
-        self._logprobs = np.concatenate([self._logprobs, chunk.logprobs[row][valid]])
-        self._depth = np.concatenate([self._depth, chunk.depth[row][valid]])
+    def piece(self, new: Piece, *, ended: bool) -> Piece:
+        """The next piece, from what is new of a text; `ended`: whether it can get no more bytes."""
+        finish = new.finish or ("length" if ended else None)
+        self._bytes += new.bytes
+        self._logprobs = np.concatenate([self._logprobs, new.logprobs])
+        self._depth = np.concatenate([self._depth, new.boundary_depth])
         stops = [place for stop in self._stop if (place := self._bytes.find(stop)) >= 0]
         if stops:
             finish = "stop"
@@ -358,7 +340,7 @@ class _Text:
 
 
 def generate(
-    model: UNet,
+    model: AbstractLanguageModel,
     prompts: Sequence[str | bytes] | str | bytes,
     *,
     max_bytes: int,
@@ -389,13 +371,3 @@ def generate(
             so_far += [] if piece is None else [piece]
     whole = map(joined, pieces)
     return Generated(tuple(map(Generation, stream.prompts, stream.prompt_boundary_depth, whole)), stream.throughput)
-
-
-def joined(pieces: Sequence[Piece]) -> Piece:
-    """Concatenate consecutive pieces."""
-    return Piece(
-        b"".join(piece.bytes for piece in pieces),
-        np.concatenate([piece.logprobs for piece in pieces]),
-        np.concatenate([piece.boundary_depth for piece in pieces]),
-        pieces[-1].finish,
-    )

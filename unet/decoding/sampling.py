@@ -1,4 +1,4 @@
-"""Sampling the next byte from logits."""
+"""Sampling the next byte, or token, from logits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ NumBytes = Annotated[int, Within(1, 2**30)]
 """Of one text."""
 ChunkBytes = Annotated[int, Within(1, 2**16)]
 """Decoded per compiled call."""
-TopK = Annotated[int, Within(1, VOCAB)]
+TopK = Annotated[int, Within(1, 2**20)]
 TopP = Annotated[float, Within(MARGIN, 1.0)]
+
+
+PAIRS = 2 * VOCAB
+"""Values of which all pairs are compared."""
 
 
 class Sampling(eqx.Module):
@@ -36,10 +40,11 @@ class Sampling(eqx.Module):
     top_p: float | Float[Array, ""] | None = None
     min_p: float | Float[Array, ""] | None = None
 
-    def checked(self) -> Sampling:
-        """The same options as arrays, so that one compiled program serves all values. Raises `ValueError` for values out of
-        range."""
-        bounds = {"temperature": Temperature, "top_k": TopK, "top_p": TopP, "min_p": Share}
+    def checked(self, vocab: int = VOCAB) -> Sampling:
+        """The same options as arrays, so that one compiled program serves all values of a model with `vocab` bytes or tokens.
+        Raises `ValueError` for values out of range."""
+        most = Annotated[int, Within(1, vocab)]
+        bounds = {"temperature": Temperature, "top_k": most, "top_p": TopP, "min_p": Share}
         for name, kind in bounds.items():
             value = getattr(self, name)
             # An array of one number is as good as the number.
@@ -56,9 +61,19 @@ def weight_of_more_likely(
 ) -> Float[Array, "batch vocab"]:
     """For each byte, the sum of `weight` over all bytes that are more likely: their number if it is 1, their probability if it
     is that."""
+    if logits.shape[-1] > PAIRS:
+        return jax.vmap(_sorted_weight)(logits, weight)
     # For a few hundred values, comparing all pairs is faster than sorting.
     more_likely = logits[:, None, :] > logits[:, :, None]
     return jnp.sum(jnp.where(more_likely, weight[:, None, :], 0.0), axis=-1)
+
+
+def _sorted_weight(logits: Float[Array, " vocab"], weight: Float[Array, " vocab"]) -> Float[Array, " vocab"]:
+    order = jnp.argsort(logits, descending=True)
+    before = jnp.concatenate([jnp.zeros((1,), weight.dtype), jnp.cumsum(weight[order])[:-1]])
+    # Ties have the weight before the first of them.
+    descending = logits[order]
+    return before[jnp.searchsorted(-descending, -logits, side="left")]
 
 
 def kept(logits: Float[Array, "batch vocab"], sampling: Sampling) -> Bool[Array, "batch vocab"]:

@@ -19,8 +19,10 @@ from estimators.base import BOS, EOS, Keys, has_many
 from estimators.bounds import Within, require_within
 from estimators.decode_state import update_state
 from estimators.keys import threefry_keys
+from unet.decoding.alphabet import at_last_bytes
 from unet.decoding.kv_cache import rounded_up
 from unet.hierarchy import boundary_depth
+from unet.language_model import AbstractLanguageModel
 from unet.likelihood import next_logprobs
 from unet.losses import Prediction
 from unet.model import TextState, UNet
@@ -79,37 +81,60 @@ def _prefill(
     return Prefilled(logits, boundary_depth(levels, mask), overflow, update_state(state, decoded.update, lengths))
 
 
-def prefill(model: UNet, texts: Sequence[bytes], keys: Key[Array, " batch"] | None) -> Prefilled:
+@dataclass(frozen=True)
+class ReadyTexts:
+    """Prefilled texts, and the `symbols` of each without its BOS."""
+
+    symbols: Sequence[Int[np.ndarray, " _"]]
+    prefilled: Prefilled
+
+
+def prefill(model: AbstractLanguageModel, texts: Sequence[bytes], keys: Key[Array, " batch"] | None) -> ReadyTexts:
     """Prefill texts, each after a BOS, with boundaries drawn by `keys` (None: greedy). No boundary is dropped.
 
     Raises `ValueError` if a text contains the byte BOS or EOS.
     """
-    bytes, mask = jnp.asarray(padded(texts)), jnp.asarray(_mask(texts))
-    return with_enough_capacity(
-        bytes.shape[1], rate_of(model), lambda capacity: _prefill(model, bytes, mask, keys, capacity)
+    symbols = encoded(model, texts)
+    rows, mask = map(jnp.asarray, padded(symbols, model.alphabet.bos))
+    prefilled = with_enough_capacity(
+        rows.shape[1], rate_of(model.unet), lambda capacity: _prefill(model.unet, rows, mask, keys, capacity)
     )
+    return ReadyTexts(symbols, prefilled)
 
 
-def _mask(texts: Sequence[bytes]) -> Bool[np.ndarray, "batch length"]:
-    """True at the bytes that `padded` takes from the texts, BOS included."""
-    lengths = np.array([1 + len(text) for text in texts])
-    return np.arange(rounded_up(int(lengths.max()))) < lengths[:, None]
-
-
-def padded(texts: Sequence[bytes]) -> Int[np.ndarray, "batch length"]:
-    """Texts as bytes, each after a BOS, padded with zeros to one of a few lengths.
-
-    Raises `ValueError` if one contains the byte BOS or EOS.
-    """
+def encoded(model: AbstractLanguageModel, texts: Sequence[bytes]) -> list[Int[np.ndarray, " _"]]:
+    """The symbols of texts. Raises `ValueError` if one contains the byte BOS or EOS."""
     for number, text in enumerate(texts):
         if BOS in text or EOS in text:
             raise ValueError(
                 f"text {number} holds the byte {BOS} or {EOS}, which mark the ends of texts and occur in no UTF-8"
             )
-    bytes = np.zeros((len(texts), rounded_up(1 + max(map(len, texts)))), np.int32)
-    for row, text in zip(bytes, texts, strict=True):
-        row[: 1 + len(text)] = np.frombuffer(b"%c%b" % (BOS, text), np.uint8)
-    return bytes
+    return [model.encode(text) for text in texts]
+
+
+def padded(
+    texts: Sequence[Int[np.ndarray, " _"]], bos: int
+) -> tuple[Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]:
+    """Texts as rows of symbols, each after a BOS, padded with zeros to one of a few lengths; and a mask, True without padding."""
+    lengths = np.array([1 + len(text) for text in texts])
+    rows = np.zeros((len(texts), rounded_up(int(lengths.max()))), np.int32)
+    for row, text in zip(rows, texts, strict=True):
+        row[0], row[1 : 1 + len(text)] = bos, text
+    return rows, np.arange(rows.shape[1]) < lengths[:, None]
+
+
+def depth_of_bytes(
+    model: AbstractLanguageModel, symbols: Int[np.ndarray, " symbols"], depth: Int[np.ndarray, "*more"]
+) -> Int[np.ndarray, " bytes"]:
+    """How many levels closed a token at each byte of some symbols, from the depth at each symbol, behind which may be padding. At
+    its last byte a token of a tokenizer is one level more."""
+    return at_last_bytes(depth[: len(symbols)] + (model.levels - len(model.estimators)), sizes_of(model, symbols))
+
+
+def sizes_of(model: AbstractLanguageModel, symbols: Int[np.ndarray, " symbols"]) -> Int[np.ndarray, " symbols"]:
+    """How many bytes each symbol has."""
+    own = model.symbols
+    return np.array([len(own[one]) for one in symbols], np.int64)
 
 
 def rate_of(model: UNet) -> float:
@@ -147,8 +172,8 @@ def drawing_keys(keys: Key[Array, " batch"]) -> Key[Array, " batch"]:
 class Scored:
     """Score of a text after its context: its `log_prob` in nats, its length in `bytes`, and the `logprobs` of the bytes.
 
-    `greedy`: whether every byte was the most likely one. `boundary_depth`: how many levels, counted from the outermost, closed
-    a token at each byte.
+    `greedy`: whether every byte (or token) was the most likely one. `boundary_depth`: how many levels, counted from the
+    outermost, closed a token at each byte.
     """
 
     log_prob: float
@@ -164,7 +189,7 @@ class Scored:
 
 
 def score(
-    model: UNet,
+    model: AbstractLanguageModel,
     texts: Sequence[str | bytes] | str | bytes,
     *,
     contexts: Sequence[str | bytes] | str | bytes | None = None,
@@ -177,6 +202,9 @@ def score(
     so its score does not depend on the other texts. The score is the log-probability given these boundaries, which are the ones
     that `generate` draws with the same key. No boundary is dropped. Texts of similar lengths are batched, `batch` at a time.
 
+    A model of tokens is given the tokens of the context, then those of the text, which begin with it. The log-probability of a
+    token stands at its last byte, 0 at the others.
+
     Raises `ValueError` if the number of contexts or keys differs from that of texts, for a batch outside 1 … 65536, and if a
     text contains the byte BOS or EOS.
     """
@@ -185,45 +213,46 @@ def score(
     if len(prefixes) != len(texts):
         raise ValueError(f"there are {len(prefixes)} contexts for {len(texts)} texts")
     keys = None if key is None else drawing_keys(keys_of(key, len(texts)))
-    whole = [context + text for context, text in zip(prefixes, texts, strict=True)]
+    before, own = encoded(model, prefixes), encoded(model, texts)
+    whole = [np.concatenate(parts) for parts in zip(before, own, strict=True)]
     scored: dict[int, Scored] = {}
-    for number, result in in_batches(whole, keys, batch, model, functools.partial(_likelihoods, model)):
-        part = slice(len(prefixes[number]), len(whole[number]))
+    for number, result in in_batches(whole, keys, batch, model, functools.partial(_likelihoods, model.unet)):
+        part = slice(len(before[number]), len(whole[number]))
         log_prob = np.asarray(result.log_prob[part])
         scored[number] = Scored(
             float(log_prob.sum(dtype=np.float64)),
-            log_prob.size,
-            log_prob,
+            len(texts[number]),
+            at_last_bytes(log_prob, sizes_of(model, own[number])),
             bool(np.all(result.most_likely[part])),
-            np.asarray(result.depth[1:][part]),
+            depth_of_bytes(model, own[number], np.asarray(result.depth[1:][part])),
         )
     return tuple(scored[number] for number in range(len(texts)))
 
 
 def in_batches(
-    texts: Sequence[bytes],
+    texts: Sequence[Int[np.ndarray, " _"]],
     keys: Key[Array, " texts"] | None,
     batch: int,
-    model: UNet,
+    model: AbstractLanguageModel,
     compute: Callable[
         [Int[Array, "batch length"], Bool[Array, "batch length"], Key[Array, " batch"] | None, int], Result
     ],
 ) -> Iterator[tuple[int, Result]]:
-    """The number of each text and its row of what `compute` makes of the bytes, the mask and the keys of its batch, as NumPy
-    arrays, in any order. Texts of similar lengths are batched. No boundary is dropped.
+    """The number of each text, given as its symbols, and its row of what `compute` makes of the symbols, the mask and the keys of
+    its batch, as NumPy arrays, in any order. Texts of similar lengths are batched. No boundary is dropped.
 
-    Raises `ValueError` for a batch outside 1 … 65536, and if a text contains the byte BOS or EOS.
+    Raises `ValueError` for a batch outside 1 … 65536.
     """
     require_within("batch", batch, Texts)
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]), reverse=True)
     for start in range(0, len(order), batch):
         numbers = order[start : start + batch]
         # The last batch is filled with empty texts, so that one program serves all batches of a length.
-        filled = [texts[number] for number in numbers] + [b""] * (batch - len(numbers))
+        filled = [texts[number] for number in numbers] + [texts[0][:0]] * (batch - len(numbers))
         own_keys = None if keys is None else keys[jnp.asarray(numbers + numbers[:1] * (batch - len(numbers)))]
-        bytes, mask = jnp.asarray(padded(filled)), jnp.asarray(_mask(filled))
+        symbols, mask = map(jnp.asarray, padded(filled, model.alphabet.bos))
         results = with_enough_capacity(
-            bytes.shape[1], rate_of(model), functools.partial(compute, bytes, mask, own_keys)
+            symbols.shape[1], rate_of(model.unet), functools.partial(compute, symbols, mask, own_keys)
         )
         rows = jax.tree.map(np.asarray, results)
         for row, number in enumerate(numbers):

@@ -30,7 +30,7 @@ from unet.files.blt_config import Described, described, shortest
 from unet.files.converted import WeightType, fill, require_names, require_shape
 from unet.files.errors import LayoutError
 from unet.hierarchy import Flat, Hierarchy
-from unet.layers import Linear, ScaleNorm
+from unet.layers import Linear, ScaleNorm, SwiGLU
 from unet.model import UNet
 from unet.ngrams import HashedNgrams
 
@@ -364,7 +364,11 @@ def _layers(stack: Stack, prefix: str) -> Iterator[Piece]:
     for number, block in enumerate(stack.blocks):
         block = block.block if isinstance(block, Attending) else block
         layer = f"{prefix}.layers.{number}"
-        if not isinstance(block, PreNorm) or not isinstance(block.mixer, Attention) or block.mlp is None:
+        if (
+            not isinstance(block, PreNorm)
+            or not isinstance(block.mixer, Attention)
+            or not isinstance(block.mlp, SwiGLU)
+        ):
             raise LayoutError(
                 "layers of the published layout are PreNorm with attention and an MLP; this model has others"
             )

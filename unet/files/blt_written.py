@@ -12,6 +12,7 @@ from unet.files.blt_config import MODEL_TYPE
 from unet.files.blt_layout import BLTParams, hierarchy_of, patcher_of, patching_of, pool_of
 from unet.files.errors import LayoutError
 from unet.hierarchy import Flat
+from unet.layers import SwiGLU
 from unet.model import UNet
 
 MAX_POSITIONS = {"encoder_config": 24576, "decoder_config": 24576, "global_config": 4096, "patcher_config": 8192}
@@ -86,7 +87,7 @@ def _network(name: str, stack: Stack, crosses: Sequence[CrossLayer] = ()) -> dic
     norms += [norm for block, _ in layers for norm in (block.before_mixer, block.before_mlp) if norm is not None]
     norms += [norm for cross in crosses for norm in (cross.before_query, cross.before_key_value)]
     kinds = {(mixer.heads, mixer.kv_heads) for _, mixer in layers} | {(one.heads, one.kv_heads) for one in crosses}
-    widths = {block.mlp.out.weight.shape[0] for block, _ in layers if block.mlp is not None}
+    widths = {block.mlp.out.weight.shape[0] for block, _ in layers if isinstance(block.mlp, SwiGLU)}
     epsilons = {norm.epsilon for norm in norms}
     if not layers or len(layers) < len(blocks) or max(map(len, (kinds, widths, epsilons))) > 1:
         raise LayoutError(

@@ -19,12 +19,13 @@ from estimators.routers import CosineRouter, Greedy
 from unet.attention import Attention
 from unet.blocks import PreNorm, Stack
 from unet.chunkers import Chunker, Projection, Select, Smooth
+from unet.experts import Experts
 from unet.files.converted import WeightType, converted, require_names, require_shape
 from unet.files.errors import LayoutError
 from unet.files.published import layer_count, rounded, shape_of
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.hnet import HNetConfig
-from unet.layers import ROTARY_BASE, Linear
+from unet.layers import ROTARY_BASE, Linear, SwiGLU
 from unet.mamba import Mamba2
 from unet.model import UNet
 from unet.widened import Widened
@@ -209,9 +210,8 @@ class _Stage:
 
     @property
     def mlp_dim(self) -> int:
-        return max(
-            (rounded(block.mlp.out.weight.shape[0]) for block in self.blocks if block.mlp is not None), default=0
-        )
+        mlps = [mlp for block in self.blocks if (mlp := _mlp(block)) is not None]
+        return max((rounded(mlp.out.weight.shape[0]) for mlp in mlps), default=0)
 
     @property
     def heads(self) -> int:
@@ -350,17 +350,24 @@ def _stack_parameters(stack: Stack, prefix: str) -> Iterator[Parameter]:
             yield _matrix(f"{layer}.mixer.out_proj.weight", block.mixer.out)
         else:
             raise LayoutError(f"the released layout has no {type(block.mixer).__name__}")
-        if block.mlp is not None and block.before_mlp is not None:
+        mlp = _mlp(block)
+        if mlp is not None and block.before_mlp is not None:
             yield _named(f"{layer}.norm2.weight", block.before_mlp.weight)
-            hidden, dim = block.mlp.out.weight.shape
+            hidden, dim = mlp.out.weight.shape
             padded = rounded(hidden)
-            assert block.mlp.value_gate.weight.shape == (dim, 2 * hidden)
+            assert mlp.value_gate.weight.shape == (dim, 2 * hidden)
             yield Parameter(
-                f"{layer}.mlp.fc1.weight", block.mlp.value_gate.weight, (2 * padded, dim), transposed=True, blocks=2
+                f"{layer}.mlp.fc1.weight", mlp.value_gate.weight, (2 * padded, dim), transposed=True, blocks=2
             )
-            yield Parameter(f"{layer}.mlp.fc2.weight", block.mlp.out.weight, (dim, padded), transposed=True)
+            yield Parameter(f"{layer}.mlp.fc2.weight", mlp.out.weight, (dim, padded), transposed=True)
     if stack.norm is not None:
         yield _named(f"{prefix}.rmsnorm.weight", stack.norm.weight)
+
+
+def _mlp(block: PreNorm) -> SwiGLU | None:
+    if isinstance(block.mlp, Experts):
+        raise LayoutError("the released layout has no mixtures of experts")
+    return block.mlp
 
 
 def _mamba_parameters(mamba: Mamba2, prefix: str) -> Iterator[Parameter]:

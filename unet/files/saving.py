@@ -26,7 +26,7 @@ from unet.files.described import PACKAGES, Builder, Names, describe
 from unet.files.errors import LoadError, shown
 from unet.files.hub import Repository
 from unet.files.json_files import parse_json, read_json
-from unet.model import UNet
+from unet.language_model import AbstractLanguageModel
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -41,7 +41,7 @@ class Loaded:
     """A `model`, and the `config` of the run that trained it, for information (empty if there was no such file). The model does
     not depend on it."""
 
-    model: UNet
+    model: AbstractLanguageModel
     config: Mapping[str, object]
 
 
@@ -62,7 +62,7 @@ def write_atomically(path: Path, *parts: str | bytes | memoryview) -> None:
         raise
 
 
-def save(model: UNet, folder: str | Path) -> Path:
+def save(model: AbstractLanguageModel, folder: str | Path) -> Path:
     """Write `model.safetensors` to `folder`, which is created if it is missing, and return its path. A crash leaves no partial
     file.
 
@@ -116,7 +116,7 @@ def load(where: str | Path, *, known: Names = ()) -> Loaded:
         raise LoadError(f"{folder} holds no {path.name}: it is neither a finished run nor an exported model")
     config = path.with_name(CONFIG)
     model = load_module(path, known)
-    if not isinstance(model, UNet):
+    if not isinstance(model, AbstractLanguageModel):
         raise LoadError(f"{path} describes a {type(model).__name__}, not a model")
     return Loaded(model, read_json(config) if config.is_file() else {})
 

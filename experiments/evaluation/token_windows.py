@@ -1,0 +1,129 @@
+"""Windows over documents for models of tokens: every token counts once, in the first window that reads its last byte.
+
+The tokens are those of the whole document, so that all windows agree about them. A window of bytes reads the tokens that begin in
+it, or one more before the first that counts. Of a token's bytes the last one has its log-probability, and the others have 0.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from experiments.evaluation.windows import PositionScores, Window
+from unet.hierarchy import boundary_depth
+from unet.likelihood import next_logprobs, plain_layout
+from unet.losses import early_log_prob
+from unet.numerics import with_rank_promotion
+from unet.tokens.batch import padded_length
+from unet.tokens.model import TokenModel
+
+
+@dataclass(frozen=True)
+class DocumentTokens:
+    """The tokens of a document, BOS first, and the position at which each ends (that of BOS is 0)."""
+
+    ids: Int[np.ndarray, " tokens"]
+    ends: Int[np.ndarray, " tokens"]
+
+    @classmethod
+    def of(cls, model: TokenModel, document: bytes) -> DocumentTokens:
+        ids = model.encode(document)
+        sizes = model.tokenizer.token_sizes[ids]
+        return cls(np.concatenate([[model.alphabet.bos], ids]), np.concatenate([[0], np.cumsum(sizes)]))
+
+    def inside(self, window: Window) -> slice:
+        """The tokens that a window reads or predicts."""
+        begins = np.concatenate([[0], self.ends[:-1] + 1])
+        counted = int(np.searchsorted(self.ends, window.counted + 1))
+        first = min(int(np.searchsorted(begins, window.start)), counted - 1)
+        return slice(max(first, 0), int(np.searchsorted(self.ends, window.stop, side="right")))
+
+
+class _Pass(eqx.Module):
+    log_prob: Float[Array, "batch tokens"]
+    most_likely: Bool[Array, "batch tokens"]
+    early_log_prob: Float[Array, "batch tokens"] | None
+    depth: Int[Array, "batch tokens"]
+
+
+@eqx.filter_jit
+@with_rank_promotion
+def _pass(
+    model: TokenModel,
+    ids: Int[Array, "batch tokens"],
+    mask: Bool[Array, "batch tokens"],
+    keys: Key[Array, " batch"] | None,
+) -> _Pass:
+    prediction = model.inner(ids, key=keys, mask=mask)
+    early = early_log_prob(prediction, plain_layout(ids, None, mask))
+    most_likely = jnp.argmax(prediction.logits, axis=-1) == jnp.roll(ids, -1, axis=1)
+    return _Pass(next_logprobs(prediction.logits, ids), most_likely, early, 1 + boundary_depth(prediction.levels, mask))
+
+
+def score_token_windows(
+    model: TokenModel,
+    documents: Sequence[bytes],
+    windows: Sequence[Window],
+    keys: Key[Array, " windows"] | None,
+    *,
+    batch: int,
+    advance: Callable[[int], None] = lambda positions: None,
+) -> PositionScores:
+    """The scores of the counted positions of `windows`, in order; arguments as in `windows.score_windows`."""
+    tokens = functools.cache(lambda number: DocumentTokens.of(model, documents[number]))
+    groups: dict[int, list[int]] = {}
+    for place, window in enumerate(windows):
+        part = tokens(window.document).inside(window)
+        groups.setdefault(padded_length(part.stop - part.start, 2**30), []).append(place)
+    scored: dict[int, PositionScores] = {}
+    for length, places in groups.items():
+        for first in range(0, len(places), batch):
+            chosen = places[first : first + batch]
+            # The last batch is filled up, so that one program serves all batches of a length.
+            filled = chosen + chosen[:1] * (batch - len(chosen))
+            ids, mask = np.zeros((batch, length), np.int32), np.zeros((batch, length), bool)
+            for row, place in enumerate(filled):
+                own = tokens(windows[place].document)
+                part = own.inside(windows[place])
+                ids[row, : part.stop - part.start], mask[row, : part.stop - part.start] = own.ids[part], True
+            own_keys = None if keys is None else keys[jnp.asarray(filled)]
+            result = jax.tree.map(np.asarray, _pass(model, jnp.asarray(ids), jnp.asarray(mask), own_keys))
+            for row, place in enumerate(chosen):
+                scored[place] = _window_scores(tokens(windows[place].document), windows[place], result, row)
+            advance(sum(windows[place].stop - windows[place].counted for place in chosen))
+    return PositionScores.joined([scored[place] for place in range(len(windows))])
+
+
+def _window_scores(tokens: DocumentTokens, window: Window, result: _Pass, row: int) -> PositionScores:
+    """The scores of the counted positions of one window, from row `row` of a pass."""
+    part, size = tokens.inside(window), window.stop - window.counted
+    ends = tokens.ends[part]
+    # The prediction of a token stands one position before its end.
+    counts = np.flatnonzero((ends > window.counted) & (np.arange(len(ends)) > 0))
+
+    def predictions(values: np.ndarray) -> np.ndarray:
+        placed = np.zeros(size, np.float32)
+        placed[ends[counts] - 1 - window.counted] = values[row, counts - 1]
+        return placed
+
+    most_likely = np.ones(size, bool)
+    most_likely[ends[counts] - 1 - window.counted] = result.most_likely[row, counts - 1]
+    closed = np.flatnonzero((ends >= window.counted) & (ends < window.stop))
+    depth = np.zeros(size, np.uint8)
+    depth[ends[closed] - window.counted] = result.depth[row, closed]
+    early = result.early_log_prob
+    return PositionScores(
+        log_prob=predictions(np.asarray(result.log_prob)),
+        early_log_prob=np.full(size, np.nan, np.float32) if early is None else predictions(np.asarray(early)),
+        prob=(depth > 0).astype(np.float32),
+        depth=depth,
+        forced=np.arange(window.counted, window.stop) == window.start,
+        most_likely=most_likely,
+    )
