@@ -1,5 +1,6 @@
 """Files of Byte Latent Transformers: configurations, shards, tokenizers, the hub, and the commands that read and write them."""
 
+import dataclasses
 import json
 
 import equinox as eqx
@@ -12,6 +13,7 @@ import safetensors.numpy
 from estimators.entropy import Measured
 from experiments import export
 from experiments.config.build import build_model
+from experiments.config.errors import ConfigError
 from experiments.config.files import to_json
 from experiments.config.models import is_published
 from experiments.config.presets import PRESETS
@@ -207,12 +209,14 @@ TOKENIZERS = [
     ({"model": {"vocab": {"the": 262}}}, "its token 'the' has the id 262, but the model has 260 ids"),
     ({"model": {"vocab": {"A": 65}}}, "its token 'A' has the id 65, but the model's id is 69"),
     ({"model": {"vocab": {"<0x41>": 65}}}, "its token '<0x41>' has the id 65, but the model's id is 69"),
+    ({"model": {"vocab": {"zz": 7}}}, "its token 'zz' has 7, the id of a byte"),
+    ({"model": {"vocab": [["a", -1.0]]}}, "its vocabulary is not one of tokens with ids"),
     ({"added_tokens": [{"content": "</s>", "id": 3}]}, "its token '</s>' has the id 3, but the model's id is 2"),
 ]
 
 
 def test_a_model_comes_from_the_hub_and_a_tokenizer_must_fit_it(model, tmp_path, monkeypatch):
-    save_blt(model, tmp_path / "here", shard_bytes=300_000)
+    save_blt(model, str(tmp_path / "here"), shard_bytes=300_000)
     files = {one.name: one.read_bytes() for one in (tmp_path / "here").iterdir()}
     with hub("facebook/blt-1b", files | {"tokenizer.json": json.dumps(TOKENIZERS[0][0]).encode()}) as server:
         constants = huggingface_hub.constants
@@ -238,8 +242,11 @@ def test_configurations_of_the_authors_own_are_told_apart(model, tmp_path):
 @pytest.fixture
 def tiny():
     """A run of `--model blt-tiny` whose entropies come from `--model blt-patcher-tiny`, and its model."""
-    byte_model = build_model(PRESETS["blt-patcher-tiny"], jax.random.key(2)).unet
-    return PRESETS["blt-tiny"], build_model(PRESETS["blt-tiny"], jax.random.key(1), Measured(byte_model, 1.25))
+    return PRESETS["blt-tiny"], build_model(PRESETS["blt-tiny"], jax.random.key(1), Measured(tiny_byte_model(), 1.25))
+
+
+def tiny_byte_model():
+    return build_model(PRESETS["blt-patcher-tiny"], jax.random.key(2)).unet
 
 
 def test_runs_start_from_published_weights_and_are_exported_again(tiny, tmp_path, capsys):
@@ -269,3 +276,30 @@ def test_runs_start_from_published_weights_and_are_exported_again(tiny, tmp_path
     assert eqx.tree_equal(load_pretrained(tmp_path / "out"), load_pretrained(tmp_path / "published"))
     assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "other"), "--layout", "hnet-pt"]) == 2
     assert "released layout has" in " ".join(capsys.readouterr().err.split())
+
+
+def test_weights_with_other_settings_are_refused_or_said(tiny, tmp_path):
+    config, made = tiny
+    save_blt(made, tmp_path)
+
+    def fresh(**changed):
+        shape = dataclasses.replace(config, unet=dataclasses.replace(config.unet, **changed))
+        return build_model(shape, jax.random.key(5), Measured(tiny_byte_model(), 3.0))
+
+    with pytest.raises(ConfigError, match=r"but other settings: .*heads is 4 there and 2 here"):
+        initial_weights(str(tmp_path), fresh(heads=(2, 2, 2), kv_heads=(2, 2, 2)))
+    with pytest.raises(ConfigError, match=r"rotary_base is 500000\.0 there and 100\.0 here"):
+        initial_weights(str(tmp_path), fresh(rotary_bases=(5e5, 100.0, 5e5)))
+    notes = []
+    initial_weights(str(tmp_path), fresh(windows=(8, 0, 16)), (), notes.append)
+    assert "window is 16 there and 8 here" in notes[0]
+    initial_weights(str(tmp_path), fresh(), (), notes.append)
+    assert len(notes) == 1
+
+
+def test_a_mistyped_path_is_not_a_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_published("runs/a-1.5")
+    (tmp_path / "runs").mkdir()
+    assert not is_published("runs/a-1.5")
+    assert not is_published("owner/name.safetensors")

@@ -12,6 +12,7 @@ from unet.files.errors import LoadError
 from unet.files.json_files import read_json
 from unet.files.pretrained import load_pretrained
 from unet.files.saving import WEIGHTS, Loaded, describes_itself
+from unet.files.weights import TORCH
 
 
 def is_published(where: str) -> bool:
@@ -19,7 +20,9 @@ def is_published(where: str) -> bool:
     hub, where there is no such folder."""
     path = Path(where)
     if not path.exists():
-        return where.count("/") == 1 and not where.startswith((".", "/", "~", "hub:")) and not path.suffix
+        # Where there is a folder of the owner's name, the path was mistyped: the hub is not asked.
+        named = where.count("/") == 1 and not where.startswith((".", "/", "~", "hub:"))
+        return named and path.suffix not in (".safetensors", ".json", *TORCH) and not path.parent.exists()
     if describes_itself(path / WEIGHTS if path.is_dir() else path):
         return False
     return any(map(_is_published_config, (path if path.is_dir() else path.parent).glob("*.json")))

@@ -36,6 +36,8 @@ class Setup:
     key_steps: PRNGKeyArray
     key_evaluate: PRNGKeyArray
     placement: Placement
+    notes: tuple[str, ...] = ()
+    """What a user should know of the weights that the model starts from."""
 
 
 def set_up(config: RunConfig) -> Setup:
@@ -54,8 +56,12 @@ def set_up(config: RunConfig) -> Setup:
         require_saveable(model)
     except ValueError as error:
         raise ConfigError(f"{error}: the model could not be saved when it is trained") from None
+    notes: list[str] = []
     # A run that goes on has its weights in its checkpoint; one that was stopped before the first has not.
     if config.init is not None and not (config.resume and has_checkpoint(config.run_dir)):
-        model = initial_weights(config.init, model, (*modules_of(config), *import_plugins(config.plugin)))
+        model = initial_weights(config.init, model, (*modules_of(config), *import_plugins(config.plugin)), notes.append)
     trainer = Trainer.on(config, model, split)
-    return Setup(split, prepared, model, trainer, named_key(key, "steps"), named_key(key, "evaluation"), placement)
+    return Setup(
+        *(split, prepared, model, trainer, named_key(key, "steps"), named_key(key, "evaluation"), placement),
+        tuple(notes),
+    )

@@ -57,6 +57,7 @@ def _notes(config: RunConfig, setup: Setup) -> list[str]:
     memory = setup.trainer.memory
     return [
         *notes_of(config, setup.prepared),
+        *setup.notes,
         *attention_notes(config),
         *([] if memory is None else [memory.note]),
     ]

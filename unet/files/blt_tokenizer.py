@@ -20,9 +20,10 @@ MARKED = {"<s>": BOS, "</s>": EOS}
 
 
 def require_tokenizer(path: Path) -> None:
-    """Raise `LayoutError` unless all tokens in the file of a tokenizer have ids below 260, and those that are single bytes or
-    mark starts and ends have the published ones. Raises `LoadError` for a damaged file."""
-    for token, number in _tokens(read_json(path)):
+    """Raise `LayoutError` unless all tokens in the file of a tokenizer have ids below 260, those that are single bytes or mark
+    starts and ends the published ones, and no other token the id of a byte. Raises `LoadError` for a damaged file."""
+    of_bytes = set(to_blt_ids(np.arange(BOS)).tolist())
+    for token, number in _tokens(read_json(path), path.name):
         byte = MARKED.get(token, _BYTES.get(token))
         wanted = None if byte is None else int(to_blt_ids(np.asarray(byte)))
         if type(number) is not int or not 0 <= number < MARKS or number != (number if wanted is None else wanted):
@@ -30,13 +31,18 @@ def require_tokenizer(path: Path) -> None:
                 f"{path.name} does not fit: its token {shown(repr(token))} has the id {shown(repr(number))}"
                 + (f", but the model's id is {wanted}" if wanted is not None else f", but the model has {MARKS} ids")
             )
+        if byte is None and number in of_bytes:
+            raise LayoutError(
+                f"{path.name} does not fit: its token {shown(repr(token))} has {number}, the id of a byte"
+            )
 
 
-def _tokens(content: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+def _tokens(content: Mapping[str, object], name: str) -> Iterator[tuple[str, object]]:
     model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-    if isinstance(vocabulary, Mapping):
-        yield from ((str(token), number) for token, number in vocabulary.items())
+    vocabulary = model.get("vocab", {}) if isinstance(model, Mapping) else {}
+    if not isinstance(vocabulary, Mapping):
+        raise LayoutError(f"{name} does not fit: its vocabulary is not one of tokens with ids")
+    yield from ((str(token), number) for token, number in vocabulary.items())
     added = content.get("added_tokens")
     for token in added if isinstance(added, list) else ():
         if isinstance(token, Mapping):

@@ -127,13 +127,17 @@ def _located(where: str | Path) -> Path:
     return only_weights(weights) if weights.is_dir() else weights
 
 
-def save_hnet(model: UNet, folder: Path, *, name: str = "model", kind: Literal["pt", "safetensors"] = "pt") -> Path:
+def save_hnet(
+    model: UNet, folder: str | Path, *, name: str = "model", kind: Literal["pt", "safetensors"] = "pt"
+) -> Path:
     """Write a model in the released layout: `NAME.pt`, which PyTorch loads, or `NAME.safetensors`; and `NAME.json`, its
     configuration. Returns the path of the weights.
 
     Raises `unet.files.published.LayoutError` for a model with parts that the released layout does not have.
     """
     params, settings = hnet_layout.to_reference(model), hnet_layout.reference_config(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     weights = folder / f"{name}.{kind}"
     if kind == "pt":
         write_torch_file(weights, params)
@@ -143,13 +147,14 @@ def save_hnet(model: UNet, folder: Path, *, name: str = "model", kind: Literal["
     return weights
 
 
-def save_blt(model: UNet, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+def save_blt(model: UNet, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write a Byte Latent Transformer as `transformers` reads it: `config.json`, and `model.safetensors` or, where that would
     have more than `shard_bytes` bytes, shards and their index. Returns the path of the weights, or of the index.
 
     Raises `LayoutError` for a model with parts that the published layout does not have.
     """
     settings, params = blt_written.reference_config(model), blt_layout.to_reference(model)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in params if model.head is not None or name != blt_layout.EMBEDDING]
     shards: list[list[str]] = [[]]
