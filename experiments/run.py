@@ -29,6 +29,7 @@ from experiments.reporting.report import write_report
 from experiments.reporting.shading import Character, shade
 from experiments.reporting.summary import summary_of
 from experiments.tracking.follow import Trackers
+from experiments.tracking.tracker import require_trackers
 from experiments.training.extending import OF_THE_END, extend, latest_step, resumed
 from experiments.training.prepared import write_prepared
 from experiments.training.replacing import replacing
@@ -73,6 +74,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     if known.resume and known.out is not None:
         default = dataclasses.replace(read_config(Path(expanded(known.out)), modules), resume=False, overwrite=False)
     config = parse_run(arguments, with_flag_length(default, arguments), program="python -m experiments.run")
+    require_trackers(config.tracker)
     # Given several times, all of them count.
     config = dataclasses.replace(config, plugin=plugins_in(arguments))
     if config.resume:

@@ -63,12 +63,13 @@ def test_unet_knows_only_the_abstract_kinds_of_estimators():
     }
 
 
-COMMANDS = {"run", "generate", "compare", "evaluate", "export", "harness", "lab", "bench", "words"}
+COMMANDS = {"run", "runs", "generate", "compare", "evaluate", "export", "harness", "lab", "bench", "shade", "words"}
 BELOW = {"launch", "terminal"}
 """What stands below all rooms: how a process begins, and what may be sent to a terminal."""
-ABOVE = {"command", "devices"}
-"""What only commands use: how they end, and the devices that they run on."""
-ROOMS = {"config", "training", "evaluation", "reporting", "scoring", "comparison", "laboratory", "benchmark", "tasks"}
+ABOVE = {"command", "devices", "scripts"}
+"""What only commands use: how they end, the devices that they run on, and what they are called once installed."""
+INNER = {"config", "training", "evaluation", "reporting"}
+ROOMS = {*INNER, "scoring", "comparison", "laboratory", "benchmark", "tasks", "tracking"}
 
 
 def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room():
@@ -85,11 +86,12 @@ def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room(
         ("evaluation", {"config"}),
         ("training", {"config", "evaluation", "reporting"}),
         ("reporting", {"config", "evaluation", "training"}),
-        ("comparison", ROOMS - {"laboratory", "benchmark", "scoring", "tasks"}),
-        ("scoring", ROOMS - {"laboratory", "benchmark", "tasks"}),
-        ("tasks", ROOMS - {"laboratory", "benchmark", "comparison"}),
-        ("laboratory", ROOMS - {"benchmark", "tasks"}),
-        ("benchmark", ROOMS - {"laboratory", "tasks"}),
+        ("tracking", INNER),
+        ("comparison", INNER),
+        ("scoring", {*INNER, "comparison"}),
+        ("tasks", {*INNER, "scoring"}),
+        ("laboratory", {*INNER, "comparison", "scoring"}),
+        ("benchmark", {*INNER, "comparison", "scoring"}),
     ],
 )
 def test_rooms_use_only_what_lies_below_them_and_no_command(room, may_use):

@@ -23,7 +23,6 @@ from experiments.config.build import require_fit
 from experiments.config.errors import ConfigError, refused
 from experiments.config.parts import KINDS, Names, Section, Values, levels_of, sections_in
 from experiments.config.settings import RunConfig, require_free_names
-from experiments.tracking.tracker import require_trackers
 from unet.chunkers.named import CHUNKERS, POOLS
 
 FIELDS: Mapping[str, Kind] = {
@@ -64,8 +63,7 @@ def parse_run(arguments: Sequence[str], default: RunConfig, *, program: str) -> 
 
 
 def fitting(config: RunConfig) -> RunConfig:
-    """The run with all settings of what it chose. Raises `ConfigError` if its parts cannot be built, or a tracker is missing."""
-    require_trackers(config.tracker)
+    """The run with all settings of what it chose. Raises `ConfigError` if its parts cannot be built."""
     require_fit(config)
     return config.resolved
 
