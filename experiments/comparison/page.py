@@ -103,10 +103,8 @@ def page(
 ) -> str:
     """The content of `report.html`, a self-contained page."""
     title, encoded = head.title or f"Estimators on {common.dataset}", base64.b64encode(curves).decode()
-    blocks = []
-    for number in range(max(map(len, texts.values()), default=0)):
-        blocks.append(f"<h3>Text {number + 1}</h3>")
-        blocks.append(fragment([shaded[number] for shaded in texts.values()], list(texts)))
+    count = max(map(len, texts.values()), default=0)
+    shaded = [(f"Text {number + 1}, {name}", of[number]) for number in range(count) for name, of in texts.items()]
     about = f"<p>{html.escape(head.about)}</p>" if head.about else ""
     shown = "".join(
         (f"<h2>{html.escape(table.title)}</h2>\n" if table.title else "") + html_table(table.columns, table.rows)
@@ -123,5 +121,5 @@ def page(
 <img alt="Held-out bits per byte over training FLOPs and over bytes" src="data:image/png;base64,{encoded}">
 <p class="quiet">Thick lines are means over seeds, thin lines are single seeds.</p>
 <h2>The same held-out text</h2>
-{"".join(blocks)}""",
+{fragment([text for _, text in shaded], [name for name, _ in shaded])}""",
     )
