@@ -18,6 +18,7 @@ from experiments.reporting import display as display_module
 from experiments.reporting.display import Display, ProgressLines, duration
 from experiments.reporting.shading import Character
 from experiments.runs import main as list_runs
+from experiments.training.extending import change, resumed
 from experiments.training.metrics_log import read_metrics
 from experiments.training.optimizer import learning_rate
 from experiments.training.run_dir import held, read_config
@@ -42,6 +43,9 @@ def test_a_learning_rate_that_decays_now_begins_where_it_is_and_ends_at_the_end(
     half = learning_rate(whole, 50)
     assert learning_rate(cut, 55) == pytest.approx((half + 0.1) / 2)
     assert learning_rate(cut, 60) == pytest.approx(0.1)
+    # A warm-up that was a share of the planned steps does not grow with the end.
+    later = scheduled(4000, decay_from=50 * 64, planned_bytes=100 * 64)
+    assert [learning_rate(later, step) for step in (1, 20, 50)] == [learning_rate(whole, step) for step in (1, 20, 50)]
     stable, early = scheduled(schedule="wsd"), scheduled(80, "wsd", decay_from=40 * 64, planned_bytes=100 * 64)
     assert learning_rate(stable, 40) == learning_rate(early, 40) == 1.0
     assert [learning_rate(early, 40 + 40 * share // 4) for share in range(5)] == pytest.approx(
@@ -62,7 +66,7 @@ def test_a_run_goes_on_to_another_end(finished, corpus, tmp_path, capsys):
     assert start("--resume", "--out", copy, "--bytes", "768", "--schedule.decay-now", "--rate", "0.3") == 2
     assert "other settings for rate" in message(capsys)
 
-    def stopped(*arguments):
+    def stopped(*arguments, **callbacks):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -74,7 +78,9 @@ def test_a_run_goes_on_to_another_end(finished, corpus, tmp_path, capsys):
     )
     assert "from here on, where it was 0, and falls along a cosine to 0" in said
     assert (read_config(copy).steps, read_config(copy).bytes) == (None, 768)
+    # The model of the old end is not taken for that of the newest checkpoint.
     assert not (copy / "summary.json").exists()
+    assert not (copy / "model.safetensors").exists()
     # --quiet holds for this command alone.
     assert start("--resume", "--out", copy, "--quiet", "--log-seconds", "0") == 0
     assert message(capsys) == ""
@@ -90,8 +96,21 @@ def test_a_run_decays_from_where_it_is(finished, tmp_path):
     shutil.rmtree(copy / "checkpoints" / "8")
     config = run_module.parse(["--resume", "--out", str(copy), "--schedule.decay-now"])
     assert config.schedule == ScheduleConfig(decay_from=6 * 64, planned_bytes=8 * 64)
+    again = dataclasses.replace(config, steps=20, schedule=ScheduleConfig(decay_now=True))
+    with pytest.raises(
+        ConfigError, match=r"decays from 0\.00 MB on already, to step 8: leave out --schedule\.decay-now"
+    ):
+        resumed(again, config)
     with pytest.raises(ConfigError, match=r"--schedule\.decay-now is for a run that goes on"):
         run_module.parse(["--schedule.decay-now"])
+
+
+def test_another_end_says_what_becomes_of_the_rate_asked_for():
+    run = dataclasses.replace(scheduled(100), rate=0.2, target=dataclasses.replace(TINY.target, start=0.9, until=0.5))
+    assert "rate asked for" not in change(dataclasses.replace(run, steps=200), run, 200)
+    assert "the rate asked for is 0.55 from here on, where it was 0.2" in change(
+        dataclasses.replace(run, steps=200), run, 50
+    )
 
 
 @pytest.mark.parametrize("name", ["again.toml", "again.yaml", "config.json"])
@@ -200,7 +219,7 @@ def test_off_a_terminal_there_are_plain_lines_and_marks(monkeypatch):
     said = shown(monkeypatch, io.StringIO())
     assert "step 2 of 100, 0.00 of 0.01 MB, bpb 2.500, rate 0.250, 2.0 kB/s, 3 s left\n" in said
     assert "\x1b" not in said
-    assert said.endswith("held-out text, with a | behind each sampled boundary:\nab|±\nerror: no\n")
+    assert said.endswith("held-out text, with a mark behind each sampled boundary:\nab·±\nerror: no\n")
     dumb = shown(monkeypatch, Terminal(), TERM="dumb")
     assert "step 2 of 100" in dumb
     assert "\x1b" not in dumb
@@ -220,7 +239,7 @@ def test_terminals_have_the_bar_in_the_room_and_the_colours_that_they_have(monke
         assert "step 2 of" not in said
     plain = shown(monkeypatch, Terminal(), NO_COLOR="1", COLUMNS="100")
     assert "48;" not in plain
-    assert "ab|±" in plain
+    assert "ab·±" in plain
 
     class Latin(Terminal):
         encoding = "ascii"

@@ -1,6 +1,7 @@
 """Studies: files of named variants, as one command trains and compares them."""
 
 import json
+import shutil
 
 import pytest
 
@@ -238,3 +239,11 @@ def test_finished_runs_are_joined_by_their_paths(finished, tmp_path, capsys):
     ]
     assert start("--runs", finished, finished, "--out", tmp_path / "other") == 2
     assert "are both of seed 0" in capsys.readouterr().err
+    copy = tmp_path / "copy-1"
+    shutil.copytree(finished, copy)
+    settings = json.loads((copy / "config.json").read_text()) | {"seed": 1, "rate": 0.3}
+    (copy / "config.json").write_text(json.dumps(settings))
+    assert start("--runs", f"a={finished}", f"a={copy}", "--out", tmp_path / "other") == 2
+    assert "would be seeds of one variant a, but have other settings for rate" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -194,6 +194,12 @@ def test_every_token_counts_in_one_window(flat, context, stride):
     assert scores.log_prob.shape == (len(document) + 1,)
     assert np.flatnonzero(scores.log_prob).tolist() == (ends[1:] - 1).tolist()
     assert np.flatnonzero(scores.depth).tolist() == ends.tolist()
+    # A context ends with a token, as in `score`.
+    (after,) = score(flat, document[11:], contexts=document[:11], key=None, batch=1)
+    apart = score_token_windows(flat, [document], windows, None, batch=4, cuts=[11])
+    if context == 400:
+        assert apart.log_prob[11:].sum() == pytest.approx(after.log_prob, rel=1e-3)
+    assert apart.depth[11]
     (whole,) = score(flat, document, key=None, batch=1)
     if context == 400:
         np.testing.assert_allclose(scores.log_prob[:-1], whole.logprobs, rtol=1e-3, atol=1e-4)

@@ -136,6 +136,8 @@ def test_parts_of_a_hierarchy_have_the_names_of_their_levels():
         ".stage.inner.inner.stage.stack.blocks[0]": "main",
         ".stage.inner.inner.padding": "main",
         ".stage.stack.blocks[0]": "main",
+        ".inner.embedding": "embedding",
+        ".inner.stage.inner.estimator.router.key": "level1_router",
     }
     assert {path: part_of(path) for path in found} == found
     assert metric_of("level1_gradient_norm_router") is not None

@@ -92,7 +92,7 @@ def read_tables(paths: Sequence[Path], requested: Mapping[Key, RunConfig]) -> di
 def read_joined(name: str, folders: Sequence[Path], plugins: Collection[str]) -> dict[Key, FinishedRun]:
     """The finished runs in `folders`, made by any command, as those of the variant `name`.
 
-    Raises `ConfigError` for a folder without one, and for two runs of one seed.
+    Raises `ConfigError` for a folder without one, for two runs of one seed, and for runs that differ in more than the seed.
     """
     read: dict[Key, FinishedRun] = {}
     for folder in folders:
@@ -102,6 +102,12 @@ def read_joined(name: str, folders: Sequence[Path], plugins: Collection[str]) ->
         if (name, run.seed) in read:
             raise ConfigError(
                 f"{folder} and {read[name, run.seed].folder} are both of seed {run.seed}: name one of them"
+            )
+        first = next(iter(read.values()), run)
+        if changed := differing(_portable(run.config), _portable(first.config), may_differ=("devices", "seed")):
+            raise ConfigError(
+                f"{folder} and {first.folder} would be seeds of one variant {name}, but have other settings for "
+                f"{', '.join(changed)}: give them names (--runs NAME={folder})"
             )
         read[name, run.seed] = run
     return read

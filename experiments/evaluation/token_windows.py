@@ -33,8 +33,9 @@ class DocumentTokens:
     ends: Int[np.ndarray, " tokens"]
 
     @classmethod
-    def of(cls, model: TokenModel, document: bytes) -> DocumentTokens:
-        ids = model.encode(document)
+    def of(cls, model: TokenModel, document: bytes, cut: int = 0) -> DocumentTokens:
+        """`cut`: bytes of a context, over whose end no token reaches."""
+        ids = np.concatenate([model.encode(document[:cut]), model.encode(document[cut:])])
         sizes = model.tokenizer.token_sizes[ids]
         return cls(np.concatenate([[model.alphabet.bos], ids]), np.concatenate([[0], np.cumsum(sizes)]))
 
@@ -74,10 +75,12 @@ def score_token_windows(
     keys: Key[Array, " windows"] | None,
     *,
     batch: int,
+    cuts: Sequence[int] = (),
     advance: Callable[[int], None] = lambda positions: None,
 ) -> PositionScores:
-    """The scores of the counted positions of `windows`, in order; arguments as in `windows.score_windows`."""
-    tokens = functools.cache(lambda number: DocumentTokens.of(model, documents[number]))
+    """The scores of the counted positions of `windows`, in order; arguments as in `windows.score_windows`. `cuts`: for each
+    document, the bytes of a context, over whose end no token reaches."""
+    tokens = functools.cache(lambda number: DocumentTokens.of(model, documents[number], cuts[number] if cuts else 0))
     groups: dict[int, list[int]] = {}
     for place, window in enumerate(windows):
         part = tokens(window.document).inside(window)

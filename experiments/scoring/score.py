@@ -112,9 +112,11 @@ def score_positions(
     *,
     context: int,
     batch: int,
+    cuts: Sequence[int] = (),
     advance: Callable[[int], None] = lambda positions: None,
 ) -> PositionScores:
-    """`score_windows` for a model of bytes or of tokens."""
+    """`score_windows` for a model of bytes or of tokens. `cuts`: for each document, the bytes of a context, over whose end no
+    token of a tokenizer reaches."""
     if isinstance(model, TokenModel):
-        return score_token_windows(model, documents, windows, keys, batch=batch, advance=advance)
+        return score_token_windows(model, documents, windows, keys, batch=batch, cuts=cuts, advance=advance)
     return score_windows(model.unet, documents, windows, keys, context=context, batch=batch, advance=advance)

@@ -160,7 +160,8 @@ class Likelihoods:
         most = self.batch or max(1, BATCH_POSITIONS // length)
         # A power of four, so that few sizes are compiled.
         batch = min(most, 4 ** ((len(windows) - 1).bit_length() + 1 >> 1))
-        scores = score_positions(self.opened.model, documents, windows, keys, context=length, batch=batch)
+        cuts = [len(request.context) for request in requests]
+        scores = score_positions(self.opened.model, documents, windows, keys, context=length, batch=batch, cuts=cuts)
         self.cache.write(key, scores)
         return scores
 

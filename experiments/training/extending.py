@@ -12,7 +12,8 @@ from experiments.config.sections import ScheduleConfig
 from experiments.config.settings import RunConfig
 from experiments.training.optimizer import learning_rate
 from experiments.training.run_dir import CHECKPOINTS, CONFIG, SUMMARY, has_checkpoint, read_config
-from unet.files.saving import write_atomically
+from experiments.training.target import TargetSchedule
+from unet.files.saving import WEIGHTS, write_atomically
 
 OF_THE_END = ("bytes", "steps", "schedule")
 """Settings that a run may have otherwise when it goes on."""
@@ -37,6 +38,11 @@ def resumed(config: RunConfig, saved: RunConfig) -> RunConfig:
     if not config.schedule.decay_now:
         return config
     before = saved.schedule
+    if before.decay_from is not None and config.total_steps != saved.total_steps:
+        raise ConfigError(
+            f"the learning rate of the run in {config.run_dir} decays from {before.decay_from / 1e6:.2f} MB on already, to step "
+            f"{saved.total_steps}: leave out --schedule.decay-now to stretch that decay, or keep the end"
+        )
     if before.decay_from is None:
         planned = saved.total_steps * saved.bytes_per_step
         before = ScheduleConfig(decay_from=step * config.bytes_per_step, planned_bytes=planned)
@@ -56,11 +62,14 @@ def extend(config: RunConfig, note: Callable[[str], None]) -> None:
     note(change(config, saved, latest_step(config) if has_checkpoint(config.run_dir) else 0))
     # In this order: in between it is a run of the old length whose report is missing.
     (config.run_dir / SUMMARY).unlink(missing_ok=True)
+    if has_checkpoint(config.run_dir):
+        # The model is that of the newest checkpoint from here on.
+        (config.run_dir / WEIGHTS).unlink(missing_ok=True)
     write_atomically(config.run_dir / CONFIG, to_json(dataclasses.replace(config, resume=False, overwrite=False)))
 
 
 def change(config: RunConfig, saved: RunConfig, step: int) -> str:
-    """What another end does to the learning rate of a run that is at `step`, in a sentence."""
+    """What another end does to the learning rate, and to the rate asked for, of a run that is at `step`, in a sentence."""
     total, final = config.total_steps, config.optimizer.learning_rate * config.optimizer.final_fraction
     rate, was = learning_rate(config, step), learning_rate(saved, step)
     shape = "along a cosine" if config.optimizer.schedule == "cosine" else "with an inverse square root"
@@ -72,9 +81,14 @@ def change(config: RunConfig, saved: RunConfig, step: int) -> str:
         way = f"stays at its peak until the last fifth, then decays {shape}"
     same = abs(rate - was) <= 1e-6 * max(rate, was)
     here = f"goes on at {rate:.3g}" if same else f"is {rate:.3g} from here on, where it was {was:.3g}"
+    asked, asked_before = (TargetSchedule.of(one).at(step) for one in (config, saved))
+    target = ""
+    if abs(asked - asked_before) > 1e-6:
+        target = f"; the rate asked for is {asked:.3g} from here on, where it was {asked_before:.3g}"
     return (
         f"the run ends at step {total} ({_megabytes(config, total)}) instead of step {saved.total_steps} "
-        f"({_megabytes(saved, saved.total_steps)}); it is at step {step}: its learning rate {here}, and {way} to {final:.3g}"
+        f"({_megabytes(saved, saved.total_steps)}); it is at step {step}: its learning rate {here}, and {way} to "
+        f"{final:.3g}{target}"
     )
 
 

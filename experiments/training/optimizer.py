@@ -56,7 +56,9 @@ def make_schedule(config: RunConfig) -> optax.Schedule:
     if start is not None:
         first = round(start / config.bytes_per_step)
         planned = config.schedule.planned_bytes or config.total_steps * config.bytes_per_step
-        steps = max(planned // config.bytes_per_step, config.warmup_steps, 1)
+        # A warm-up that was a share of the run is one of the planned run.
+        shortest = 1 if config.optimizer.warmup_bytes is None else config.warmup_steps
+        steps = max(planned // config.bytes_per_step, shortest)
         begun = dataclasses.replace(config, bytes=planned, steps=steps, schedule=ScheduleConfig())
         decay = _decay(config, learning_rate(begun, first), max(1, config.total_steps - first))
         return optax.join_schedules([make_schedule(begun), decay], [first])

@@ -5,10 +5,12 @@ Decided before anything is compiled, from the arrays that the backward pass need
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -23,6 +25,8 @@ from unet.blocks import computed
 from unet.fused_attention import refusal
 
 GIB = 2**30
+CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says how much memory a container or a job may take."""
 
 USABLE = 0.9
 """Share of the memory that is planned with. The rest is for what is not counted: buffers within a block, gaps between arrays."""
@@ -91,10 +95,21 @@ def available(config: RunConfig) -> int | None:
         return int(stats["bytes_limit"])
     if device.platform != "cpu":
         return None
+    machine = machine_memory()
+    return None if machine is None else machine // device_count(config)
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory of this machine, or what its control group allows of it; None if it is unknown."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // device_count(config)
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
+    for limit in CONTROL_GROUP:
+        with contextlib.suppress(OSError, ValueError):
+            # "max" where there is none.
+            whole = min(whole, int(limit.read_text()))
+    return whole
 
 
 def activation_bytes(model: UNet, shape: tuple[int, int], capacities: Sequence[int], samples: int = 1) -> int:

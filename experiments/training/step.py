@@ -111,6 +111,8 @@ def norms_by_part(tree: PyTree[Float[Array, ...]]) -> dict[str, Float[Array, ""]
 def part_of(path: str) -> str:
     """The part of a model that a parameter belongs to, with the prefix of its level inside the first: `embedding`, `encoder`,
     `router`, `chunker`, `objective`, `main` (the innermost network), `decoder`, `head`, `early_head`."""
+    # Models of tokens hold the model that reads them.
+    path = path.removeprefix(".inner")
     inside = re.match(
         r"\.stage((?:\.inner|\.stage)*)\.(encoder|decoder|estimator(?:\.(?:router|chunker|objective))?)\b", path
     )

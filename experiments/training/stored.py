@@ -11,11 +11,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from experiments.config.build import build_model
-from experiments.config.errors import ConfigError
+from experiments.config.errors import ConfigError, require
 from experiments.training.checkpoint import DamagedError, _describe, require_undamaged, said
 from experiments.training.placement import with_implementation
 from experiments.training.prepared import read_prepared
-from experiments.training.run_dir import CHECKPOINTS, read_config
+from experiments.training.run_dir import CHECKPOINTS, PREPARED, read_config
 from experiments.training.trainer import Trainer
 from unet.language_model import AbstractLanguageModel
 
@@ -43,6 +43,10 @@ def stored_model(
         raise ConfigError(f"{folder} holds no checkpoint of step {step}; it holds {', '.join(map(str, steps))}")
     config = with_implementation(dataclasses.replace(read_config(folder, plugins), out=folder, devices=1))
     prepared = read_prepared(config)
+    require(
+        prepared is not None or not config.reads_tokens,
+        f"{folder} lacks {PREPARED}, which has the tokenizer of its checkpoints: copy it there too",
+    )
     model = eqx.filter_jit(lambda: build_model(config, jax.random.key(config.seed), prepared))()
     # The capacities of training do not matter here.
     trainer = Trainer.of(config, model, (config.length,))

@@ -55,6 +55,10 @@ class TargetSchedule(eqx.Module):
         share = jnp.minimum(state.step.astype(jnp.float32) / self.steps, 1.0)
         return self.start + share * (self.rate - self.start)
 
+    def at(self, step: int) -> float:
+        """The rate wanted at this step, as a number."""
+        return self.start + min(step / self.steps, 1.0) * (self.rate - self.start)
+
     def target(self, state: TargetState) -> Float[Array, ""]:
         """What the estimator aims at."""
         asked = self.asked(state)

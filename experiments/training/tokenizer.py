@@ -9,7 +9,7 @@ from pathlib import Path
 from data import Split
 from estimators.vocabulary import texts_of
 from experiments.config.errors import ConfigError
-from experiments.config.plugins import load_model
+from experiments.config.plugins import import_plugins, load_model, modules_of
 from experiments.config.settings import RunConfig
 from experiments.training.text import RunText
 from unet.files.saving import LoadError
@@ -29,7 +29,7 @@ def prepare_tokenizer(config: RunConfig, split: Split) -> Tokenizer:
             return train_tokenizer(_training_texts(config, split), config.tokenizer.vocabulary)
         if source.endswith(".json") or (Path(source).is_file() and not source.endswith(".safetensors")):
             return Tokenizer.read(_content(source))
-        model = load_model(source).model
+        model = load_model(source, (*modules_of(config), *import_plugins(config.plugin))).model
     except LoadError as error:
         raise ConfigError(
             f"--tokenizer.source {source} is neither {LEARNED}, nor a tokenizer.json, nor a model of tokens ({error})"
