@@ -46,7 +46,7 @@ class AbstractShape(ABC):
     remat: bool | Literal["auto"] = False
     """Recompute each block in the backward pass, to save memory; with `auto` a training run does so only where its activations
     would not fit otherwise."""
-    memory: Annotated[float, Within(MARGIN, 2**20)] | None = None
+    memory: Annotated[float, Within(MARGIN, 2.0**20)] | None = None
     """GiB that a training step may take on each device, for --unet.remat auto; by default what the device has."""
     implementation: Implementation | None = None
     """Implementation of the ragged operations: kernels on CUDA and XLA elsewhere (None), always `xla`, always `pallas` kernels,

@@ -88,7 +88,7 @@ def require_heads(dim: int, heads: int, kv_heads: int | None) -> int:
         raise ValueError(f"{heads} heads do not divide a width of {dim}")
     kv_heads = heads if kv_heads is None else kv_heads
     if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"{kv_heads} heads of keys and values do not divide {heads} heads")
+        raise ValueError(f"kv_heads {kv_heads}: so many heads of keys and values do not divide {heads} heads")
     return kv_heads
 
 
