@@ -236,6 +236,21 @@ def test_texts_end_before_a_stop_string_or_at_their_limit_and_are_kept(tmp_path,
     assert again.generate_until(requests, disable_tqdm=True) == found
 
 
+def test_the_combinations_of_samples_share_texts_that_are_not_kept(monkeypatch):
+    calls, compute = [], generations.generate
+    monkeypatch.setattr(generations, "generate", lambda *a, **s: calls.append(a) or compute(*a, **s))
+    likely = Likelihoods(opened(registered("sfe")), DRAWN, NOWHERE)
+    texts = Generations(likely.opened, DRAWN, NOWHERE)
+    found = [
+        CaesuraLM(likely, texts, combination, 1).generate_until(
+            [asked("generate_until", "so", {"max_gen_bytes": 9})], disable_tqdm=True
+        )
+        for combination in likelihoods.COMBINATIONS
+    ]
+    assert found[0] == found[1]
+    assert len(calls) == 1
+
+
 def test_a_task_says_how_it_wants_texts():
     assert style_of({}, 4) == Style((), 1024, 0.0)
     assert style_of({"until": "\n", "max_gen_toks": 8, "temperature": 0.7}, 4) == Style(("\n",), 32, 0.7)
@@ -277,6 +292,10 @@ def test_a_model_is_made_of_the_arguments_of_the_harness(folder):
     expected = harness_model(registered("sfe"), DRAWN, "log-mean-exp").loglikelihood(requests, disable_tqdm=True)
     assert model.loglikelihood(requests, disable_tqdm=True) == [(pytest.approx(expected[0][0], rel=1e-6), False)]
     assert ModelArguments.of({"path": "7", "batch_size": "4", "step": None}) == ModelArguments("7", batch_size=4)
+    assert ModelArguments.of({"path": "7", "combine": None, "seed": "None", "keep": None}) == ModelArguments("7")
+    batches = [one.batch for one in ModelArguments(str(folder / "sfe"), keep=False, batch_size=3).opened()]
+    assert batches == [3, 3]
+    assert ModelArguments(str(folder / "sfe"), keep=False).opened()[1].batch == generations.BATCH
 
 
 @pytest.mark.parametrize(
@@ -451,6 +470,8 @@ def test_every_task_file_is_found_and_names_functions_that_are_there():
     groups = {name: files[name]["task"] for name in ("cute", "noisy_hellaswag")}
     assert {name: len(members) for name, members in groups.items()} == {"cute": 14, "noisy_hellaswag": 5}
     assert files.keys() == {*groups, *itertools.chain(*groups.values())}
+    # Or the harness would disturb a whole training split at every start.
+    assert "\ntraining_split: null\n" in (FILES / "noisy_hellaswag" / "common.yaml").read_text()
     assert tuple(groups["noisy_hellaswag"]) == published.NOISY
     splits = set()
     for name in groups["cute"]:
