@@ -341,6 +341,13 @@ def test_the_command_line_of_the_harness_knows_the_model(folder, capsys):
         == 2
     )
     assert "error: nowhere is not a file" in " ".join(capsys.readouterr().err.split())
+    for wrong, message in {
+        ("--model_args", "path=nowhere", "--model", "caesurra"): "error: lm-evaluation-harness cannot do this (",
+        ("--num_fewshot", "9"): "(ValueError): Sample larger than population",
+        ("--apply_chat_template",): "have no chat template: leave out --apply_chat_template",
+    }.items():
+        assert harness.main([*asked, "--include_path", str(folder), *wrong]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
     assert harness.main(["--model", "caesura", "--tasks", "nothing", "--include_path", str(folder)]) == 2
     assert "error: Tasks not found: nothing: python -m experiments.harness ls tasks" in capsys.readouterr().err
 
@@ -583,6 +590,12 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(folder, capsys, fresh_clie
         (("--tasks", "broken"), "the task broken cannot be used ("),
         (("--tasks", "gone"), "the data of the task gone cannot be had: Unable to find"),
         (("--tasks", "odd"), "example 0 of the task odd holds half a surrogate pair at character 1"),
+        (
+            ("--tasks", "piqa", "--shots", 9),
+            "the prompts of the task piqa cannot be written (ValueError): Sample larger than",
+        ),
+        (("--tasks", "raises"), "the answers of the task raises cannot be judged (KeyError): 'answers'"),
+        (("--tasks", "piqa", "beams"), "the task beams cannot be used: a task wants 4 beams"),
         (("--tasks", "piqa", "--dataset", "docs", "--bytes", 9), "leave out --dataset, --bytes"),
         (("--shots", 2), "name the --tasks that --shots is for"),
         (("--tasks", "piqa", "--boundaries", "greedy", "--samples", 2), "leave out --boundaries greedy"),
@@ -595,6 +608,12 @@ def test_bad_input_is_one_sentence(folder, tmp_path, capsys, arguments, message)
     (files / "broken.yaml").write_text("task: broken\noutput_type: none\n")
     (files / "gone.yaml").write_text(
         f"include: {files / 'piqa.yaml'}\ntask: gone\ndataset_kwargs: {{data_files: none.jsonl}}\n"
+    )
+    spell = f"include: {files / 'cute_spell.yaml'}\n"
+    (files / "beams.yaml").write_text(f"{spell}task: beams\ngeneration_kwargs: {{num_beams: 4}}\n")
+    (files / "judge.py").write_text("def judge(document, results):\n    return {'acc': document['answers']}\n")
+    (files / "raises.yaml").write_text(
+        f"{spell}task: raises\nprocess_results: !function judge.judge\ngeneration_kwargs: {{max_gen_bytes: 2}}\n"
     )
     odd = """doc_to_text: '{{"a\\ud800b"}}'"""  # as jinja spells it
     (files / "odd.yaml").write_text(f"include: {files / 'lambada_openai.yaml'}\ntask: odd\n{odd}\n")

@@ -17,6 +17,7 @@ from experiments.tasks.generations import Generations, style_of
 from experiments.tasks.likelihoods import COMBINATIONS, Likelihoods, Request, is_greedy
 
 Result = TypeVar("Result")
+NO_TEMPLATE = "models of this library have no chat template: leave out --apply_chat_template"
 
 
 @final
@@ -77,6 +78,21 @@ class CaesuraLM(LM):
             return [text.decode("utf-8", errors="replace") for text in found]
 
         return self._by_task("generate_until", requests, compute, disable_tqdm)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Asked for where a chat template is to be used, which there is not. Raises `ConfigError`."""
+        raise ConfigError(NO_TEMPLATE)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """None. Raises `ConfigError` where one is asked for."""
+        if chat_template:
+            raise ConfigError(NO_TEMPLATE)
+        return None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Raises `ConfigError`."""
+        raise ConfigError(NO_TEMPLATE)
 
     def _by_task(
         self,
