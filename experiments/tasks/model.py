@@ -101,7 +101,7 @@ class CaesuraLM(LM):
         compute: Callable[[Sequence[Instance], Callable[[int], None]], list[Result]],
         disable_tqdm: bool,
     ) -> list[Result]:
-        """The results of each task's requests. What is kept of a task does not depend on the other tasks."""
+        """The results of each task's requests. They do not depend on the other tasks; which of them are computed together may."""
         results: list[Result] = []
         with tqdm(total=len(requests), desc=f"Running {kind} requests", disable=disable_tqdm) as bar:
             for _, some in itertools.groupby(requests, key=lambda request: request.task_name):
