@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from experiments.command import exit_code
 from experiments.config.errors import ConfigError, one_line
 from experiments.launch import program
 from experiments.reporting.display import Display
-from experiments.tasks.harness import FILES, register, require_harness
+from experiments.tasks.harness import FILES, harness_errors, register, require_harness
 
 
 def harness(arguments: Sequence[str]) -> None:
     """Run the harness's own command (`lm_eval`) with these arguments; the task files of this library are among its tasks.
 
-    Raises `ConfigError` where it is not installed, and what its models raise.
+    Raises `ConfigError` where it is not installed or refuses its arguments, and what its models raise.
     """
     require_harness()
     from lm_eval.__main__ import cli_evaluate
@@ -29,13 +29,19 @@ def harness(arguments: Sequence[str]) -> None:
     # It reads no other arguments than those of the process.
     before, sys.argv = sys.argv, ["lm_eval", *given]
     try:
-        cli_evaluate()
+        with harness_errors("lm-evaluation-harness cannot do this"):
+            _evaluated(cli_evaluate)
+    finally:
+        sys.argv = before
+
+
+def _evaluated(command: Callable[[], None]) -> None:
+    try:
+        command()
     except ValueError as error:
         if not str(error).startswith("Tasks not found"):
             raise
         raise ConfigError(f"{one_line(str(error))}: python -m experiments.harness ls tasks lists them") from None
-    finally:
-        sys.argv = before
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -236,6 +236,21 @@ def test_texts_end_before_a_stop_string_or_at_their_limit_and_are_kept(tmp_path,
     assert again.generate_until(requests, disable_tqdm=True) == found
 
 
+def test_the_combinations_of_samples_share_texts_that_are_not_kept(monkeypatch):
+    calls, compute = [], generations.generate
+    monkeypatch.setattr(generations, "generate", lambda *a, **s: calls.append(a) or compute(*a, **s))
+    likely = Likelihoods(opened(registered("sfe")), DRAWN, NOWHERE)
+    texts = Generations(likely.opened, DRAWN, NOWHERE)
+    found = [
+        CaesuraLM(likely, texts, combination, 1).generate_until(
+            [asked("generate_until", "so", {"max_gen_bytes": 9})], disable_tqdm=True
+        )
+        for combination in likelihoods.COMBINATIONS
+    ]
+    assert found[0] == found[1]
+    assert len(calls) == 1
+
+
 def test_a_task_says_how_it_wants_texts():
     assert style_of({}, 4) == Style((), 1024, 0.0)
     assert style_of({"until": "\n", "max_gen_toks": 8, "temperature": 0.7}, 4) == Style(("\n",), 32, 0.7)
@@ -277,6 +292,10 @@ def test_a_model_is_made_of_the_arguments_of_the_harness(folder):
     expected = harness_model(registered("sfe"), DRAWN, "log-mean-exp").loglikelihood(requests, disable_tqdm=True)
     assert model.loglikelihood(requests, disable_tqdm=True) == [(pytest.approx(expected[0][0], rel=1e-6), False)]
     assert ModelArguments.of({"path": "7", "batch_size": "4", "step": None}) == ModelArguments("7", batch_size=4)
+    assert ModelArguments.of({"path": "7", "combine": None, "seed": "None", "keep": None}) == ModelArguments("7")
+    batches = [one.batch for one in ModelArguments(str(folder / "sfe"), keep=False, batch_size=3).opened()]
+    assert batches == [3, 3]
+    assert ModelArguments(str(folder / "sfe"), keep=False).opened()[1].batch == generations.BATCH
 
 
 @pytest.mark.parametrize(
@@ -322,6 +341,13 @@ def test_the_command_line_of_the_harness_knows_the_model(folder, capsys):
         == 2
     )
     assert "error: nowhere is not a file" in " ".join(capsys.readouterr().err.split())
+    for wrong, message in {
+        ("--model_args", "path=nowhere", "--model", "caesurra"): "error: lm-evaluation-harness cannot do this (",
+        ("--num_fewshot", "9"): "(ValueError): Sample larger than population",
+        ("--apply_chat_template",): "have no chat template: leave out --apply_chat_template",
+    }.items():
+        assert harness.main([*asked, "--include_path", str(folder), *wrong]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
     assert harness.main(["--model", "caesura", "--tasks", "nothing", "--include_path", str(folder)]) == 2
     assert "error: Tasks not found: nothing: python -m experiments.harness ls tasks" in capsys.readouterr().err
 
@@ -451,6 +477,8 @@ def test_every_task_file_is_found_and_names_functions_that_are_there():
     groups = {name: files[name]["task"] for name in ("cute", "noisy_hellaswag")}
     assert {name: len(members) for name, members in groups.items()} == {"cute": 14, "noisy_hellaswag": 5}
     assert files.keys() == {*groups, *itertools.chain(*groups.values())}
+    # Or the harness would disturb a whole training split at every start.
+    assert "\ntraining_split: null\n" in (FILES / "noisy_hellaswag" / "common.yaml").read_text()
     assert tuple(groups["noisy_hellaswag"]) == published.NOISY
     splits = set()
     for name in groups["cute"]:
@@ -562,6 +590,12 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(folder, capsys, fresh_clie
         (("--tasks", "broken"), "the task broken cannot be used ("),
         (("--tasks", "gone"), "the data of the task gone cannot be had: Unable to find"),
         (("--tasks", "odd"), "example 0 of the task odd holds half a surrogate pair at character 1"),
+        (
+            ("--tasks", "piqa", "--shots", 9),
+            "the prompts of the task piqa cannot be written (ValueError): Sample larger than",
+        ),
+        (("--tasks", "raises"), "the answers of the task raises cannot be judged (KeyError): 'answers'"),
+        (("--tasks", "piqa", "beams"), "the task beams cannot be used: a task wants 4 beams"),
         (("--tasks", "piqa", "--dataset", "docs", "--bytes", 9), "leave out --dataset, --bytes"),
         (("--shots", 2), "name the --tasks that --shots is for"),
         (("--tasks", "piqa", "--boundaries", "greedy", "--samples", 2), "leave out --boundaries greedy"),
@@ -574,6 +608,12 @@ def test_bad_input_is_one_sentence(folder, tmp_path, capsys, arguments, message)
     (files / "broken.yaml").write_text("task: broken\noutput_type: none\n")
     (files / "gone.yaml").write_text(
         f"include: {files / 'piqa.yaml'}\ntask: gone\ndataset_kwargs: {{data_files: none.jsonl}}\n"
+    )
+    spell = f"include: {files / 'cute_spell.yaml'}\n"
+    (files / "beams.yaml").write_text(f"{spell}task: beams\ngeneration_kwargs: {{num_beams: 4}}\n")
+    (files / "judge.py").write_text("def judge(document, results):\n    return {'acc': document['answers']}\n")
+    (files / "raises.yaml").write_text(
+        f"{spell}task: raises\nprocess_results: !function judge.judge\ngeneration_kwargs: {{max_gen_bytes: 2}}\n"
     )
     odd = """doc_to_text: '{{"a\\ud800b"}}'"""  # as jinja spells it
     (files / "odd.yaml").write_text(f"include: {files / 'lambada_openai.yaml'}\ntask: odd\n{odd}\n")

@@ -15,7 +15,7 @@ from experiments.scoring.cache import ScoreCache, default_folder
 from experiments.scoring.models import open_model
 from experiments.scoring.plans import plan_of
 from experiments.scoring.score import BoundaryChoice
-from experiments.tasks.generations import Generations
+from experiments.tasks.generations import BATCH, Generations
 from experiments.tasks.likelihoods import COMBINATIONS, Likelihoods
 
 BytesPerToken = Annotated[int, Within(1, 1024)]
@@ -49,12 +49,13 @@ class ModelArguments:
 
     @classmethod
     def of(cls, given: Mapping[str, object]) -> ModelArguments:
-        """The arguments of these names. Raises `ConfigError` for others, and for values that cannot be."""
+        """The arguments of these names; None leaves the default. Raises `ConfigError` for others, and for impossible values."""
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(given.keys() - set(names))
         if unknown:
             raise ConfigError(f"--model_args has no {one_line(unknown[0])}: it takes {', '.join(names)}")
-        values = {name: _plain(name, value) for name, value in given.items()}
+        plain = {name: _plain(name, value) for name, value in given.items()}
+        values = {name: value for name, value in plain.items() if value is not None}
         return dataclasses.replace(cls(str(values.pop("path", ""))), **values)
 
     def opened(self) -> tuple[Likelihoods, Generations]:
@@ -66,7 +67,10 @@ class ModelArguments:
         cache = ScoreCache(folder if self.keep else None)
         cache.check()
         cache.evict()
-        return Likelihoods(model, plan, cache, self.batch_size), Generations(model, plan, cache)
+        return (
+            Likelihoods(model, plan, cache, self.batch_size),
+            Generations(model, plan, cache, self.batch_size or BATCH),
+        )
 
 
 CHOICES = {"boundaries": ("greedy", "drawn"), "combine": tuple(COMBINATIONS), "keep": (True, False)}

@@ -11,15 +11,13 @@ from experiments.scoring.cache import ScoreCache
 from experiments.scoring.models import OpenModel, open_model
 from experiments.scoring.plans import plan_of
 from experiments.scoring.settings import EvaluateConfig
+from experiments.tasks.checks import FEWSHOT_SEED, check
 from experiments.tasks.generations import Generations
-from experiments.tasks.harness import OpenTasks, open_tasks, require_harness
+from experiments.tasks.harness import OpenTasks, harness_errors, open_tasks, require_harness
 from experiments.tasks.likelihoods import COMBINATIONS, Likelihoods
 from experiments.tasks.published import with_tables
 from experiments.tasks.results import ModelTasks, model_tasks
 from experiments.tasks.tables import TaskEvaluation
-
-FEWSHOT_SEED = 1234
-"""Which solved examples stand before an example: the harness's own default."""
 
 
 def task_evaluation(config: EvaluateConfig, cache: ScoreCache, display: Display) -> TaskEvaluation:
@@ -34,6 +32,7 @@ def task_evaluation(config: EvaluateConfig, cache: ScoreCache, display: Display)
     with contextlib.redirect_stdout(sys.stderr or None):
         tasks = open_tasks(with_tables(config.tasks), config.task_files)
         _set_shots(tasks, config.shots)
+        check(tasks, config.limit, config.bytes_per_token)
         results: list[ModelTasks] = []
         for opened in models:
             display.note(f"{opened.name} on {', '.join(tasks.tasks)}")
@@ -57,9 +56,10 @@ def _of_model(
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         model = CaesuraLM(likelihoods, generations, combination, config.bytes_per_token)
         # Standard errors are not the harness's: it would fork this process to resample for some.
-        found = evaluate(
-            model, {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}, limit=config.limit, bootstrap_iters=0
-        )
+        with harness_errors(f"the tasks {', '.join(tasks.tasks)} cannot be evaluated"):
+            found = evaluate(
+                model, {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}, limit=config.limit, bootstrap_iters=0
+            )
         assert found is not None
         results.append(model_tasks(opened, combination if several else None, tasks.tasks, found))
     return results

@@ -7,7 +7,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import jax
@@ -85,6 +85,11 @@ def style_of(settings: Mapping[str, object], bytes_per_token: int) -> Style:
     return style
 
 
+def kept_prompt(prompt: bytes, context: int) -> bytes:
+    """What is read of a prompt: with the BOS before it, at most `context` positions, which lose their beginning."""
+    return prompt[-max(1, context - 1) :]
+
+
 def _strings(until: object) -> tuple[str, ...]:
     """Stop strings: None, one, or several. An empty one would end every text before its first byte, so it is left out, as the
     harness's own models do."""
@@ -126,13 +131,14 @@ class Generations:
     """A model that continues prompts with the boundaries of `plan`. What the cache has is not generated again.
 
     A prompt keeps the last `plan.context` - 1 bytes. A text has the keys of its prompt: those of the seed of `plan`, with the
-    prompt's CRC-32 and the number of earlier requests with this prompt folded in.
+    prompt's CRC-32 and the number of earlier requests with this prompt folded in. `known`: batches generated before.
     """
 
     opened: OpenModel
     plan: Plan
     cache: ScoreCache
     batch: int = BATCH
+    known: dict[str, list[bytes]] = field(default_factory=dict)
 
     def of(
         self,
@@ -141,7 +147,7 @@ class Generations:
         advance: Callable[[int], None] = lambda number: None,
     ) -> list[bytes]:
         """The continuation of each prompt, without its stop string, in order."""
-        kept = [prompt[-max(1, self.plan.context - 1) :] for prompt in prompts]
+        kept = [kept_prompt(prompt, self.plan.context) for prompt in prompts]
         repeats = _repeats(kept)
         found: dict[int, bytes] = {}
         for numbers in self._batches(kept, styles):
@@ -162,6 +168,13 @@ class Generations:
 
     def _batch(self, prompts: Sequence[bytes], repeats: Sequence[int], style: Style) -> list[bytes]:
         key = self._key(prompts, repeats, style)
+        if key not in self.known:
+            self.known[key] = self._stored_or_generated(key, prompts, repeats, style)
+        return self.known[key]
+
+    def _stored_or_generated(
+        self, key: str, prompts: Sequence[bytes], repeats: Sequence[int], style: Style
+    ) -> list[bytes]:
         stored = self.cache.read_arrays(key, ("sizes", "bytes"))
         if stored is not None and len(stored["sizes"]) == len(prompts):
             content, ends = stored["bytes"].tobytes(), np.cumsum(stored["sizes"])

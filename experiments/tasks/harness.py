@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jax.errors import JaxRuntimeError
+
 from data import DataError
-from experiments.config.errors import ConfigError, one_line, require
+from experiments.config.errors import ConfigError, RunError, one_line, require
+from experiments.terminal import OutputClosed
+from unet.files.saving import LoadError
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -105,17 +110,26 @@ def _loaded(manager: TaskManager, name: str) -> Mapping:
     import datasets
 
     try:
-        return manager.load([name])
+        with harness_errors(f"the task {name} cannot be used"):
+            return manager.load([name])
     except OSError as error:  # those of the network among them
         raise DataError(
             f"the data of the task {name} cannot be had: {_reason(error)} (the hub is {datasets.config.HF_ENDPOINT}); what was "
             "loaded before needs no network (HF_HUB_OFFLINE=1), nor do files of your own (--task-files)"
         ) from error
-    except (ConfigError, DataError):
+
+
+@contextlib.contextmanager
+def harness_errors(what: str) -> Iterator[None]:
+    """Turns what the harness, its task files and their functions raise into a `ConfigError` that begins with `what`. Errors of
+    this library, of the system and of the device pass."""
+    try:
+        yield
+    except (ConfigError, DataError, LoadError, RunError, OSError, MemoryError, JaxRuntimeError, OutputClosed):
         raise
     except Exception as error:
-        # Whatever else: task files name fields, templates and functions, all of which may be wrong.
-        raise ConfigError(f"the task {name} cannot be used ({type(error).__name__}): {_reason(error)}") from error
+        # Whatever else: they raise all kinds, for bad settings too.
+        raise ConfigError(f"{what} ({type(error).__name__}): {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

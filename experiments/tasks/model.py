@@ -17,6 +17,7 @@ from experiments.tasks.generations import Generations, style_of
 from experiments.tasks.likelihoods import COMBINATIONS, Likelihoods, Request, is_greedy
 
 Result = TypeVar("Result")
+NO_TEMPLATE = "models of this library have no chat template: leave out --apply_chat_template"
 
 
 @final
@@ -78,6 +79,21 @@ class CaesuraLM(LM):
 
         return self._by_task("generate_until", requests, compute, disable_tqdm)
 
+    @property
+    def tokenizer_name(self) -> str:
+        """Asked for where a chat template is to be used, which there is not. Raises `ConfigError`."""
+        raise ConfigError(NO_TEMPLATE)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """None. Raises `ConfigError` where one is asked for."""
+        if chat_template:
+            raise ConfigError(NO_TEMPLATE)
+        return None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Raises `ConfigError`."""
+        raise ConfigError(NO_TEMPLATE)
+
     def _by_task(
         self,
         kind: str,
@@ -85,7 +101,7 @@ class CaesuraLM(LM):
         compute: Callable[[Sequence[Instance], Callable[[int], None]], list[Result]],
         disable_tqdm: bool,
     ) -> list[Result]:
-        """The results of each task's requests. What is kept of a task does not depend on the other tasks."""
+        """The results of each task's requests. They do not depend on the other tasks; which of them are computed together may."""
         results: list[Result] = []
         with tqdm(total=len(requests), desc=f"Running {kind} requests", disable=disable_tqdm) as bar:
             for _, some in itertools.groupby(requests, key=lambda request: request.task_name):
