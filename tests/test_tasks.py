@@ -37,7 +37,7 @@ from experiments.tasks.generations import Generations, Style, style_of  # noqa: 
 from experiments.tasks.harness import FILES, open_tasks, register  # noqa: E402
 from experiments.tasks.likelihoods import Likelihoods, Request  # noqa: E402
 from experiments.tasks.model import CaesuraLM  # noqa: E402
-from experiments.tasks.results import gold_bits  # noqa: E402
+from experiments.tasks.results import gold_place, mean_and_error, model_tasks  # noqa: E402
 from tests import gemma2_reference as gemma2  # noqa: E402
 from tests.compositions import registered  # noqa: E402
 from tests.local_tasks import ROWS, write_tasks  # noqa: E402
@@ -498,11 +498,43 @@ def test_robustness_is_the_part_of_what_is_above_chance_that_is_left():
     assert math.isnan(noise.robustness(0.3, 0.25))
 
 
-def test_an_answer_that_is_no_choice_is_refused(folder):
+def test_an_answer_that_is_no_choice_is_counted(folder):
     task = open_tasks(["piqa"], [folder]).tasks["piqa"]
     sample = {"doc": {**ROWS["piqa"][0], "label": 7}, "target": 7, "doc_id": 4}
-    with pytest.raises(ConfigError, match="the answer of example 4 of the task piqa is none of its 2 choices"):
-        gold_bits(task, sample)
+    assert gold_place(task, sample) is None
+    assert gold_place(task, sample | {"target": np.int64(1)}) == 1
+
+
+def test_errors_are_those_of_each_filter_and_gold_counts_examples_once(folder):
+    task = open_tasks(["piqa"], [folder]).tasks["piqa"]
+    requests = [("Q: é", " aa"), ("Q: é", " b")]
+    samples = [
+        {
+            "doc": ROWS["piqa"][0],
+            "doc_id": number,
+            "target": place,
+            "filter": name,
+            "acc": float(right),
+            "arguments": requests,
+            "filtered_resps": [(-3.0 * math.log(2), False), (-4.0 * math.log(2), False)],
+        }
+        for name in ("first", "second")
+        for number, (place, right) in enumerate([(0, 1), (1, 0), (7, name == "second")])
+    ]
+    found = {
+        "samples": {"piqa": samples},
+        "results": {"piqa": {"acc,first": 1 / 3, "acc_stderr,first": "N/A", "acc,second": 2 / 3}},
+        "configs": {"piqa": {}},
+        "n-shot": {"piqa": 0},
+    }
+    opened = OpenModel("m", small_model(None), None)
+    result = model_tasks(opened, None, 8, {"piqa": task}, found).tasks["piqa"]
+    assert (result.examples, result.cut, result.without_gold) == (3, 0, 1)
+    assert result.values["acc (first)"] == mean_and_error([1.0, 0.0, 0.0])
+    assert result.values["acc (second)"] == mean_and_error([1.0, 0.0, 1.0])
+    # " aa" has 3 bytes and 3 bits, " b" has 2 bytes and 4 bits.
+    assert result.values["gold"].value == pytest.approx((1.0 + 2.0) / 2)
+    assert model_tasks(opened, None, 7, {"piqa": task}, found).tasks["piqa"].cut == 3
 
 
 # Data sets of the hub, through the real client.

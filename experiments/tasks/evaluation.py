@@ -61,7 +61,9 @@ def _of_model(
                 model, {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)}, limit=config.limit, bootstrap_iters=0
             )
         assert found is not None
-        results.append(model_tasks(opened, combination if several else None, tasks.tasks, found))
+        results.append(
+            model_tasks(opened, combination if several else None, likelihoods.plan.context, tasks.tasks, found)
+        )
     return results
 
 

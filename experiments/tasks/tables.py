@@ -25,7 +25,7 @@ class TaskEvaluation:
 
 def markdown(evaluation: TaskEvaluation) -> str:
     """All tables."""
-    parts = [summary(evaluation), table(*value_table(evaluation.models))]
+    parts = [summary(evaluation), table(*value_table(evaluation.models)), *remarks(evaluation)]
     if any(one.groups for one in evaluation.models):
         parts.append(table(*group_table(evaluation.models)))
     for published in TABLES:
@@ -47,6 +47,24 @@ def summary(evaluation: TaskEvaluation) -> str:
         f"{boundaries}{limit}. gold: mean over examples of the bits per byte of the right continuation. ± is the standard error "
         "over examples."
     )
+
+
+def remarks(evaluation: TaskEvaluation) -> list[str]:
+    """What was left out, a sentence for each task."""
+    notes = []
+    for one in evaluation.models:
+        for task, result in one.tasks.items():
+            if result.cut:
+                notes.append(
+                    f"{named(one)}: the context of {result.cut:,} of {result.examples:,} examples of {task} does not fit into "
+                    f"{evaluation.plan.context:,} bytes and was cut at its beginning (--context)"
+                )
+            if result.without_gold:
+                notes.append(
+                    f"{named(one)}: the answer of {result.without_gold:,} of {result.examples:,} examples of {task} is none "
+                    "of its choices; these are not in gold"
+                )
+    return notes
 
 
 Table = tuple[list[str], list[list[str]]]
