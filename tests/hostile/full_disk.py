@@ -47,6 +47,9 @@ def _trial(
 
     flags = ["--overwrite"] if overwrite else []
     ended = in_child("run", [*given, *flags, "--out", str(out)], log, before=fill)
+    if ended.code == 0 and left_by(out) == expected:
+        # The number of changes that a checkpoint takes differs by a few.
+        return "it was done before the disk was full", []
     errors = [line for line in ended.output.splitlines() if line.startswith("error: ")]
     wrong = []
     if ended.code != 1 or len(errors) != 1 or "Traceback" in ended.output:
