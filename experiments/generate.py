@@ -18,7 +18,7 @@ import tyro
 from estimators.bounds import Seed, Share
 from experiments.command import command_line
 from experiments.config.arguments import expanded
-from experiments.config.errors import ConfigError, require, require_bounds
+from experiments.config.errors import NOT_NUMBERS, ConfigError, require, require_bounds
 from experiments.config.models import is_published, load_any
 from experiments.config.plugins import import_plugins, load_model
 from experiments.launch import program
@@ -136,9 +136,7 @@ def _add(pieces: Sequence[list[Piece]], new: Sequence[Piece | None]) -> None:
         if piece is None:
             continue
         if not np.isfinite(piece.logprobs).all():
-            raise ConfigError(
-                "this model's probabilities are not numbers: its weights are too large to compute with; name another model"
-            )
+            raise ConfigError(f"{NOT_NUMBERS}; name another model")
         parts.append(piece)
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from estimators.bounds import Count, Length, Seed
 from experiments.command import command_line
-from experiments.config.errors import ConfigError, require, require_bounds
+from experiments.config.errors import NOT_NUMBERS, ConfigError, require, require_bounds
 from experiments.evaluation.byte_scores import ByteScores, Text
 from experiments.launch import program
 from experiments.reporting.display import Display
@@ -117,9 +117,7 @@ def _text(config: ShadeConfig) -> Text:
 def _boundaries(opened: OpenModel, text: Text, plan: Plan) -> TextBoundaries:
     scores = score_text(opened, text, plan, ScoreCache(None))
     if not np.isfinite(scores.log_prob).all():
-        raise ConfigError(
-            f"the probabilities of {opened.name} are not numbers: its weights are too large to compute with; name another model"
-        )
+        raise ConfigError(f"{opened.name}: {NOT_NUMBERS}; name another model")
     return text_boundaries(text.documents[0], scores)
 
 

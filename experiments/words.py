@@ -16,7 +16,7 @@ from data import Row
 from estimators.bounds import LARGEST_BYTES, Seed, Within
 from experiments.command import command_line
 from experiments.comparison.comparison import MeanAndError
-from experiments.config.errors import ConfigError, require, require_bounds
+from experiments.config.errors import NOT_NUMBERS, ConfigError, require, require_bounds
 from experiments.config.plugins import import_plugins, load_model, require_bytes
 from experiments.config.settings import RunConfig
 from experiments.evaluation.boundaries import (
@@ -144,7 +144,7 @@ def _analyse_runs(config: WordsConfig, display: Display) -> None:
         analyses[folder] = analyse(results, labels)
         require(
             math.isfinite(analyses[folder].bpb),
-            f"{folder}: this model's probabilities are not numbers: its weights are too large to compute with",
+            f"{folder}: {NOT_NUMBERS}",
         )
         if config.placements:
             moved = evaluate_placements(

@@ -23,6 +23,10 @@ class RunError(Exception):
     """What failed although the settings were right, such as a full disk, said in one sentence. Commands exit with 1."""
 
 
+NOT_NUMBERS = "this model's probabilities are not numbers: its weights are too large to compute with"
+"""What is said of weights that are numbers and give none."""
+
+
 def one_line(text: str, longest: int = 300) -> str:
     """What somebody else wrote, to be quoted in an error: one line of at most `longest` characters, none of which a terminal acts
     on."""

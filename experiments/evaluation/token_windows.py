@@ -10,17 +10,14 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from experiments.evaluation.windows import PositionScores, Window
-from unet.hierarchy import boundary_depth
-from unet.likelihood import next_logprobs, plain_layout
-from unet.losses import early_log_prob
-from unet.numerics import with_rank_promotion
+from unet.decoding.boundaries import BytePass, byte_pass
+from unet.decoding.score import rate_of, with_enough_capacity
 from unet.tokens.batch import padded_length
 from unet.tokens.model import TokenModel
 
@@ -45,27 +42,6 @@ class DocumentTokens:
         counted = int(np.searchsorted(self.ends, window.counted + 1))
         first = min(int(np.searchsorted(begins, window.start)), counted - 1)
         return slice(max(first, 0), int(np.searchsorted(self.ends, window.stop, side="right")))
-
-
-class _Pass(eqx.Module):
-    log_prob: Float[Array, "batch tokens"]
-    most_likely: Bool[Array, "batch tokens"]
-    early_log_prob: Float[Array, "batch tokens"] | None
-    depth: Int[Array, "batch tokens"]
-
-
-@eqx.filter_jit
-@with_rank_promotion
-def _pass(
-    model: TokenModel,
-    ids: Int[Array, "batch tokens"],
-    mask: Bool[Array, "batch tokens"],
-    keys: Key[Array, " batch"] | None,
-) -> _Pass:
-    prediction = model.inner(ids, key=keys, mask=mask)
-    early = early_log_prob(prediction, plain_layout(ids, None, mask))
-    most_likely = jnp.argmax(prediction.logits, axis=-1) == jnp.roll(ids, -1, axis=1)
-    return _Pass(next_logprobs(prediction.logits, ids), most_likely, early, 1 + boundary_depth(prediction.levels, mask))
 
 
 def score_token_windows(
@@ -97,14 +73,15 @@ def score_token_windows(
                 part = own.inside(windows[place])
                 ids[row, : part.stop - part.start], mask[row, : part.stop - part.start] = own.ids[part], True
             own_keys = None if keys is None else keys[jnp.asarray(filled)]
-            result = jax.tree.map(np.asarray, _pass(model, jnp.asarray(ids), jnp.asarray(mask), own_keys))
+            compute = functools.partial(byte_pass, model.inner, jnp.asarray(ids), jnp.asarray(mask), own_keys)
+            result = jax.tree.map(np.asarray, with_enough_capacity(length, rate_of(model.inner), compute))
             for row, place in enumerate(chosen):
                 scored[place] = _window_scores(tokens(windows[place].document), windows[place], result, row)
             advance(sum(windows[place].stop - windows[place].counted for place in chosen))
     return PositionScores.joined([scored[place] for place in range(len(windows))])
 
 
-def _window_scores(tokens: DocumentTokens, window: Window, result: _Pass, row: int) -> PositionScores:
+def _window_scores(tokens: DocumentTokens, window: Window, result: BytePass, row: int) -> PositionScores:
     """The scores of the counted positions of one window, from row `row` of a pass."""
     part, size = tokens.inside(window), window.stop - window.counted
     ends = tokens.ends[part]
@@ -117,13 +94,13 @@ def _window_scores(tokens: DocumentTokens, window: Window, result: _Pass, row: i
         return placed
 
     most_likely = np.ones(size, bool)
-    most_likely[ends[counts] - 1 - window.counted] = result.most_likely[row, counts - 1]
+    most_likely[ends[counts] - 1 - window.counted] = result.likelihoods.most_likely[row, counts - 1]
     closed = np.flatnonzero((ends >= window.counted) & (ends < window.stop))
     depth = np.zeros(size, np.uint8)
-    depth[ends[closed] - window.counted] = result.depth[row, closed]
+    depth[ends[closed] - window.counted] = 1 + result.likelihoods.depth[row, closed]
     early = result.early_log_prob
     return PositionScores(
-        log_prob=predictions(np.asarray(result.log_prob)),
+        log_prob=predictions(np.asarray(result.likelihoods.log_prob)),
         early_log_prob=np.full(size, np.nan, np.float32) if early is None else predictions(np.asarray(early)),
         prob=(depth > 0).astype(np.float32),
         depth=depth,

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from experiments.evaluation.windows import SHORTEST, PositionScores, Window
+from experiments.evaluation.windows import PositionScores, Window
 from experiments.scoring.cache import ScoreCache, chunk_key
 from experiments.scoring.models import OpenModel
 from experiments.scoring.score import BATCH_POSITIONS, Plan, score_positions
+from unet.tokens.batch import padded_length
 
 CHUNK = 2**17
 """Positions, of whole windows, that are computed, and kept, at once."""
@@ -69,14 +70,6 @@ def request_keys(
     of_sample = jax.random.fold_in(jax.random.key(seed), sample)
     of_context = jax.vmap(jax.random.fold_in, (None, 0))(of_sample, contexts)
     return jax.vmap(jax.random.fold_in)(of_context, numbers)
-
-
-def padded_length(size: int, context: int) -> int:
-    """The length that windows of `size` positions are padded to: a power of two or one and a half of it, at most `context`."""
-    length = SHORTEST
-    while length < size:
-        length = length * 3 // 2 if length.bit_count() == 1 else length * 4 // 3
-    return min(length, context)
 
 
 @dataclass(frozen=True)

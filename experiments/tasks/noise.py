@@ -49,7 +49,6 @@ NOISES: Mapping[str, Callable[[str, random.Random], str]] = {
     "repeat": repeat,
     "uppercase": upper_case,
 }
-PLACES = ("context", "endings", "both")
 
 
 def disturbed(noise: str, text: str) -> str:

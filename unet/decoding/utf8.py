@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
 
 COMPLETE = 0
 """The state after a complete character."""
@@ -66,17 +64,6 @@ def whole_characters(text: bytes) -> int:
     while 0x80 <= text[start] <= 0xBF:
         start -= 1
     return start
-
-
-def can_follow(state: Int[Array, " batch"], room: Int[Array, " batch"]) -> Bool[Array, "batch vocab"]:
-    """The bytes that can come next if the character must be complete within `room` bytes, the next one included."""
-    after = jnp.asarray(AFTER)[state]
-    return (after >= 0) & (jnp.asarray(LACKING)[jnp.maximum(after, 0)] < room[:, None])
-
-
-def next_state(state: Int[Array, " batch"], byte: Int[Array, " batch"]) -> Int[Array, " batch"]:
-    """The state after one more byte; an invalid byte counts as a complete character."""
-    return jnp.maximum(jnp.asarray(AFTER)[state, byte], COMPLETE)
 
 
 def character_spans(content: bytes) -> Iterator[tuple[int, int]]:

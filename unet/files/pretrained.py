@@ -55,8 +55,6 @@ PUBLISHED: Mapping[str, Mapping[str, object]] = {
 }
 """The configurations of the published models, by the names of their repositories (and files) under `cartesia-ai`."""
 
-OWNER = "cartesia-ai"
-
 SHARD_BYTES = 5 * 10**9
 """Most bytes of weights in one file that `save_blt` writes."""
 

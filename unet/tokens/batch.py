@@ -80,8 +80,8 @@ def _documents(segments: Int[np.ndarray, " length"], mask: Bool[np.ndarray, " le
 
 
 def padded_length(count: int, most: int) -> int:
-    """The length that rows of up to `count` tokens are padded to: a power of two or one and a half of one, or `most` where that
-    is less. So few programs are compiled."""
+    """The length that rows of up to `count` positions are padded to: a power of two or one and a half of one, or `most` where
+    that is less. So few programs are compiled."""
     length = SHORTEST
     while length < count:
         length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
