@@ -15,7 +15,7 @@ from data.left_out import Count, LeftOut, ignored
 from data.parquet import parquet_documents, text_bytes
 from data.paths import find_files
 from data.plain import PLAIN_DOCUMENT, plain_documents
-from data.splits import Splits
+from data.splits import Part, Splits
 
 SMALL = 2 * 2**20
 """A data set that is one plain text file of fewer bytes is split into shorter documents, so that some can be held out: about 32
@@ -29,24 +29,24 @@ class Files(AbstractSource):
     `text_field`. `.fa`, `.fasta` and `.fna` have nucleotide sequences. Every other file is plain text: one document, or several
     if it is long. All may be compressed (`.gz`, `.zst`). The files are streamed if they have more than `memory_limit` bytes
     together, after decompression. JSON and Parquet files named as a validation split are the held-out text; without one, those
-    of a test split are.
+    of a test split are. Those of a test split are the test text.
     """
 
-    def __init__(self, pattern: str, text_field: str, memory_limit: int = 512 * 2**20, *, held_out: bool = False):
-        """`held_out`: read the held-out files instead of the training files. Raises `DataError` if nothing matches."""
+    def __init__(self, pattern: str, text_field: str, memory_limit: int = 512 * 2**20, *, part: Part = "training"):
+        """`part`: the files that are read. Raises `DataError` if nothing matches."""
         self._pattern = pattern
         self._text_field = text_field
         self._memory_limit = memory_limit
-        self._held_out = held_out
+        self._part: Part = part
         files, self._passed_over = find_files(pattern)
         self._splits = _splits_of([file.path for file in files])
-        chosen = self._splits.held_out if held_out else self._splits.training
+        chosen = self._splits.of_part(part)
         self._shards = [Shard(str(file.path), file.size) for file in files if str(file.path) in chosen]
         self._left_out = LeftOut()
 
     @property
     def name(self) -> str:
-        return f"{shown(self._pattern)} (held-out split)" if self._held_out else shown(self._pattern)
+        return shown(self._pattern) if self._part == "training" else f"{shown(self._pattern)} ({self._part} split)"
 
     @cached_property
     def streamed(self) -> bool:
@@ -61,9 +61,17 @@ class Files(AbstractSource):
 
     @property
     def held_out_source(self) -> AbstractSource | None:
-        if self._held_out or not self._splits.held_out:
+        return self._other("held-out")
+
+    @property
+    def test_source(self) -> AbstractSource | None:
+        return self._other("test")
+
+    def _other(self, part: Part) -> AbstractSource | None:
+        """The source of another part; None where no file is named so."""
+        if self._part != "training" or not self._splits.of_part(part):
             return None
-        source = Files(self._pattern, self._text_field, self._memory_limit, held_out=True)
+        source = Files(self._pattern, self._text_field, self._memory_limit, part=part)
         source._left_out = self._left_out  # what is left out of either part is said once
         return source
 
@@ -158,8 +166,8 @@ def _splits_of(paths: Sequence[Path]) -> Splits:
         return all_for_training
     root = Path(os.path.commonpath(paths))
     splits = Splits.of(path.relative_to(root).as_posix() for path in paths if _kind(path) in (".parquet", *JSON_LINES))
-    not_for_training = {str(root / name) for name in (*splits.held_out, *splits.unused)}
+    not_for_training = {str(root / name) for name in (*splits.held_out, *splits.test)}
     training = tuple(path for path in all_for_training.training if path not in not_for_training)
     if not training:
         return all_for_training
-    return Splits(training, *(tuple(str(root / name) for name in part) for part in (splits.held_out, splits.unused)))
+    return Splits(training, *(tuple(str(root / name) for name in part) for part in (splits.held_out, splits.test)))

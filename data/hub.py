@@ -32,7 +32,7 @@ from data.hub_manifest import (
 from data.hub_names import HubDataset
 from data.hub_requests import PATIENCE, RequestError, request
 from data.left_out import LeftOut
-from data.splits import Splits, named_split
+from data.splits import Part, Splits, named_split
 
 FORMATS = (
     ("*.parquet",),
@@ -65,17 +65,17 @@ class HubSource(AbstractSource):
         endpoint: str | None = None,
         wait: Callable[[float], None] = time.sleep,
         patience: float = PATIENCE,
-        held_out: bool = False,
+        part: Part = "training",
     ):
         """`cache`: the cache folder of this library, by default `caesura` in the user's cache folder. `wait` sleeps between
-        attempts; a request ends after `patience` seconds in which nothing arrives. `held_out`: read the held-out files, or all
-        files if none is named as a held-out split."""
+        attempts; a request ends after `patience` seconds in which nothing arrives. `part`: the files that are read; the
+        held-out text that is a data set of its own has all its files where none is named as a held-out split."""
         root = default_cache() if cache is None else cache
         self._dataset = dataset
         self._text_field = text_field
-        self._held_out = held_out
-        part = (dataset.folder or "all") + (f"@{dataset.revision}" if dataset.revision else "")
-        self._folder = root / "hub" / dataset.repository.replace("/", "--") / part.replace("/", "--")
+        self._part: Part = part
+        of = (dataset.folder or "all") + (f"@{dataset.revision}" if dataset.revision else "")
+        self._folder = root / "hub" / dataset.repository.replace("/", "--") / of.replace("/", "--")
         self._cache = cache
         self._cache_bytes = cache_bytes
         self._endpoint = endpoint
@@ -94,15 +94,25 @@ class HubSource(AbstractSource):
 
     @property
     def held_out_source(self) -> AbstractSource | None:
-        dataset, name = self._dataset, f"{self.name} (held-out split)"
-        if self._held_out:
+        dataset = self._dataset
+        if self._part == "training" and dataset.held_out_repository is not None:
+            name = f"{self.name} (held-out split)"
+            return self._source(
+                HubDataset(name, dataset.held_out_repository, "", dataset.patterns, self._text_field), "held-out"
+            )
+        return self._other("held-out")
+
+    @property
+    def test_source(self) -> AbstractSource | None:
+        return self._other("test")
+
+    def _other(self, part: Part) -> AbstractSource | None:
+        """The source of another part of the same data set; None where no file is named so."""
+        if self._part != "training" or not self._splits().of_part(part):
             return None
-        if dataset.held_out_repository is not None:
-            dataset = HubDataset(name, dataset.held_out_repository, "", dataset.patterns, self._text_field)
-        elif self._splits().held_out:
-            dataset = dataclasses.replace(dataset, name=name)
-        else:
-            return None
+        return self._source(dataclasses.replace(self._dataset, name=f"{self.name} ({part} split)"), part)
+
+    def _source(self, dataset: HubDataset, part: Part) -> AbstractSource:
         source = HubSource(
             dataset,
             text_field=self._text_field,
@@ -111,7 +121,7 @@ class HubSource(AbstractSource):
             endpoint=self._endpoint,
             wait=self._wait,
             patience=self._patience,
-            held_out=True,
+            part=part,
         )
         source._left_out = self._left_out  # what is left out of either part is said once
         return source
@@ -125,10 +135,10 @@ class HubSource(AbstractSource):
 
     def shards(self) -> Sequence[Shard]:
         splits, sizes = self._splits(), {file.path: file.size for file in self._load_manifest().files}
-        files = splits.training
-        if self._held_out:
-            files = splits.held_out or splits.training
-        elif not files:
+        files = splits.of_part(self._part)
+        if self._part == "held-out":
+            files = files or splits.training
+        elif self._part == "training" and not files:
             raise DataError(
                 f"every file of {self.name} is named as a test or validation split ({splits.held_out[0]} …), which is never "
                 "used for training; name a data set or a folder with others"

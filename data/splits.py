@@ -9,6 +9,8 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 SplitName = Literal["training", "validation", "test"]
+Part = Literal["training", "held-out", "test"]
+"""What a source reads of a data set whose files are named as splits."""
 
 _WORDS: dict[SplitName, tuple[str, ...]] = {
     "training": ("train", "training"),
@@ -33,12 +35,11 @@ def named_split(path: str) -> SplitName | None:
 
 @dataclass(frozen=True)
 class Splits:
-    """The files of a data set by use: `training`, `held_out` (the validation split; without one, the test split) and `unused`
-    (the test split if there is a validation split)."""
+    """The files of a data set by use: `training`, `held_out` (the validation split; without one, the test split) and `test`."""
 
     training: tuple[str, ...]
     held_out: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> Splits:
@@ -48,12 +49,17 @@ class Splits:
             named.setdefault(named_split(path), []).append(path)
         training = tuple(path for name in (None, "training") for path in named.get(name, ()))
         validation, test = tuple(named.get("validation", ())), tuple(named.get("test", ()))
-        return cls(tuple(sorted(training)), validation or test, test if validation else ())
+        return cls(tuple(sorted(training)), validation or test, test)
+
+    def of_part(self, part: Part) -> tuple[str, ...]:
+        """The files of one part."""
+        return {"training": self.training, "held-out": self.held_out, "test": self.test}[part]
 
     def notes(self, name: str) -> tuple[str, ...]:
         """Notes to the user about the data set `name`, if any file is named as a held-out split."""
         if not self.held_out:
             return ()
         held_out = f"{len(self.held_out):,} file(s) of {name} named as a held-out split ({self.held_out[0]} …)"
-        unused = f"; {len(self.unused):,} of its test split ({self.unused[0]} …) are not read" if self.unused else ""
-        return (f"{held_out} are the held-out text and are never used for training{unused}",)
+        apart = self.test != self.held_out and self.test
+        test = f"; {len(apart):,} of its test split ({apart[0]} …) are for evaluation only" if apart else ""
+        return (f"{held_out} are the held-out text and are never used for training{test}",)

@@ -359,6 +359,16 @@ def test_held_out_files_of_a_folder_never_train(tmp_path):
     assert sum(row.startswith(b"\xfetest/validation") for row in rows) == 9
     assert "1 file(s)" in split.notes[0]
     assert "1 of its test split" in split.notes[0]
+    test = split.source.test_source
+    assert test is not None
+    documents = [one for shard in test.shards() for one in test.documents(shard)]
+    assert [one.startswith(b"test/test") for one in documents] == [True] * 9
+    (tmp_path / "test/validation.jsonl").unlink()
+    of_both = open_source(str(tmp_path))
+    held_out, test = of_both.held_out_source, of_both.test_source
+    assert held_out is not None
+    assert test is not None
+    assert held_out.shards() == test.shards()
     alone = open_source(str(tmp_path / "test" / "test.jsonl"))
     assert alone.held_out_source is None
     assert len(alone.shards()) == 1

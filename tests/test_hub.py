@@ -376,10 +376,17 @@ def test_a_validation_or_test_split_never_trains_and_is_the_held_out_text(tmp_pa
         assert not any(word in trained for word in (b"validation", b"test", b"dev"))
         note = "1 file(s) of hub:someone/text/data named as a held-out split (data/validation-0.jsonl …) are the held-out text"
         assert split.notes[0].startswith(note)
-        assert "1 of its test split (data/test-0.jsonl …) are not read" in split.notes[0]
+        assert "1 of its test split (data/test-0.jsonl …) are for evaluation only" in split.notes[0]
+        test = split.source.test_source
+        assert test is not None
+        assert test.name == f"hub:{REPOSITORY}/data (test split)"
+        assert [shard.name for shard in test.shards()] == ["data/test-0.jsonl"]
+        assert all(b"test" in document for document in test.documents(test.shards()[0]))
+        assert test.test_source is None
         other = loaded(source_called(f"hub:{REPOSITORY}/other", server, tmp_path))
         assert [shard.name for shard in other.source.shards()] == ["other/more.jsonl"]
         assert b"dev" in text_of(other.held_out_rows(2000))
+        assert other.source.test_source is None
         with pytest.raises(
             DataError,
             match=r"named as a test or validation split \(held/test.jsonl …\), which is never used for training",

@@ -71,8 +71,8 @@ def _documents(source: AbstractSource, split: SplitName, share: float) -> Iterab
     if split == "test":
         if source.test_source is None:
             raise DataError(
-                f"{source.name} has no settled test text, as enwik8, text8 and runs with --data.test have: name its files with "
-                "--dataset or --text"
+                f"{source.name} has no settled test text, as enwik8, text8, data sets with files named as a test split and runs "
+                "with --data.test have: name its files with --dataset or --text"
             )
         return _all(source.test_source)
     separate = source.held_out_source
