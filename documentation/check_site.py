@@ -13,7 +13,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-FETCHED = {"link": "href", "script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "object": "data"}
+FETCHED = {
+    "link": "href",
+    "script": "src",
+    "img": "src",
+    "iframe": "src",
+    "source": "src",
+    "video": "src",
+    "object": "data",
+}
 """What a browser fetches by itself, and the attribute that says from where."""
 NOT_FETCHED = {"canonical", "prev", "next", "alternate"}
 """Kinds of `<link>` that only name something."""

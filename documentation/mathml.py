@@ -5,12 +5,14 @@ It comes after `pymdownx.arithmatex` with `generic`, which finds the formulas.
 
 from __future__ import annotations
 
+import re
 from xml.etree.ElementTree import Element
 
 from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 from markdown.treeprocessors import Treeprocessor
 
+NAMES = re.compile(r"<mi>(log|exp|tanh|logit|min|max)</mi>(?=<mi>)")
 INLINE, BLOCK = ("\\(", "\\)"), ("\\[", "\\]")
 
 
@@ -30,7 +32,8 @@ def mathml(text: str) -> str:
     made = convert(latex, display="block" if display else "inline")
     if "\\" in made:
         raise ValueError(f"no MathML for {latex!r}: {made}")
-    return made
+    # A function and its argument stand apart.
+    return NAMES.sub(r'\g<0><mspace width="0.17em"/>', made)
 
 
 class MathML(Extension):

@@ -16,6 +16,7 @@ OUTSIDE = ROOT / "tests" / "outside"
 LANGUAGES = {"", "sh", "python", "toml", "yaml", "text"}
 SHELL = ("", "sh")
 
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A folder with the runs and files that the pages speak of."""
@@ -35,9 +36,11 @@ def folder(tmp_path_factory) -> Path:
 def test_every_command_is_understood(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(OUTSIDE))
-    lines = [(str(block), words) for block in blocks(page) if block.language in SHELL for words in statements(block.text)]
+    lines = [
+        (str(block), words) for block in blocks(page) if block.language in SHELL for words in statements(block.text)
+    ]
     lines += [(page, shlex.split(text)) for text in inline_commands(page)]
-    bad=[]
+    bad = []
     for where, words in lines:
         try:
             check_statement(words, monkeypatch)
