@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,6 @@ import pytest
 from experiments.run import parse
 from experiments.training.run_dir import prepare_new
 from tests.documents import ROOT, blocks, check_statement, inline_commands, pages, statements
-import shlex
 
 OUTSIDE = ROOT / "tests" / "outside"
 LANGUAGES = {"", "sh", "python", "toml", "yaml", "text"}
