@@ -5,19 +5,14 @@ Its paths are relative to the current folder. Outputs are left out: notebooks ar
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from markdown import Extension, Markdown
 from markdown.preprocessors import Preprocessor
 
+from documentation.cells import cells
+
 COMMAND = "!notebook "
-
-
-def cells(path: Path) -> list[tuple[str, str]]:
-    """The kind (`markdown` or `code`) and the text of each cell."""
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    return [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
 
 
 def as_markdown(path: Path) -> str:

@@ -1,6 +1,6 @@
 """Links of pages that lie beside README and are shown in the site too: an extension of Python-Markdown.
 
-`docs/contributing.md` includes CONTRIBUTING.md. There a page of the site is `docs/page.md`, and SECURITY.md is the page security.md.
+`docs/contributing.md` includes CONTRIBUTING.md, where a page of the site is `docs/page.md`, and security.md is SECURITY.md.
 """
 
 from __future__ import annotations

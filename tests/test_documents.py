@@ -1,29 +1,67 @@
-"""That every command and every block of code in README and the documentation works."""
+"""That every command and every block of code in README, the documentation and the notebooks works, and what the site promises."""
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
+import tomllib
 from pathlib import Path
 
+import jax
 import pytest
+import yaml
 
+from documentation.cells import cells
 from experiments.run import parse
 from experiments.training.run_dir import prepare_new
+from tests.compositions import registered
 from tests.documents import ROOT, blocks, check_statement, inline_commands, pages, statements
+from unet import UNet, from_reference, save, save_blt, save_hnet
 
 OUTSIDE = ROOT / "tests" / "outside"
-LANGUAGES = {"", "sh", "python", "toml", "yaml", "text"}
 SHELL = ("", "sh")
+LANGUAGES = {*SHELL, "python", "toml", "yaml", "text"}
+
+NOT_RUN = {
+    "docs/extending.md": "tests/test_outside.py runs each of these checks",
+}
+"""Pages with a block of Python that isn't run, and the reason that the page gives for it."""
+
+SMALLER = {
+    "docs/following.md": (
+        (
+            '["--dataset", "docs", "--steps", "20", "--evaluation.bytes", "4096", "--out", "runs/mine"]',
+            '["--dataset", "docs", "--steps", "2", "--evaluation.bytes", "64", "--out", "runs/followed", *SMALL]',
+        ),
+    ),
+    "docs/library.md": (("UNetConfig(64, 4, 1, 4, 1, window=16)", "UNetConfig(64, 4, 1, 1, 1, window=16)"),),
+    "README.md": (("UNetConfig(64, 4, 1, 4, 1, window=16)", "UNetConfig(64, 4, 1, 1, 1, window=16)"),),
+    "docs/generation.md": (("max_bytes=200", "max_bytes=20"),),
+    "docs/blt.md": (("max_bytes=200", "max_bytes=4"),),
+}
+"""What is replaced in blocks before they are run, so that they take seconds."""
+
+SMALL = (
+    *("--unet.dim", "8", "--unet.heads", "2", "--unet.main-layers", "1", "--unet.window", "4", "--length", "16"),
+    *("--batch", "4", "--devices", "1", "--buckets", "1", "--checkpoint.times", "1", "--evaluation.times", "1"),
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A folder with the runs and files that the pages speak of."""
+def folder(tmp_path_factory, golden) -> Path:
+    """A folder with the runs, models and files that the pages speak of; published models are small ones of their layouts."""
     folder = tmp_path_factory.mktemp("documents")
+    model = registered("sfe")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         for name in ("first", "mine"):
             prepare_new(parse(["--dataset", "docs", "--out", f"runs/{name}"]))
+        for name in ("my-model", "runs/a"):
+            Path(name).mkdir()
+            save(model, Path(name))
+        save_hnet(published("hnet_1stage", golden), "cartesia-ai/hnet_1stage_L", name="hnet_1stage_L")
+        save_blt(published("blt", golden), "facebook/blt-1b")
         Path("my-texts").mkdir()
         Path("mine.toml").write_text('model = "tiny"\ndataset = "docs"\n')
         [study] = [one for one in blocks("docs/studies.md") if one.language == "toml"]
@@ -31,18 +69,115 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", pages())
-def test_every_command_is_understood(page, folder, monkeypatch):
+def published(name: str, golden) -> UNet:
+    """The small model of a published layout that a golden file holds."""
+    content = golden(name)
+    params = {key.removeprefix("param."): content[key] for key in content.files if key.startswith("param.")}
+    return from_reference(json.loads(str(content["config"])), params)
+
+
+@pytest.fixture
+def there(folder, monkeypatch) -> Path:
+    """That folder as the current one, with the package of `docs/extending.md` at hand."""
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(OUTSIDE))
-    lines = [
-        (str(block), words) for block in blocks(page) if block.language in SHELL for words in statements(block.text)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    return folder
+
+
+@pytest.mark.parametrize("page", pages())
+def test_every_command_is_understood(page, there, monkeypatch):
+    commands = [
+        (str(block), words)
+        for block in blocks(page)
+        if block.language in SHELL and block.not_run is None
+        for words in statements(block.text)
     ]
-    lines += [(page, shlex.split(text)) for text in inline_commands(page)]
-    bad = []
-    for where, words in lines:
+    commands += [(page, tuple(shlex.split(text))) for text in inline_commands(page)]
+    for where, words in commands:
         try:
             check_statement(words, monkeypatch)
         except (Exception, SystemExit) as error:
-            bad.append(f"{where}: {shlex.join(words)}: {type(error).__name__} {error}")
-    assert not bad, "\n".join(bad)
+            raise AssertionError(f"{where}: {shlex.join(words)}: {type(error).__name__}: {error}") from error
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if any(one.language == "python" for one in blocks(page))])
+def test_every_block_of_python_runs(page, there, capsys):
+    namespace: dict[str, object] = {"SMALL": SMALL}
+    with jax.numpy_dtype_promotion("standard"):
+        for block in blocks(page):
+            if block.language == "python" and block.not_run is None:
+                exec(compile(smaller(page, block.text), f"{ROOT / page}:{block.line}", "exec"), namespace)
+
+
+def smaller(page: str, text: str) -> str:
+    """The block with smaller sizes."""
+    for old, new in SMALLER.get(page, ()):
+        text = text.replace(old, new)
+    return text
+
+
+def test_what_is_made_smaller_is_there():
+    for page, changes in SMALLER.items():
+        for old, _ in changes:
+            assert old in (ROOT / page).read_text(), (page, old)
+
+
+def test_every_other_block_is_read():
+    for page in pages():
+        for block in blocks(page):
+            assert block.language in LANGUAGES, str(block)
+            if block.language == "toml":
+                tomllib.loads(block.text)
+            if block.language == "yaml":
+                yaml.safe_load(block.text)
+
+
+def test_blocks_that_are_not_run_say_why():
+    said = {page: block.not_run for page in pages() for block in blocks(page) if block.not_run is not None}
+    assert said == NOT_RUN
+
+
+def test_every_file_the_readme_names_is_there():
+    names = re.findall(r"`((?:estimators|tests|docs)/[\w/.]+)`|\]\(([\w./-]+)\)", (ROOT / "README.md").read_text())
+    assert len(names) > 20
+    for name in {one or other for one, other in names}:
+        assert (ROOT / name).exists(), name
+
+
+NOTEBOOKS = {
+    "train-and-look": {"BYTES": 128, "FLAGS": [*SMALL, "--evaluation.bytes", "64"]},
+    "your-own-estimator": {"STEPS": 2, "DIM": 16, "LENGTH": 32, "BATCH": 4, "CLAUSES": 1},
+    "read-an-h-net": {"MAX_BYTES": 4},
+}
+"""The notebooks, and values for variables of their first cell of code with which they take seconds."""
+
+
+@pytest.mark.parametrize("name", sorted(NOTEBOOKS))
+def test_the_notebooks_run(name, there, capsys):
+    assert sorted(path.stem for path in (ROOT / "examples").glob("*.ipynb")) == sorted(NOTEBOOKS)
+    namespace: dict[str, object] = {"display": lambda shown: shown._repr_html_()}
+    code = [text for kind, text in cells(ROOT / f"examples/{name}.ipynb") if kind == "code"]
+    with jax.numpy_dtype_promotion("standard"):
+        for number, text in enumerate(code):
+            exec(compile(text, f"{name}, cell {number}", "exec"), namespace)
+            if number == 0:
+                assert NOTEBOOKS[name].keys() <= namespace.keys()
+                namespace |= NOTEBOOKS[name]
+
+
+def test_the_notebooks_are_kept_without_outputs():
+    for path in (ROOT / "examples").glob("*.ipynb"):
+        notebook = json.loads(path.read_text())
+        assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in notebook["cells"])
+
+
+def test_the_forms_for_issues_are_read():
+    forms = [path for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config"]
+    assert len(forms) == 3
+    for path in forms:
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= form.keys()
+        names = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+        assert len(set(names)) == len(names)
+        assert all(part["attributes"] for part in form["body"])
