@@ -22,7 +22,7 @@ FENCE = re.compile(r"^```(?P<language>\S*)[^\n]*\n(?P<text>.*?)^```$", re.DOTALL
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^>]+) -->\s*\Z")
 OWN_PARSERS = {"run": "parse", "compare": "parse_compare", "bench": "parse"}
 """Of commands that have one beside `command_line`."""
-OTHERS = ("cat", "tensorboard", "jupyter")
+OTHERS = ("cat", "tensorboard", "jupyter", "ruff", "pyrefly")
 """Programs of others, whose arguments are not looked at."""
 INLINE = re.compile(r"`(python -m experiments\.[^`\n]+)`")
 
@@ -85,7 +85,8 @@ def _without_variables(words: list[str]) -> list[str]:
 def check_statement(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Raise or exit where a command is not understood: by its own parser, or by what the project says of itself."""
     program, *rest = words
-    if re.fullmatch(r"(.*/)?python", program) and rest[0] == "-m":
+    program = program.removeprefix(".venv/bin/")
+    if program == "python" and rest[0] == "-m":
         package, _, name = rest[1].partition(".")
         if package == "experiments":
             parse_command(name, rest[2:], monkeypatch)
