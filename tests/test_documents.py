@@ -195,3 +195,14 @@ def test_the_forms_for_issues_are_read():
         names = [part["id"] for part in form["body"] if part["type"] != "markdown"]
         assert len(set(names)) == len(names)
         assert all(part["attributes"] for part in form["body"])
+
+
+def test_what_to_cite_has_years_and_numbers():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    for paper in cited["references"]:
+        [number] = [one["value"] for one in paper["identifiers"]]
+        assert re.fullmatch(r"arXiv:\d{4}\.\d{5}", number)
+        assert paper["year"] - 2000 - int(number[6:8]) in (0, 1)
+        assert paper["title"]
+        assert len(paper["authors"]) == len({tuple(author.values()) for author in paper["authors"]}) > 0
