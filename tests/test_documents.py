@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ from experiments.config.errors import ConfigError
 from experiments.run import parse
 from experiments.training.run_dir import prepare_new
 from tests.compositions import registered
+from tests.conftest import needs
 from tests.documents import ROOT, blocks, check_statement, inline_commands, pages, statements
 from unet import UNet, from_reference, save, save_blt, save_hnet
 
@@ -206,3 +208,21 @@ def test_what_to_cite_has_years_and_numbers():
         assert paper["year"] - 2000 - int(number[6:8]) in (0, 1)
         assert paper["title"]
         assert len(paper["authors"]) == len({tuple(author.values()) for author in paper["authors"]}) > 0
+
+
+RUN_TOO = (
+    "python -m experiments.runs runs/ --html runs.html",
+    "python -m experiments.shade runs/a --file chapter.txt --out chapter.html chapter.png chapter.parquet",
+)
+"""Commands of the pages that are run, not only understood."""
+
+
+def test_some_commands_are_run(there, capsysbinary):
+    needs("parquet", "pyarrow")
+    there.joinpath("chapter.txt").write_text("A chapter.\n\nIts end.")
+    said = "\n".join((ROOT / page).read_text() for page in pages())
+    for command in RUN_TOO:
+        assert command in said
+        name, *arguments = shlex.split(command.removeprefix("python -m experiments."))
+        assert importlib.import_module(f"experiments.{name}").main(arguments) == 0, command
+    assert {"runs.html", "chapter.html", "chapter.png", "chapter.parquet"} <= {path.name for path in there.iterdir()}
