@@ -1,7 +1,7 @@
 """Checks the built site: `python -m documentation.check_site site`.
 
-Every link and picture must be there, anchors included, and no page may fetch anything from elsewhere. (What people may follow to
-elsewhere, a link in a sentence, is not followed here.)
+Every link and picture must be there, anchors included, every formula must be one, and no page may fetch anything from elsewhere.
+(What people may follow to elsewhere, a link in a sentence, is not followed here.)
 """
 
 from __future__ import annotations
@@ -25,33 +25,43 @@ FETCHED = {
 """What a browser fetches by itself, and the attribute that says from where."""
 NOT_FETCHED = {"canonical", "prev", "next", "alternate"}
 """Kinds of `<link>` that only name something."""
+VERBATIM = ("code", "pre", "script", "style", "math")
+"""Where a dollar sign is one; elsewhere it is left over from a formula that was not found."""
 IN_STYLES = re.compile(r"url\(\s*['\"]?(?P<url>[^'\")]+)|@import\s+['\"](?P<imported>[^'\"]+)")
 
 
 class _Page(HTMLParser):
-    """What a page links to, what it fetches, and the anchors in it."""
+    """What a page links to, what it fetches, the anchors in it, and text with dollar signs."""
 
     def __init__(self, content: str):
         super().__init__()
         self.links: list[str] = []
         self.fetched: list[str] = []
         self.anchors: set[str] = set()
-        self._in_style = False
+        self.dollars: list[str] = []
+        self._inside: list[str] = []
         self.feed(content)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         said = {name: value or "" for name, value in attrs}
         self.anchors |= {said[name] for name in ("id", "name") if name in said}
-        self._in_style = tag == "style"
+        if tag in VERBATIM:
+            self._inside.append(tag)
         if tag == "a" and "href" in said:
             self.links.append(said["href"])
         if tag in FETCHED and said.get("rel") not in NOT_FETCHED and FETCHED[tag] in said:
             self.fetched.append(said[FETCHED[tag]])
         self.fetched += in_styles(said.get("style", ""))
 
+    def handle_endtag(self, tag: str) -> None:
+        if self._inside and self._inside[-1] == tag:
+            self._inside.pop()
+
     def handle_data(self, data: str) -> None:
-        if self._in_style:
+        if self._inside[-1:] == ["style"]:
             self.fetched += in_styles(data)
+        elif not self._inside and "$" in data:
+            self.dollars.append(" ".join(data.split()))
 
 
 def in_styles(content: str) -> list[str]:
@@ -60,12 +70,13 @@ def in_styles(content: str) -> list[str]:
 
 
 def problems(site: Path) -> list[str]:
-    """A sentence for each link that leads nowhere and for each thing that is fetched from elsewhere."""
+    """A sentence for each link that leads nowhere, each formula that was not found, and all that is fetched from elsewhere."""
     pages = {path: _Page(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
     found = []
     for path, page in pages.items():
         name = path.relative_to(site)
         found += [f"{name} fetches {url}" for url in page.fetched if _elsewhere(url)]
+        found += [f"{name} shows a formula as it is written: {text}" for text in page.dollars]
         for link in (*page.links, *page.fetched):
             if not _elsewhere(link) and (reason := _broken(path, link, site, pages)):
                 found.append(f"{name}: {link} {reason}")

@@ -118,6 +118,7 @@ def test_a_formula_that_is_not_understood_is_refused():
         ('<p style="background: url(https://example.org/)">', ["index.html fetches https://example.org/"]),
         ('<a href="other.html">', ["index.html: other.html is not there"]),
         ('<a href="#b">', ["index.html: #b has no such anchor"]),
+        ("with $q = $ <code>$x</code>", ["index.html shows a formula as it is written: with $q = $"]),
         ('<img src="a.png">', ["index.html: a.png is not there"]),
         ('<a href="#a">, <a href="https://example.org">, <a href="index.html#a">, <img src="data:,">', []),
     ],
