@@ -35,7 +35,7 @@ SMALLER = {
     "docs/following.md": (
         (
             '["--dataset", "docs", "--steps", "20", "--evaluation.bytes", "4096", "--out", "runs/mine"]',
-            '["--dataset", "docs", "--steps", "2", "--evaluation.bytes", "64", "--out", "runs/followed", *SMALL]',
+            '["--dataset", "small.jsonl", "--steps", "2", "--evaluation.bytes", "64", "--out", "runs/followed", *SMALL]',
         ),
     ),
     "docs/library.md": (
@@ -71,6 +71,7 @@ def folder(tmp_path_factory, golden) -> Path:
         save_hnet(published("hnet_1stage", golden), "cartesia-ai/hnet_1stage_L", name="hnet_1stage_L")
         save_blt(published("blt", golden), "facebook/blt-1b")
         Path("my-texts").mkdir()
+        Path("small.jsonl").write_text("".join(f'{{"text": "A small document, number {n}."}}\n' for n in range(40)))
         Path("mine.toml").write_text('model = "tiny"\ndataset = "docs"\n')
         [study] = [one for one in blocks("docs/studies.md") if one.language == "toml"]
         Path("study.toml").write_text(study.text)
@@ -162,7 +163,7 @@ def test_every_file_the_readme_names_is_there():
 
 
 NOTEBOOKS = {
-    "train-and-look": {"BYTES": 128, "FLAGS": [*SMALL, "--evaluation.bytes", "64"]},
+    "train-and-look": {"DATASET": "small.jsonl", "BYTES": 128, "FLAGS": [*SMALL, "--evaluation.bytes", "64"]},
     "your-own-estimator": {"STEPS": 2, "DIM": 16, "LAYERS": 1, "LENGTH": 32, "BATCH": 4, "CLAUSES": 1},
     "read-an-h-net": {"MAX_BYTES": 4, "TEXTS": ["One text.", "Another."]},
 }
@@ -226,3 +227,35 @@ def test_some_commands_are_run(there, capsysbinary):
         name, *arguments = shlex.split(command.removeprefix("python -m experiments."))
         assert importlib.import_module(f"experiments.{name}").main(arguments) == 0, command
     assert {"runs.html", "chapter.html", "chapter.png", "chapter.parquet"} <= {path.name for path in there.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python -m experiments.shade runs/a --text a --nosuchflag",
+        "python -m experiments.nosuchcommand",
+        "caesura-generate",
+        "pip install 'caesura-lm[nosuchextra]'",
+        "pip install somethingelse",
+        "make nosuchtarget",
+        "rm -r runs/",
+    ],
+)
+def test_a_command_that_does_not_exist_is_found(line, there, monkeypatch, capsys):
+    [words] = statements(line)
+    with pytest.raises((AssertionError, ConfigError, ImportError, SystemExit)):
+        check_statement(words, monkeypatch)
+
+
+def test_blocks_and_statements_are_found(tmp_path):
+    assert statements("A=1 python -m a \\\n  --b 'c d'  # e\n\ncat f | python -m g") == [
+        ("python", "-m", "a", "--b", "c d"),
+        ("cat", "f"),
+        ("python", "-m", "g"),
+    ]
+    page = tmp_path / "page.md"
+    page.write_text("a\n```python\nb\n```\n<!-- not run: c -->\n```sh\nd\n```\n")
+    assert [(one.line, one.language, one.text, one.not_run) for one in blocks(str(page))] == [
+        (2, "python", "b\n", None),
+        (6, "sh", "d\n", "c"),
+    ]
