@@ -1,4 +1,5 @@
 # make run: train on the text that Python carries, a few minutes on a laptop; make test: everything that CI checks;
+# make docs: the site of the documentation, in site/;
 # make fuzz: many more damaged and hostile files than the tests try, commands killed at random moments and full disks, for hours.
 # make lock: the hashes of everything that constraints.txt names; make audit: whether any of it has known vulnerabilities.
 # Both set up .venv by themselves; only Python 3.11 to 3.13, git and make must be there. What was compiled once is kept in .cache.
@@ -16,9 +17,9 @@ LOCK := requirements-locked.txt
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALL = $(PIP) $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # The extras that tests use. Where one has no build for this Python, the others are installed all the same.
-EXTRAS := parquet zstd bpe lab words eval tensorboard
+EXTRAS := docs parquet zstd bpe lab words eval tensorboard
 
-.PHONY: run test fuzz lock audit clean
+.PHONY: run test docs fuzz lock audit clean
 
 run: $(VENV)/installed-run
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax $(BIN)/python -m experiments.run --estimator sfe --dataset docs --bytes 3000000 --out runs/first --overwrite $(ARGS)
@@ -28,6 +29,10 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m zensical build --clean --strict
+	$(BIN)/python -m documentation.check_site site
 
 lock: $(VENV)/installed-maintain
 	echo '# Every file of the versions in constraints.txt by its SHA-256; written by `make lock`. pip install --require-hashes -r' > $(LOCK)
@@ -52,6 +57,10 @@ $(VENV)/installed-test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 			echo "The extra $$extra cannot be installed for $(PYTHON) (see pip's error): the tests that need it will skip, and say so."; \
 	done; }
 	touch $@ $(VENV)/installed-run
+
+$(VENV)/installed-docs: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(INSTALL) --editable '.[docs]'
+	touch $@
 
 $(VENV)/installed-maintain: pyproject.toml | $(BIN)/python
 	$(PIP) uv pip-audit

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 BOS = 254
+"""The byte at the start of a document. It occurs in no valid UTF-8."""
 
 DOCUMENT_BYTES = 32 * 2**20
 """The largest document, and the longest line of a JSON file: 32 MiB. Longer ones are refused, except plain text and nucleotide

@@ -38,9 +38,11 @@ Keys = PRNGKeyArray | Key[Array, " batch"]
 """One key for a batch, or one key for each sequence."""
 
 VOCAB = 256
+"""How many values a byte has."""
 BOS = 254
+"""The byte at the start of a document. It occurs in no valid UTF-8."""
 EOS = 255
-"""`BOS` and `EOS` mark the start and the end of a document: neither byte occurs in valid UTF-8."""
+"""The byte at the end of a document. It occurs in no valid UTF-8."""
 
 
 class Layout(eqx.Module):

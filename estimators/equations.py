@@ -33,7 +33,7 @@ def windowed_logits(
 ) -> Float[Array, "batch length"]:
     r"""Logits of a policy that sees its last w actions, given all actions (SFE eq. 17).
 
-    $l_i = q_{i,0} + \sum_{j=1}^{w} a_{i-j}\, q_{i,j}$ with $q = $ `projections` and $w = $ `lags` - 1. Actions of earlier
+    $l_i = q_{i,0} + \sum_{j=1}^{w} a_{i-j}\, q_{i,j}$ with q the `projections` and w = `lags` - 1. Actions of earlier
     documents, before the latest True of `starts`, do not count.
     """
     logits = projections[..., 0]

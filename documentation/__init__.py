@@ -1,0 +1,1 @@
+"""What makes the pages of the documentation; nothing of the library imports it."""
