@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import NotRequired, TypedDict
@@ -20,6 +21,7 @@ from data.coverage import LITTLE, Coverage
 from data.documents import AbstractSource, DataError, document_rank
 from data.rows import HeldOutRows, MemoryRows, Protocol
 from data.stream import StreamRows, stream_held_out
+from data.texts import Texts
 
 SHUFFLE_WINDOW = 1024
 """Size of the shuffle buffer for streamed data sets, in rows."""
@@ -54,7 +56,7 @@ class Split:
     length: int
     protocol: Protocol
     held_out_share: float
-    training: Sequence[bytes] | None
+    training: Texts | None
     coverage: Coverage | None
     held_out: MemoryRows
     fingerprint: str
@@ -79,11 +81,12 @@ def load(
     its content in [0, 1), is below `held_out_share`. A held-out split or a stream is read only until its held-out documents
     fill rows of `held_out_bytes`. Raises `DataError` if the source cannot be read or has too little text.
     """
-    training: list[bytes] | None = None
+    training: Texts | None = None
+    held_out: Sequence[bytes]
     notes: list[str] = []
     separate = source.held_out_source
     if not source.streamed:
-        training = [document for shard in source.shards() for document in source.documents(shard)]
+        training = Texts.of(document for shard in source.shards() for document in source.documents(shard))
     if separate is not None:
         held_out = stream_held_out(separate, 1.0, held_out_bytes, length, protocol)
         held_out_share = 0.0
@@ -99,9 +102,7 @@ def load(
     notes += source.notes
     coverage = None
     if training is not None:
-        coverage = Coverage()
-        for document in training:
-            coverage = coverage.plus(len(document), length, protocol)
+        coverage = Coverage.of(training.sizes - 1, length, protocol)
         if coverage.documents == 1 and coverage.share < LITTLE:
             raise DataError(
                 f"{source.name} is one document, and the protocol '{protocol}' shows only its first {length} bytes; use "
@@ -127,7 +128,7 @@ def load(
             f"asks for {held_out_bytes // length:,}"
         )
     digest = hashlib.blake2b(digest_size=8)
-    for document in held_out if training is None else [*training, *held_out]:
+    for document in held_out if training is None else itertools.chain(training, held_out):
         digest.update(len(document).to_bytes(8, "big"))
         digest.update(document)
     for shard in source.shards():
@@ -137,21 +138,23 @@ def load(
     return Split(source, length, protocol, held_out_share, training, coverage, rows, fingerprint, tuple(notes))
 
 
-def split_documents(documents: Sequence[bytes], share: float, name: str) -> tuple[list[bytes], list[bytes]]:
-    """Training and held-out documents. Each list has at least one document, and no document is in both.
+def split_documents(documents: Iterable[bytes], share: float, name: str) -> tuple[Texts, Texts]:
+    """Training and held-out documents. Each has at least one document, and no document is in both.
 
     Raises `DataError` if there are fewer than two distinct documents.
     """
-    ranks = [document_rank(document) for document in documents]
-    if len(set(ranks)) < 2:
+    texts = Texts.of(documents)
+    ranks = np.fromiter(map(document_rank, texts), np.float64, len(texts))
+    distinct = len(np.unique(ranks))
+    if distinct < 2:
         raise DataError(
-            f"{name} has {len(set(ranks))} distinct document(s); two are needed, one of them to hold out; name more text, "
+            f"{name} has {distinct} distinct document(s); two are needed, one of them to hold out; name more text, "
             "such as a folder of several files"
         )
-    threshold = share if min(ranks) < share else float(np.nextafter(min(ranks), 1.0))
-    threshold = min(threshold, max(ranks))
-    training = [document for document, rank in zip(documents, ranks, strict=True) if rank >= threshold]
-    return training, [document for document, rank in zip(documents, ranks, strict=True) if rank < threshold]
+    least = float(ranks.min())
+    threshold = share if least < share else float(np.nextafter(least, 1.0))
+    threshold = min(threshold, float(ranks.max()))
+    return texts.take(np.flatnonzero(ranks >= threshold)), texts.take(np.flatnonzero(ranks < threshold))
 
 
 def check_workers(split: Split, workers: int) -> None:
