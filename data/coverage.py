@@ -50,7 +50,9 @@ class Coverage:
         counts = cls()
         for size, times in zip(*np.unique(sizes, return_counts=True), strict=True):
             one = cls().plus(int(size), length, protocol)
-            counts = cls(*(total + int(times) * count for total, count in zip(astuple(counts), astuple(one), strict=True)))
+            counts = cls(
+                *(total + int(times) * count for total, count in zip(astuple(counts), astuple(one), strict=True))
+            )
         return counts
 
     @property

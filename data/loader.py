@@ -14,17 +14,15 @@ from typing import NotRequired, TypedDict
 
 import grain
 import numpy as np
-from grain.experimental import ThreadPrefetchIterDataset, WindowShuffleIterDataset
+from grain.experimental import ThreadPrefetchIterDataset
 from jaxtyping import Bool, Float64, Int32, Int64, UInt8
 
 from data.coverage import LITTLE, Coverage
 from data.documents import AbstractSource, DataError, document_rank
 from data.rows import HeldOutRows, MemoryRows, Protocol
 from data.stream import StreamRows, stream_held_out
+from data.stream_batches import StreamBatches
 from data.texts import Texts
-
-SHUFFLE_WINDOW = 1024
-"""Size of the shuffle buffer for streamed data sets, in rows."""
 
 
 class Batch(TypedDict):
@@ -37,11 +35,12 @@ class Batch(TypedDict):
 
 
 class ReadBatch(Batch):
-    """A batch from the data pipeline; batches of a stream also have the additional fields of `StreamedRow`."""
+    """A batch from the data pipeline; batches of a stream also have the additional fields of `StreamedBatch`."""
 
     epochs: NotRequired[Float64[np.ndarray, " batch"]]
     earlier_rows: NotRequired[Int64[np.ndarray, " batch"]]
     coverage: NotRequired[Int64[np.ndarray, "batch 4"]]
+    state: NotRequired[dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -157,14 +156,6 @@ def split_documents(documents: Iterable[bytes], share: float, name: str) -> tupl
     return texts.take(np.flatnonzero(ranks >= threshold)), texts.take(np.flatnonzero(ranks < threshold))
 
 
-def check_workers(split: Split, workers: int) -> None:
-    """Raise `DataError` for more than one worker on a stream."""
-    if split.training is None and workers > 1:
-        raise DataError(
-            f"{split.source.name} is streamed shard by shard, which takes one worker process at most; got {workers} workers"
-        )
-
-
 class WorkerError(DataError):
     """A process that prepares batches was ended from outside."""
 
@@ -201,11 +192,14 @@ class Batches(Iterator[Batch]):
         step: int,
         epochs: float,
         coverage: Coverage | None,
+        stream: dict[str, object] | None = None,
     ):
-        """`rows_per_epoch`: None for a stream. `step`, `epochs` and `coverage`: the values at the start."""
+        """`rows_per_epoch`: None for a stream. `step`, `epochs`, `coverage` and the state of the `stream`: the values at the
+        start; a stream has no state before its first batch."""
         self._iterator = iterator
         self._rows_per_epoch = rows_per_epoch
         self._step = step
+        self._stream = stream
         self._begun = False
         self.epochs, self.coverage = epochs, coverage
 
@@ -214,7 +208,8 @@ class Batches(Iterator[Batch]):
         self._step += 1
         if self._rows_per_epoch is not None:
             self.epochs = self._step * len(batch["bytes"]) / self._rows_per_epoch
-        elif "epochs" in batch and "earlier_rows" in batch and "coverage" in batch:
+        elif "epochs" in batch and "earlier_rows" in batch and "coverage" in batch and "state" in batch:
+            self._stream = batch["state"]
             # The shuffle buffer reads ahead: more rows may precede the latest shard than have been returned.
             returned, earlier = self._step * len(batch["bytes"]), int(batch["earlier_rows"].max())
             self.epochs = max(self.epochs, float(batch["epochs"].max()) * min(1.0, returned / max(1, earlier)))
@@ -243,9 +238,8 @@ class Batches(Iterator[Batch]):
             ) from None
 
     def state(self) -> dict[str, object]:
-        """The number of batches so far, the epochs and, for a stream, its `StreamState`."""
-        stream = self._iterator.get_state() if self._rows_per_epoch is None else None
-        return {"step": self._step, "epochs": self.epochs, "stream": stream}
+        """The number of batches so far, the epochs and, for a stream, its state."""
+        return {"step": self._step, "epochs": self.epochs, "stream": self._stream}
 
     def close(self) -> None:
         """Stops the threads and processes of the data pipeline."""
@@ -258,8 +252,7 @@ def open_batches(
     """Shuffled batches. They depend on the seed and not on the number of worker processes.
 
     Rows in memory are reshuffled every epoch; packed rows keep their contents. Streamed rows are shuffled within a buffer.
-    `state`: a result of `Batches.state` to resume from. Raises `DataError` for more than one worker on a stream, whose shards
-    are read sequentially.
+    `state`: a result of `Batches.state` to resume from, with any number of workers.
     """
     step, epochs = 0, 0.0
     if state is not None and isinstance(state["step"], int):
@@ -267,12 +260,12 @@ def open_batches(
     # States saved by earlier versions have no epochs.
     if state is not None and isinstance(saved_epochs := state.get("epochs"), float):
         epochs = saved_epochs
-    check_workers(split, workers)
-    rows_per_epoch = None
+    rows_per_epoch, stream = None, None
     if split.training is None:
-        stream = StreamRows(split.source, split.length, split.protocol, split.held_out_share, seed)
-        dataset = WindowShuffleIterDataset(stream, window_size=SHUFFLE_WINDOW, seed=seed).batch(batch)
-        dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4)
+        if state is not None and isinstance(state["stream"], dict):
+            stream = _of_all_workers(state["stream"])
+        rows = StreamRows(split.source, split.length, split.protocol, split.held_out_share, seed)
+        dataset = ThreadPrefetchIterDataset(StreamBatches(rows, batch, stream), prefetch_buffer_size=4)
     else:
         rows = MemoryRows(split.training, split.length, split.protocol, random=True, order_seed=seed)
         rows_per_epoch = len(rows)
@@ -287,10 +280,15 @@ def open_batches(
         # Otherwise it starts with the first worker, and lets SIGINT through again.
         resource_tracker.ensure_running()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    iterator = iter(dataset)
-    if state is not None and isinstance(state["stream"], dict):
-        iterator.set_state(state["stream"])
-    return Batches(iterator, rows_per_epoch=rows_per_epoch, step=step, epochs=epochs, coverage=split.coverage)
+    return Batches(
+        iter(dataset), rows_per_epoch=rows_per_epoch, step=step, epochs=epochs, coverage=split.coverage, stream=stream
+    )
+
+
+def _of_all_workers(state: dict[str, object]) -> dict[str, object]:
+    """The state of a stream, which earlier versions saved as that of their only worker process."""
+    workers = state.get("iterators_in_use_states")
+    return workers[0] if isinstance(workers, list) else state
 
 
 def _parse_worker_flags() -> None:

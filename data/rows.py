@@ -89,16 +89,26 @@ def cut_piece(
 def make_row(parts: Sequence[UInt8[np.ndarray, " _"]], length: int) -> Row:
     """A row that concatenates parts of different documents, with zeros as padding at the end. Segment i is part i; padding has
     the number of parts."""
-    values = np.zeros(length, np.uint8)
-    segments = np.full(length, len(parts), np.int32)
-    mask = np.zeros(length, bool)
+    row = Row(bytes=np.zeros(length, np.uint8), segments=np.zeros(length, np.int32), mask=np.zeros(length, bool))
+    fill_row(parts, row["bytes"], row["segments"], row["mask"])
+    return row
+
+
+def fill_row(
+    parts: Sequence[UInt8[np.ndarray, " _"]],
+    values: UInt8[np.ndarray, " length"],
+    segments: Int32[np.ndarray, " length"],
+    mask: Bool[np.ndarray, " length"],
+) -> None:
+    """`make_row` in arrays of zeros."""
     end = 0
     for number, part in enumerate(parts):
         values[end : end + len(part)] = part
-        segments[end : end + len(part)] = number
+        if number:
+            segments[end : end + len(part)] = number
         end += len(part)
+    segments[end:] = len(parts)
     mask[:end] = True
-    return Row(bytes=values, segments=segments, mask=mask)
 
 
 class MemoryRows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import weakref
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import IO, overload
@@ -73,6 +74,7 @@ class _Buffer:
 
     def __init__(self, file: IO[bytes], size: int):
         self._file, self._size = file, size
+        weakref.finalize(self, file.close)
         # An empty file cannot be mapped.
         mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
         self.bytes: UInt8[np.ndarray, " size"] = np.frombuffer(mapped, np.uint8)

@@ -3,12 +3,18 @@
 import hashlib
 import itertools
 import json
+import os
+import pickle
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data import Split, load, open_batches
 from data.files import Files
+from data.rows import MemoryRows
+from data.texts import Texts, _copied
 
 
 def corpus(count=400, seed=11):
@@ -66,3 +72,38 @@ PINNED = {
     ("pack", True): ("1188b3b1576101af", "8452d98aad64ec6c", "63e2b649964038c7", 80),
 }
 """Fingerprint, batches, held-out rows and their number, as they were when every document was an object of its own."""
+
+
+def test_a_copy_for_another_process_reads_the_same_memory():
+    """Where that is possible; elsewhere it has the bytes itself."""
+    texts = Texts.of([b"a" * 100_000, b"b", b"c" * 100_000]).take(np.array([2, 0]))
+    pickled = pickle.dumps(texts)
+    assert len(pickled) < 2_000 or not Path(f"/proc/{os.getpid()}/fd").exists()
+    copied = pickle.loads(pickled)
+    assert list(copied) == [b"c" * 100_000, b"a" * 100_000] == list(texts)
+    content = texts._buffer.bytes.tobytes()
+    assert _copied(content).bytes.tobytes() == content
+
+
+def test_documents_are_read_by_number_slice_and_view():
+    texts = Texts.of(iter([b"one", b"two", b""]))
+    assert list(texts) == [b"one", b"two", b""]
+    assert list(texts[1:]) == [b"two", b""]
+    assert texts.with_bos(1).tobytes() == b"\xfetwo"
+    assert not texts.with_bos(1).flags.writeable
+    assert Texts.of(texts) is texts
+    assert list(Texts.of([])) == []
+
+
+def test_text_takes_a_byte_of_memory_for_each_of_its_own():
+    source = (b"%07d" % number * 1000 for number in range(1000))
+    tracemalloc.start()
+    try:
+        rows = MemoryRows(Texts.of(source), 256, "crop", random=True)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 27_000
+    # Beside the buffer, which is no object of Python's.
+    assert held < 100_000
+    assert peak < 300_000
