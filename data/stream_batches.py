@@ -38,7 +38,7 @@ class StreamBatches(grain.IterDataset):
 
     def __init__(self, rows: StreamRows, batch: int, state: dict[str, object] | None):
         super().__init__()
-        self.rows, self.batch, self.state = rows, batch, state
+        self.rows, self.rows_of_batch, self.state = rows, batch, state
         self.first, self.every = 0, 1
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
@@ -60,10 +60,10 @@ class _BatchIterator(grain.DatasetIterator):
         self._others = dataset.first
 
     def __next__(self) -> StreamedBatch:
-        for _ in range(self._others * self._data.batch):
+        for _ in range(self._others * self._data.rows_of_batch):
             next(self._shuffled)
         self._others = self._data.every - 1
-        rows = [next(self._shuffled) for _ in range(self._data.batch)]
+        rows = [next(self._shuffled) for _ in range(self._data.rows_of_batch)]
         return make_batch(rows, self._data.rows.length, self._shuffled.get_state())
 
     def get_state(self) -> dict[str, object]:

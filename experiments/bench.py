@@ -12,6 +12,7 @@ import tyro
 
 from estimators.registry import BASELINE, DEFAULT, ESTIMATORS, REGULAR
 from experiments.benchmark.generation import CacheReport, GenerationReport, measure_caches, measure_generation
+from experiments.benchmark.gpu import Gpu
 from experiments.benchmark.measurement import AbstractMeasurement, AbstractTimed, OfModel
 from experiments.benchmark.models import ModelReport, measure
 from experiments.benchmark.ops import Compared, Sizes, compare_operations
@@ -246,7 +247,7 @@ class Overhead(OfModel, AbstractTimed):
         return {**found, f"seconds of {self.model}": sfe}
 
 
-Command = Steps | Alternatives | Models | Generation | Ops | Rates | Recurrence | Overhead | Compile | Data
+Command = Steps | Alternatives | Models | Generation | Ops | Rates | Recurrence | Overhead | Compile | Data | Gpu
 """Each is a subcommand of the name of its class."""
 
 
@@ -283,7 +284,9 @@ def bench(config: AbstractMeasurement, display: Display) -> None:
     if config.json is not None:
         make_folder(config.json.parent, "--json in")
         require(not config.json.is_dir(), f"--json {config.json} is a folder; name a file")
-    use_cpu_devices(config.devices)
+    if not isinstance(config, Gpu):
+        # Its parts have processes of their own, which have the GPU to themselves.
+        use_cpu_devices(config.devices)
     found = config.measure(display)
     if config.json is not None:
         name = type(config).__name__.lower()
