@@ -25,6 +25,7 @@ from experiments.config.presets import PRESETS
 from experiments.reporting.display import Display
 from experiments.training.run_dir import json_text, make_folder, write_atomically
 from unet.config import UNetConfig
+from unet.decoding.generate import CHUNK
 
 GRACE = 2.0
 """Seconds that a part has to end by itself when its time is over."""
@@ -44,7 +45,7 @@ class Gpu(AbstractMeasurement):
     """The report; the same as JSON is beside it."""
     models: tuple[str, ...] = ("18M", "90M", "147M")
     """Presets to measure, smallest first."""
-    dataset: str = "docs"
+    dataset: str = "stdlib"
     """Text to work on: anything that --dataset of experiments.run takes."""
     batch: Sequences | None = 16
     """Sequences per step."""
@@ -56,8 +57,8 @@ class Gpu(AbstractMeasurement):
     """Times that every alternative is measured, in turns; medians are reported."""
     calls: Count = 3
     """Calls that each measurement takes together."""
-    generated: Annotated[int, Within(2, 1_000_000)] = 256
-    """Bytes of each text that is generated."""
+    generated: Annotated[int, Within(2 * CHUNK, 1_000_000)] = 256
+    """Bytes of each text that is generated. The first of those that are written together do not count."""
     batches: tuple[Sequences, ...] = (1, 16, 64)
     """Texts that are generated together."""
     parts: tuple[str, ...] = ()
@@ -106,7 +107,7 @@ class Gpu(AbstractMeasurement):
         self.check()
         make_folder(self.out.parent, "--out in")
         started, shares = time.time(), self.shares
-        gathered = Gathered([Part(name) for name in shares], {"command": " ".join(["bench", "gpu", *self._settings()])})
+        gathered = Gathered([Part(name) for name in shares], {"settings": self._changed})
         with tempfile.TemporaryDirectory() as folder:
             until, whole = 0.0, sum(shares.values())
             for name, share in shares.items():
@@ -120,8 +121,11 @@ class Gpu(AbstractMeasurement):
         display.note(f"{gathered.markdown()}\nwritten to {self.out} and {self.out.with_suffix('.json')}")
         return {"device": gathered.device, "parts": gathered.parts}
 
-    def _settings(self) -> list[str]:
-        return [f"--{name} {value}" for name, value in (("minutes", f"{self.minutes:g}"), ("batch", self.batch))]
+    @property
+    def _changed(self) -> str:
+        """The settings that are not the defaults, for the report."""
+        values = ((one.name, getattr(self, one.name), one.default) for one in dataclasses.fields(self))
+        return ", ".join(f"{name} {value}" for name, value, default in values if value != default) or "the defaults"
 
     def _part(self, gathered: Gathered, name: str, folder: Path, deadline: float) -> None:
         part = gathered.part(name)

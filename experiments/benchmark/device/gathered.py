@@ -77,10 +77,10 @@ class Gathered:
     @property
     def against_torch(self) -> list[tuple[str, str, float]]:
         """Models, forms of PyTorch, and how many times as fast the step here is."""
-        found = []
-        for name, other in self.part("PyTorch").done.items():
+        found, done = [], {part.name: part.done for part in self.parts}
+        for name, other in done.get("PyTorch", {}).items():
             model, form = name.split(", ", 1)
-            own = self.part(f"step of {model}").done.get(f"{model}, as it is", {})
+            own = done.get(f"step of {model}", {}).get(f"{model}, as it is", {})
             if isinstance(speed := own.get("bytes/s"), float) and isinstance(theirs := other["bytes/s"], float):
                 found.append((model, form, speed / theirs))
         return found
