@@ -150,9 +150,12 @@ def command_of(script):
 
 def test_results_are_written_as_they_come_and_the_time_is_kept(monkeypatch, tmp_path):
     script = """
-        say("device", card="NVIDIA H100 80GB HBM3", **{"peak TFLOP/s in bfloat16, dense": 989.0})
+        if name != "PyTorch chunking":
+            say("device", card="NVIDIA H100 80GB HBM3", **{"peak TFLOP/s in bfloat16, dense": 989.0})
         if name == "chunking":
             sys.exit("the device is gone")
+        if name == "PyTorch chunking":
+            time.sleep(60)
         for item in ("first", "second"):
             say("planned", item)
         say("done", "first", ms=1.5, agrees=True)
@@ -168,11 +171,11 @@ def test_results_are_written_as_they_come_and_the_time_is_kept(monkeypatch, tmp_
     Gpu(minutes=6 / 60, out=out, parts=parts).measure(Display(quiet=True))
     report, content = out.read_text(), json.loads(out.with_suffix(".json").read_text())
     parts = {part["name"]: part for part in content["parts"]}
-    assert [part["done"] for part in parts.values()] == [{"first": {"ms": 1.5, "agrees": True}}] * 2 + [{}] + [
-        {"first": {"ms": 1.5, "agrees": True}}
-    ]
+    first = {"first": {"ms": 1.5, "agrees": True}}
+    assert [part["done"] for part in parts.values()] == [first, first, {}, {}]
     assert parts["profile"]["without"] == {"second": "not reached"}
-    assert parts["profile"]["ended"] == "The time of this part was over"
+    assert parts["profile"]["ended"] == parts["PyTorch chunking"]["ended"] == "The time of this part was over"
+    assert "All of it took 0.1 of 0.1 minutes." in report
     assert parts["kernels"]["without"] == {"second": "MemoryError: too large"}
     assert parts["chunking"]["ended"] == "This part broke off with exit code 1: the device is gone"
     assert report.startswith("# On NVIDIA H100 80GB HBM3\n")

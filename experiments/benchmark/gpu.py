@@ -152,7 +152,8 @@ class Gpu(AbstractMeasurement):
                 process.wait()
             self._hear(gathered, name, stream)
             log.seek(0)
-            part.ended = _end(process.returncode, over or time.time() >= deadline, log.read(), bool(part.without))
+            incomplete = bool(part.without) or not part.begun
+            part.ended = _end(process.returncode, over or time.time() >= deadline, log.read(), incomplete)
         self._write(gathered)
 
     def _hear(self, gathered: Gathered, name: str, stream: TextIO) -> None:
