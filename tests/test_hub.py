@@ -475,7 +475,8 @@ def test_the_named_data_sets_lie_where_they_should():
 
 
 def test_processes_that_read_the_same_shards_download_each_once(server, tmp_path):
-    """Threads stand for them: each has a source of its own."""
+    """Threads stand for them: each has a source of its own. The list of files is there before, as where a run starts them."""
+    shards = source_at(server, tmp_path).shards()
     begin, found = threading.Barrier(3), []
 
     def read():
@@ -491,4 +492,4 @@ def test_processes_that_read_the_same_shards_download_each_once(server, tmp_path
     assert len(found) == 3
     assert found[0] == found[1] == found[2] != []
     downloads = [request for request in server.requests if request.startswith("GET ")]
-    assert len(downloads) == len(set(downloads)) == len(source_at(server, tmp_path).shards())
+    assert len(downloads) == len(set(downloads)) == len(shards)
