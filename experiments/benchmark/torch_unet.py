@@ -182,7 +182,8 @@ def _policy(config: RunConfig) -> PolicySettings:
 def torch_step(config: RunConfig, *, at_once: bool = False, blocked: bool = False, compile: bool = False) -> Work:
     """A training step on random bytes: loss, gradient, gradient clipping, AdamW; with autocast if the run computes in bfloat16.
 
-    It is on PyTorch's default device. `compile`: the loss in `torch.compile`.
+    It is on PyTorch's default device. `compile`: each block in `torch.compile`, for any number of tokens; the blocks of a level
+    share a program.
     """
     torch.manual_seed(config.seed)
     model = TorchUNet(config, at_once=at_once, blocked=blocked)
@@ -194,12 +195,14 @@ def torch_step(config: RunConfig, *, at_once: bool = False, blocked: bool = Fals
         weight_decay=settings.weight_decay,
     )
     text = torch.randint(0, 256, (config.batch, config.length))
-    loss = torch.compile(model.loss, dynamic=True) if compile else model.loss
+    if compile:
+        for block in (*model.encoder, *model.decoder, *model.main):
+            block.compile(dynamic=True)
 
     def work() -> tuple[()]:
         adamw.zero_grad()
         with torch.autocast(text.device.type, torch.bfloat16, enabled=config.unet.compute == "bfloat16"):
-            value = loss(text)
+            value = model.loss(text)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         adamw.step()

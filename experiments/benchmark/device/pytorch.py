@@ -14,7 +14,7 @@ from experiments.benchmark.timing import Work, time_interleaved
 
 FORMS = {
     "eager, drawing at once": {"at_once": True},
-    "torch.compile, drawing at once": {"at_once": True, "compile": True},
+    "torch.compile of each block, drawing at once": {"at_once": True, "compile": True},
     "eager, drawing byte by byte": {"at_once": False},
 }
 """The step of the model in PyTorch. Boundaries byte by byte, as here, are a loop of the host there."""
