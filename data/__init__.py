@@ -3,7 +3,7 @@
 from data.coverage import Coverage
 from data.documents import BOS, AbstractSource, DataError, Shard
 from data.fixed import FixedSplits
-from data.loader import Batch, Batches, Split, WorkerError, check_workers, load, open_batches
+from data.loader import Batch, Batches, Split, WorkerError, load, open_batches
 from data.rows import HeldOutRow, MemoryRows, Protocol, Row
 from data.sources import open_source
 
@@ -22,7 +22,6 @@ __all__ = [
     "Shard",
     "Split",
     "WorkerError",
-    "check_workers",
     "load",
     "open_batches",
     "open_source",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+
+import numpy as np
+from jaxtyping import Int64
 
 from data.rows import Protocol
 
@@ -40,6 +43,17 @@ class Coverage:
         shown = shown_bytes(size, length, protocol)
         left_out = self.left_out + (shown == 0)
         return Coverage(self.documents + 1, left_out, self.bytes + size, self.shown + shown)
+
+    @classmethod
+    def of(cls, sizes: Int64[np.ndarray, " documents"], length: int, protocol: Protocol) -> Coverage:
+        """The counts of documents of these sizes, without BOS."""
+        counts = cls()
+        for size, times in zip(*np.unique(sizes, return_counts=True), strict=True):
+            one = cls().plus(int(size), length, protocol)
+            counts = cls(
+                *(total + int(times) * count for total, count in zip(astuple(counts), astuple(one), strict=True))
+            )
+        return counts
 
     @property
     def share(self) -> float:

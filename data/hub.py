@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import WeakFileLock
 
 from data.documents import AbstractSource, DataError, Extent, Shard
 from data.files import read_documents
@@ -243,13 +244,18 @@ class HubSource(AbstractSource):
             raise self._unreachable(
                 f"read {file.path}", "offline mode is on (HF_HUB_OFFLINE) and this shard is not cached"
             )
-        local.unlink(missing_ok=True)
         self._evict_for(file)
-        arriving = self._folder / ".cache" / "arriving"
+        arriving, locks = self._folder / ".cache" / "arriving", self._folder / ".cache" / "locks"
+        lock = locks / hashlib.blake2b(file.path.encode(), digest_size=16).hexdigest()
 
         def download() -> Path:
-            if _has(local, file):  # another process was faster
-                return local
+            locks.mkdir(parents=True, exist_ok=True)
+            # Worker processes of a run read the same shards at the same time: the others wait for the first.
+            with WeakFileLock(lock):
+                return local if _has(local, file) else downloaded()
+
+        def downloaded() -> Path:
+            local.unlink(missing_ok=True)
             repository, commit = manifest.repository, manifest.commit
             path = Path(
                 hf_hub_download(

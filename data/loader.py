@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import NotRequired, TypedDict
 
 import grain
 import numpy as np
-from grain.experimental import ThreadPrefetchIterDataset, WindowShuffleIterDataset
+from grain.experimental import ThreadPrefetchIterDataset
 from jaxtyping import Bool, Float64, Int32, Int64, UInt8
 
 from data.coverage import LITTLE, Coverage
 from data.documents import AbstractSource, DataError, document_rank
 from data.rows import HeldOutRows, MemoryRows, Protocol
 from data.stream import StreamRows, stream_held_out
-
-SHUFFLE_WINDOW = 1024
-"""Size of the shuffle buffer for streamed data sets, in rows."""
+from data.stream_batches import StreamBatches
+from data.texts import Texts
 
 
 class Batch(TypedDict):
@@ -35,11 +35,12 @@ class Batch(TypedDict):
 
 
 class ReadBatch(Batch):
-    """A batch from the data pipeline; batches of a stream also have the additional fields of `StreamedRow`."""
+    """A batch from the data pipeline; batches of a stream also have the additional fields of `StreamedBatch`."""
 
     epochs: NotRequired[Float64[np.ndarray, " batch"]]
     earlier_rows: NotRequired[Int64[np.ndarray, " batch"]]
     coverage: NotRequired[Int64[np.ndarray, "batch 4"]]
+    state: NotRequired[dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Split:
     length: int
     protocol: Protocol
     held_out_share: float
-    training: Sequence[bytes] | None
+    training: Texts | None
     coverage: Coverage | None
     held_out: MemoryRows
     fingerprint: str
@@ -79,11 +80,12 @@ def load(
     its content in [0, 1), is below `held_out_share`. A held-out split or a stream is read only until its held-out documents
     fill rows of `held_out_bytes`. Raises `DataError` if the source cannot be read or has too little text.
     """
-    training: list[bytes] | None = None
+    training: Texts | None = None
+    held_out: Sequence[bytes]
     notes: list[str] = []
     separate = source.held_out_source
     if not source.streamed:
-        training = [document for shard in source.shards() for document in source.documents(shard)]
+        training = Texts.of(document for shard in source.shards() for document in source.documents(shard))
     if separate is not None:
         held_out = stream_held_out(separate, 1.0, held_out_bytes, length, protocol)
         held_out_share = 0.0
@@ -99,9 +101,7 @@ def load(
     notes += source.notes
     coverage = None
     if training is not None:
-        coverage = Coverage()
-        for document in training:
-            coverage = coverage.plus(len(document), length, protocol)
+        coverage = Coverage.of(training.sizes - 1, length, protocol)
         if coverage.documents == 1 and coverage.share < LITTLE:
             raise DataError(
                 f"{source.name} is one document, and the protocol '{protocol}' shows only its first {length} bytes; use "
@@ -127,7 +127,7 @@ def load(
             f"asks for {held_out_bytes // length:,}"
         )
     digest = hashlib.blake2b(digest_size=8)
-    for document in held_out if training is None else [*training, *held_out]:
+    for document in held_out if training is None else itertools.chain(training, held_out):
         digest.update(len(document).to_bytes(8, "big"))
         digest.update(document)
     for shard in source.shards():
@@ -137,29 +137,23 @@ def load(
     return Split(source, length, protocol, held_out_share, training, coverage, rows, fingerprint, tuple(notes))
 
 
-def split_documents(documents: Sequence[bytes], share: float, name: str) -> tuple[list[bytes], list[bytes]]:
-    """Training and held-out documents. Each list has at least one document, and no document is in both.
+def split_documents(documents: Iterable[bytes], share: float, name: str) -> tuple[Texts, Texts]:
+    """Training and held-out documents. Each has at least one document, and no document is in both.
 
     Raises `DataError` if there are fewer than two distinct documents.
     """
-    ranks = [document_rank(document) for document in documents]
-    if len(set(ranks)) < 2:
+    texts = Texts.of(documents)
+    ranks = np.fromiter(map(document_rank, texts), np.float64, len(texts))
+    distinct = len(np.unique(ranks))
+    if distinct < 2:
         raise DataError(
-            f"{name} has {len(set(ranks))} distinct document(s); two are needed, one of them to hold out; name more text, "
+            f"{name} has {distinct} distinct document(s); two are needed, one of them to hold out; name more text, "
             "such as a folder of several files"
         )
-    threshold = share if min(ranks) < share else float(np.nextafter(min(ranks), 1.0))
-    threshold = min(threshold, max(ranks))
-    training = [document for document, rank in zip(documents, ranks, strict=True) if rank >= threshold]
-    return training, [document for document, rank in zip(documents, ranks, strict=True) if rank < threshold]
-
-
-def check_workers(split: Split, workers: int) -> None:
-    """Raise `DataError` for more than one worker on a stream."""
-    if split.training is None and workers > 1:
-        raise DataError(
-            f"{split.source.name} is streamed shard by shard, which takes one worker process at most; got {workers} workers"
-        )
+    least = float(ranks.min())
+    threshold = share if least < share else float(np.nextafter(least, 1.0))
+    threshold = min(threshold, float(ranks.max()))
+    return texts.take(np.flatnonzero(ranks >= threshold)), texts.take(np.flatnonzero(ranks < threshold))
 
 
 class WorkerError(DataError):
@@ -198,11 +192,14 @@ class Batches(Iterator[Batch]):
         step: int,
         epochs: float,
         coverage: Coverage | None,
+        stream: dict[str, object] | None = None,
     ):
-        """`rows_per_epoch`: None for a stream. `step`, `epochs` and `coverage`: the values at the start."""
+        """`rows_per_epoch`: None for a stream. `step`, `epochs`, `coverage` and the state of the `stream`: the values at the
+        start; a stream has no state before its first batch."""
         self._iterator = iterator
         self._rows_per_epoch = rows_per_epoch
         self._step = step
+        self._stream = stream
         self._begun = False
         self.epochs, self.coverage = epochs, coverage
 
@@ -211,7 +208,8 @@ class Batches(Iterator[Batch]):
         self._step += 1
         if self._rows_per_epoch is not None:
             self.epochs = self._step * len(batch["bytes"]) / self._rows_per_epoch
-        elif "epochs" in batch and "earlier_rows" in batch and "coverage" in batch:
+        elif "epochs" in batch and "earlier_rows" in batch and "coverage" in batch and "state" in batch:
+            self._stream = batch["state"]
             # The shuffle buffer reads ahead: more rows may precede the latest shard than have been returned.
             returned, earlier = self._step * len(batch["bytes"]), int(batch["earlier_rows"].max())
             self.epochs = max(self.epochs, float(batch["epochs"].max()) * min(1.0, returned / max(1, earlier)))
@@ -240,9 +238,8 @@ class Batches(Iterator[Batch]):
             ) from None
 
     def state(self) -> dict[str, object]:
-        """The number of batches so far, the epochs and, for a stream, its `StreamState`."""
-        stream = self._iterator.get_state() if self._rows_per_epoch is None else None
-        return {"step": self._step, "epochs": self.epochs, "stream": stream}
+        """The number of batches so far, the epochs and, for a stream, its state."""
+        return {"step": self._step, "epochs": self.epochs, "stream": self._stream}
 
     def close(self) -> None:
         """Stops the threads and processes of the data pipeline."""
@@ -255,8 +252,7 @@ def open_batches(
     """Shuffled batches. They depend on the seed and not on the number of worker processes.
 
     Rows in memory are reshuffled every epoch; packed rows keep their contents. Streamed rows are shuffled within a buffer.
-    `state`: a result of `Batches.state` to resume from. Raises `DataError` for more than one worker on a stream, whose shards
-    are read sequentially.
+    `state`: a result of `Batches.state` to resume from, with any number of workers.
     """
     step, epochs = 0, 0.0
     if state is not None and isinstance(state["step"], int):
@@ -264,12 +260,12 @@ def open_batches(
     # States saved by earlier versions have no epochs.
     if state is not None and isinstance(saved_epochs := state.get("epochs"), float):
         epochs = saved_epochs
-    check_workers(split, workers)
-    rows_per_epoch = None
+    rows_per_epoch, stream = None, None
     if split.training is None:
-        stream = StreamRows(split.source, split.length, split.protocol, split.held_out_share, seed)
-        dataset = WindowShuffleIterDataset(stream, window_size=SHUFFLE_WINDOW, seed=seed).batch(batch)
-        dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4)
+        if state is not None and isinstance(state["stream"], dict):
+            stream = _of_all_workers(state["stream"])
+        rows = StreamRows(split.source, split.length, split.protocol, split.held_out_share, seed)
+        dataset = ThreadPrefetchIterDataset(StreamBatches(rows, batch, stream), prefetch_buffer_size=4)
     else:
         rows = MemoryRows(split.training, split.length, split.protocol, random=True, order_seed=seed)
         rows_per_epoch = len(rows)
@@ -284,10 +280,15 @@ def open_batches(
         # Otherwise it starts with the first worker, and lets SIGINT through again.
         resource_tracker.ensure_running()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    iterator = iter(dataset)
-    if state is not None and isinstance(state["stream"], dict):
-        iterator.set_state(state["stream"])
-    return Batches(iterator, rows_per_epoch=rows_per_epoch, step=step, epochs=epochs, coverage=split.coverage)
+    return Batches(
+        iter(dataset), rows_per_epoch=rows_per_epoch, step=step, epochs=epochs, coverage=split.coverage, stream=stream
+    )
+
+
+def _of_all_workers(state: dict[str, object]) -> dict[str, object]:
+    """The state of a stream, which earlier versions saved as that of their only worker process."""
+    workers = state.get("iterators_in_use_states")
+    return workers[0] if isinstance(workers, list) else state
 
 
 def _parse_worker_flags() -> None:

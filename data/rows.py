@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
 from data.documents import BOS
+from data.texts import Texts
 
 Protocol = Literal["crop", "cut", "pack"]
 """crop: up to N bytes from a random offset in a document. cut: the first N bytes of each document with at least N. pack: the
@@ -50,11 +51,27 @@ def pieces(size: int, length: int, protocol: Protocol, random: bool) -> list[Pie
 
     There are about `size / length` random crops, which cover each byte once on average. Without `random`, crops are adjacent.
     """
+    (count,) = piece_counts(np.array([size]), length, protocol, random)
+    return [piece_of(number, size, length, protocol, random) for number in range(count)]
+
+
+def piece_counts(
+    sizes: Int64[np.ndarray, " documents"], length: int, protocol: Protocol, random: bool
+) -> Int64[np.ndarray, " documents"]:
+    """The number of `pieces` of documents of these sizes."""
     if protocol == "cut":
-        return [Piece(0, length)] if size >= length else []
+        return (sizes >= length).astype(np.int64)
     if protocol == "crop" and random:
-        return [Piece(None, min(size, length))] * max(1, round(size / length))
-    return [Piece(start, min(start + length, size)) for start in range(0, size, length)]
+        return np.maximum(1, np.rint(sizes / length)).astype(np.int64)
+    return -(-sizes // length)
+
+
+def piece_of(number: int, size: int, length: int, protocol: Protocol, random: bool) -> Piece:
+    """The piece of this number among the `pieces` of a document."""
+    if protocol == "crop" and random:
+        return Piece(None, min(size, length))
+    start = number * length
+    return Piece(start, min(start + length, size))
 
 
 def cut_piece(
@@ -72,14 +89,26 @@ def cut_piece(
 def make_row(parts: Sequence[UInt8[np.ndarray, " _"]], length: int) -> Row:
     """A row that concatenates parts of different documents, with zeros as padding at the end. Segment i is part i; padding has
     the number of parts."""
-    values = np.zeros(length, np.uint8)
-    segments = np.full(length, len(parts), np.int32)
+    row = Row(bytes=np.zeros(length, np.uint8), segments=np.zeros(length, np.int32), mask=np.zeros(length, bool))
+    fill_row(parts, row["bytes"], row["segments"], row["mask"])
+    return row
+
+
+def fill_row(
+    parts: Sequence[UInt8[np.ndarray, " _"]],
+    values: UInt8[np.ndarray, " length"],
+    segments: Int32[np.ndarray, " length"],
+    mask: Bool[np.ndarray, " length"],
+) -> None:
+    """`make_row` in arrays of zeros."""
     end = 0
     for number, part in enumerate(parts):
         values[end : end + len(part)] = part
-        segments[end : end + len(part)] = number
+        if number:
+            segments[end : end + len(part)] = number
         end += len(part)
-    return Row(bytes=values, segments=segments, mask=np.arange(length) < end)
+    segments[end:] = len(parts)
+    mask[:end] = True
 
 
 class MemoryRows:
@@ -92,21 +121,21 @@ class MemoryRows:
         are packed. The attribute `dropped` counts the documents that are too short for the protocol."""
         self.length = length
         self.protocol: Protocol = protocol
-        self.dropped = 0
+        self._random = random
+        texts = Texts.of(documents)
         if protocol == "pack":
-            order = np.random.default_rng(order_seed).permutation(len(documents))
-            documents = [documents[number] for number in order]
-        self._documents = [with_bos(document) for document in documents]
-        self._starts = np.cumsum([0] + [len(document) for document in self._documents])
-        self._rows: list[tuple[int, Piece]] = []
-        if protocol != "pack":
-            for number, document in enumerate(self._documents):
-                document_pieces = pieces(len(document), length, protocol, random)
-                self.dropped += not document_pieces
-                self._rows += [(number, piece) for piece in document_pieces]
+            texts = texts.take(np.random.default_rng(order_seed).permutation(len(texts)))
+            counts, self.dropped = texts.sizes, 0
+        else:
+            counts = piece_counts(texts.sizes, length, protocol, random)
+            self.dropped = int(np.sum(counts == 0))
+        self._texts = texts
+        # Where the bytes of each document begin among all that are packed; otherwise the same of its pieces.
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 
     def __len__(self) -> int:
-        return -(-int(self._starts[-1]) // self.length) if self.protocol == "pack" else len(self._rows)
+        whole = int(self._starts[-1])
+        return -(-whole // self.length) if self.protocol == "pack" else whole
 
     def __getitem__(self, index: int) -> int:
         return index
@@ -115,31 +144,35 @@ class MemoryRows:
         """The row at `index`. `rng` draws the starts of random crops."""
         if self.protocol == "pack":
             return make_row(list(self._packed(index)), self.length)
-        number, piece = self._rows[index]
-        return make_row([cut_piece(self._documents[number], piece, rng)], self.length)
+        number = self._document_at(index)
+        document = self._texts.with_bos(number)
+        place = index - int(self._starts[number])
+        piece = piece_of(place, len(document), self.length, self.protocol, self._random)
+        return make_row([cut_piece(document, piece, rng)], self.length)
 
     def documents_of(self, index: int) -> range:
         """The numbers of the documents in the row at `index`, in order."""
         if self.protocol == "pack":
             begin, end = index * self.length, min((index + 1) * self.length, int(self._starts[-1]))
-            first, last = np.searchsorted(self._starts, [begin, end - 1], side="right") - 1
-            return range(int(first), int(last) + 1)
-        number, _ = self._rows[index]
+            return range(self._document_at(begin), self._document_at(end - 1) + 1)
+        number = self._document_at(index)
         return range(number, number + 1)
 
     def identities(self) -> Int32[np.ndarray, " documents"]:
         """For each document, the number of the first document with the same content."""
         first: dict[bytes, int] = {}
-        return np.array(
-            [first.setdefault(document.tobytes(), number) for number, document in enumerate(self._documents)], np.int32
-        )
+        return np.array([first.setdefault(document, number) for number, document in enumerate(self._texts)], np.int32)
+
+    def _document_at(self, place: int) -> int:
+        """The number of the document that has this byte, or this piece."""
+        return int(np.searchsorted(self._starts, place, side="right")) - 1
 
     def _packed(self, index: int) -> Iterator[UInt8[np.ndarray, " _"]]:
         begin, end = index * self.length, min((index + 1) * self.length, int(self._starts[-1]))
         for number in self.documents_of(index):
             stop = min(end, int(self._starts[number + 1]))
             offset = int(self._starts[number])
-            yield self._documents[number][begin - offset : stop - offset]
+            yield self._texts.with_bos(number)[begin - offset : stop - offset]
             begin = stop
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import grain
 import numpy as np
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Int64, UInt8
 
 from data.coverage import Coverage, shown_bytes
 from data.documents import AbstractSource, DataError, is_held_out
-from data.rows import Piece, Protocol, Row, cut_piece, make_row, pieces, with_bos
+from data.rows import Piece, Protocol, cut_piece, pieces, with_bos
+
+_COUNTS = tuple(vars(Coverage()))
+
+_Row = tuple[tuple[tuple[UInt8[np.ndarray, " _"], Piece], ...], tuple[int, ...] | None]
+"""The `pieces` and the `seed` of a `StreamedRow`."""
 
 StreamState = dict[str, int]
 """The position of a stream, where the next row begins: the `epoch`, the index of the shard in the epoch's order (`shard`), the
@@ -19,19 +25,30 @@ StreamState = dict[str, int]
 before the current shard."""
 
 
-_NO_COUNTS: StreamState = {"rows": 0, "earlier_rows": 0, **vars(Coverage())}
+_NOTHING = Coverage()
+_NO_COUNTS: StreamState = {"rows": 0, "earlier_rows": 0, **vars(_NOTHING)}
 
 
-class StreamedRow(Row):
-    """A row of a stream.
+@dataclass(frozen=True, slots=True)
+class StreamedRow:
+    """A row of a stream, which `parts` makes.
 
-    `epochs`: epochs completed before its shard, with a fraction by the stored sizes of shards. `earlier_rows`: the number of
-    rows before its shard. `coverage`: the four counts of the `Coverage` of the documents read before it.
+    `pieces`: those of documents that it joins. `seed`: of the random start of its piece; None if it has none. `epochs`: epochs
+    completed before its shard, with a fraction by the stored sizes of shards. `earlier_rows`: the number of rows before its
+    shard. `coverage`: that of the documents read before it.
     """
 
-    epochs: Float64[np.ndarray, ""]
-    earlier_rows: Int64[np.ndarray, ""]
-    coverage: Int64[np.ndarray, " 4"]
+    pieces: tuple[tuple[UInt8[np.ndarray, " _"], Piece], ...]
+    seed: tuple[int, ...] | None
+    epochs: float = 0.0
+    earlier_rows: int = 0
+    coverage: Coverage = _NOTHING
+
+    @property
+    def parts(self) -> list[UInt8[np.ndarray, " _"]]:
+        """The bytes of its pieces."""
+        rng = None if self.seed is None else np.random.default_rng(self.seed)
+        return [cut_piece(document, piece, rng) for document, piece in self.pieces]
 
 
 class StreamRows(grain.IterDataset):
@@ -60,13 +77,12 @@ class _StreamIterator(grain.DatasetIterator):
 
     def __next__(self) -> StreamedRow:
         before = self._state
-        row, after = next(self._rows)
+        (pieces, seed), after = next(self._rows)
         same_shard = all(before[name] == after[name] for name in ("epoch", "shard"))
         earlier = before["earlier_rows"] if same_shard else before["rows"]
         self._state = {**after, "rows": before["rows"] + 1, "earlier_rows": earlier}
         epochs = self._completed_epochs(after["epoch"], after["shard"])
-        coverage = np.array([after[name] for name in vars(Coverage())])
-        return StreamedRow(**row, epochs=np.array(epochs), earlier_rows=np.array(earlier), coverage=coverage)
+        return StreamedRow(pieces, seed, epochs, earlier, Coverage(*(after[name] for name in _COUNTS)))
 
     def get_state(self) -> StreamState:
         return self._state.copy()
@@ -85,35 +101,35 @@ class _StreamIterator(grain.DatasetIterator):
             self._cached_epochs = (epoch, index, epoch + float(before.sum() / sizes.sum()))
         return self._cached_epochs[2]
 
-    def _rows_from(self, state: StreamState) -> Iterator[tuple[Row, StreamState]]:
+    def _rows_from(self, state: StreamState) -> Iterator[tuple[_Row, StreamState]]:
         """The rows that follow `state`, each with the state after it."""
         if self._data.protocol == "pack":
             return self._packed_from(state)
         return self._pieces_from(state)
 
-    def _pieces_from(self, state: StreamState) -> Iterator[tuple[Row, StreamState]]:
+    def _pieces_from(self, state: StreamState) -> Iterator[tuple[_Row, StreamState]]:
         data = self._data
         for document, position in self._documents_from(state):
             document_pieces = pieces(len(document), data.length, data.protocol, random=True)
             first = state["piece"] if _same_document(position, state) else 0
             for number in range(first, len(document_pieces)):
-                rng = np.random.default_rng(
-                    [data.stream_seed, position["epoch"], position["shard"], position["document"], number]
-                )
-                row = make_row([cut_piece(document, document_pieces[number], rng)], data.length)
-                yield row, {**position, "piece": number + 1}
+                piece = document_pieces[number]
+                seed = None
+                if piece.start is None:
+                    seed = data.stream_seed, position["epoch"], position["shard"], position["document"], number
+                yield (((document, piece),), seed), {**position, "piece": number + 1}
 
-    def _packed_from(self, state: StreamState) -> Iterator[tuple[Row, StreamState]]:
-        length, parts, filled = self._data.length, [], 0
+    def _packed_from(self, state: StreamState) -> Iterator[tuple[_Row, StreamState]]:
+        length, joined, filled = self._data.length, [], 0
         for document, position in self._documents_from(state):
             begin = state["piece"] if _same_document(position, state) else 0
             while begin < len(document):
                 piece = Piece(begin, min(begin + length - filled, len(document)))
-                parts.append(cut_piece(document, piece, None))
+                joined.append((document, piece))
                 begin, filled = piece.stop, filled + piece.stop - begin
                 if filled == length:
-                    yield make_row(parts, length), {**position, "piece": begin}
-                    parts, filled = [], 0
+                    yield (tuple(joined), None), {**position, "piece": begin}
+                    joined, filled = [], 0
 
     def _documents_from(self, state: StreamState) -> Iterator[tuple[UInt8[np.ndarray, " size"], StreamState]]:
         data = self._data
@@ -130,7 +146,9 @@ class _StreamIterator(grain.DatasetIterator):
                     if shown_bytes(len(document), data.length, data.protocol):
                         any_usable = True
                         position = {"epoch": epoch, "shard": index, "document": number, "piece": 0}
-                        yield with_bos(document), {**position, **vars(coverage)}
+                        # Of a long document that is cut, no row that waits to be shuffled keeps the rest.
+                        used = document[: data.length] if data.protocol == "cut" else document
+                        yield with_bos(used), {**position, **vars(coverage)}
                     coverage = coverage.plus(len(document), data.length, data.protocol)
                 first_document = 0
             if not any_usable:

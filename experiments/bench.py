@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from estimators.bounds import MARGIN, Count, Length, Rate, Sequences, Within
 from estimators.registry import BASELINE, DEFAULT, ESTIMATORS, REGULAR
 from experiments.benchmark.generation import CacheReport, GenerationReport, measure_caches, measure_generation
+from experiments.benchmark.gpu import Gpu
+from experiments.benchmark.measurement import AbstractMeasurement, AbstractTimed, OfModel
 from experiments.benchmark.models import ModelReport, measure
 from experiments.benchmark.ops import Compared, Sizes, compare_operations
 from experiments.benchmark.overhead import OverheadReport, overhead
+from experiments.benchmark.pipeline import Data
 from experiments.benchmark.rates import RateReport, token_level
 from experiments.benchmark.recurrence import RecurrenceReport, recurrence
 from experiments.benchmark.roofline import PartCost
@@ -27,9 +27,8 @@ from experiments.benchmark.whole_step import StepReport, compile_in_subprocess
 from experiments.command import exit_code
 from experiments.comparison.intervals import ALIKE, CONFIDENCE
 from experiments.config.arguments import PATHS, usage
-from experiments.config.errors import ConfigError, require, require_bounds
+from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
-from experiments.config.settings import RunConfig
 from experiments.devices import use_cpu_devices
 from experiments.launch import program
 from experiments.reporting.display import Display
@@ -43,79 +42,6 @@ INTERVALS = (
     f"In brackets: an interval that holds the median ratio over rounds with a confidence of {CONFIDENCE:.0%}, which takes 6 "
     f"rounds; {ALIKE} not distinguishable: it contains 1, or there is none."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AbstractMeasurement(ABC):
-    """What every measurement has."""
-
-    devices: ClassVar[int] = 2
-    """Parts of a CPU that share the work, at most, as in the command that is measured."""
-    json: Path | None = None
-    """Also write what was measured to this file."""
-
-    @abstractmethod
-    def measure(self, display: Display) -> Mapping[str, object]:
-        """Measure and show it; returns dataclasses by name. Raises `ConfigError` and `DataError`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AbstractTimed(AbstractMeasurement):
-    """A measurement of times, in turns."""
-
-    rounds: Annotated[int, Within(1, 10_000)] = 7
-    """Times that every alternative is measured, in turns; medians are reported, from 6 on with their intervals."""
-    calls: Count = 5
-    """Calls that each measurement takes together."""
-
-    def __post_init__(self):
-        require_bounds(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OfModel:
-    """The run that is measured: its preset, and what is changed in it."""
-
-    dataset: str = "docs"
-    """Text to work on: anything that --dataset of experiments.run takes."""
-    model: str = "tiny"
-    """Preset of the model."""
-    rate: Rate | None = None
-    """Target rate, instead of the preset's."""
-    early_exit_fraction: Annotated[float, Within(MARGIN, 1.0)] | None = None
-    """Share of positions at which the early head predicts, instead of the preset's."""
-    batch: Sequences | None = None
-    """Sequences per step, instead of the preset's."""
-    length: Length | None = None
-    """Bytes per sequence, instead of the preset's."""
-    remat: bool | None = None
-    """Recompute blocks in the backward pass, instead of what the preset says."""
-
-    def __post_init__(self):
-        require_bounds(self)
-
-    def run(self, estimator: str, model: str | None = None) -> RunConfig:
-        """The run that is measured, of another preset where one is named. Raises `ConfigError`."""
-        name = self.model if model is None else model
-        require(name in PRESETS, f"--model {name} is none of {', '.join(PRESETS)}")
-        run = PRESETS[name]
-        shape = run.unet
-        unet = dataclasses.replace(
-            shape,
-            early_exit_fraction=shape.early_exit_fraction
-            if self.early_exit_fraction is None
-            else self.early_exit_fraction,
-            remat=shape.remat if self.remat is None else self.remat,
-        )
-        return dataclasses.replace(
-            run,
-            unet=unet,
-            estimator=estimator,
-            dataset=self.dataset,
-            rate=run.rate if self.rate is None else self.rate,
-            batch=run.batch if self.batch is None else self.batch,
-            length=run.length if self.length is None else self.length,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +247,7 @@ class Overhead(OfModel, AbstractTimed):
         return {**found, f"seconds of {self.model}": sfe}
 
 
-Command = Steps | Alternatives | Models | Generation | Ops | Rates | Recurrence | Overhead | Compile
+Command = Steps | Alternatives | Models | Generation | Ops | Rates | Recurrence | Overhead | Compile | Data | Gpu
 """Each is a subcommand of the name of its class."""
 
 
@@ -358,7 +284,9 @@ def bench(config: AbstractMeasurement, display: Display) -> None:
     if config.json is not None:
         make_folder(config.json.parent, "--json in")
         require(not config.json.is_dir(), f"--json {config.json} is a folder; name a file")
-    use_cpu_devices(config.devices)
+    if not isinstance(config, Gpu):
+        # Its parts have processes of their own, which have the GPU to themselves.
+        use_cpu_devices(config.devices)
     found = config.measure(display)
     if config.json is not None:
         name = type(config).__name__.lower()

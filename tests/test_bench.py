@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import bench
-from experiments.benchmark import rates, recurrence, timing, whole_step
+from experiments.benchmark import pipeline, rates, recurrence, timing, whole_step
 from experiments.benchmark.deviceless import TARGETS, missing
 from experiments.benchmark.ops import Sizes, operations
 from experiments.benchmark.overhead import overhead
@@ -266,3 +266,15 @@ def test_a_measurement_has_to_be_named(capsys):
             bench.main(arguments)
         assert stopped.value.code == 2
     assert "recurrence" in capsys.readouterr().err
+
+
+def test_the_command_measures_the_data_pipeline(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "HELD_OUT", 0.5)
+    out = tmp_path / "bench.json"
+    small = ("--dataset", corpus, "--megabytes", "0.5", "--length", "32", "--seconds", "0.01", "--workers", "0")
+    assert bench.main([str(word) for word in ("data", *small, "--json", out)]) == 0
+    found = json.loads(out.read_text())["data"]
+    assert {".jsonl", ".jsonl.gz", ".txt"} <= found.keys()
+    for one in found.values():
+        assert all(one[name] > 0 for name in ("reading", "starting", "memory", "streamed"))
+        assert list(one["by_workers"]) == ["0"]

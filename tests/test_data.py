@@ -19,6 +19,7 @@ from data.loader import split_documents
 from data.rows import HeldOutRows, MemoryRows, Protocol, make_row, pieces, with_bos
 from data.splits import named_split
 from data.stream import StreamRows
+from data.stream_batches import StreamBatches
 from experiments.config.presets import PRESETS
 from experiments.training.data import DataNotes, data_record
 from tests.conftest import needs
@@ -101,11 +102,24 @@ class TestBatches:
                     assert len(part) < 4 or not any(part in document for document in held_out)
 
 
-def test_the_number_of_workers_changes_nothing():
-    split = split_of()
-    none, _ = first_batches(split, 4)
-    two, _ = first_batches(split, 4, workers=2)
-    assert_equal(none, two)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_number_of_workers_changes_nothing(streamed):
+    split = split_of(streamed=streamed)
+    none, _ = first_batches(split, 8)
+    two, state = first_batches(split, 3, workers=2)
+    rest, _ = first_batches(split, 5, state=state)
+    assert_equal(none, [*two, *rest])
+
+
+def test_worker_processes_of_a_stream_make_every_batch_once():
+    def batches(first, every):
+        found = StreamBatches(StreamRows(Listed(documents()), 32, "crop", 0.2, seed=3), 4, None)
+        found.set_slice(slice(first, None, every))
+        return [batch for batch, _ in zip(found, range(4), strict=False)]
+
+    whole = batches(0, 1)
+    assert_equal(whole[1:4:2], batches(1, 2)[:2])
+    assert [batch["state"] for batch in whole[2:3]] == [batches(2, 3)[0]["state"]]
 
 
 def test_batches_of_one_sequence_are_the_rows_of_larger_ones():
@@ -116,11 +130,6 @@ def test_batches_of_one_sequence_are_the_rows_of_larger_ones():
         return np.concatenate(read)
 
     np.testing.assert_array_equal(rows(1), rows(4))
-
-
-def test_a_stream_has_one_reader():
-    with pytest.raises(DataError, match="one worker process at most"):
-        open_batches(split_of(streamed=True), batch=2, seed=0, workers=2)
 
 
 def test_crops_begin_anywhere_and_keep_their_length():
@@ -192,12 +201,12 @@ def test_a_stream_counts_what_it_has_read(protocol):
     for document in training:
         expected = expected.plus(len(document), 32, protocol)
     rows = StreamRows(stream.source, 32, protocol, share, seed=0)
-    again = next(row for row in rows if row["epochs"] >= 1)
+    again = next(row for row in rows if row.epochs >= 1)
     # The first row of the second epoch may follow documents that are too short for a row, or contain several documents.
     for document in stream.source.documents(stream.source.shards()[rows.order(1, 2)[0]]):
-        if expected.documents < again["coverage"][0] and document_rank(document) >= share:
+        if expected.documents < again.coverage.documents and document_rank(document) >= share:
             expected = expected.plus(len(document), 32, protocol)
-    assert Coverage(*again["coverage"].tolist()) == expected
+    assert again.coverage == expected
     assert memory.coverage is not None
     assert memory.coverage.share == pytest.approx(expected.share, abs=0.1)
     assert stream.coverage is None
@@ -537,7 +546,9 @@ class Workers:
 def test_processes_of_batches_are_not_stopped_by_an_interrupt_and_missed_when_they_are_killed():
     batches = object.__new__(Batches)
     workers = Workers()
-    batches.__dict__.update(_iterator=workers, _begun=False, _step=0, _rows_per_epoch=10, epochs=0.0, coverage=None)
+    batches.__dict__.update(
+        _iterator=workers, _begun=False, _step=0, _stream=None, _rows_per_epoch=10, epochs=0.0, coverage=None
+    )
     next(batches)
     next(batches)
     with pytest.raises(WorkerError, match=r"ended from outside \(exit code -9\).* fewer --data.workers"):

@@ -479,3 +479,24 @@ def test_the_named_data_sets_lie_where_they_should():
     for name in ("fineweb", "fineweb-edu"):
         assert HUB_DATASETS[f"{name}-100BT"].repository == HUB_DATASETS[name].repository == f"HuggingFaceFW/{name}"
         assert HUB_DATASETS[f"{name}-100BT"].folder == "sample/100BT"
+
+
+def test_processes_that_read_the_same_shards_download_each_once(server, tmp_path):
+    """Threads stand for them: each has a source of its own. The list of files is there before, as where a run starts them."""
+    shards = source_at(server, tmp_path).shards()
+    begin, found = threading.Barrier(3), []
+
+    def read():
+        source = source_at(server, tmp_path)
+        begin.wait()
+        found.append(read_all(source))
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert len(found) == 3
+    assert found[0] == found[1] == found[2] != []
+    downloads = [request for request in server.requests if request.startswith("GET ")]
+    assert len(downloads) == len(set(downloads)) == len(shards)

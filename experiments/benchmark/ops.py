@@ -123,14 +123,22 @@ def _torch_pairs(sizes: Sizes) -> dict[str, Pair]:
         from experiments.benchmark.torch_chunking import torch_chunking
     except ModuleNotFoundError:
         return {}
-    hidden = changing_signs(sizes, jax.random.key(1))
-    router = Greedy(CosineRouter(sizes.dim, target_rate=sizes.rate))
+    hidden = np.asarray(changing_signs(sizes, jax.random.key(1)))
     pairs = {}
-    for name, projected in {"dynamic chunking": router, "the same without the two projections": None}.items():
-        own = _jitted(jax.grad(functools.partial(_chunking_loss, sizes=sizes)), (projected, hidden))
-        other = torch_chunking(np.asarray(hidden), sizes.rate, projected=projected is not None)
-        pairs[name] = "h-net-dynamic-chunking", {"own": own, "other": other}
+    for name, projected in {"dynamic chunking": True, "the same without the two projections": False}.items():
+        works = {
+            "own": chunking_work(sizes, projected=projected),
+            "other": torch_chunking(hidden, sizes.rate, projected=projected),
+        }
+        pairs[name] = "h-net-dynamic-chunking", works
     return pairs
+
+
+def chunking_work(sizes: Sizes, *, projected: bool) -> Work:
+    """The gradient of dynamic chunking, with or without projections of queries and keys."""
+    router = Greedy(CosineRouter(sizes.dim, target_rate=sizes.rate)) if projected else None
+    inputs = router, changing_signs(sizes, jax.random.key(1))
+    return _jitted(jax.grad(functools.partial(_chunking_loss, sizes=sizes)), inputs)
 
 
 def _chunking_loss(

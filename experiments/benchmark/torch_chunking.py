@@ -8,6 +8,7 @@ from h_net_dynamic_chunking import DynamicSequenceChunker  # pyrefly: ignore[mis
 from jaxtyping import Float
 
 from experiments.benchmark.timing import Work
+from experiments.benchmark.torch_unet import finished
 
 
 class HiddenAsQueriesAndKeys(torch.nn.Module):
@@ -18,7 +19,7 @@ class HiddenAsQueriesAndKeys(torch.nn.Module):
 
 
 def torch_chunking(hidden: Float[np.ndarray, "batch length dim"], rate: float, *, projected: bool) -> Work:
-    """Downsampling, upsampling and the ratio loss, with their gradients.
+    """Downsampling, upsampling and the ratio loss, with their gradients, on PyTorch's default device.
 
     `projected`: whether queries and keys have projections, which start as the identity as in this library.
     """
@@ -29,13 +30,13 @@ def torch_chunking(hidden: Float[np.ndarray, "batch length dim"], rate: float, *
             module.to_queries_keys.weight.copy_(torch.eye(dim).repeat(2, 1))
     else:
         module.to_queries_keys = HiddenAsQueriesAndKeys()
-    hidden_states = torch.tensor(hidden, requires_grad=True)
+    hidden_states = torch.tensor(hidden, requires_grad=True, device=torch.get_default_device())
 
     def work() -> tuple[()]:
         module.zero_grad()
         hidden_states.grad = None
         tokens, up, ratio_loss = module(hidden_states)
         (torch.mean(up(tokens) * hidden_states) + ratio_loss).backward()
-        return ()
+        return finished()
 
     return work

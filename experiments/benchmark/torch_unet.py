@@ -1,7 +1,7 @@
 """The same model in simple eager PyTorch, for comparison.
 
-Attention is dense with masks at every level. The token level is padded to the longest sequence, which needs a host sync. The
-policy samples byte by byte.
+Attention is dense with masks at the token level, and at the byte level too unless it is `blocked`. The token level is padded to
+the longest sequence, which needs a host sync. The policy samples byte by byte.
 """
 
 from __future__ import annotations
@@ -36,15 +36,24 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.gate_up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | int) -> torch.Tensor:
+        """`mask`: True where a query sees a key, or a window, whose attention is then computed in blocks."""
         batch, length, dim = x.shape
         shape = batch, length, self.heads, dim // self.heads
         query, key, value = (
             part.reshape(shape).transpose(1, 2) for part in self.qkv(self.norms[0](x)).chunk(3, dim=-1)
         )
-        logits = _rotary(query, cos, sin) @ _rotary(key, cos, sin).transpose(-1, -2) * shape[-1] ** -0.5
-        logits = (self.cap * torch.tanh(logits / self.cap)).masked_fill(~mask[:, None], -torch.inf)
-        mixed = (logits.softmax(-1) @ value).transpose(1, 2).reshape(batch, length, dim)
+        query, key = _rotary(query, cos, sin), _rotary(key, cos, sin)
+        if isinstance(mask, int):
+            query, key, value, mask = _in_blocks(query, key, value, mask)
+        else:
+            mask = mask[:, None]
+        logits = query @ key.transpose(-1, -2) * shape[-1] ** -0.5
+        logits = (self.cap * torch.tanh(logits / self.cap)).masked_fill(~mask, -torch.inf)
+        mixed = logits.softmax(-1) @ value
+        mixed = (
+            mixed.reshape(batch, self.heads, -1, shape[-1])[:, :, :length].transpose(1, 2).reshape(batch, length, dim)
+        )
         x = x + self.norms[1](self.out(mixed))
         gate, up = self.gate_up(self.norms[2](x)).chunk(2, dim=-1)
         return x + self.norms[3](self.down(F.gelu(gate, approximate="tanh") * up))
@@ -56,15 +65,37 @@ def _rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
+def _in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries in blocks of the size of a window, the keys and values of each block and of the one before it, and which keys a
+    query sees."""
+    batch, heads, length, dim = query.shape
+    blocks = -(-length // window)
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x, (0, 0, 0, blocks * window - length)).reshape(batch, heads, blocks, window, dim)
+
+    def with_previous(x: torch.Tensor) -> torch.Tensor:
+        own = cut(x)
+        return torch.cat([F.pad(own, (0, 0, 0, 0, 1, 0))[:, :, :-1], own], dim=3)
+
+    places = torch.arange(blocks * window).reshape(blocks, window)
+    distance = places[:, :, None] - torch.cat([places - window, places], dim=1)[:, None, :]
+    seen = (distance >= 0) & (distance < window) & (distance <= places[:, :, None])
+    return cut(query), with_previous(key), with_previous(value), seen
+
+
 class TorchUNet(nn.Module):
     """The autoregressive U-Net of `config`, its windowed policy and the score-function loss.
 
-    `at_once`: the policy ignores previous actions, so that sampling the boundaries of a sequence needs no loop.
+    `at_once`: the policy ignores previous actions, so that sampling the boundaries of a sequence needs no loop. `blocked`:
+    attention within a window is computed in blocks, instead of a masked square.
     """
 
-    def __init__(self, config: RunConfig, *, at_once: bool):
+    def __init__(self, config: RunConfig, *, at_once: bool, blocked: bool = False):
         super().__init__()
-        unet, self.at_once = transformer_shape(config), at_once
+        unet, self.at_once, self.blocked = transformer_shape(config), at_once, blocked
         self.config, self.unet = config, unet
         dim = unet.dim
 
@@ -85,7 +116,8 @@ class TorchUNet(nn.Module):
         rate, discount = self.config.rate, getattr(self.config.sections["discount"], "factor", 1.0)
         position = torch.arange(length)
         distance = position[:, None] - position[None, :]
-        mask = ((distance >= 0) & (distance < self.unet.window))[None]
+        window = min(self.unet.window, length)
+        mask = window if self.blocked else ((distance >= 0) & (distance < window))[None]
         angles = self._angles(position[None])
         hidden = self.embedding(text)
         for block in self.encoder:
@@ -147,10 +179,14 @@ def _policy(config: RunConfig) -> PolicySettings:
     return policy
 
 
-def torch_step(config: RunConfig, *, at_once: bool = False) -> Work:
-    """A training step on random bytes: loss, gradient, gradient clipping, AdamW."""
+def torch_step(config: RunConfig, *, at_once: bool = False, blocked: bool = False, compile: bool = False) -> Work:
+    """A training step on random bytes: loss, gradient, gradient clipping, AdamW; with autocast if the run computes in bfloat16.
+
+    It is on PyTorch's default device. `compile`: each block in `torch.compile`, for any number of tokens; the blocks of a level
+    share a program.
+    """
     torch.manual_seed(config.seed)
-    model = TorchUNet(config, at_once=at_once)
+    model = TorchUNet(config, at_once=at_once, blocked=blocked)
     settings = config.optimizer
     adamw = torch.optim.AdamW(
         model.parameters(),
@@ -159,12 +195,36 @@ def torch_step(config: RunConfig, *, at_once: bool = False) -> Work:
         weight_decay=settings.weight_decay,
     )
     text = torch.randint(0, 256, (config.batch, config.length))
+    if compile:
+        for block in (*model.encoder, *model.decoder, *model.main):
+            block.compile(dynamic=True)
 
     def work() -> tuple[()]:
         adamw.zero_grad()
-        model.loss(text).backward()
+        with torch.autocast(text.device.type, torch.bfloat16, enabled=config.unet.compute == "bfloat16"):
+            value = model.loss(text)
+        value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         adamw.step()
-        return ()
+        return finished()
 
     return work
+
+
+def use_gpu() -> bool:
+    """Make a GPU PyTorch's default device where there is one; returns whether there is."""
+    if torch.cuda.is_available():
+        torch.set_default_device("cuda")
+    return torch.cuda.is_available()
+
+
+def finished() -> tuple[()]:
+    """Waits until the default device has done all that it was given."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+    return ()
+
+
+def peak_bytes() -> int | None:
+    """The most memory of the GPU that PyTorch's arrays took; None without a GPU."""
+    return torch.cuda.max_memory_allocated() if torch.get_default_device().type == "cuda" else None

@@ -84,7 +84,7 @@ def _documents(source: AbstractSource, split: SplitName, share: float) -> Iterab
         return _all(source)
     if source.streamed:
         return (one for one in _all(source) if is_held_out(one, share) == (split == "held-out"))
-    training, held_out = split_documents(list(_all(source)), share, source.name)
+    training, held_out = split_documents(_all(source), share, source.name)
     return held_out if split == "held-out" else training
 
 

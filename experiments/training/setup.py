@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from data import Split, check_workers
+from data import Split
 from estimators.keys import named_key
 from experiments.config.build import build_model
 from experiments.config.errors import ConfigError
@@ -46,7 +46,6 @@ def set_up(config: RunConfig) -> Setup:
     placement = Placement.of(config)
     config = with_implementation(config)
     split = load_split(config)
-    check_workers(split, config.data.workers)
     key = jax.random.key(config.seed)
     prepared = read_prepared(config) if config.resume else None
     prepared = prepare(config, split) if prepared is None else prepared

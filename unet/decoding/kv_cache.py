@@ -17,6 +17,10 @@ MIN_SLICED_SLOTS = 128
 """Slots from which on programs are compiled that read only the filled part of a token-level cache."""
 
 
+FEW = 4
+"""Sequences up to which caches are copied one by one: a CPU copies a slice as a block, and gathers value by value."""
+
+
 class KVUpdate(eqx.Module):
     """Keys and values of new positions."""
 
@@ -117,6 +121,8 @@ class KVCacheView(eqx.Module):
 
         def copy(part: Float[Array, "batch heads slots head_dim"]) -> Float[Array, "some heads first head_dim"]:
             size = (1, part.shape[1], self.slots, part.shape[3])
+            if len(self.chosen) <= FEW:
+                return jnp.concatenate([jax.lax.dynamic_slice(part, (one, 0, 0, 0), size) for one in self.chosen])
             return jax.vmap(lambda one: jax.lax.dynamic_slice(part, (one, 0, 0, 0), size)[0])(self.chosen)
 
         return KVCache(copy(self.cache.keys), copy(self.cache.values), self.lengths, self.window)

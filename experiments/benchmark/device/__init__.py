@@ -1,0 +1,1 @@
+"""What `experiments.bench gpu` measures, part by part."""
