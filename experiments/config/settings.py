@@ -21,6 +21,7 @@ from experiments.config.parts import Level, Names, chosen, estimator_config, lev
 from experiments.config.sections import (
     CheckpointConfig,
     DataConfig,
+    DistributedConfig,
     EvaluationConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -117,6 +118,7 @@ class RunConfig:
     tracker: tuple[str, ...] = ()
     """Where to send metrics, held-out text and boundaries beside metrics.jsonl: tensorboard, wandb, trackio, or a class of your
     own as package.module:Class."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -39,7 +39,7 @@ OWN_FILES = (
     *("tensorboard", "wandb", "trackio"),
 )
 
-OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every", "plugin", "config", "log_seconds", "quiet", "tracker")
+OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every", "plugin", "config", "log_seconds", "quiet", "tracker", "distributed")
 """Settings that do not change the results of a run, so that they may differ when it is resumed."""
 
 
