@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from estimators.bounds import LARGEST_BYTES, MARGIN, Count, Positive, Rate, Share, Weight, Within
-from experiments.config.errors import require_bounds
+from estimators.bounds import LARGEST_BYTES, LARGEST_INDEX, MARGIN, Count, Positive, Rate, Share, Weight, Within
+from experiments.config.errors import require, require_bounds
 from unet.tokens.tokenizer import TokenizerSize
 
 Decay = Annotated[float, Within(0.0, 1.0 - MARGIN)]
@@ -148,3 +148,28 @@ class CheckpointConfig:
 
     def __post_init__(self):
         require_bounds(self, "--checkpoint.")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of all processes share a run: a mesh with the axes `data`, `fsdp` and `tensor`."""
+
+    data: Annotated[int, Within(-1, LARGEST_INDEX)] = -1
+    """Groups of devices that share the sequences of a batch; -1: as many as the other axes leave."""
+    fsdp: Count = 1
+    """Devices of a group that share its sequences too, and hold each a part of the parameters, gradients and moments."""
+    tensor: Count = 1
+    """Devices that share the heads and MLPs of the same sequences."""
+    whole_below: Annotated[int, Within(0, LARGEST_INDEX)] = 16_384
+    """Parameters of fewer numbers than this are whole on every device."""
+    show: bool = False
+    """List how the parameters lie on the devices."""
+
+    def __post_init__(self):
+        require_bounds(self, "--mesh.")
+        require(self.data != 0, "--mesh.data must be at least 1, or -1 for as many as the other axes leave; got 0")
+
+    @property
+    def named(self) -> int:
+        """The devices that the axes name, those left to `data` aside."""
+        return max(self.data, 1) * self.fsdp * self.tensor
