@@ -35,6 +35,7 @@ from experiments.training.prepared import write_prepared
 from experiments.training.replacing import replacing
 from experiments.training.rescue import save_elsewhere
 from experiments.training.run_dir import (
+    OF_DEVICES,
     SUMMARY,
     differing,
     has_checkpoint,
@@ -88,7 +89,7 @@ def _require_same(config: RunConfig, saved: RunConfig) -> None:
     """Raise `ConfigError` where a run that goes on would have other settings. Its data may have moved, since a checkpoint says
     what they were."""
     there = moved(config, saved) if has_checkpoint(config.run_dir) else saved
-    if changed := differing(config, there, OF_THE_END):
+    if changed := differing(config, there, (*OF_THE_END, *OF_DEVICES)):
         raise ConfigError(
             f"the run in {config.run_dir} has other settings for {', '.join(changed)}: resume it without changing them, or start "
             "a new run in another --out"
@@ -173,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         display.quiet = config.quiet
         # Two halves of a batch side by side beat one product on two cores at these sizes.
-        use_cpu_devices(2)
+        use_cpu_devices(2, config.mesh.named)
         try:
             run(config, display)
         except KeyboardInterrupt:

@@ -175,7 +175,10 @@ class DistributedConfig:
         missing = [f"--distributed.{name}" for name, value in given.items() if value is None]
         if len(missing) == len(given):
             return
-        require(not missing, f"--distributed.coordinator, .processes and .index go together: {', '.join(missing)} is missing")
+        require(
+            not missing,
+            f"--distributed.coordinator, .processes and .index go together: {', '.join(missing)} is missing",
+        )
         require(
             self.launcher in ("auto", "none"),
             f"--distributed.launcher {self.launcher} says what --distributed.coordinator says: use one of them",
@@ -190,3 +193,28 @@ class DistributedConfig:
             f"--distributed.index {self.index} is none of 0 to {(self.processes or 1) - 1}, of which there are "
             f"--distributed.processes {self.processes}",
         )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of all processes share a run: a mesh with the axes `data`, `fsdp` and `tensor`."""
+
+    data: Annotated[int, Within(-1, LARGEST_INDEX)] = -1
+    """Groups of devices that share the sequences of a batch; -1: as many as the other axes leave."""
+    fsdp: Count = 1
+    """Devices of a group that share its sequences too, and hold each a part of the parameters, gradients and moments."""
+    tensor: Count = 1
+    """Devices that share the heads and MLPs of the same sequences."""
+    whole_below: Annotated[int, Within(0, LARGEST_INDEX)] = 16_384
+    """Parameters of fewer numbers than this are whole on every device."""
+    show: bool = False
+    """List how the parameters lie on the devices."""
+
+    def __post_init__(self):
+        require_bounds(self, "--mesh.")
+        require(self.data != 0, "--mesh.data must be at least 1, or -1 for as many as the other axes leave; got 0")
+
+    @property
+    def named(self) -> int:
+        """The devices that the axes name, those left to `data` aside."""
+        return max(self.data, 1) * self.fsdp * self.tensor

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from data import DataError, open_batches
 from experiments.config.errors import ConfigError, RunError, failure
@@ -54,7 +53,7 @@ class Session:
         self.config, self.setup, self.run_dir, self.display = config, setup, run_dir, display
         self.trainer, self._folder = setup.trainer, RunFolder(run_dir)
         self._step_function = compiled(self.trainer.step)
-        self._state = setup.placement.replicated(self.trainer.first_state())
+        self._state = setup.placement.divided(self.trainer.first_state())
         self._held_out = setup.split.held_out_rows(config.evaluation.bytes)
         self._checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
         progress = self._restore()
@@ -103,8 +102,7 @@ class Session:
     @property
     def model(self) -> AbstractLanguageModel:
         """The model as it is now, on the default device."""
-        here = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), self._state.params)
-        return self.trainer.model(here)
+        return self.trainer.model(jax.tree.map(jnp.asarray, self.setup.placement.whole(self._state.params)))
 
     def train_step(self) -> None:
         """One step, logged and shown. Raises `DataError`, after a checkpoint of what was trained, and `NonFiniteError`."""

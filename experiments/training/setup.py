@@ -37,7 +37,7 @@ class Setup:
     key_evaluate: PRNGKeyArray
     placement: Placement
     notes: tuple[str, ...] = ()
-    """What a user should know of the weights that the model starts from."""
+    """What a user should know of the weights that the model starts from, and of where they lie."""
 
 
 def set_up(config: RunConfig) -> Setup:
@@ -61,6 +61,8 @@ def set_up(config: RunConfig) -> Setup:
     if config.init is not None and not (config.resume and has_checkpoint(config.run_dir)):
         model = initial_weights(config.init, model, (*modules_of(config), *import_plugins(config.plugin)), notes.append)
     trainer = Trainer.on(config, model, split)
+    if config.mesh.show:
+        notes.append(placement.shown(trainer.params))
     return Setup(
         *(split, prepared, model, trainer, named_key(key, "steps"), named_key(key, "evaluation"), placement),
         tuple(notes),

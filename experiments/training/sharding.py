@@ -1,0 +1,69 @@
+"""Where each parameter lies on a mesh: the one rule, and what it makes of a tree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, PyTree
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+AXES = (DATA, FSDP, TENSOR)
+"""The axes of every mesh. `data` and `fsdp` divide the sequences of a batch, `fsdp` also the parameters, `tensor` heads and
+MLPs."""
+BATCH = (DATA, FSDP)
+"""The axes over which the sequences of a batch are divided."""
+
+
+def partition_spec(path: str, shape: Sequence[int], mesh: Mapping[str, int], whole_below: int) -> PartitionSpec:
+    """The rule: of a leaf of at least `whole_below` numbers, the largest axis that `fsdp` divides is divided over it, the first
+    of several as large. Every other leaf is whole on each device.
+
+    `path` names the leaf, as `jax.tree_util.keystr` does; `mesh` has the size of each axis of the mesh.
+    """
+    parts = mesh[FSDP]
+    fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or not fitting or math.prod(shape) < whole_below:
+        return PartitionSpec()
+    largest = max(fitting, key=lambda axis: shape[axis])
+    return PartitionSpec(*[None] * largest, FSDP)
+
+
+def partition_specs(tree: PyTree, mesh: Mapping[str, int], whole_below: int) -> PyTree[PartitionSpec]:
+    """The spec of each leaf of a tree. Moments of an optimizer have the shapes of their parameters, and so their specs."""
+
+    def spec(path: tuple[object, ...], leaf: Array | jax.ShapeDtypeStruct) -> PartitionSpec:
+        return partition_spec(jax.tree_util.keystr(path), leaf.shape, mesh, whole_below)
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+@dataclass(frozen=True)
+class PlacedLeaf:
+    """A leaf of a tree, its spec, and what one device holds of it."""
+
+    path: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    bytes: int
+    bytes_per_device: int
+
+
+def placed_leaves(tree: PyTree, mesh: Mapping[str, int], whole_below: int) -> list[PlacedLeaf]:
+    """Each leaf of a tree of arrays or of their shapes, in order."""
+    leaves = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path)
+        spec = partition_spec(name, leaf.shape, mesh, whole_below)
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        leaves.append(PlacedLeaf(name, tuple(leaf.shape), spec, size, size // parts_of(spec, mesh)))
+    return leaves
+
+
+def parts_of(spec: PartitionSpec, mesh: Mapping[str, int]) -> int:
+    """The number of parts that a spec divides a leaf into."""
+    axes = [axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)]
+    return math.prod(mesh[axis] for axis in axes)
