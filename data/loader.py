@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float64, Int32, Int64, UInt8
 
 from data.coverage import LITTLE, Coverage
 from data.documents import AbstractSource, DataError, document_rank
-from data.rows import HeldOutRows, MemoryRows, Protocol
+from data.rows import HeldOutRows, MemoryRows, Protocol, Row
 from data.stream import StreamRows, stream_held_out
 
 SHUFFLE_WINDOW = 1024
@@ -198,10 +198,14 @@ class Batches(Iterator[Batch]):
         step: int,
         epochs: float,
         coverage: Coverage | None,
+        batch: int,
+        rows: slice | None,
     ):
-        """`rows_per_epoch`: None for a stream. `step`, `epochs` and `coverage`: the values at the start."""
+        """`rows_per_epoch`: None for a stream. `step`, `epochs` and `coverage`: the values at the start. `batch`: rows of a
+        batch, of which `rows` are returned; None for all."""
         self._iterator = iterator
         self._rows_per_epoch = rows_per_epoch
+        self._batch, self._rows = batch, rows
         self._step = step
         self._begun = False
         self.epochs, self.coverage = epochs, coverage
@@ -210,16 +214,17 @@ class Batches(Iterator[Batch]):
         batch = self._next_read()
         self._step += 1
         if self._rows_per_epoch is not None:
-            self.epochs = self._step * len(batch["bytes"]) / self._rows_per_epoch
+            self.epochs = self._step * self._batch / self._rows_per_epoch
         elif "epochs" in batch and "earlier_rows" in batch and "coverage" in batch:
             # The shuffle buffer reads ahead: more rows may precede the latest shard than have been returned.
-            returned, earlier = self._step * len(batch["bytes"]), int(batch["earlier_rows"].max())
+            returned, earlier = self._step * self._batch, int(batch["earlier_rows"].max())
             self.epochs = max(self.epochs, float(batch["epochs"].max()) * min(1.0, returned / max(1, earlier)))
             counts = Coverage(*(int(count) for count in batch["coverage"].max(axis=0)))
             # There is no coverage before the first document has been counted.
             if counts.bytes and (self.coverage is None or counts.bytes > self.coverage.bytes):
                 self.coverage = counts
-        return Batch(bytes=batch["bytes"], segments=batch["segments"], mask=batch["mask"])
+        rows = slice(None) if self._rows is None or self._rows_per_epoch is not None else self._rows
+        return Batch(bytes=batch["bytes"][rows], segments=batch["segments"][rows], mask=batch["mask"][rows])
 
     def _next_read(self) -> ReadBatch:
         try:
@@ -250,9 +255,18 @@ class Batches(Iterator[Batch]):
 
 
 def open_batches(
-    split: Split, *, batch: int, seed: int, workers: int = 0, state: dict[str, object] | None = None
+    split: Split,
+    *,
+    batch: int,
+    seed: int,
+    workers: int = 0,
+    state: dict[str, object] | None = None,
+    rows: slice | None = None,
 ) -> Batches:
     """Shuffled batches. They depend on the seed and not on the number of worker processes.
+
+    `rows`: those of each batch that this process trains on, if others train on the rest of the same batches; None for all. Only
+    these are made of text in memory. A stream is read whole by each process: its order is one, and its state the same everywhere.
 
     Rows in memory are reshuffled every epoch; packed rows keep their contents. Streamed rows are shuffled within a buffer.
     `state`: a result of `Batches.state` to resume from. Raises `DataError` for more than one worker on a stream, whose shards
@@ -271,13 +285,16 @@ def open_batches(
         dataset = WindowShuffleIterDataset(stream, window_size=SHUFFLE_WINDOW, seed=seed).batch(batch)
         dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=4)
     else:
-        rows = MemoryRows(split.training, split.length, split.protocol, random=True, order_seed=seed)
-        rows_per_epoch = len(rows)
+        memory = MemoryRows(split.training, split.length, split.protocol, random=True, order_seed=seed)
+        rows_per_epoch = len(memory)
         # Batches are formed before they are distributed, so that they do not depend on the number of workers.
         # The number of repeats is finite but never reached: grain cannot make batches of size 1 from an infinite data set.
-        repeated = grain.MapDataset.source(rows).shuffle(seed=seed).repeat(2**60 // len(rows))
-        batches = repeated.random_map(rows.row, seed=(seed + 1) % 2**32)
-        dataset = batches.batch(batch)[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        repeated = grain.MapDataset.source(memory).shuffle(seed=seed).repeat(2**60 // len(memory))
+        batches = repeated.random_map(memory.row, seed=(seed + 1) % 2**32)
+        own = batch if rows is None else rows.stop - rows.start
+        if rows is not None:
+            batches = grain.MapDataset.source(_RowsOfBatches(batches, batch, rows))
+        dataset = batches.batch(own)[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
         epochs = step * batch / rows_per_epoch
     if workers:
         _parse_worker_flags()
@@ -287,7 +304,29 @@ def open_batches(
     iterator = iter(dataset)
     if state is not None and isinstance(state["stream"], dict):
         iterator.set_state(state["stream"])
-    return Batches(iterator, rows_per_epoch=rows_per_epoch, step=step, epochs=epochs, coverage=split.coverage)
+    return Batches(
+        iterator,
+        rows_per_epoch=rows_per_epoch,
+        step=step,
+        epochs=epochs,
+        coverage=split.coverage,
+        batch=batch,
+        rows=rows,
+    )
+
+
+class _RowsOfBatches:
+    """Of a sequence of rows that is cut into batches the `rows` of each batch."""
+
+    def __init__(self, sequence: grain.MapDataset[Row], batch: int, rows: slice):
+        self._sequence, self._batch, self._rows = sequence, batch, rows
+
+    def __len__(self) -> int:
+        return len(self._sequence) // self._batch * (self._rows.stop - self._rows.start)
+
+    def __getitem__(self, index: int) -> Row | None:
+        number, row = divmod(index, self._rows.stop - self._rows.start)
+        return self._sequence[number * self._batch + self._rows.start + row]
 
 
 def _parse_worker_flags() -> None:

@@ -152,7 +152,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Which of several processes this is, on one machine or on many. They train one model together, in one folder that all see."""
+    """Which of several processes this is. They train one model together, on one machine or many, in one folder that all see."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0, where all processes meet."""

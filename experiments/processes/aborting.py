@@ -1,4 +1,4 @@
-"""The end of a process in which JAX finds its coordination broken: JAX aborts it from a thread of its own, where no Python runs."""
+"""The end of a process in which JAX finds its coordination broken, and aborts it from a thread of its own."""
 
 from __future__ import annotations
 

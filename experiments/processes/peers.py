@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn, final
+from typing import final
 
 import jax
 import numpy as np
 from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxlib._jax import DistributedRuntimeClient
 
 from experiments.config.errors import RunError, one_line
 from experiments.config.sections import DistributedConfig
@@ -41,13 +42,13 @@ class Peers(AbstractProcesses):
         self._ending = threading.Lock()
         self._done = threading.Event()
         self._verdict: str | None = None
-        self._meetings, self._waiting_since = 0, None
+        self._meetings = 0
+        self._waiting_since: float | None = None
         _require_reachable(place, config.wait)
         self._abort = AbortMessage(self._at_abort)
         self._met = False
         self._initialize()
-        self._client = distributed.global_state.client
-        assert self._client is not None
+        self._client = _client()
         self._answer: tuple[float, dict[str, dict[int, str]]] = (time.monotonic(), {})
         self._names = [f"process {index}" for index in range(self.count)]
         hosts = self.said(f"{socket.gethostname()}, process id {os.getpid()}")
@@ -106,13 +107,18 @@ class Peers(AbstractProcesses):
         jax.distributed.shutdown()
         self._abort.close()
 
-    def fail(self, sentence: str) -> None:
-        if self._ending.acquire(blocking=False):
-            self._tell(_FAILED, sentence)
-            self._linger()
-        else:
+    def fail(self, sentence: str) -> bool:
+        if not self._ending.acquire(blocking=False):
             # The other thread ends the process.
             threading.Event().wait()
+        said = one_line(sentence, 500)
+        self._tell(_FAILED, said)
+        self._linger()
+        if self.leads:
+            return False
+        with suppress(Exception):
+            return self._client.blocking_key_value_get(f"{_FAILED}0", round(2000 * self._interval)) == said
+        return False
 
     def await_verdict(self) -> None:
         self._done.wait(self._config.timeout + 4 * self._interval)
@@ -143,9 +149,9 @@ class Peers(AbstractProcesses):
             if verdict is not None:
                 self._end(verdict)
 
-    def _end(self, verdict: str) -> NoReturn | None:
+    def _end(self, verdict: str) -> None:
         if not self._ending.acquire(blocking=False):
-            return None
+            return
         self._verdict = verdict
         if self.leads:
             self._tell(_VERDICT, verdict)
@@ -156,7 +162,8 @@ class Peers(AbstractProcesses):
     def _tell(self, kind: str, text: str) -> None:
         """Leave a text for the others, who read it within an interval."""
         sender = threading.Thread(
-            target=lambda: self._client.key_value_set(f"{kind}{self.index}", one_line(text, 500)), daemon=True
+            target=lambda: self._client.key_value_set(f"{kind}{self.index}", one_line(text, 500), allow_overwrite=True),
+            daemon=True,
         )
         sender.start()
         sender.join(2.0)
@@ -186,6 +193,12 @@ class Peers(AbstractProcesses):
         return f"{self.prefix}{self._names[0]} has died or cannot be reached any more; go on with --resume"
 
 
+def _client() -> DistributedRuntimeClient:
+    client = distributed.global_state.client
+    assert client is not None
+    return client
+
+
 def _by_index(entries: Sequence[tuple[str, str]]) -> dict[int, str]:
     """The values of keys that end with the index of a process."""
     return {int(key.rpartition("/")[2]): value for key, value in entries}
@@ -212,6 +225,6 @@ def _require_reachable(place: Place, seconds: float) -> None:
             reason = error.strerror or str(error)
         time.sleep(0.1)
     raise RunError(
-        f"{flag} was not reached within {seconds:g} s ({reason}): see that process 0 runs there, that its name is known here, and "
-        "that the port is open"
+        f"{flag} was not reached within {seconds:g} s ({reason}): see that process 0 runs there, that its name is known here, "
+        "and that the port is open"
     )

@@ -45,8 +45,8 @@ class AbstractProcesses(abc.ABC):
         """Return once all are done."""
 
     @abc.abstractmethod
-    def fail(self, sentence: str) -> None:
-        """Tell the others why this one ends; returns once they know, or after a while."""
+    def fail(self, sentence: str) -> bool:
+        """Tell the others why this one ends; returns once they know, or after a while. Whether process 0 says the same."""
 
     @abc.abstractmethod
     def await_verdict(self) -> None:
@@ -82,8 +82,12 @@ class Alone(AbstractProcesses):
     def leave(self) -> None:
         pass
 
-    def fail(self, sentence: str) -> None:
-        pass
+    def fail(self, sentence: str) -> bool:
+        return False
 
     def await_verdict(self) -> None:
         pass
+
+
+ALONE = Alone()
+"""The usual case."""

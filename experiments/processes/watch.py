@@ -30,7 +30,7 @@ class Watch:
     def __init__(self, index: int, names: Sequence[str], *, timeout: float, patience: float, now: float):
         """`names`: what every process is called in a sentence. `timeout`, `patience`: as in `DistributedConfig`."""
         self._index, self._names, self._timeout, self._patience = index, names, timeout, patience
-        self._seen: dict[int, tuple[Sign | None, float]] = {other: (None, now) for other in range(len(names))}
+        self._seen: dict[int, tuple[Sign | None, float]] = dict.fromkeys(range(len(names)), (None, now))
         self._last = now
 
     def verdict(

@@ -17,10 +17,12 @@ from typing import Generic, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
 from experiments.config.errors import ConfigError, RunError, one_line
 from experiments.config.structure import flat, parsed, structured
+from experiments.processes.processes import ALONE, AbstractProcesses
 from unet.files.saving import write_atomically
 
 _TRASH = "trash"
@@ -70,10 +72,13 @@ class SaveError(RunError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step. Opening them sweeps away what a killed process left half written."""
+    """The checkpoints of one run, by step. Opening them sweeps away what a killed process left half written.
 
-    def __init__(self, folder: Path, keep: int):
-        self._folder = folder.absolute()
+    Where several `processes` train together each writes the parts of arrays that it holds, and all call the same methods.
+    """
+
+    def __init__(self, folder: Path, keep: int, processes: AbstractProcesses = ALONE):
+        self._folder, self._processes = folder.absolute(), processes
         logging.getLogger("absl").addFilter(_quiet_logs)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -83,7 +88,8 @@ class Checkpoints:
             todelete_subdir=_TRASH,
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-        shutil.rmtree(self._folder / _TRASH, ignore_errors=True)
+        if processes.leads:
+            shutil.rmtree(self._folder / _TRASH, ignore_errors=True)
 
     @property
     def latest(self) -> int | None:
@@ -106,15 +112,19 @@ class Checkpoints:
                 args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
                 force=True,
             )
-            write_list(self._folder / str(progress.step))
+            if self._processes.leads:
+                write_list(self._folder / str(progress.step))
         except Exception as error:  # orbax and tensorstore raise what they like
-            self._manager.reload()
-            for left in self._folder.glob(f"{progress.step}.*"):
-                shutil.rmtree(left, ignore_errors=True)
+            # One of several processes does not get further, and the next run sweeps up.
+            if self._processes.count == 1:
+                self._manager.reload()
+                for left in self._folder.glob(f"{progress.step}.*"):
+                    shutil.rmtree(left, ignore_errors=True)
             raise SaveError(f"the checkpoint of step {progress.step} cannot be written ({said(error)})") from error
         sys.unraisablehook = before
-        for name in (_TRASH, _DAMAGED):
-            shutil.rmtree(self._folder / name, ignore_errors=True)
+        if self._processes.leads:
+            for name in (_TRASH, _DAMAGED):
+                shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def restore(self, like: Arrays, note: Callable[[str], None]) -> Restored[Arrays] | None:
         """The latest checkpoint that is whole, with the structure and the devices of `like`; None where none was committed.
@@ -125,6 +135,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
+                self._require_undamaged(step)
                 restored = self._restored(step, like)
             except DamagedError as error:
                 damaged[step] = f"the checkpoint {self._folder / str(step)} is damaged ({error})"
@@ -139,8 +150,27 @@ class Checkpoints:
             )
         return None
 
+    def _require_undamaged(self, step: int) -> None:
+        """Raise `DamagedError` in all processes where process 0 finds a file that is not as it was written."""
+        found = ""
+        if self._processes.leads:
+            try:
+                require_undamaged(self._folder / str(step))
+            except DamagedError as error:
+                found = str(error)
+        if found := self._processes.said(found)[0]:
+            raise DamagedError(found)
+
     def _restored(self, step: int, like: Arrays) -> Restored[Arrays]:
-        require_undamaged(self._folder / str(step))
+        try:
+            return self._read_whole(step, like)
+        except DamagedError as error:
+            if self._processes.count == 1:
+                raise
+            # What one of several finds, the others need not find.
+            raise RunError(f"the checkpoint {self._folder / str(step)} cannot be read here ({error})") from error
+
+    def _read_whole(self, step: int, like: Arrays) -> Restored[Arrays]:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             meta = structured(self._read(step, "meta", ocp.args.JsonRestore()), _Meta)
@@ -162,9 +192,11 @@ class Checkpoints:
         return Restored(arrays, Progress(meta.step, meta.seconds, meta.data, meta.fingerprint))
 
     def _put_aside(self, step: int) -> None:
-        (self._folder / _DAMAGED).mkdir(exist_ok=True)
-        shutil.rmtree(self._folder / _DAMAGED / str(step), ignore_errors=True)
-        (self._folder / str(step)).rename(self._folder / _DAMAGED / str(step))
+        if self._processes.leads:
+            (self._folder / _DAMAGED).mkdir(exist_ok=True)
+            shutil.rmtree(self._folder / _DAMAGED / str(step), ignore_errors=True)
+            (self._folder / str(step)).rename(self._folder / _DAMAGED / str(step))
+        self._processes.wait()
         self._manager.reload()
 
     def _read(self, step: int, item: str, how: ocp.args.CheckpointArgs):
@@ -242,11 +274,18 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _whole(leaf: Array) -> np.ndarray:
+    """An array on the host; one that several processes hold parts of is gathered, by all of them."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
+
+
 def _describe(arrays: PyTree[Array]) -> dict[str, tuple[tuple[int, ...], str, str]]:
     """Shape, dtype and SHA-256 of every leaf by its path."""
     described: dict[str, tuple[tuple[int, ...], str, str]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
-        value = np.ascontiguousarray(leaf)
+        value = np.ascontiguousarray(_whole(leaf))
         digest = hashlib.sha256(value.view(np.uint8).data if value.ndim else value.tobytes()).hexdigest()
         described[jax.tree_util.keystr(path)] = (value.shape, str(value.dtype), digest)
     return described

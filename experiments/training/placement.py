@@ -69,6 +69,11 @@ class Placement:
 
         return jax.tree.map(placed, dict(inputs))
 
+    def own_part(self, rows: np.ndarray) -> np.ndarray:
+        """Of rows for a whole batch those of this process."""
+        own, each = self.own_rows, rows.shape[0] // self.batch
+        return rows[own.start * each : own.stop * each]
+
     def specs(self, tree: PyTree) -> PyTree[PartitionSpec]:
         """How the leaves of a tree of parameters or moments are divided."""
         return partition_specs(tree, self.mesh.shape, self.whole_below)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import zlib
 from dataclasses import dataclass
 
 import equinox as eqx
 import jax
+import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from data import Split, check_workers
 from estimators.keys import named_key
 from experiments.config.build import build_model
 from experiments.config.errors import ConfigError
+from experiments.config.files import to_json
 from experiments.config.plugins import import_plugins, modules_of
 from experiments.config.settings import RunConfig
+from experiments.processes.processes import AbstractProcesses
 from experiments.training.data import load_split
 from experiments.training.initial import initial_weights
 from experiments.training.placement import Placement, with_implementation
@@ -38,6 +43,18 @@ class Setup:
     placement: Placement
     notes: tuple[str, ...] = ()
     """What a user should know of the weights that the model starts from, and of where they lie."""
+
+
+def require_equal(config: RunConfig, setup: Setup, processes: AbstractProcesses) -> None:
+    """Raise `ConfigError` where processes that are to train one model have other settings, data or first parameters."""
+    if processes.count == 1:
+        return
+    there = dataclasses.replace(config.data, cache=None)
+    settings = to_json(dataclasses.replace(config, out=None, resume=False, overwrite=False, data=there))
+    processes.require_same("settings", settings.encode())
+    processes.require_same("data", setup.split.fingerprint.encode())
+    sums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(setup.trainer.params)]
+    processes.require_same("first parameters", str(sums).encode())
 
 
 def set_up(config: RunConfig) -> Setup:
