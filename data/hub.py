@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import hashlib
@@ -12,6 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.hf_api import RepoFile
@@ -233,6 +239,13 @@ class HubSource(AbstractSource):
             raise self._unreachable(
                 f"read {file.path}", "offline mode is on (HF_HUB_OFFLINE) and this shard is not cached"
             )
+        # Of the processes that share the cache, such as all those of a machine, one downloads and the others wait.
+        with _locked(self._folder / ".cache" / "locks" / hashlib.sha256(file.path.encode()).hexdigest()[:16]):
+            return local if _has(local, file) else self._download(file, local)
+
+    def _download(self, file: RemoteFile, local: Path) -> Path:
+        """Put a shard at `local`, where there is room once the least recently used ones are deleted."""
+        manifest = self._load_manifest()
         local.unlink(missing_ok=True)
         self._evict_for(file)
         arriving = self._folder / ".cache" / "arriving"
@@ -302,6 +315,20 @@ class HubSource(AbstractSource):
             f"cannot {what} for the data set {self.name} ({self._dataset.repository} at {endpoint}): {why}. No other data "
             "set is substituted; data sets that need no network are docs, stdlib, or the path of your own files"
         )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps the block to one process at a time. Does nothing where there are no locks: whoever comes too late then downloads once
+    more."""
+    if fcntl is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        with contextlib.suppress(OSError):  # of file systems without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _status(path: Path) -> os.stat_result | None:

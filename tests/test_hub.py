@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from data import DataError, load, open_batches
+from data import hub as hub_source
 from data.hub import HubSource
 from data.hub_names import HUB_DATASETS, HubDataset, hub_dataset
 from data.hub_requests import RequestError, request
@@ -71,6 +72,32 @@ def test_a_second_run_asks_the_hub_for_nothing(server, tmp_path):
     server.requests.clear()
     assert read_all(source_at(server, tmp_path)) == first
     assert server.requests == []
+
+
+def test_of_those_that_share_a_cache_one_downloads_and_the_others_wait(server, tmp_path, monkeypatch):
+    both, usual = threading.Barrier(2, timeout=30), hub_source._locked
+
+    def locked(path):
+        # Both have found no shard by then.
+        both.wait()
+        return usual(path)
+
+    monkeypatch.setattr(hub_source, "_locked", locked)
+    sources = [source_at(server, tmp_path) for _ in range(2)]
+    shards = [source.shards()[0] for source in sources]
+    read: list[bytes] = []
+
+    def first_document(number):
+        read.append(next(sources[number].documents(shards[number])))
+
+    threads = [threading.Thread(target=first_document, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(read) == 2
+    assert read[0] == read[1]
+    assert len(downloads(server)) == 1
 
 
 def test_the_cache_stays_within_its_bound_by_dropping_the_oldest(server, tmp_path):

@@ -20,7 +20,7 @@ def require_shared(folder: Path, processes: AbstractProcesses, patience: float =
     own, trial = secrets.token_hex(8), folder / _TRIAL
     if processes.leads:
         trial.write_text(own)
-    written = processes.said(own)[0]
+    written, there = processes.said(f"{own} {folder}")[0].split(" ", 1)
     ends = time.monotonic() + patience
     while not (seen := _content(trial) == written) and time.monotonic() < ends:
         time.sleep(0.1)
@@ -29,7 +29,7 @@ def require_shared(folder: Path, processes: AbstractProcesses, patience: float =
         trial.unlink(missing_ok=True)
     if blind := [str(index) for index, answer in enumerate(found) if answer]:
         raise ConfigError(
-            f"process {', '.join(blind)} does not see the folder {folder} of process 0: --out must be on a file system that all "
+            f"process {', '.join(blind)} does not see the folder {there} of process 0: --out must be on a file system that all "
             "machines share"
         )
 

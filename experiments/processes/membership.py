@@ -86,6 +86,7 @@ class Membership:
                 sys.stderr.write(f"{self._peers.prefix}{line}\n")
         if self._peers is not None and not self._left:
             self._let_go()
+            self._peers.part()
             os._exit(end.code)
 
     def _let_go(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -46,7 +47,7 @@ class Peers(AbstractProcesses):
         self._waiting_since: float | None = None
         _require_reachable(place, config.wait)
         self._abort = AbortMessage(self._at_abort)
-        self._met = False
+        self._met, self._captured = False, lambda: ""
         self._initialize()
         self._client = _client()
         self._answer: tuple[float, dict[str, dict[int, str]]] = (time.monotonic(), {})
@@ -67,16 +68,17 @@ class Peers(AbstractProcesses):
     def _initialize(self) -> None:
         # It would take SIGTERM for itself; a run agrees with the others about when it stops (`codes`).
         jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            self._place.coordinator,
-            self.count,
-            self.index,
-            local_device_ids=self._place.local_devices,
-            cluster_detection_method="deactivate",
-            initialization_timeout=round(self._config.wait),
-            # Only where the watch below is at its end too.
-            heartbeat_timeout_seconds=round(3 * self._config.timeout + 30),
-        )
+        with self._abort.captured() as self._captured:
+            jax.distributed.initialize(
+                self._place.coordinator,
+                self.count,
+                self.index,
+                local_device_ids=self._place.local_devices,
+                cluster_detection_method="deactivate",
+                initialization_timeout=round(self._config.wait),
+                # Only where the watch below is at its end too.
+                heartbeat_timeout_seconds=round(3 * self._config.timeout + 30),
+            )
 
     def codes(self, own: int) -> Sequence[int]:
         with self._meeting():
@@ -111,9 +113,8 @@ class Peers(AbstractProcesses):
         if not self._ending.acquire(blocking=False):
             # The other thread ends the process.
             threading.Event().wait()
-        said = one_line(sentence, 500)
+        self._verdict = said = one_line(sentence, 500)
         self._tell(_FAILED, said)
-        self._linger()
         if self.leads:
             return False
         with suppress(Exception):
@@ -145,7 +146,8 @@ class Peers(AbstractProcesses):
                 self._end(f"{self._names[0]} has died or hangs: it did not answer for {self._config.timeout:g} s")
             signs = {index: Sign.read(text) for index, text in found.get(_SIGNS, {}).items()}
             waiting = None if self._waiting_since is None else (self._meetings, self._waiting_since)
-            verdict = self._watch.verdict(now, signs, found.get(_FAILED, {}), waiting=waiting)
+            # As of the answer: where process 0 is silent, nothing is heard of the others either.
+            verdict = self._watch.verdict(answered, signs, found.get(_FAILED, {}), waiting=waiting)
             if verdict is not None:
                 self._end(verdict)
 
@@ -156,7 +158,7 @@ class Peers(AbstractProcesses):
         if self.leads:
             self._tell(_VERDICT, verdict)
         self._ended(verdict)
-        self._linger()
+        self.part()
         os._exit(1)
 
     def _tell(self, kind: str, text: str) -> None:
@@ -168,8 +170,9 @@ class Peers(AbstractProcesses):
         sender.start()
         sender.join(2.0)
 
-    def _linger(self) -> None:
-        """Process 0 has the service, which the others need to learn why it ends. They do within a few intervals."""
+    def part(self) -> None:
+        """The last thing before a process ends that has not left. Process 0 has the service from which the others learn why, so
+        it waits for them, a few intervals at most."""
         if not self.leads:
             with suppress(Exception):
                 self._tell(_GONE, "")
@@ -184,13 +187,17 @@ class Peers(AbstractProcesses):
     def _at_abort(self) -> str:
         """What is said where JAX aborts the process."""
         if self._verdict is not None:
-            return f"{self.prefix}{self._verdict}"
-        if not self._met:
-            return (
-                f"{self.prefix}not all of the {self.count} processes came to {self._place.coordinator} within "
-                f"{self._config.wait:g} s: see that every --distributed.index from 0 to {self.count - 1} was started"
+            why = self._verdict
+        elif self._met:
+            why = f"{self._names[0]} has died or cannot be reached any more; go on with --resume"
+        else:
+            reason = re.search(r"absl::Status: (.*)", self._captured())
+            why = (
+                f"not all of the {self.count} processes came to {self._place.coordinator} within {self._config.wait:g} s "
+                f"({one_line(reason[1], 200) if reason else 'JAX says no more'}): see that every --distributed.index from 0 to "
+                f"{self.count - 1} was started, each once"
             )
-        return f"{self.prefix}{self._names[0]} has died or cannot be reached any more; go on with --resume"
+        return f"{self.prefix}error: {why}"
 
 
 def _client() -> DistributedRuntimeClient:

@@ -46,7 +46,7 @@ class AbstractProcesses(abc.ABC):
 
     @abc.abstractmethod
     def fail(self, sentence: str) -> bool:
-        """Tell the others why this one ends; returns once they know, or after a while. Whether process 0 says the same."""
+        """Tell the others why this one ends. Whether process 0 says the same."""
 
     @abc.abstractmethod
     def await_verdict(self) -> None:

@@ -38,15 +38,14 @@ class Watch:
         now: float,
         signs: Mapping[int, Sign],
         failed: Mapping[int, str],
-        gone: frozenset[int] = frozenset(),
         waiting: tuple[int, float] | None = None,
     ) -> str | None:
         """One sentence that names the process for which the others have to end; None while all is well.
 
-        `signs`: the latest of each. `failed`: what those say who fail. `gone`: those that have ended as they should. `waiting`:
-        the number of the meeting that this process waits at, and since when.
+        `signs`: the latest of each. `failed`: what those say who fail. `waiting`: the number of the meeting that this process
+        waits at, and since when.
         """
-        others = [other for other in range(len(self._names)) if other != self._index and other not in gone]
+        others = [other for other in range(len(self._names)) if other != self._index]
         for other in others:
             if other in failed:
                 return f"{self._names[other]} has failed ({failed[other]})"
