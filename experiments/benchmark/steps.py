@@ -66,7 +66,7 @@ def prepare_step(config: RunConfig, split: Split, *, capacities: Sequence[int] |
     batches = [placement.inputs(model.inputs(text_of(next(stream)))) for _ in range(4)]
     stream.close()
     state = placement.divided(trainer.first_state())
-    return PreparedStep(compiled(trainer.step), model, state, batches, trainer.capacity)
+    return PreparedStep(compiled(trainer.step_on(placement)), model, state, batches, trainer.capacity)
 
 
 def training_step(config: RunConfig, split: Split, *, capacities: Sequence[int] | None = None) -> Work:

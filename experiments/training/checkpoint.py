@@ -9,25 +9,26 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 
 from experiments.config.errors import ConfigError, RunError, one_line
 from experiments.config.structure import flat, parsed, structured
 from experiments.processes.processes import ALONE, AbstractProcesses
+from experiments.training.digests import Described, described, sha256_of, shapes_of
 from unet.files.saving import write_atomically
 
 _TRASH = "trash"
 _DAMAGED = "damaged"
 """Folder for checkpoints that cannot be read, until there is a newer one that can."""
+SHA256 = 64
+"""Hexadecimal digits of a SHA-256."""
 _FILES = "files.json"
 """SHA-256 of every file of a checkpoint, beside them."""
 
@@ -46,13 +47,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Meta:
-    """`Progress`, and of every array by name its shape, dtype and SHA-256."""
+    """`Progress`, and of every array by name its shape, dtype and digest."""
 
     step: int
     seconds: float
     data: dict[str, object]
     fingerprint: str
-    leaves: dict[str, tuple[tuple[int, ...], str, str]]
+    leaves: dict[str, Described]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Checkpoints:
         """
         if progress.step in self._manager.all_steps():
             return
-        meta = {**vars(progress), "leaves": _describe(arrays)}
+        meta = {**vars(progress), "leaves": described(arrays)}
         # Before the save, since the other writes of one that fails may end while its exception is on its way here.
         before, sys.unraisablehook = sys.unraisablehook, _quiet_threads
         try:
@@ -176,9 +177,9 @@ class Checkpoints:
             meta = structured(self._read(step, "meta", ocp.args.JsonRestore()), _Meta)
         except Exception as error:  # orbax lets whatever its readers raise through, bare Exceptions among them
             raise _damage(error) from error
-        expected = _describe(like)
+        expected = shapes_of(like)
         for name in sorted(meta.leaves.keys() | expected.keys()):
-            if name not in meta.leaves or name not in expected or meta.leaves[name][:2] != expected[name][:2]:
+            if name not in meta.leaves or name not in expected or meta.leaves[name][:2] != expected[name]:
                 raise ConfigError(
                     f"the checkpoint {self._folder / str(step)} does not fit this model: {one_line(name, 80)} differs; resume it "
                     "with its own settings"
@@ -187,7 +188,7 @@ class Checkpoints:
             arrays = self._read(step, "state", ocp.args.StandardRestore(abstract))
         except Exception as error:  # as above
             raise _damage(error) from error
-        if meta.step != step or _describe(arrays) != meta.leaves:
+        if meta.step != step or not as_written(arrays, meta.leaves):
             raise DamagedError("its bits are not those written")
         return Restored(arrays, Progress(meta.step, meta.seconds, meta.data, meta.fingerprint))
 
@@ -263,6 +264,20 @@ def said(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
 
 
+def as_written(arrays: PyTree[Array], leaves: Mapping[str, Described]) -> bool:
+    """Whether arrays have the bits that were described when they were written. Every process has to call this."""
+    if any(len(digest) == SHA256 for *_, digest in leaves.values()):
+        # Those of a run from before arrays were described in parts.
+        paths = jax.tree_util.tree_leaves_with_path(arrays)
+        found = {
+            jax.tree_util.keystr(path): (tuple(leaf.shape), str(leaf.dtype), sha256_of(leaf)) for path, leaf in paths
+        }
+    else:
+        found = described(arrays)
+    written = {name: (tuple(shape), dtype, digest) for name, (shape, dtype, digest) in leaves.items()}
+    return all(written.get(name) == one for name, one in found.items())
+
+
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder` but the list itself and what an operating system leaves."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _FILES)
@@ -272,20 +287,3 @@ def _digests(folder: Path) -> dict[str, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _whole(leaf: Array) -> np.ndarray:
-    """An array on the host; one that several processes hold parts of is gathered, by all of them."""
-    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)
-
-
-def _describe(arrays: PyTree[Array]) -> dict[str, tuple[tuple[int, ...], str, str]]:
-    """Shape, dtype and SHA-256 of every leaf by its path."""
-    described: dict[str, tuple[tuple[int, ...], str, str]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
-        value = np.ascontiguousarray(_whole(leaf))
-        digest = hashlib.sha256(value.view(np.uint8).data if value.ndim else value.tobytes()).hexdigest()
-        described[jax.tree_util.keystr(path)] = (value.shape, str(value.dtype), digest)
-    return described

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,14 +16,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from estimators.sharding import BATCH_AXES
 from experiments.config.errors import ConfigError, require
 from experiments.config.settings import RunConfig
 from experiments.reporting.markdown import table
-from experiments.training.sharding import AXES, BATCH, partition_specs, placed_leaves
+from experiments.training.sharding import AXES, assembled, partition_specs, placed_leaves
 from unet import fused_attention
+from unet.language_model import AbstractLanguageModel
 from unet.ops.mosaic import refusal
 
 Tree = TypeVar("Tree", bound=PyTree[Array])
+
+ModelOf = Callable[[PyTree[Array]], AbstractLanguageModel]
+"""The model that some parameters belong to."""
+Gradient = Callable[..., tuple[PyTree[Array], PyTree[Array]]]
+"""Of a `ModelOf`, parameters, a batch, and more: the gradient in the parameters, and more."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Placement:
     @property
     def by_row(self) -> NamedSharding:
         """Arrays whose first axis is the batch."""
-        return NamedSharding(self.mesh, PartitionSpec(BATCH))
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
 
     @property
     def everywhere(self) -> NamedSharding:
@@ -73,6 +81,31 @@ class Placement:
         """Of rows for a whole batch those of this process."""
         own, each = self.own_rows, rows.shape[0] // self.batch
         return rows[own.start * each : own.stop * each]
+
+    def by_sequence(self, gradient: Gradient, static: AbstractLanguageModel) -> Gradient:
+        """`gradient`, run on each device with its own sequences and with its own parts of the parameters. What it returns beside
+        the gradient must be the same everywhere."""
+
+        def run(
+            params: PyTree[Array], batch: PyTree[Array], *others: PyTree[Array]
+        ) -> tuple[PyTree[Array], PyTree[Array]]:
+            specs, same = self.specs(params), PartitionSpec()
+
+            def model(parts: PyTree[Array]) -> AbstractLanguageModel:
+                return assembled(parts, static, specs)
+
+            taken = specs, PartitionSpec(BATCH_AXES), *[same] * len(others)
+            on_each = functools.partial(gradient, model)
+            return jax.shard_map(on_each, mesh=self.mesh, in_specs=taken, out_specs=(specs, same))(
+                params, batch, *others
+            )
+
+        return run
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one device."""
+        return self.mesh.size == 1
 
     def specs(self, tree: PyTree) -> PyTree[PartitionSpec]:
         """How the leaves of a tree of parameters or moments are divided."""

@@ -63,7 +63,7 @@ class Session:
         self.config, self.setup, self.run_dir, self.display = config, setup, run_dir, display
         self.processes = processes
         self.trainer, self._folder = setup.trainer, RunFolder(run_dir)
-        self._step_function = compiled(self.trainer.step)
+        self._step_function = compiled(self.trainer.step_on(setup.placement))
         self._state = setup.placement.divided(self.trainer.first_state())
         self._held_out = setup.split.held_out_rows(config.evaluation.bytes)
         self._checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep, processes)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import equinox as eqx
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+from estimators.sharding import DATA, FSDP, TENSOR
+from unet.blocks import DividedBlock, Stack
+from unet.gathering import whole_leaf
+from unet.language_model import AbstractLanguageModel
+
 AXES = (DATA, FSDP, TENSOR)
-"""The axes of every mesh. `data` and `fsdp` divide the sequences of a batch, `fsdp` also the parameters, `tensor` heads and
-MLPs."""
-BATCH = (DATA, FSDP)
-"""The axes over which the sequences of a batch are divided."""
+"""The axes of every mesh."""
+
+Params = TypeVar("Params", bound=PyTree)
 
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Mapping[str, int], whole_below: int) -> PartitionSpec:
@@ -67,3 +72,36 @@ def parts_of(spec: PartitionSpec, mesh: Mapping[str, int]) -> int:
     """The number of parts that a spec divides a leaf into."""
     axes = [axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)]
     return math.prod(mesh[axis] for axis in axes)
+
+
+def assembled(params: Params, static: AbstractLanguageModel, specs: PyTree[PartitionSpec]) -> AbstractLanguageModel:
+    """Inside the `jax.shard_map` of a step: the model of which `params` are the parts on this device. Its blocks are put together
+    where they run, everything else here."""
+
+    def outside(node: PyTree, spec: PyTree) -> PyTree:
+        if not isinstance(node, Stack):
+            return whole_leaf(node, divided_axis(spec))
+        rest = jax.tree.map(outside, node.with_blocks(()), spec.with_blocks(()))
+        return rest.with_blocks(node.blocks)
+
+    whole = eqx.combine(jax.tree.map(outside, params, specs, is_leaf=_is_stack), static)
+    nodes, structure = jax.tree.flatten(whole, is_leaf=_is_stack)
+    specs_of = iter([node.blocks for node in jax.tree.leaves(specs, is_leaf=_is_stack) if _is_stack(node)])
+    made = [_with_divided(node, next(specs_of)) if _is_stack(node) else node for node in nodes]
+    return jax.tree.unflatten(structure, made)
+
+
+def _is_stack(node: object) -> bool:
+    return isinstance(node, Stack)
+
+
+def _with_divided(stack: Stack, specs: Sequence[PyTree[PartitionSpec]]) -> Stack:
+    blocks = zip(stack.blocks, specs, strict=True)
+    return stack.with_blocks(
+        [DividedBlock(block, tuple(map(divided_axis, jax.tree.leaves(spec)))) for block, spec in blocks]
+    )
+
+
+def divided_axis(spec: PartitionSpec) -> int | None:
+    """The axis that is divided over `FSDP`; None for a leaf that is whole."""
+    return next((axis for axis, name in enumerate(spec) if name == FSDP), None)
