@@ -209,6 +209,14 @@ def test_a_launcher_that_started_several_says_where_they_meet(monkeypatch):
     )
 
 
+def test_a_process_that_is_alone_on_its_machine_has_all_of_its_devices(monkeypatch):
+    found = place_in(monkeypatch, {**SLURM, "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"})
+    assert found == Place("node007:61441", 4, 3)
+    eight = place_in(monkeypatch, {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8(x4)"})
+    assert eight is not None
+    assert eight.local_devices == (1,)
+
+
 def test_nothing_is_asked_of_a_cluster_by_one_process(monkeypatch):
     """A shell within a job has its variables too."""
     monkeypatch.setattr("experiments.processes.launchers.ClusterEnv", None)

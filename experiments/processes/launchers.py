@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ def place_of(config: DistributedConfig, environment: Mapping[str, str]) -> Place
     launcher = started_by(environment) if config.launcher == "auto" else config.launcher
     if launcher in (None, "none"):
         return None
-    return _detected(launcher, config)
+    return _detected(launcher, config, environment)
 
 
 def started_by(environment: Mapping[str, str]) -> str | None:
@@ -57,7 +58,13 @@ BY_FLAGS = {
 """How the variables of a launcher are given as flags."""
 
 
-def _detected(launcher: str, config: DistributedConfig) -> Place | None:
+def _alone_on_its_machine(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher started one process on each machine."""
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return re.fullmatch(r"1(\(x\d+\))?", tasks) is not None or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+
+
+def _detected(launcher: str, config: DistributedConfig, environment: Mapping[str, str]) -> Place | None:
     # JAX has no name for Kubernetes, which it tries after those that have one.
     method = None if launcher == "k8s" else launcher
     try:
@@ -69,6 +76,8 @@ def _detected(launcher: str, config: DistributedConfig) -> Place | None:
             f"--distributed.launcher {launcher}: JAX does not learn from it where the processes meet ({reason}); name "
             f"--distributed.coordinator HOST:PORT {BY_FLAGS[launcher]}"
         ) from None
+    # JAX gives each process one device, whose number is that of the process on its machine.
+    local = None if _alone_on_its_machine(environment) else local
     return Place(coordinator, processes, index, local) if processes > 1 else None
 
 
