@@ -11,18 +11,15 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from experiments.benchmark.collectives import collectives_of, on_paper
+from experiments.config.sections import MeshConfig
+from experiments.config.settings import RunConfig
+from experiments.training.placement import Placement
+from experiments.training.sharding import placed_leaves
+from experiments.training.step import compiled
+from experiments.training.trainer import Trainer
 from tests.compositions import config_of, registered
 from tests.conftest import text_bytes
-
-jax.config.update("jax_num_cpu_devices", 8)
-
-from experiments.benchmark.collectives import collectives_of, on_paper  # noqa: E402
-from experiments.config.sections import MeshConfig  # noqa: E402
-from experiments.config.settings import RunConfig  # noqa: E402
-from experiments.training.placement import Placement  # noqa: E402
-from experiments.training.sharding import placed_leaves  # noqa: E402
-from experiments.training.step import compiled  # noqa: E402
-from experiments.training.trainer import Trainer  # noqa: E402
 
 BATCH, LENGTH = 8, 24
 DIVIDED_FROM = 128
@@ -77,6 +74,8 @@ def compared(name: str, mesh: MeshConfig, steps: int) -> dict[str, object]:
 
 
 def main(asked: list[str]) -> None:
+    # Two elsewhere in the tests.
+    jax.config.update("jax_num_cpu_devices", 8)
     with jax.numpy_dtype_promotion("standard"):
         for one in asked:
             name, mesh, steps = one.split(":")

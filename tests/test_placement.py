@@ -67,13 +67,13 @@ def test_what_a_device_holds_is_counted():
 )
 def test_what_does_not_divide_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        mesh_shape(dataclasses.replace(TINY, **settings))
+        mesh_shape(dataclasses.replace(TINY, **settings), 2)
 
 
 def test_an_axis_takes_what_the_others_leave():
-    assert mesh_shape(TINY) == (2, 1, 1)
-    assert mesh_shape(dataclasses.replace(TINY, mesh=MeshConfig(fsdp=2))) == (1, 2, 1)
-    assert mesh_shape(dataclasses.replace(TINY, batch=3)) == (1, 1, 1)
+    assert mesh_shape(TINY, 2) == (2, 1, 1)
+    assert mesh_shape(dataclasses.replace(TINY, mesh=MeshConfig(fsdp=2)), 2) == (1, 2, 1)
+    assert mesh_shape(dataclasses.replace(TINY, batch=3), 2) == (1, 1, 1)
 
 
 def test_a_process_gives_its_own_rows():

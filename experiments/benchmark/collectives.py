@@ -60,28 +60,40 @@ def _width(dtype: str) -> int:
 
 
 def _group(text: str) -> int:
-    """The devices of each group: of `replica_groups={{0,1},{2,3}}`, or `[4,2]<=[8]` for four groups of two."""
+    """The devices of each group: of `replica_groups={{0,1},{2,3}}`, of `[4,2]<=[8]` for four groups of two, or of
+    `mesh['a'=4,'b'=2] {'b'}`."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
         return int(counted[2])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", named[2]))
     return 2 if "source_target_pairs" in text else 1
 
 
-def on_paper(leaves: Iterable[PlacedLeaf], mesh: Mapping[str, int], *, gathers: int = 1) -> list[Collective]:
-    """The collectives of parameters and gradients in a step: of a leaf that is divided over `FSDP`, an all-gather each of
-    `gathers` times and a reduce-scatter, and an all-reduce of its part over `DATA`; of a whole leaf, one all-reduce. Beside them
-    a step exchanges scalars alone, and numbers for each position of a sequence where returns are centred over the batch."""
+def on_paper(
+    leaves: Iterable[PlacedLeaf], mesh: Mapping[str, int], *, gathers: int = 1, width: int | None = None
+) -> list[Collective]:
+    """The collectives of parameters and gradients in a step: of a leaf that is divided over `FSDP`, an all-gather and a
+    reduce-scatter, and an all-reduce of its part over `DATA`; of a whole leaf, one all-reduce. Beside them a step exchanges
+    scalars alone, and numbers for each position of a sequence where returns are centred over the batch.
+
+    Leaves of blocks are gathered so many times (`gathers`): 2 where a compiler keeps the forward and the backward pass apart, as
+    for GPUs, and 1 where it merges the two, as on a CPU. `width`: bytes of each number of such a leaf when it is gathered, in the
+    dtype of the products for GPUs (None: as it is stored).
+    """
     found = []
     for leaf in leaves:
         size = math.prod(leaf.shape)
-        width = leaf.bytes // max(size, 1)
         if FSDP in leaf.spec:
-            found += [Collective("all-gather", leaf.bytes, mesh[FSDP], size)] * gathers
+            in_block = ".blocks[" in leaf.path
+            gathered = leaf.bytes if width is None or not in_block else size * width
+            found += [Collective("all-gather", gathered, mesh[FSDP], size)] * (gathers if in_block else 1)
             found.append(Collective("reduce-scatter", leaf.bytes, mesh[FSDP], size))
             found.append(Collective("all-reduce", leaf.bytes // mesh[FSDP], mesh[DATA], size // mesh[FSDP]))
         else:
-            found.append(Collective("all-reduce", size * width, mesh[DATA] * mesh[FSDP], size))
+            found.append(Collective("all-reduce", leaf.bytes, mesh[DATA] * mesh[FSDP], size))
     return [one for one in found if one.group > 1]
 
 

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, UInt64
 
 Described = tuple[tuple[int, ...], str, str]
 """Shape, dtype and digest of an array."""
+
+Sums = UInt64[np.ndarray, "leaves two"]
 
 BLOCK = 2**16
 """Numbers that are mixed at a time, so that they stay in a processor's cache."""
@@ -28,12 +30,12 @@ def described(tree: PyTree[Array | np.ndarray]) -> dict[str, Described]:
     purpose.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = np.array([_summed(leaf) for _, leaf in leaves], np.uint64).reshape(-1, 2)
+    sums: Sums = np.array([_summed(leaf) for _, leaf in leaves], np.uint64).reshape(-1, 2)
     if jax.process_count() > 1:
         # As halves, since 64 bits would be cut to 32.
         gathered = np.asarray(multihost_utils.process_allgather(sums.view(np.uint32)), np.uint32)
-        sums = np.sum(np.ascontiguousarray(gathered).view(np.uint64), axis=0, dtype=np.uint64)
-    digests = ["".join(f"{int(one):016x}" for one in both) for both in sums]
+        sums = np.add.reduce(np.ascontiguousarray(gathered).view(np.uint64), axis=0)
+    digests = [f"{int(first):016x}{int(second):016x}" for first, second in zip(sums[:, 0], sums[:, 1], strict=True)]
     return {
         jax.tree_util.keystr(path): (tuple(leaf.shape), str(leaf.dtype), digest)
         for (path, leaf), digest in zip(leaves, digests, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -43,11 +43,13 @@ class Placement:
     whole_below: int
 
     @classmethod
-    def of(cls, config: RunConfig) -> Placement:
-        """That of a run. Raises `ConfigError` where its devices are not there or cannot share a batch."""
-        shape = mesh_shape(config)
-        devices = np.asarray(jax.devices()[: math.prod(shape)]).reshape(shape)
-        mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    def of(cls, config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Placement:
+        """That of a run on the first of `devices` (None: those of all processes). Raises `ConfigError` where they are too few or
+        cannot share a batch."""
+        available = jax.devices() if devices is None else devices
+        shape = mesh_shape(config, len(available))
+        chosen = np.asarray(available[: math.prod(shape)]).reshape(shape)
+        mesh = Mesh(chosen, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         return cls(mesh, config.batch, config.mesh.whole_below)
 
     @property
@@ -150,10 +152,11 @@ def _times(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape)) or "1"
 
 
-def mesh_shape(config: RunConfig) -> tuple[int, int, int]:
-    """The sizes of the axes of a run's mesh. Raises `ConfigError` where the devices are not there, or cannot share a batch."""
+def mesh_shape(config: RunConfig, available: int) -> tuple[int, int, int]:
+    """The sizes of the axes of a run's mesh, of the devices that are `available`. Raises `ConfigError` where they are too few, or
+    cannot share a batch."""
     mesh, part = config.mesh, config.batch // config.optimizer.accumulate
-    available, inside = len(jax.devices()), config.mesh.fsdp * config.mesh.tensor
+    inside = config.mesh.fsdp * config.mesh.tensor
     axes = f"--mesh.fsdp {mesh.fsdp}" + (f" x --mesh.tensor {mesh.tensor}" if mesh.tensor > 1 else "")
     if config.devices is not None:
         require(
@@ -181,8 +184,9 @@ def mesh_shape(config: RunConfig) -> tuple[int, int, int]:
 
 def batch_shards(config: RunConfig) -> int:
     """The parts that the sequences of a batch are divided into."""
-    data, fsdp, _ = mesh_shape(config)
-    return data * fsdp
+    mesh = config.mesh
+    data = mesh_shape(config, len(jax.devices()))[0] if mesh.data == -1 else mesh.data
+    return data * mesh.fsdp
 
 
 def with_implementation(config: RunConfig) -> RunConfig:
