@@ -37,6 +37,12 @@ SMALL = (
 """Twenty steps, with checkpoints at the tenth and the last."""
 
 
+DIVIDED = ("--mesh.fsdp", "4", "--mesh.whole-below", "0")
+"""Every process holds a quarter of the parameters."""
+WHOLE = ("--mesh.fsdp", "1", "--mesh.whole-below", "16384")
+"""The defaults."""
+
+
 def free_port() -> int:
     """A port that nothing listens on."""
     with socket.socket() as trial:
@@ -125,8 +131,8 @@ def _signal_at(step: int, number: signal.Signals, folder: Path) -> None:
 
 
 def chain(folder: Path) -> dict[str, object]:
-    """A run that two processes begin until one is asked to stop, four go on with until one is killed, and one ends; and the same
-    run in one process."""
+    """A run that two processes begin until one is asked to stop, four go on with until one is killed, each with a part of the
+    parameters, and one ends; and the same run in one process."""
     folder.mkdir(parents=True)
     corpus, out = str(write_corpus(folder / "text.jsonl")), folder / "chain"
     again = ("--resume", "--out", str(out))
@@ -134,9 +140,9 @@ def chain(folder: Path) -> dict[str, object]:
         "whole": trained(folder / "whole-logs", 1, [*SMALL, "--dataset", corpus, "--out", str(folder / "whole")]),
         "two": trained(folder / "two", 2, [*SMALL, "--dataset", corpus, "--out", str(out)], {1: (4, signal.SIGTERM)}),
         "saved": sorted(path.name for path in (out / "checkpoints").iterdir()),
-        "four": trained(folder / "four", 4, again, {2: (13, signal.SIGKILL)}),
+        "four": trained(folder / "four", 4, (*again, *DIVIDED), {2: (13, signal.SIGKILL)}),
         "kept": sorted(path.name for path in (out / "checkpoints").iterdir()),
-        "one": trained(folder / "one", 1, again),
+        "one": trained(folder / "one", 1, (*again, *WHOLE)),
     }
 
 
