@@ -7,11 +7,13 @@ import dataclasses
 import json
 import sys
 
+import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array
 
-from experiments.benchmark.collectives import collectives_of, on_paper
+from estimators import trainable
+from experiments.benchmark.collectives import collectives_of, of_shared_layers, on_paper
 from experiments.config.sections import MeshConfig
 from experiments.config.settings import RunConfig
 from experiments.training.placement import Placement
@@ -61,7 +63,13 @@ def compared(name: str, mesh: MeshConfig, steps: int) -> dict[str, object]:
             outputs.append([float(leaf) for leaf in jax.tree.leaves(metrics)])
         found.append((outputs, placement.whole(state.params)))
     (ours, params), (theirs, on_mesh) = found
-    leaves = placed_leaves(trainer.params, placement.mesh.shape, mesh.whole_below)
+    sizes = placement.mesh.shape
+    paper = on_paper(placed_leaves(trainer.params, sizes, mesh.whole_below), sizes)
+    moving, frozen = eqx.partition(trainer.params, trainable(trainer.params))
+    for part, backward in ((moving, True), (frozen, False)):
+        layers = 2 * sum("qkv" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(part))
+        shape = BATCH // (sizes["data"] * sizes["fsdp"]), LENGTH, model.embedding.shape[1]
+        paper += of_shared_layers(layers, shape, sizes, width=4, backward=backward)
     return {
         "name": name,
         "metrics": float(np.max(np.abs(np.asarray(ours) - np.asarray(theirs)) / np.maximum(1.0, np.abs(ours)))),
@@ -69,7 +77,7 @@ def compared(name: str, mesh: MeshConfig, steps: int) -> dict[str, object]:
             float(np.max(np.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (params, on_mesh)), strict=True)
         ),
         "collectives": [dataclasses.astuple(one) for one in collectives_of(texts[1])],
-        "on_paper": [dataclasses.astuple(one) for one in on_paper(leaves, placement.mesh.shape)],
+        "on_paper": [dataclasses.astuple(one) for one in paper],
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
@@ -18,8 +17,9 @@ from unet.cross import CrossLayer, VisibleTokens
 from unet.decoding.kv_cache import is_unallocated
 from unet.experts import Experts
 from unet.fused_attention import AttentionForm
-from unet.gathering import gathered, keeps_activations
-from unet.layers import NORM_EPSILON, ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU
+from unet.gathering import Division, gathered, keeps_activations
+from unet.layers import NORM_EPSILON, ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU, with_fields
+from unet.tensor import shared
 
 Attends = Literal["none", "first", "every"]
 """Which blocks of a decoder attend to the tokens of the inner level."""
@@ -148,19 +148,19 @@ class Attending(AbstractBlock):
 
 
 class DividedBlock(AbstractBlock):
-    """A block whose parameters lie in parts on the devices along `FSDP`. They are put together where the block runs, and again in
-    its backward pass, so that no more than a block's are whole at a time.
+    """A block whose parameters lie in parts on several devices. They are put together where the block runs, and again in its
+    backward pass, so that no more than a block's are whole at a time; the devices along `TENSOR` then share its layers.
 
-    `axes`: of each leaf of the block's parameters, in order, the axis that is divided; None for one that is whole.
+    `divisions`: that of each leaf of the block's parameters, in order.
     """
 
     block: AbstractBlock
-    axes: tuple[int | None, ...] = eqx.field(static=True)
+    divisions: tuple[Division, ...] = eqx.field(static=True)
 
     @property
     def rotary_dim(self) -> int | None:
         # Blocks derive it from the shapes of their parameters, of which these are parts.
-        return eqx.filter_eval_shape(gathered, self.block, self.axes).rotary_dim
+        return eqx.filter_eval_shape(gathered, self.block, self.divisions).rotary_dim
 
     def init_state(self, batch: int, window: int | None) -> PyTree[Array]:
         return self.block.init_state(batch, window)
@@ -168,7 +168,7 @@ class DividedBlock(AbstractBlock):
     def __call__(
         self, x: Float[Array, "batch length dim"], context: BlockContext, state: PyTree[Array] = None
     ) -> LayerOutput:
-        return gathered(self.block, self.axes)(x, context, state)
+        return shared(gathered(self.block, self.divisions))(x, context, state)
 
 
 class Stack(eqx.Module):
@@ -215,18 +215,11 @@ class Stack(eqx.Module):
     def computed(self, *, remat: bool, attention: AttentionForm | None = None) -> Stack:
         """The same stack with or without recomputation in the backward pass, and with another form of attention if one is
         given."""
-        return self._with(remat=remat, attention=self.attention if attention is None else attention)
+        return with_fields(self, remat=remat, attention=self.attention if attention is None else attention)
 
     def with_blocks(self, blocks: Sequence[AbstractBlock]) -> Stack:
         """The same stack with others in the place of its blocks."""
-        return self._with(blocks=tuple(blocks))
-
-    def _with(self, **changed: object) -> Stack:
-        # Not by calling the class, since the arrays of its blocks may be elsewhere.
-        made = object.__new__(type(self))
-        for field in dataclasses.fields(self):
-            object.__setattr__(made, field.name, changed.get(field.name, getattr(self, field.name)))
-        return made
+        return with_fields(self, blocks=tuple(blocks))
 
     def _in_training(self, block: AbstractBlock) -> Callable[..., LayerOutput]:
         """The block, with what is not stored for its backward pass computed again there."""

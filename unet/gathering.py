@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, PyTree, Shaped
 
 from estimators.base import has_gradient
-from estimators.sharding import FSDP, batch_axes
+from estimators.sharding import batch_axes
 
 Tree = TypeVar("Tree", bound=PyTree)
 
@@ -18,24 +18,28 @@ OF_WEIGHTS = frozenset({"all_gather", "convert_element_type", "transpose", "resh
 """Operations whose results may be weights, and are cheap to compute again if they are not."""
 
 
-def whole_leaf(part: Shaped[Array, "*shape"], axis: int | None) -> Shaped[Array, "*whole"]:
-    """A leaf from the `part` of it that each device along `FSDP` holds, divided along `axis`; None: it is whole.
+Division = tuple[int, tuple[str, ...]] | None
+"""The axis of a leaf that is divided, and the axes of the mesh over which it is; None for a leaf that every device has whole."""
 
-    The backward pass adds up the gradients of all devices that share the batch, and leaves each its part: a reduce-scatter along
-    `FSDP` and a sum of the parts along the other axes, or for a whole leaf one sum.
+
+def whole_leaf(part: Shaped[Array, "*shape"], division: Division) -> Shaped[Array, "*whole"]:
+    """A leaf from the `part` of it that this device holds.
+
+    The backward pass adds up the gradients of all devices that share the batch, and leaves each its part: a reduce-scatter over
+    the axes of the division and a sum of the parts over the others, or for a whole leaf one sum.
     """
+    axis, names = (0, ()) if division is None else division
     # Before the gathering, so that the sum comes after the scattering: of a part, not of the whole.
-    same = tuple(name for name in batch_axes() if axis is None or name != FSDP)
+    same = tuple(name for name in batch_axes() if name not in names)
     part = jax.lax.pcast(part, same, to="varying") if same else part
-    return part if axis is None else jax.lax.all_gather(part, FSDP, axis=axis, tiled=True)
+    return jax.lax.all_gather(part, names, axis=axis, tiled=True) if names else part
 
 
-def gathered(tree: Tree, axes: Sequence[int | None]) -> Tree:
-    """A tree of modules with its parameters whole. `axes`: of each of its leaves that has a gradient, in order, the axis that is
-    divided; None for one that is whole."""
+def gathered(tree: Tree, divisions: Sequence[Division]) -> Tree:
+    """A tree of modules with its parameters whole. `divisions`: that of each of its leaves that has a gradient, in order."""
     params, static = eqx.partition(tree, has_gradient)
     parts, structure = jax.tree.flatten(params)
-    whole = [whole_leaf(part, axis) for part, axis in zip(parts, axes, strict=True)]
+    whole = [whole_leaf(part, division) for part, division in zip(parts, divisions, strict=True)]
     return eqx.combine(jax.tree.unflatten(structure, whole), static)
 
 

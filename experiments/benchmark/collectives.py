@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from estimators.sharding import DATA, FSDP
-from experiments.training.sharding import PlacedLeaf
+from estimators.sharding import DATA, FSDP, TENSOR
+from experiments.training.sharding import PlacedLeaf, parts_of
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -73,28 +73,38 @@ def _group(text: str) -> int:
 
 
 def on_paper(
-    leaves: Iterable[PlacedLeaf], mesh: Mapping[str, int], *, gathers: int = 1, width: int | None = None
+    leaves: Iterable[PlacedLeaf], mesh: Mapping[str, int], *, widths: Sequence[int] = (4,)
 ) -> list[Collective]:
     """The collectives of parameters and gradients in a step: of a leaf that is divided over `FSDP`, an all-gather and a
     reduce-scatter, and an all-reduce of its part over `DATA`; of a whole leaf, one all-reduce. Beside them a step exchanges
     scalars alone, and numbers for each position of a sequence where returns are centred over the batch.
 
-    Leaves of blocks are gathered so many times (`gathers`): 2 where a compiler keeps the forward and the backward pass apart, as
-    for GPUs, and 1 where it merges the two, as on a CPU. `width`: bytes of each number of such a leaf when it is gathered, in the
-    dtype of the products for GPUs (None: as it is stored).
+    `widths`: bytes of each number of a block's leaf for each time that it is gathered. A compiler for GPUs keeps the forward and
+    the backward pass apart, and gathers in the dtype of the products, but for blocks that are computed again: those it gathers
+    then as they are stored. On a CPU it merges the two passes.
     """
     found = []
     for leaf in leaves:
         size = math.prod(leaf.shape)
-        if FSDP in leaf.spec:
-            in_block = ".blocks[" in leaf.path
-            gathered = leaf.bytes if width is None or not in_block else size * width
-            found += [Collective("all-gather", gathered, mesh[FSDP], size)] * (gathers if in_block else 1)
-            found.append(Collective("reduce-scatter", leaf.bytes, mesh[FSDP], size))
-            found.append(Collective("all-reduce", leaf.bytes // mesh[FSDP], mesh[DATA], size // mesh[FSDP]))
+        parts = parts_of(leaf.spec, mesh)
+        if parts > 1:
+            each = [size * width for width in widths] if ".blocks[" in leaf.path else [leaf.bytes]
+            found += [Collective("all-gather", gathered, parts, size) for gathered in each]
+            found.append(Collective("reduce-scatter", leaf.bytes, parts, size))
+            found.append(Collective("all-reduce", leaf.bytes // parts, mesh[DATA], size // parts))
         else:
             found.append(Collective("all-reduce", leaf.bytes, mesh[DATA] * mesh[FSDP], size))
     return [one for one in found if one.group > 1]
+
+
+def of_shared_layers(
+    layers: int, shape: tuple[int, int, int], mesh: Mapping[str, int], *, width: int, backward: bool = True
+) -> list[Collective]:
+    """The sums over `TENSOR` in a step: one of the outputs of each shared layer (attention or MLP), and one of the gradient of
+    its inputs. `shape`: that of the hidden states on one device; `width`: bytes of each number."""
+    size = math.prod(shape)
+    one = Collective("all-reduce", size * width, mesh[TENSOR], size)
+    return [one] * layers * (2 if backward else 1) if mesh[TENSOR] > 1 else []
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,8 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
     kernels = [kernel for kernel in kernels_of(program) if not kernel.kind.startswith(NOT_HERE)]
     sizes, own = placement.mesh.shape, config.mesh.whole_below
     width = jnp.dtype(config.unet.compute).itemsize
-    paper = on_paper(placed_leaves(trainer.params, sizes, own), sizes, gathers=2, width=width)
+    again = config.unet.always_remat if trainer.memory is None else trainer.memory.remat
+    paper = on_paper(placed_leaves(trainer.params, sizes, own), sizes, widths=(width, 4 if again else width))
     return StepReport(
         target=gpu.name,
         compile_seconds=seconds,

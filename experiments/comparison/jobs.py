@@ -122,6 +122,8 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _launch(job: Job, core: int | None, logs: Path) -> None:
     """Start a run in a process of its own; `--resume` of a run without a checkpoint starts it."""
     command = [sys.executable, "-m", "experiments.run", "--resume", "--out", str(job.folder)]
+    # Of a launcher that has started the comparison, too.
+    command += ["--distributed.launcher", "none"]
     command += ["--plugin", *job.plugins] if job.plugins else []
     command += ["--tracker", *job.trackers] if job.trackers else []
     # An interrupt before the process is known would leave it behind.

@@ -18,8 +18,8 @@ from experiments.launch import drop_unwritten, to_nowhere
 from experiments.processes.launchers import place_of
 from experiments.processes.peers import Peers
 from experiments.processes.processes import ALONE, AbstractProcesses
+from experiments.processes.stopping import AgreedStop
 from experiments.reporting.display import Display
-from experiments.training.stopping import AgreedStop
 
 
 @dataclass

@@ -18,6 +18,10 @@ class Stop:
     index: int
 
 
+class AgreedStop(Exception):
+    """All processes of a run stop after the same step, and have saved."""
+
+
 class StoppedError(Exception):
     """The processes were asked to stop before a step that they could not take, and everything is saved."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import equinox as eqx
@@ -27,6 +28,7 @@ from experiments.training.run_dir import has_checkpoint
 from experiments.training.trainer import Trainer
 from unet.files.saving import require_saveable
 from unet.language_model import AbstractLanguageModel
+from unet.tensor import require_divisible
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def set_up(config: RunConfig) -> Setup:
     key = jax.random.key(config.seed)
     prepared = read_prepared(config) if config.resume else None
     prepared = prepare(config, split) if prepared is None else prepared
+    _require_shareable(config, lambda: build_model(config, key, prepared))
     # Compiled whole: a fraction of the time that its operations take to be compiled one by one.
     model = eqx.filter_jit(lambda: build_model(config, key, prepared))()
     try:
@@ -84,3 +87,13 @@ def set_up(config: RunConfig) -> Setup:
         *(split, prepared, model, trainer, named_key(key, "steps"), named_key(key, "evaluation"), placement),
         tuple(notes),
     )
+
+
+def _require_shareable(config: RunConfig, build: Callable[[], AbstractLanguageModel]) -> None:
+    """Raise `ConfigError` where --mesh.tensor does not divide a layer of the model, of which nothing is computed."""
+    if config.mesh.tensor == 1:
+        return
+    try:
+        require_divisible(eqx.filter_eval_shape(build), config.mesh.tensor)
+    except ValueError as error:
+        raise ConfigError(f"--mesh.tensor {config.mesh.tensor}: {error}") from None

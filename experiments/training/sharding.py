@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,8 +15,9 @@ from jaxtyping import Array, PyTree
 
 from estimators.sharding import DATA, FSDP, TENSOR
 from unet.blocks import DividedBlock, Stack
-from unet.gathering import whole_leaf
+from unet.gathering import Division, whole_leaf
 from unet.language_model import AbstractLanguageModel
+from unet.tensor import SHARED
 
 AXES = (DATA, FSDP, TENSOR)
 """The axes of every mesh."""
@@ -25,16 +27,18 @@ Params = TypeVar("Params", bound=PyTree)
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Mapping[str, int], whole_below: int) -> PartitionSpec:
     """The rule: of a leaf of at least `whole_below` numbers, the largest axis that `fsdp` divides is divided over it, the first
-    of several as large. Every other leaf is whole on each device.
+    of several as large; for the weights of layers that `tensor` shares, over both. Every other leaf is whole on each device.
 
     `path` names the leaf, as `jax.tree_util.keystr` does; `mesh` has the size of each axis of the mesh.
     """
-    parts = mesh[FSDP]
+    over = (FSDP, TENSOR) if mesh[TENSOR] > 1 and any(re.search(one, path) for one in SHARED) else (FSDP,)
+    over = tuple(name for name in over if mesh[name] > 1)
+    parts = math.prod(mesh[name] for name in over)
     fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
     if parts == 1 or not fitting or math.prod(shape) < whole_below:
         return PartitionSpec()
     largest = max(fitting, key=lambda axis: shape[axis])
-    return PartitionSpec(*[None] * largest, FSDP)
+    return PartitionSpec(*[None] * largest, over[0] if len(over) == 1 else over)
 
 
 def partition_specs(tree: PyTree, mesh: Mapping[str, int], whole_below: int) -> PyTree[PartitionSpec]:
@@ -70,8 +74,8 @@ def placed_leaves(tree: PyTree, mesh: Mapping[str, int], whole_below: int) -> li
 
 def parts_of(spec: PartitionSpec, mesh: Mapping[str, int]) -> int:
     """The number of parts that a spec divides a leaf into."""
-    axes = [axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)]
-    return math.prod(mesh[axis] for axis in axes)
+    division = division_of(spec)
+    return 1 if division is None else math.prod(mesh[name] for name in division[1])
 
 
 def assembled(params: Params, static: AbstractLanguageModel, specs: PyTree[PartitionSpec]) -> AbstractLanguageModel:
@@ -80,7 +84,7 @@ def assembled(params: Params, static: AbstractLanguageModel, specs: PyTree[Parti
 
     def outside(node: PyTree, spec: PyTree) -> PyTree:
         if not isinstance(node, Stack):
-            return whole_leaf(node, divided_axis(spec))
+            return whole_leaf(node, division_of(spec))
         rest = jax.tree.map(outside, node.with_blocks(()), spec.with_blocks(()))
         return rest.with_blocks(node.blocks)
 
@@ -98,10 +102,13 @@ def _is_stack(node: object) -> bool:
 def _with_divided(stack: Stack, specs: Sequence[PyTree[PartitionSpec]]) -> Stack:
     blocks = zip(stack.blocks, specs, strict=True)
     return stack.with_blocks(
-        [DividedBlock(block, tuple(map(divided_axis, jax.tree.leaves(spec)))) for block, spec in blocks]
+        [DividedBlock(block, tuple(map(division_of, jax.tree.leaves(spec)))) for block, spec in blocks]
     )
 
 
-def divided_axis(spec: PartitionSpec) -> int | None:
-    """The axis that is divided over `FSDP`; None for a leaf that is whole."""
-    return next((axis for axis, name in enumerate(spec) if name == FSDP), None)
+def division_of(spec: PartitionSpec) -> Division:
+    """The division that a spec stands for."""
+    for axis, names in enumerate(spec):
+        if names is not None:
+            return axis, (names,) if isinstance(names, str) else tuple(names)
+    return None

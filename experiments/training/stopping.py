@@ -8,11 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-
-class AgreedStop(Exception):
-    """All processes of a run stop after the same step, and have saved."""
-
-
 WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from data import DataError, Split
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
 from experiments.processes.processes import ALONE, RUNNING, AbstractProcesses
-from experiments.processes.stopping import Stop, StoppedError
+from experiments.processes.stopping import AgreedStop, Stop, StoppedError
 from experiments.reporting.display import Display
 from experiments.training.checkpoint import SaveError
 from experiments.training.data import EPOCHS, SHOWN, latest
@@ -21,7 +22,7 @@ from experiments.training.placement import attention_notes
 from experiments.training.prepared import notes_of
 from experiments.training.session import OnStep, OnValidation, Session
 from experiments.training.setup import Setup
-from experiments.training.stopping import AgreedStop, stop_requests
+from experiments.training.stopping import stop_requests
 from unet.language_model import AbstractLanguageModel
 
 
@@ -90,18 +91,7 @@ def train(
     try:
         with stop_requests() as requested:
             while session.step < total:
-                try:
-                    stop = session.train_step(requested[0] if requested else RUNNING)
-                except StoppedError as error:
-                    raise _stopped(session, error.stop) from None
-                except DataError:
-                    # What ends a run, such as a scheduler's SIGTERM, may have ended its workers too.
-                    if requested:
-                        raise _stopped(session, Stop(requested[0], 0)) from None
-                    raise
-                if processes.count == 1 and requested:
-                    # Nobody has to be asked, so that this step is the last.
-                    stop = Stop(requested[0], 0)
+                stop = _step(session, requested)
                 if _is_due(session.step, total, config.evaluation.times):
                     session.log_validation()
                 if _is_due(session.step, total, config.checkpoint.times):
@@ -129,6 +119,22 @@ def train(
         epochs=latest(run_dir, EPOCHS),
         shown=latest(run_dir, SHOWN),
     )
+
+
+def _step(session: Session, requested: Sequence[int]) -> Stop | None:
+    """One step; returns what asks the run to stop after it. `requested`: the signals that have come to this process so far."""
+    alone = session.processes.count == 1
+    try:
+        stop = session.train_step(requested[0] if requested else RUNNING)
+    except StoppedError as error:
+        raise _stopped(session, error.stop) from None
+    except DataError:
+        # What ends a run, such as a scheduler's SIGTERM, may have ended its workers too.
+        if alone and requested:
+            raise _stopped(session, Stop(requested[0], 0)) from None
+        raise
+    # Where nobody has to be asked, a signal during the step counts as well.
+    return Stop(requested[0], 0) if alone and requested else stop
 
 
 def _stopped(session: Session, stop: Stop) -> Interrupted:
