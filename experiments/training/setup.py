@@ -55,7 +55,8 @@ def require_equal(config: RunConfig, setup: Setup, processes: AbstractProcesses)
     settings = to_json(dataclasses.replace(config, out=None, resume=False, overwrite=False, data=there))
     processes.require_same("settings", settings.encode())
     processes.require_same("data", setup.split.fingerprint.encode())
-    sums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(setup.trainer.params)]
+    arrays = jax.tree.leaves((setup.trainer.params, eqx.filter(setup.prepared, eqx.is_array)))
+    sums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in arrays]
     processes.require_same("first parameters", str(sums).encode())
 
 
