@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float64, Int32, Int64, UInt8
 
 from data.coverage import LITTLE, Coverage
 from data.documents import AbstractSource, DataError, document_rank
-from data.rows import HeldOutRows, MemoryRows, Protocol
+from data.rows import HeldOutRows, MemoryRows, Protocol, Row
 from data.stream import StreamRows, stream_held_out
 from data.stream_batches import StreamBatches
 from data.texts import Texts
@@ -192,12 +192,16 @@ class Batches(Iterator[Batch]):
         step: int,
         epochs: float,
         coverage: Coverage | None,
+        batch: int,
+        rows: slice | None,
         stream: dict[str, object] | None = None,
     ):
         """`rows_per_epoch`: None for a stream. `step`, `epochs`, `coverage` and the state of the `stream`: the values at the
-        start; a stream has no state before its first batch."""
+        start; a stream has no state before its first batch. `batch`: rows of a batch, of which `rows` are returned; None for
+        all."""
         self._iterator = iterator
         self._rows_per_epoch = rows_per_epoch
+        self._batch, self._rows = batch, rows
         self._step = step
         self._stream = stream
         self._begun = False
@@ -207,17 +211,18 @@ class Batches(Iterator[Batch]):
         batch = self._next_read()
         self._step += 1
         if self._rows_per_epoch is not None:
-            self.epochs = self._step * len(batch["bytes"]) / self._rows_per_epoch
+            self.epochs = self._step * self._batch / self._rows_per_epoch
         elif "epochs" in batch and "earlier_rows" in batch and "coverage" in batch and "state" in batch:
             self._stream = batch["state"]
             # The shuffle buffer reads ahead: more rows may precede the latest shard than have been returned.
-            returned, earlier = self._step * len(batch["bytes"]), int(batch["earlier_rows"].max())
+            returned, earlier = self._step * self._batch, int(batch["earlier_rows"].max())
             self.epochs = max(self.epochs, float(batch["epochs"].max()) * min(1.0, returned / max(1, earlier)))
             counts = Coverage(*(int(count) for count in batch["coverage"].max(axis=0)))
             # There is no coverage before the first document has been counted.
             if counts.bytes and (self.coverage is None or counts.bytes > self.coverage.bytes):
                 self.coverage = counts
-        return Batch(bytes=batch["bytes"], segments=batch["segments"], mask=batch["mask"])
+        rows = slice(None) if self._rows is None or self._rows_per_epoch is not None else self._rows
+        return Batch(bytes=batch["bytes"][rows], segments=batch["segments"][rows], mask=batch["mask"][rows])
 
     def _next_read(self) -> ReadBatch:
         try:
@@ -247,9 +252,18 @@ class Batches(Iterator[Batch]):
 
 
 def open_batches(
-    split: Split, *, batch: int, seed: int, workers: int = 0, state: dict[str, object] | None = None
+    split: Split,
+    *,
+    batch: int,
+    seed: int,
+    workers: int = 0,
+    state: dict[str, object] | None = None,
+    rows: slice | None = None,
 ) -> Batches:
     """Shuffled batches. They depend on the seed and not on the number of worker processes.
+
+    `rows`: those of each batch that this process trains on, if others train on the rest of the same batches; None for all. Only
+    these are made of text in memory. A stream is read whole by each process: its order is one, and its state the same everywhere.
 
     Rows in memory are reshuffled every epoch; packed rows keep their contents. Streamed rows are shuffled within a buffer.
     `state`: a result of `Batches.state` to resume from, with any number of workers.
@@ -264,16 +278,19 @@ def open_batches(
     if split.training is None:
         if state is not None and isinstance(state["stream"], dict):
             stream = _of_all_workers(state["stream"])
-        rows = StreamRows(split.source, split.length, split.protocol, split.held_out_share, seed)
-        dataset = ThreadPrefetchIterDataset(StreamBatches(rows, batch, stream), prefetch_buffer_size=4)
+        streamed = StreamRows(split.source, split.length, split.protocol, split.held_out_share, seed)
+        dataset = ThreadPrefetchIterDataset(StreamBatches(streamed, batch, stream), prefetch_buffer_size=4)
     else:
-        rows = MemoryRows(split.training, split.length, split.protocol, random=True, order_seed=seed)
-        rows_per_epoch = len(rows)
+        memory = MemoryRows(split.training, split.length, split.protocol, random=True, order_seed=seed)
+        rows_per_epoch = len(memory)
         # Batches are formed before they are distributed, so that they do not depend on the number of workers.
         # The number of repeats is finite but never reached: grain cannot make batches of size 1 from an infinite data set.
-        repeated = grain.MapDataset.source(rows).shuffle(seed=seed).repeat(2**60 // len(rows))
-        batches = repeated.random_map(rows.row, seed=(seed + 1) % 2**32)
-        dataset = batches.batch(batch)[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        repeated = grain.MapDataset.source(memory).shuffle(seed=seed).repeat(2**60 // len(memory))
+        batches = repeated.random_map(memory.row, seed=(seed + 1) % 2**32)
+        own = batch if rows is None else rows.stop - rows.start
+        if rows is not None:
+            batches = grain.MapDataset.source(_RowsOfBatches(batches, batch, rows))
+        dataset = batches.batch(own)[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
         epochs = step * batch / rows_per_epoch
     if workers:
         _parse_worker_flags()
@@ -281,7 +298,14 @@ def open_batches(
         resource_tracker.ensure_running()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return Batches(
-        iter(dataset), rows_per_epoch=rows_per_epoch, step=step, epochs=epochs, coverage=split.coverage, stream=stream
+        iter(dataset),
+        rows_per_epoch=rows_per_epoch,
+        step=step,
+        epochs=epochs,
+        coverage=split.coverage,
+        batch=batch,
+        rows=rows,
+        stream=stream,
     )
 
 
@@ -289,6 +313,20 @@ def _of_all_workers(state: dict[str, object]) -> dict[str, object]:
     """The state of a stream, which earlier versions saved as that of their only worker process."""
     workers = state.get("iterators_in_use_states")
     return workers[0] if isinstance(workers, list) else state
+
+
+class _RowsOfBatches:
+    """Of a sequence of rows that is cut into batches the `rows` of each batch."""
+
+    def __init__(self, sequence: grain.MapDataset[Row], batch: int, rows: slice):
+        self._sequence, self._batch, self._rows = sequence, batch, rows
+
+    def __len__(self) -> int:
+        return len(self._sequence) // self._batch * (self._rows.stop - self._rows.start)
+
+    def __getitem__(self, index: int) -> Row | None:
+        number, row = divmod(index, self._rows.stop - self._rows.start)
+        return self._sequence[number * self._batch + self._rows.start + row]
 
 
 def _parse_worker_flags() -> None:

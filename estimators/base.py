@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 from estimators.equations import confidence, start_of
 from estimators.keys import threefry_keys
 from estimators.limits import Limits
+from estimators.sharding import batch_uniform
 
 Value = TypeVar("Value")
 
@@ -223,7 +224,7 @@ class SamplingOptions(eqx.Module):
         if self.noise is not None:
             return self.noise
         if not self.by_sequence:
-            return jax.random.uniform(self.key, (batch, length), jnp.float32)
+            return batch_uniform(self.key, (batch, length))
         first = jnp.zeros((batch,), jnp.int32) if layout.before is None else layout.before
         return uniforms_from(self.key, first, length)
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from estimators.sharding import batch_shards, batch_sum, other_shards_sum
+
 
 def logit(prob: float) -> float:
     r"""$\mathrm{logit}(p) = \log p - \log(1-p)$ of a Python number. Raises `ValueError` unless it is strictly between 0 and 1."""
@@ -87,16 +89,21 @@ def batch_centred(
     returns: Float[Array, "batch length"],
     mask: Bool[Array, "batch length"] | None = None,
     leave_one_out: bool = False,
+    whole_batch: bool = True,
 ) -> Float[Array, "batch length"]:
     r"""$A_{b,i} = G_{b,i} - \bar G_i$, $\bar G_i$ the mean over sequences valid at position i (SFE eq. 14); 0 where masked.
 
     The mean includes the sequence's own return, which scales the expected policy gradient by $(n-1)/n$ for n valid
     sequences. With `leave_one_out` it is over the other sequences, which is unbiased; where only one sequence is valid, its
     return is then left as it is.
+
+    Where devices share the batch, the mean is over the sequences of all of them, or without `whole_batch` over those of this
+    device alone: n is then their number, so that with B sequences on D devices the factor is $(B - D)/B$ rather than
+    $(B - 1)/B$, and `leave_one_out` is as unbiased.
     """
     valid = jnp.ones(returns.shape, returns.dtype) if mask is None else mask.astype(returns.dtype)
-    count = jnp.sum(valid, axis=0, keepdims=True)
-    total = jnp.sum(returns * valid, axis=0, keepdims=True)
+    count, total = jnp.sum(valid, axis=0, keepdims=True), jnp.sum(returns * valid, axis=0, keepdims=True)
+    count, total = batch_sum((count, total)) if whole_batch else (count, total)
     if leave_one_out:
         baseline = (total - returns) / jnp.maximum(count - 1.0, 1.0)
         baseline = jnp.where(count > 1.0, baseline, 0.0)
@@ -115,6 +122,7 @@ def weighted_batch_centred(
     weights: Float[Array, "batch length"],
     mask: Bool[Array, "batch length"],
     leave_one_out: bool = False,
+    whole_batch: bool = True,
 ) -> Float[Array, "batch length"]:
     r"""$A_{b,i} = G_{b,i} - \rho_{b,i}\,\sum_{c \ne b} G_{c,i} / \sum_{c \ne b} \rho_{c,i}$ over valid sequences; 0 where masked.
 
@@ -125,21 +133,24 @@ def weighted_batch_centred(
 
     Without `leave_one_out` the result is multiplied by $(n - 1)/n$ for n valid sequences: the sequence's own return counts 1/n
     in the baseline, and the expected gradient shrinks as in `batch_centred`. Weights of 1 give `batch_centred`. As there, where
-    only one sequence is valid, its return is left as it is with `leave_one_out`, and 0 without.
+    only one sequence is valid, its return is left as it is with `leave_one_out`, and 0 without. `whole_batch` is as there, too.
     """
     valid = mask.astype(returns.dtype)
     count = jnp.sum(valid, axis=0, keepdims=True)
-    baseline = _sum_of_others(returns * valid) / jnp.maximum(_sum_of_others(weights * valid), LEAST_WEIGHT)
+    count = batch_sum(count) if whole_batch else count
+    others = _sum_of_others(weights * valid, whole_batch)
+    baseline = _sum_of_others(returns * valid, whole_batch) / jnp.maximum(others, LEAST_WEIGHT)
     share = 1.0 if leave_one_out else (count - 1.0) / jnp.maximum(count, 1.0)
     return share * (returns - weights * baseline) * valid
 
 
-def _sum_of_others(values: Float[Array, "batch length"]) -> Float[Array, "batch length"]:
-    """At each position, the sum over the other sequences. Sums of those before and after, rather than the total minus the
-    sequence's own value, avoid cancellation next to a large value."""
+def _sum_of_others(values: Float[Array, "batch length"], whole_batch: bool) -> Float[Array, "batch length"]:
+    """At each position, the sum over the other sequences, of the `whole_batch` or of this device. Sums of those before and after,
+    rather than the total minus the sequence's own value, avoid cancellation next to a large value."""
     before = jnp.pad(jnp.cumsum(values, axis=0)[:-1], ((1, 0), (0, 0)))
     after = jnp.pad(jnp.cumsum(values[::-1], axis=0)[:-1], ((1, 0), (0, 0)))[::-1]
-    return before + after
+    elsewhere = other_shards_sum(jnp.sum(values, axis=0)) if whole_batch else 0.0
+    return before + after + elsewhere
 
 
 def generalised_advantages(
@@ -184,7 +195,8 @@ def value_loss(
 
 def masked_mean(values: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, ""]:
     """The mean of `values` where `mask` is True; 0 for an empty mask."""
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1).astype(values.dtype)
+    total, count = batch_sum((jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask)))
+    return total / jnp.maximum(count, 1).astype(values.dtype)
 
 
 def policy_loss(
@@ -315,7 +327,7 @@ def binomial_prior_loss(
     gammaln = jax.scipy.special.gammaln
     coefficient = gammaln(n + 1.0) - gammaln(k + 1.0) - gammaln(n - k + 1.0)
     log_prob = coefficient + k * jnp.log(prior) + (n - k) * jnp.log1p(-prior)
-    return -jnp.mean(log_prob / jnp.maximum(n, 1.0))
+    return -batch_sum(jnp.sum(log_prob / jnp.maximum(n, 1.0))) / (n.shape[0] * batch_shards())
 
 
 def routing_probability(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from estimators.bounds import Count
 from estimators.registry import BASELINE, DEFAULT, ESTIMATORS, REGULAR
+from experiments.benchmark.deviceless import NETWORK, TARGETS
 from experiments.benchmark.generation import CacheReport, GenerationReport, measure_caches, measure_generation
 from experiments.benchmark.gpu import Gpu
 from experiments.benchmark.measurement import AbstractMeasurement, AbstractTimed, OfModel
@@ -29,12 +32,14 @@ from experiments.comparison.intervals import ALIKE, CONFIDENCE
 from experiments.config.arguments import PATHS, usage
 from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
+from experiments.config.sections import MeshConfig
 from experiments.devices import use_cpu_devices
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
 from experiments.training.data import load_split
 from experiments.training.run_dir import json_text, make_folder, write_atomically
+from experiments.training.sharding import AXES
 from unet.config import UNetConfig
 from unet.ops import Implementation
 
@@ -164,7 +169,7 @@ class Generation(OfModel, AbstractTimed):
     """What it takes to generate byte by byte, alone and in a batch, against a forward pass over the whole text for each byte; and
     what the caches hold."""
 
-    devices: ClassVar[int] = 1
+    cpu_devices: ClassVar[int] = 1
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("tiny",)
     """Presets to measure."""
     estimator: str = DEFAULT
@@ -205,6 +210,9 @@ class Compile(OfModel, AbstractMeasurement):
     """Dtype of the matrix products."""
     implementation: Literal["both", "kernels", "xla"] = "both"
     """Compile with the kernels, without them, or once each."""
+    devices: Count = 1
+    """GPUs of one host that share the step."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def measure(self, display: Display) -> dict[str, StepReport]:
         run = self.run(self.estimator)
@@ -215,7 +223,8 @@ class Compile(OfModel, AbstractMeasurement):
                 continue
             unet = dataclasses.replace(run.unet, compute=self.compute, implementation=implementation)
             display.note(f"compiling a step of {self.model} for {self.target}, {name}; minutes")
-            found[name] = compile_in_subprocess(dataclasses.replace(run, unet=unet), self.target)
+            shared = dataclasses.replace(run, unet=unet, devices=self.devices, mesh=self.mesh)
+            found[name] = compile_in_subprocess(shared, self.target)
             display.note(step_table(found[name], run.bytes_per_step))
         return found
 
@@ -266,7 +275,30 @@ def step_table(report: StepReport, bytes_per_step: int) -> str:
         + f"; compiled in {report.compile_seconds:.0f} s"
         + (f"; {report.memory}." if report.memory else ".")
     )
-    return f"{table(['part', 'kernels', 'GFLOP', 'GB moved', 'estimate, ms', 'share'], rows)}\n{notes}\n"
+    parts = table(["part", "kernels", "GFLOP", "GB moved", "estimate, ms", "share"], rows)
+    return f"{parts}\n{notes}\n{exchange_table(report, total)}"
+
+
+def exchange_table(report: StepReport, seconds: float) -> str:
+    """What the devices of a mesh exchange in a step, whose kernels take so many `seconds`; nothing for one device."""
+    devices, target = math.prod(report.mesh), next(one for one in TARGETS.values() if one.name == report.target)
+    if devices == 1:
+        return ""
+    rows = [
+        (source, one.kind, one.group, one.count, f"{one.bytes / 1e6:.2f}", f"{one.moved / 1e6:.2f}")
+        for source, costs in (("compiled", report.exchanged), ("paper", report.paper))
+        for one in costs
+    ]
+    head = ["count", "collective", "devices", "arrays", "MB", "MB sent by each"]
+    speeds = [
+        f"{report.moved / rate * 1e3:.2f} ms over {name}"
+        for name, rate in (("NVLink", target.nvlink), ("a network of one port for each GPU", NETWORK))
+    ]
+    mesh = " x ".join(f"{name} {size}" for name, size in zip(AXES, report.mesh, strict=True))
+    return (
+        f"{table(head, rows)}\nmesh {mesh}; every device sends {report.moved / 1e9:.3f} GB, {' or '.join(speeds)}, beside "
+        f"{seconds * 1e3:.2f} ms of kernels that it may overlap with\n"
+    )
 
 
 def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int, baseline: str = BASELINE) -> str:
@@ -286,7 +318,7 @@ def bench(config: AbstractMeasurement, display: Display) -> None:
         require(not config.json.is_dir(), f"--json {config.json} is a folder; name a file")
     if not isinstance(config, Gpu):
         # Its parts have processes of their own, which have the GPU to themselves.
-        use_cpu_devices(config.devices)
+        use_cpu_devices(config.cpu_devices)
     found = config.measure(display)
     if config.json is not None:
         name = type(config).__name__.lower()

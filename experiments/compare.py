@@ -98,7 +98,8 @@ def parse_compare(arguments: Sequence[str]) -> Plan:
             return_unknown_args=True,
             registry=PATHS,
         )
-    for flag in OF_SINGLE_RUNS:
+    several = [given.partition("=")[0] for given in rest if given.startswith("--distributed.")]
+    for flag in (*OF_SINGLE_RUNS, *several):
         if any(given == flag or given.startswith(flag + "=") for given in rest):
             raise ConfigError(
                 f"{flag} is for single runs; a comparison has --study or --estimators, --seeds and goes on by itself"

@@ -10,15 +10,16 @@ import jax
 from experiments.config.errors import ConfigError
 
 
-def use_cpu_devices(count: int) -> None:
-    """Let a CPU count as so many devices, but for what was settled before: by XLA_FLAGS, or by a use of JAX.
+def use_cpu_devices(count: int, named: int = 1) -> None:
+    """Let a CPU count as so many devices, one for each core at most, or as the `named` ones that a mesh needs, but for what was
+    settled before: by XLA_FLAGS, or by a use of JAX.
 
     Raises `ConfigError` where JAX_PLATFORMS names what is not there.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Too late where JAX has been used: then there are as many devices as there are.
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", min(count, os.cpu_count() or 1))
+            jax.config.update("jax_num_cpu_devices", max(named, min(count, os.cpu_count() or 1)))
     try:
         jax.devices()
     except RuntimeError as error:

@@ -24,6 +24,9 @@ from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
 from experiments.devices import use_cpu_devices
 from experiments.launch import program
+from experiments.processes.agreement import require_shared
+from experiments.processes.membership import Membership
+from experiments.processes.processes import ALONE, AbstractProcesses
 from experiments.reporting.display import Display, bits_per_byte
 from experiments.reporting.report import write_report
 from experiments.reporting.shading import Character, shade
@@ -35,6 +38,7 @@ from experiments.training.prepared import write_prepared
 from experiments.training.replacing import replacing
 from experiments.training.rescue import save_elsewhere
 from experiments.training.run_dir import (
+    OF_DEVICES,
     SUMMARY,
     differing,
     has_checkpoint,
@@ -44,7 +48,7 @@ from experiments.training.run_dir import (
     read_config,
     require_free,
 )
-from experiments.training.setup import Setup, set_up
+from experiments.training.setup import Setup, require_equal, set_up
 from experiments.training.train import Interrupted, Outcome, train
 from unet.files.saving import WEIGHTS, save, write_atomically
 
@@ -88,32 +92,38 @@ def _require_same(config: RunConfig, saved: RunConfig) -> None:
     """Raise `ConfigError` where a run that goes on would have other settings. Its data may have moved, since a checkpoint says
     what they were."""
     there = moved(config, saved) if has_checkpoint(config.run_dir) else saved
-    if changed := differing(config, there, OF_THE_END):
+    if changed := differing(config, there, (*OF_THE_END, *OF_DEVICES)):
         raise ConfigError(
             f"the run in {config.run_dir} has other settings for {', '.join(changed)}: resume it without changing them, or start "
             "a new run in another --out"
         )
 
 
-def run(config: RunConfig, display: Display) -> None:
-    """Train, evaluate, and leave everything in the run's folder.
+def run(config: RunConfig, display: Display, processes: AbstractProcesses = ALONE) -> None:
+    """Train, evaluate, and leave everything in the run's folder. `processes`: those that do this together; the first of them
+    writes.
 
     Raises `ConfigError`, `DataError` and `LoadError` for what cannot be run, before anything is touched, `RunError` for what
     fails later, and what `train` raises.
     """
     run_dir = config.run_dir
-    with held(run_dir, display.note):
-        if not config.resume:
+    with held(run_dir, display.note) if processes.leads else contextlib.nullcontext():
+        if processes.leads and not config.resume:
             require_free(config)
+        require_shared(run_dir, processes)
         setup = _set_up(config)
-        if config.resume:
+        require_equal(config, setup, processes)
+        if processes.leads and config.resume:
             extend(config, display.note)
-        with contextlib.nullcontext() if config.resume else replacing(run_dir, display.note):
+        replaces = processes.leads and not config.resume
+        with replacing(run_dir, display.note) if replaces else contextlib.nullcontext():
             try:
-                if not config.resume:
+                if replaces:
                     prepare_new(config)
-                write_prepared(run_dir, setup.prepared)
-                _run_in(run_dir, config, setup, display)
+                if processes.leads:
+                    write_prepared(run_dir, setup.prepared)
+                processes.wait()
+                _run_in(run_dir, config, setup, display, processes)
             except OSError as error:
                 if not has_checkpoint(run_dir):
                     raise
@@ -129,12 +139,19 @@ def _set_up(config: RunConfig) -> Setup:
         raise
 
 
-def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display) -> None:
-    trackers = Trackers(config, run_dir, setup.split, latest_step(config), display.note)
+def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display, processes: AbstractProcesses) -> None:
+    followed = config if processes.leads else dataclasses.replace(config, tracker=())
+    trackers = Trackers(followed, run_dir, setup.split, latest_step(config), display.note)
+    told = {"on_step": trackers.on_step, "on_validation": trackers.on_validation}
     try:
-        outcome = train(config, setup, run_dir, display, on_step=trackers.on_step, on_validation=trackers.on_validation)
+        outcome = train(config, setup, run_dir, display, **told, processes=processes)
     finally:
         trackers.close()
+    if processes.leads:
+        _report(run_dir, config, outcome, display)
+
+
+def _report(run_dir: Path, config: RunConfig, outcome: Outcome, display: Display) -> None:
     try:
         shaded = _write_results(run_dir, config, outcome)
     except Exception as error:  # whatever a report stumbles over, the training was not for nothing
@@ -168,24 +185,28 @@ def _write_results(run_dir: Path, config: RunConfig, outcome: Outcome) -> list[l
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code, 128 + n after signal n."""
     display = Display()
+    membership = Membership(display)
 
     def command() -> None:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         display.quiet = config.quiet
-        # Two halves of a batch side by side beat one product on two cores at these sizes.
-        use_cpu_devices(2)
         try:
-            run(config, display)
+            with membership.joined(config.distributed) as processes:
+                # Two halves of a batch side by side beat one product on two cores at these sizes.
+                use_cpu_devices(2 if processes.count == 1 else 1, -(-config.mesh.named // processes.count))
+                run(config, display, processes)
         except KeyboardInterrupt:
             if config.overwrite or not has_checkpoint(config.run_dir):
                 raise
             raise Interrupted(f"stopped; {config.run_dir} has its last checkpoint", signal.SIGINT) from None
 
-    try:
-        return exit_code(display, command)
-    except Interrupted as error:
-        display.note(f"{error}; go on with --resume")
-        return 128 + error.signal_number
+    with membership.ending() as end:
+        try:
+            end.code = exit_code(display, command)
+        except Interrupted as error:
+            display.note(f"{error}; go on with --resume")
+            end.code = 128 + error.signal_number
+    return end.code
 
 
 if __name__ == "__main__":

@@ -40,7 +40,15 @@ from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
 from experiments.terminal import escaped, write_output
 from experiments.training.data import load_split
-from experiments.training.run_dir import differing, held, json_text, read_config, refuse_existing, write_atomically
+from experiments.training.run_dir import (
+    OF_DEVICES,
+    differing,
+    held,
+    json_text,
+    read_config,
+    refuse_existing,
+    write_atomically,
+)
 
 FILES = ("words.md", "words.json")
 
@@ -102,7 +110,7 @@ def groups(runs: Mapping[Path, RunConfig]) -> dict[str, list[Path]]:
     several groups have the same estimator, its first folder is added."""
     grouped: list[list[Path]] = []
     for folder, run in runs.items():
-        same = [group for group in grouped if not differing(run, runs[group[0]], may_differ=("seed", "devices"))]
+        same = [group for group in grouped if not differing(run, runs[group[0]], may_differ=("seed", *OF_DEVICES))]
         same[0].append(folder) if same else grouped.append([folder])
     names = [runs[group[0]].estimator for group in grouped]
     # The shortest suffixes of the first folders' paths that are all different.

@@ -69,7 +69,7 @@ BELOW = {"launch", "terminal"}
 ABOVE = {"command", "devices", "scripts"}
 """What only commands use: how they end, the devices that they run on, and what they are called once installed."""
 INNER = {"config", "training", "evaluation", "reporting"}
-ROOMS = {*INNER, "scoring", "comparison", "laboratory", "benchmark", "tasks", "tracking"}
+ROOMS = {"processes", *INNER, "scoring", "comparison", "laboratory", "benchmark", "tasks", "tracking"}
 
 
 def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room():
@@ -85,7 +85,8 @@ def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room(
     [
         ("config", set()),
         ("evaluation", {"config"}),
-        ("training", {"config", "evaluation", "reporting"}),
+        ("processes", {"config", "reporting"}),
+        ("training", {"config", "evaluation", "processes", "reporting"}),
         ("reporting", {"config", "evaluation", "training"}),
         ("tracking", INNER),
         ("comparison", INNER),

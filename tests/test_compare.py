@@ -416,6 +416,7 @@ def test_a_stopped_comparison_stops_its_runs(tmp_path, number, monkeypatch):
     [
         (("--estimators", "sfe", "sfe"), "each seed once"),
         (("--estimators", "sfe", "--seed", "3"), "--seed is for single runs"),
+        (("--estimators", "sfe", "--distributed.index", "0"), "--distributed.index is for single runs"),
         (("--estimators", "sfe", "--rate", "1.5"), "--rate"),
         (("--jobs", "0"), "--jobs must be a whole number from 1"),
         (("--pairs", "sfe:bpe"), "--pairs 'sfe:bpe' is not FIRST:SECOND"),

@@ -52,8 +52,8 @@ def documents(count=60, seed=0):
     return [b"%d: " % i + bytes(rng.integers(97, 123, rng.integers(5, 120)).tolist()) for i in range(count)]
 
 
-def first_batches(split, count, seed=3, workers=0, state=None):
-    batches = open_batches(split, batch=4, seed=seed, workers=workers, state=state)
+def first_batches(split, count, seed=3, workers=0, state=None, rows=None):
+    batches = open_batches(split, batch=4, seed=seed, workers=workers, state=state, rows=rows)
     result = [next(batches) for _ in range(count)]
     state = json.loads(json.dumps(batches.state()))
     batches.close()
@@ -90,6 +90,19 @@ class TestBatches:
         rest, _ = first_batches(split, 5, state=state)
         assert_equal(whole[step:], rest)
 
+    def test_processes_read_the_parts_of_the_same_batches_and_go_on_in_another_number(self, protocol, streamed):
+        split = split_of(protocol, streamed=streamed)
+        whole, state = first_batches(split, 5)
+        halves = [first_batches(split, 2, rows=slice(start, start + 2)) for start in (0, 2)]
+        # What a checkpoint holds of the data is the same whoever saves it.
+        assert halves[0][1] == halves[1][1]
+        uneven = [first_batches(split, 3, state=halves[0][1], rows=rows) for rows in (slice(0, 3), slice(3, 4))]
+        assert all(later == state for _, later in uneven)
+        for parts, expected in (([part for part, _ in halves], whole[:2]), ([part for part, _ in uneven], whole[2:])):
+            for number, batch in enumerate(expected):
+                for name in ("bytes", "segments", "mask"):
+                    np.testing.assert_array_equal(np.concatenate([part[number][name] for part in parts]), batch[name])
+
     def test_no_row_holds_a_held_out_document(self, protocol, streamed):
         split = split_of(protocol, streamed=streamed)
         held_out = set(split_documents(documents(), 0.2, "it")[1])
@@ -120,6 +133,13 @@ def test_worker_processes_of_a_stream_make_every_batch_once():
     whole = batches(0, 1)
     assert_equal(whole[1:4:2], batches(1, 2)[:2])
     assert [batch["state"] for batch in whole[2:3]] == [batches(2, 3)[0]["state"]]
+
+
+def test_a_process_may_take_its_rows_of_each_batch():
+    split = split_of()
+    none, _ = first_batches(split, 4)
+    own, _ = first_batches(split, 4, workers=2, rows=slice(1, 4))
+    assert_equal([{name: batch[name][1:] for name in ("bytes", "segments", "mask")} for batch in none], own)
 
 
 def test_batches_of_one_sequence_are_the_rows_of_larger_ones():

@@ -294,4 +294,4 @@ class Attention(AbstractMixer):
         else:
             assert state is not None
             mixed = attend_cached(query, update, state, context.layout.mask, cap=self.cap)
-        return LayerOutput(self.out(mixed.reshape(x.shape)), None if state is None else update)
+        return LayerOutput(self.out(mixed.reshape(*x.shape[:2], -1)), None if state is None else update)

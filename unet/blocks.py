@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 import equinox as eqx
@@ -18,7 +17,9 @@ from unet.cross import CrossLayer, VisibleTokens
 from unet.decoding.kv_cache import is_unallocated
 from unet.experts import Experts
 from unet.fused_attention import AttentionForm
-from unet.layers import NORM_EPSILON, ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU
+from unet.gathering import Division, gathered, keeps_activations
+from unet.layers import NORM_EPSILON, ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU, with_fields
+from unet.tensor import shared
 
 Attends = Literal["none", "first", "every"]
 """Which blocks of a decoder attend to the tokens of the inner level."""
@@ -146,6 +147,30 @@ class Attending(AbstractBlock):
         return self.block(self.cross.attend_vectors(x, keys_values, context.compute), context, state)
 
 
+class DividedBlock(AbstractBlock):
+    """A block whose parameters lie in parts on several devices. They are put together where the block runs, and again in its
+    backward pass, so that no more than a block's are whole at a time; the devices along `TENSOR` then share its layers.
+
+    `divisions`: that of each leaf of the block's parameters, in order.
+    """
+
+    block: AbstractBlock
+    divisions: tuple[Division, ...] = eqx.field(static=True)
+
+    @property
+    def rotary_dim(self) -> int | None:
+        # Blocks derive it from the shapes of their parameters, of which these are parts.
+        return eqx.filter_eval_shape(gathered, self.block, self.divisions).rotary_dim
+
+    def init_state(self, batch: int, window: int | None) -> PyTree[Array]:
+        return self.block.init_state(batch, window)
+
+    def __call__(
+        self, x: Float[Array, "batch length dim"], context: BlockContext, state: PyTree[Array] = None
+    ) -> LayerOutput:
+        return shared(gathered(self.block, self.divisions))(x, context, state)
+
+
 class Stack(eqx.Module):
     """Blocks one after another, all with the same attention window.
 
@@ -190,13 +215,19 @@ class Stack(eqx.Module):
     def computed(self, *, remat: bool, attention: AttentionForm | None = None) -> Stack:
         """The same stack with or without recomputation in the backward pass, and with another form of attention if one is
         given."""
-        # Not by calling the class, since the arrays of its blocks may be elsewhere.
-        made = object.__new__(type(self))
-        for field in dataclasses.fields(self):
-            object.__setattr__(made, field.name, getattr(self, field.name))
-        object.__setattr__(made, "remat", remat)
-        object.__setattr__(made, "attention", self.attention if attention is None else attention)
-        return made
+        return with_fields(self, remat=remat, attention=self.attention if attention is None else attention)
+
+    def with_blocks(self, blocks: Sequence[AbstractBlock]) -> Stack:
+        """The same stack with others in the place of its blocks."""
+        return with_fields(self, blocks=tuple(blocks))
+
+    def _in_training(self, block: AbstractBlock) -> Callable[..., LayerOutput]:
+        """The block, with what is not stored for its backward pass computed again there."""
+        if self.remat:
+            return eqx.filter_checkpoint(block)
+        if isinstance(block, DividedBlock):
+            return eqx.filter_checkpoint(block, policy=keeps_activations)
+        return block
 
     def init_state(self, batch: int) -> tuple[PyTree[Array], ...]:
         """The decode states of the blocks before the first position."""
@@ -216,7 +247,7 @@ class Stack(eqx.Module):
         context = self._context(x, layout, state, tokens, training)
         stream, updates, experts = x if self.norm is None else x.astype(jnp.float32), [], None
         for block, old in zip(self.blocks, (None,) * len(self.blocks) if state is None else state, strict=True):
-            output = (eqx.filter_checkpoint(block) if self.remat else block)(stream, context, old)
+            output = self._in_training(block)(stream, context, old)
             stream = output.hidden
             experts = experts if output.experts is None else output.experts.plus(experts)
             updates.append(output.update)

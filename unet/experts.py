@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from estimators.sharding import batch_sum
 from unet.layers import Linear
 
 
@@ -24,10 +25,10 @@ def balance_loss(
     probability, both over the positions of the `mask`. 1 if both are uniform, E if one expert gets everything. The gradient is
     that of P."""
     experts, valid = probs.shape[-1], mask.astype(jnp.float32)
-    count = jnp.maximum(jnp.sum(valid), 1.0)
+    count = jnp.maximum(batch_sum(jnp.sum(valid)), 1.0)
     picked = jnp.mean(jax.nn.one_hot(chosen, experts, dtype=jnp.float32), axis=2)
-    share = jnp.sum(picked * valid[..., None], axis=(0, 1)) / count
-    mean = jnp.sum(probs * valid[..., None], axis=(0, 1)) / count
+    sums = [jnp.sum(part * valid[..., None], axis=(0, 1)) for part in (picked, probs)]
+    share, mean = (total / count for total in batch_sum(sums))
     return experts * jnp.sum(jax.lax.stop_gradient(share) * mean)
 
 
@@ -137,8 +138,8 @@ class Experts(eqx.Module):
         place = slots(chosen, mask, self.experts)
         kept = (place < capacity) & mask[..., None]
         balance = balance_loss(probs, chosen, mask)
-        picked = jnp.maximum(jnp.sum(mask).astype(jnp.float32) * self.choices, 1.0)
-        dropped = jnp.sum(~kept & mask[..., None]).astype(jnp.float32) / picked
+        valid, lost = batch_sum((jnp.sum(mask), jnp.sum(~kept & mask[..., None])))
+        dropped = lost.astype(jnp.float32) / jnp.maximum(valid.astype(jnp.float32) * self.choices, 1.0)
         loss = ExpertLoss(self.balance_weight * balance, balance, dropped)
         return Mixed(self._within(x, weights, jnp.where(kept, chosen * capacity + place, -1), capacity), loss)
 

@@ -23,6 +23,7 @@ from estimators.base import (
     has_many,
 )
 from estimators.decode_state import AbstractDecodeState, update_state
+from estimators.sharding import batch_max
 from unet.blocks import Stack
 from unet.chunkers.up import last_output
 from unet.cross import visible_tokens
@@ -130,10 +131,10 @@ class Encoded(eqx.Module):
 
     @property
     def most_tokens(self) -> Int[Array, ""]:
-        """The largest number of tokens of any sequence."""
+        """The largest number of tokens of any sequence of the batch."""
         if self.boundaries is None:
             return jnp.zeros((), jnp.int32)
-        return jnp.max(jnp.sum(self.boundaries.actions, axis=1, dtype=jnp.int32))
+        return batch_max(jnp.max(jnp.sum(self.boundaries.actions, axis=1, dtype=jnp.int32)))
 
 
 class AbstractStage(eqx.Module):

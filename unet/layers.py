@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import TypeVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,8 @@ ROTARY_BASE = 10_000.0
 """Default base of rotary embeddings."""
 NORM_EPSILON = 1e-5
 """Default epsilon of `ScaleNorm`."""
+
+Module = TypeVar("Module", bound=eqx.Module)
 
 
 class Linear(eqx.Module):
@@ -37,6 +42,14 @@ class Linear(eqx.Module):
     def in_float32(self, x: Float[Array, "*shape inputs"]) -> Float[Array, "*shape outputs"]:
         """The same product, returned in float32, in which it is accumulated: for logits that enter a loss."""
         return jnp.matmul(x, self.weight.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def with_fields(module: Module, **changed: object) -> Module:
+    """The same module with some fields changed; arrays may be of other shapes, or somewhere else."""
+    made: Module = object.__new__(type(module))
+    for field in dataclasses.fields(module):
+        object.__setattr__(made, field.name, changed.get(field.name, getattr(module, field.name)))
+    return made
 
 
 def unit_rms(x: Float[Array, "*shape dim"], epsilon: float) -> Float[Array, "*shape dim"]:

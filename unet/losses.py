@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from estimators.base import AbstractObjective, Layout, ObjectiveInputs, ObjectiveOutput
 from estimators.equations import masked_mean
+from estimators.sharding import batch_shards, batch_sum
 from unet.experts import ExpertLoss
 from unet.hierarchy import Level, repeated, without_copies
 from unet.likelihood import continues, log_prob_of, next_logprobs
@@ -167,8 +168,9 @@ def objective_inputs(
 def _deciding(level: Level) -> Float[Array, ""]:
     """The number of positions at which a policy decides or, if a rule decides, that are free to close a token."""
     # A constraint leaves positions that a policy could have decided at a rule, too, which decides nothing.
-    by_policy = jnp.any(level.boundaries.decided)
-    count = jnp.where(by_policy, jnp.sum(level.boundaries.deciding), jnp.sum(level.layout.free))
+    counted = level.boundaries.decided, level.boundaries.deciding, level.layout.free
+    decided, deciding, free = batch_sum([jnp.sum(one) for one in counted])
+    count = jnp.where(decided > 0, deciding, free)
     return jnp.maximum(count, 1).astype(jnp.float32)
 
 
@@ -193,11 +195,11 @@ def losses(
     outermost token level could hold (None: as many as there are bytes).
     """
     reward = byte_rewards(prediction, layout)
-    count = jnp.maximum(jnp.sum(reward.scored), 1).astype(jnp.float32)
-    log_prob = jnp.sum(reward.log_prob) / count
+    count = jnp.maximum(batch_sum(jnp.sum(reward.scored)), 1).astype(jnp.float32)
+    log_prob = batch_sum(jnp.sum(reward.log_prob)) / count
     inputs = objective_inputs(reward, prediction.levels, objectives, target_rate=target_rate, samples=samples)
     outputs = [objective(one) for objective, one in zip(objectives, inputs, strict=True)]
-    early = None if reward.early_log_prob is None else jnp.sum(reward.early_log_prob) / count
+    early = None if reward.early_log_prob is None else batch_sum(jnp.sum(reward.early_log_prob)) / count
     loss = sum((output.loss for output in outputs), -log_prob)
     if prediction.experts is None:
         return _summary(loss, log_prob, early, outputs, prediction.levels, layout, capacity)
@@ -215,14 +217,15 @@ def _summary(
     capacity: int | None,
 ) -> LossOutput:
     """The loss, and the numbers to log beside it."""
-    positions = jnp.maximum(jnp.sum(layout.mask), 1).astype(jnp.float32)
-    token_positions = layout.bytes.shape[0] * (capacity or layout.bytes.shape[1])
+    positions = jnp.maximum(batch_sum(jnp.sum(layout.mask)), 1).astype(jnp.float32)
+    token_positions = layout.bytes.shape[0] * batch_shards() * (capacity or layout.bytes.shape[1])
     if not levels:
         zero = jnp.zeros((), jnp.float32)
         return LossOutput(loss, log_prob, early_log_prob, rate=zero, overflow=zero, padding=zero, metrics={})
     metrics: dict[str, Float[Array, ""]] = {}
     for number, (level, output) in enumerate(zip(levels, outputs, strict=True)):
-        tokens, dropped = (jnp.sum(part).astype(jnp.float32) for part in (level.lengths, level.overflow))
+        sums = batch_sum([jnp.sum(part) for part in (level.lengths, level.overflow)])
+        tokens, dropped = (total.astype(jnp.float32) for total in sums)
         fractions = {"rate": tokens / positions, "overflow": dropped / positions}
         if level.boundaries.constrained is not None:
             free = level.layout.mask & ~level.boundaries.constrained
@@ -230,6 +233,6 @@ def _summary(
         metrics |= {level_prefix(number) + name: value for name, value in {**output.metrics, **fractions}.items()}
         positions = tokens
     # Counted in integers: 1 - used / size may round to less than 0, where a compiler multiplies by a rounded reciprocal.
-    padding = (token_positions - jnp.sum(levels[0].lengths)).astype(jnp.float32) / token_positions
+    padding = (token_positions - batch_sum(jnp.sum(levels[0].lengths))).astype(jnp.float32) / token_positions
     rate, overflow = metrics.pop("rate"), metrics.pop("overflow")
     return LossOutput(loss, log_prob, early_log_prob, rate, overflow, padding, metrics)

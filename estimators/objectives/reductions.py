@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -147,13 +148,22 @@ class BatchCentre(AbstractReduction):
 
     leave_one_out: bool = eqx.field(static=True, default=False)
     """Compare with the mean of the other sequences, without the sequence itself."""
+    over: Literal["batch", "shard"] = eqx.field(static=True, default="batch")
+    """Where devices share a batch: compare with the sequences of all of them, or (shard) of the same device alone, which shrinks
+    the expected gradient by (B - D)/B on D devices."""
 
     @property
     def needs_early_exit(self) -> bool:
         return False
 
     def __call__(self, credit: Credit, inputs: ObjectiveInputs) -> Credit:
-        centred = _centred(credit.summed(inputs), inputs.mask, credit.weights, self.leave_one_out)
+        centred = _centred(
+            credit.summed(inputs),
+            inputs.mask,
+            credit.weights,
+            leave_one_out=self.leave_one_out,
+            whole_batch=self.over == "batch",
+        )
         return credit.compared("BatchCentre", centred)
 
 
@@ -177,7 +187,12 @@ class SampleCentre(AbstractReduction):
             return jnp.swapaxes(rows.reshape(-1, inputs.samples, rows.shape[1]), 0, 1)
 
         weights = None if credit.weights is None else apart(credit.weights)
-        centred = jax.vmap(lambda r, m, w: _centred(r, m, w, True), 1, 1)(apart(returns), apart(inputs.mask), weights)
+
+        def one(returns: Array, mask: Array, weights: Array | None) -> Array:
+            # All samples for a sequence are on one device.
+            return _centred(returns, mask, weights, leave_one_out=True, whole_batch=False)
+
+        centred = jax.vmap(one, 1, 1)(apart(returns), apart(inputs.mask), weights)
         return credit.compared("SampleCentre", jnp.swapaxes(centred, 0, 1).reshape(returns.shape))
 
 
@@ -308,9 +323,11 @@ def _centred(
     returns: Float[Array, "batch length"],
     mask: Bool[Array, "batch length"],
     weights: Float[Array, "batch length"] | None,
+    *,
     leave_one_out: bool,
+    whole_batch: bool,
 ) -> Float[Array, "batch length"]:
     """Returns minus a baseline from the other sequences."""
     if weights is None:
-        return batch_centred(returns, mask, leave_one_out)
-    return weighted_batch_centred(returns, weights, mask, leave_one_out)
+        return batch_centred(returns, mask, leave_one_out, whole_batch)
+    return weighted_batch_centred(returns, weights, mask, leave_one_out, whole_batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
@@ -14,6 +13,7 @@ from estimators.base import (
     SamplingOptions,
 )
 from estimators.bounds import Rate, check_bounds
+from estimators.sharding import batch_uniform
 
 
 class Bernoulli(AbstractPositionwiseRouter):
@@ -77,7 +77,7 @@ class UniformRouter(AbstractPositionwiseRouter):
         replacement."""
         there, mask = layout.mask, allowed | layout.starts
         last = mask & (jnp.cumsum(there, axis=1) == jnp.sum(there, axis=1, keepdims=True))
-        priority = jnp.where(layout.starts | last, 2.0, jax.random.uniform(key, mask.shape, jnp.float32))
+        priority = jnp.where(layout.starts | last, 2.0, batch_uniform(key, mask.shape))
         order = jnp.argsort(jnp.where(mask, priority, -1.0), axis=1, descending=True)
         count = jnp.sum(mask, axis=1, keepdims=True).astype(jnp.float32)
         budget = jnp.round(count * rate).astype(jnp.int32)

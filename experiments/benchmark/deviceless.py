@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
 """Environment of a compiling process: no search for GPUs, no error if there are none, and messages of ptxas for each kernel."""
@@ -40,6 +41,9 @@ class Target:
     """float32 lanes of a multiprocessor."""
     clock: float = 1.98
     """GHz."""
+    nvlink: float = 450e9
+    """Bytes per second that a GPU sends to the others of its host over all of its links (half of what data sheets name, which
+    counts both directions)."""
 
     @property
     def description(self) -> str:
@@ -79,9 +83,10 @@ TARGETS = {
         shared=167_936,
         lanes=64,
         clock=1.41,
+        nvlink=300e9,
     ),
     "h100": Target("NVIDIA H100 80GB HBM3", 9, 132, 84_942_979_072, 52_428_800, 3.35e12, 989e12, 494e12),
-    "b200": Target("NVIDIA B200", 10, 148, 191_514_411_008, 132_644_864, 7.67e12, 2250e12, 1125e12),
+    "b200": Target("NVIDIA B200", 10, 148, 191_514_411_008, 132_644_864, 7.67e12, 2250e12, 1125e12, nvlink=900e9),
 }
 
 
@@ -92,10 +97,19 @@ def missing() -> str | None:
     return None
 
 
+NETWORK = 50e9
+"""Bytes per second that a GPU sends to other hosts: a port of 400 Gbit/s for each GPU, as in NVIDIA's DGX H100."""
+
+
+def devices_of(target: Target, count: int) -> list[jax.Device]:
+    """So many devices of this kind, in one host."""
+    topology = topologies.get_topology_desc(platform="cuda", topology=f"1x1x{count}", target_config=target.description)
+    return list(topology.devices)
+
+
 def mesh_of(target: Target) -> Mesh:
     """A mesh of one device of this kind."""
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target.description)
-    return topologies.make_mesh(topology, (1,), ("x",))
+    return Mesh(np.asarray(devices_of(target, 1)), ("x",), axis_types=(AxisType.Auto,))
 
 
 def optimized_hlo(compiled: jax.stages.Compiled) -> str:
@@ -108,10 +122,15 @@ def optimized_hlo(compiled: jax.stages.Compiled) -> str:
 def compile_for(
     mesh: Mesh, function: Callable[..., PyTree], *args: PyTree, donate: int | None = None
 ) -> jax.stages.Compiled:
-    """Compile `function` for the device of `mesh`. Only shapes and dtypes of `args` matter. `donate`: index of the argument whose
-    buffers are donated."""
+    """Compile `function` for the devices of `mesh`. Only shapes and dtypes of `args` matter, and their shardings where they are
+    shapes that have some; others are whole on every device. `donate`: index of the argument whose buffers are donated."""
     replicated = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.tree.map(lambda arg: jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=replicated), args)
+
+    def shape(arg: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        own = arg.sharding if isinstance(arg, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(arg.shape, arg.dtype, sharding=replicated if own is None else own)
+
+    shapes = jax.tree.map(shape, args)
     # Kernels query the capabilities of the default device.
     with jax.default_device(mesh.devices.flat[0]), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return jax.jit(function, donate_argnums=donate).trace(*shapes).lower().compile()

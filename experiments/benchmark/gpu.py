@@ -38,7 +38,7 @@ class Gpu(AbstractMeasurement):
     """All of it on one GPU: kernels against XLA, training steps with and without them, PyTorch, generation, a profile. The report
     is written after every result, so that one that is stopped has what was done."""
 
-    devices: ClassVar[int] = 1
+    cpu_devices: ClassVar[int] = 1
     minutes: Annotated[float, Within(0.01, 10_000)] = 8.0
     """Time for all of it, which is kept: what does not fit is skipped, and the report says so."""
     out: Path = Path("performance-gpu.md")

@@ -20,7 +20,7 @@ from experiments.reporting.display import Display
 class AbstractMeasurement(ABC):
     """What every measurement has."""
 
-    devices: ClassVar[int] = 2
+    cpu_devices: ClassVar[int] = 2
     """Parts of a CPU that share the work, at most, as in the command that is measured."""
     json: Path | None = None
     """Also write what was measured to this file."""

@@ -65,8 +65,8 @@ def prepare_step(config: RunConfig, split: Split, *, capacities: Sequence[int] |
     stream = open_batches(split, batch=config.batch, seed=config.seed)
     batches = [placement.inputs(model.inputs(text_of(next(stream)))) for _ in range(4)]
     stream.close()
-    state = placement.replicated(trainer.first_state())
-    return PreparedStep(compiled(trainer.step), model, state, batches, trainer.capacity)
+    state = placement.divided(trainer.first_state())
+    return PreparedStep(compiled(trainer.step_on(placement)), model, state, batches, trainer.capacity)
 
 
 def training_step(config: RunConfig, split: Split, *, capacities: Sequence[int] | None = None) -> Work:

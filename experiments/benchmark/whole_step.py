@@ -20,7 +20,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmark.deviceless import ENVIRONMENT, TARGETS, compile_for, mesh_of, missing, optimized_hlo
+from experiments.benchmark.collectives import KINDS, CollectiveCost, collectives_of, costs_by_kind, on_paper
+from experiments.benchmark.deviceless import ENVIRONMENT, TARGETS, compile_for, devices_of, missing, optimized_hlo
 from experiments.benchmark.roofline import PartCost, costs_by_part, kernels_of
 from experiments.benchmark.shapes import shapes_of
 from experiments.config.errors import ConfigError
@@ -28,12 +29,17 @@ from experiments.config.files import from_json, to_json
 from experiments.config.plugins import trusted
 from experiments.config.settings import RunConfig
 from experiments.training.capacity import rated_capacities
+from experiments.training.placement import Placement
 from experiments.training.remat import GIB
+from experiments.training.sharding import placed_leaves
 from experiments.training.step import fresh_state
 from experiments.training.trainer import Trainer
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 """XLA flags without autotuning, which needs a GPU. Matrix products use cuBLAS, whose kernels `roofline` can parse."""
+
+NOT_HERE = (*KINDS, "async-")
+"""Kinds of instructions that are collectives, or wait for them."""
 
 PREALLOCATED = 0.75
 """Share of the memory of a GPU that jax takes by default."""
@@ -41,10 +47,12 @@ PREALLOCATED = 0.75
 
 @dataclass(frozen=True)
 class StepReport:
-    """A training step on one GPU.
+    """A training step on one GPU, or on one of several.
 
     `state_bytes`: memory of parameters and moments. `peak_bytes`: peak memory. `pallas`: number of kernels of this library.
-    `loops`: number of loops; each counts as one iteration. `parts`: costs by part of the step.
+    `loops`: number of loops; each counts as one iteration. `parts`: costs by part of the step, without collectives. `mesh`: the
+    sizes of its axes. `exchanged`: collectives by kind; `paper`: the same, of parameters and gradients, as counted without a
+    compiler.
     """
 
     target: str
@@ -56,6 +64,14 @@ class StepReport:
     parts: tuple[PartCost, ...]
     memory: str | None = None
     """What --unet.remat auto decided, and why."""
+    mesh: tuple[int, int, int] = (1, 1, 1)
+    exchanged: tuple[CollectiveCost, ...] = ()
+    paper: tuple[CollectiveCost, ...] = ()
+
+    @property
+    def moved(self) -> float:
+        """Bytes that the GPU sends."""
+        return sum(one.moved for one in self.exchanged)
 
 
 def compile_step(config: RunConfig, target: str) -> StepReport:
@@ -75,19 +91,23 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
         )
     # Only the largest capacity: kernels in branches for other capacities would need weights.
     capacities = rated_capacities(config, routers[0])[-1:] if routers else (config.length,)
-    mesh = mesh_of(gpu)
+    count = config.devices or config.mesh.named
+    placement = Placement.of(dataclasses.replace(config, devices=None), devices_of(gpu, count))
+    shape = tuple(placement.mesh.shape.values())
+    config = dataclasses.replace(config, devices=None, mesh=dataclasses.replace(config.mesh, data=shape[0]))
     # What runs in kernels, and so what has to be kept for the backward pass, follows from the default device.
-    with jax.default_device(mesh.devices.flat[0]):
+    with jax.default_device(placement.mesh.devices.flat[0]):
         trainer = Trainer.of(config, model, capacities)
-    step, state = trainer.step, eqx.filter_eval_shape(lambda: fresh_state(trainer.params, trainer.optimizer))
-    shape = config.batch, config.length
+    state = eqx.filter_eval_shape(lambda: fresh_state(trainer.params, trainer.optimizer))
+    state = jax.tree.map(_placed, state, placement.shardings(state))
+    step, rows = trainer.step_on(placement), (config.batch, config.length)
     batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype)
+        name: jax.ShapeDtypeStruct(rows, dtype, sharding=placement.by_row)
         for name, dtype in {"bytes": jnp.uint8, "segments": jnp.int32, "mask": bool}.items()
     }
     started = time.perf_counter()
     compiled = compile_for(
-        mesh,
+        placement.mesh,
         lambda state, batch, key: step(state, batch, jax.random.wrap_key_data(key)),
         state,
         batch,
@@ -98,17 +118,29 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
     memory = compiled.memory_analysis()
     assert memory is not None
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    kernels = kernels_of(optimized_hlo(compiled))
+    program = optimized_hlo(compiled)
+    kernels = [kernel for kernel in kernels_of(program) if not kernel.kind.startswith(NOT_HERE)]
+    sizes, own = placement.mesh.shape, config.mesh.whole_below
+    width = jnp.dtype(config.unet.compute).itemsize
+    again = config.unet.always_remat if trainer.memory is None else trainer.memory.remat
+    paper = on_paper(placed_leaves(trainer.params, sizes, own), sizes, widths=(width, 4 if again else width))
     return StepReport(
         target=gpu.name,
         compile_seconds=seconds,
-        state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        state_bytes=sum(leaf.bytes_per_device for leaf in placed_leaves(state, sizes, own)),
         peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs,
         pallas=sum(kernel.kind.startswith("mosaic_gpu") for kernel in kernels),
         loops=sum(kernel.kind == "while" for kernel in kernels),
         parts=tuple(costs_by_part(kernels, gpu)),
         memory=None if trainer.memory is None else trainer.memory.note,
+        mesh=shape,
+        exchanged=tuple(costs_by_kind(collectives_of(program))),
+        paper=tuple(costs_by_kind(paper)),
     )
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def compile_in_subprocess(config: RunConfig, target: str) -> StepReport:
@@ -134,7 +166,9 @@ def compile_in_subprocess(config: RunConfig, target: str) -> StepReport:
     if "error" in result:
         raise ConfigError(result["error"])
     parts = tuple(PartCost(**part) for part in result.pop("parts"))
-    return StepReport(**result, parts=parts)
+    exchanged, paper = (tuple(CollectiveCost(**one) for one in result.pop(name)) for name in ("exchanged", "paper"))
+    mesh = tuple(result.pop("mesh"))
+    return StepReport(**result, mesh=mesh, parts=parts, exchanged=exchanged, paper=paper)
 
 
 def main(path: str) -> None:

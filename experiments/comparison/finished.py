@@ -17,7 +17,7 @@ from experiments.config.settings import RunConfig
 from experiments.config.structure import Flat, flat, parsed
 from experiments.reporting.summary import Summary
 from experiments.training.metrics_log import read_metrics
-from experiments.training.run_dir import SUMMARY, differing, read_config, read_summary
+from experiments.training.run_dir import OF_DEVICES, SUMMARY, differing, read_config, read_summary
 from unet.flops import matrix_flops
 from unet.losses import level_prefix
 
@@ -80,7 +80,7 @@ def read_tables(paths: Sequence[Path], requested: Mapping[Key, RunConfig]) -> di
             if key not in requested or key in read:
                 continue
             # The number of devices changes a run only by rounding errors.
-            if changed := differing(_portable(run.config), _portable(requested[key]), may_differ=("devices",)):
+            if changed := differing(_portable(run.config), _portable(requested[key]), may_differ=OF_DEVICES):
                 raise ConfigError(
                     f"{path} has {name} of seed {run.seed} with other settings for {', '.join(changed)}: leave out the "
                     "table, or use its settings"
@@ -104,7 +104,7 @@ def read_joined(name: str, folders: Sequence[Path], plugins: Collection[str]) ->
                 f"{folder} and {read[name, run.seed].folder} are both of seed {run.seed}: name one of them"
             )
         first = next(iter(read.values()), run)
-        if changed := differing(_portable(run.config), _portable(first.config), may_differ=("devices", "seed")):
+        if changed := differing(_portable(run.config), _portable(first.config), may_differ=(*OF_DEVICES, "seed")):
             raise ConfigError(
                 f"{folder} and {first.folder} would be seeds of one variant {name}, but have other settings for "
                 f"{', '.join(changed)}: give them names (--runs NAME={folder})"

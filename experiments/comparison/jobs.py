@@ -17,7 +17,7 @@ from experiments.config.files import to_json
 from experiments.config.plugins import trusted
 from experiments.config.settings import RunConfig
 from experiments.reporting.display import Display
-from experiments.training.run_dir import CONFIG, SUMMARY, differing, held, prepare_new, read_config
+from experiments.training.run_dir import CONFIG, OF_DEVICES, SUMMARY, differing, held, prepare_new, read_config
 from experiments.training.stopping import stop_requests, stop_signals
 from unet.files.saving import write_atomically
 
@@ -50,7 +50,7 @@ def prepared(run: RunConfig, may_differ: Collection[str] = ()) -> RunConfig | No
         return None
     there = read_config(folder, trusted(run))
     # How many cores a run had moves its curve by no more than rounding.
-    if changed := differing(run, there, (*may_differ, "devices")):
+    if changed := differing(run, there, (*may_differ, *OF_DEVICES)):
         raise ConfigError(f"{folder} holds a run with other settings for {', '.join(changed)}; name another --out")
     return there
 
@@ -122,6 +122,8 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _launch(job: Job, core: int | None, logs: Path) -> None:
     """Start a run in a process of its own; `--resume` of a run without a checkpoint starts it."""
     command = [sys.executable, "-m", "experiments.run", "--resume", "--out", str(job.folder)]
+    # Of a launcher that has started the comparison, too.
+    command += ["--distributed.launcher", "none"]
     command += ["--plugin", *job.plugins] if job.plugins else []
     command += ["--tracker", *job.trackers] if job.trackers else []
     # An interrupt before the process is known would leave it behind.

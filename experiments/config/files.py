@@ -16,7 +16,7 @@ def to_json(config: RunConfig) -> str:
     """The configuration as JSON text, paths as strings."""
     values = dataclasses.asdict(config.resolved)
     # What a command may import is for whoever gives the command to say; the others say how it is given.
-    for name in ("plugin", "config", "quiet", "tracker"):
+    for name in ("plugin", "config", "quiet", "tracker", "distributed"):
         del values[name]
     return json.dumps(values, indent=2, default=str) + "\n"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from estimators.bounds import LARGEST_BYTES, MARGIN, Count, Positive, Rate, Share, Weight, Within
-from experiments.config.errors import require_bounds
+from estimators.bounds import LARGEST_BYTES, LARGEST_INDEX, MARGIN, Count, Positive, Rate, Share, Weight, Within
+from experiments.config.errors import require, require_bounds
 from unet.tokens.tokenizer import TokenizerSize
 
 Decay = Annotated[float, Within(0.0, 1.0 - MARGIN)]
@@ -148,3 +148,73 @@ class CheckpointConfig:
 
     def __post_init__(self):
         require_bounds(self, "--checkpoint.")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Which of several processes this is. They train one model together, on one machine or many, in one folder that all see."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where all processes meet."""
+    processes: Count | None = None
+    """How many there are."""
+    index: Annotated[int, Within(0, LARGEST_INDEX)] | None = None
+    """Which of them this is, from 0 on; 0 writes the files, the reports and the terminal."""
+    launcher: Literal["auto", "none", "slurm", "ompi", "k8s"] = "auto"
+    """Who says all that instead: auto: srun or mpirun, where one of them started several; k8s: an indexed Kubernetes job."""
+    wait: Annotated[float, Within(1.0, 1e6)] = 300.0
+    """Seconds to wait at the start until all processes are there."""
+    timeout: Annotated[float, Within(1.0, 1e6)] = 60.0
+    """Seconds without a sign of life after which a process counts as dead, and the others end."""
+    patience: Annotated[float, Within(1.0, 1e6)] = 1800.0
+    """Seconds that a process may be busy with something else, such as its report, while others wait for it."""
+
+    def __post_init__(self):
+        require_bounds(self, "--distributed.")
+        given = {"coordinator": self.coordinator, "processes": self.processes, "index": self.index}
+        missing = [f"--distributed.{name}" for name, value in given.items() if value is None]
+        if len(missing) == len(given):
+            return
+        require(
+            not missing,
+            f"--distributed.coordinator, .processes and .index go together: {', '.join(missing)} is missing",
+        )
+        require(
+            self.launcher in ("auto", "none"),
+            f"--distributed.launcher {self.launcher} says what --distributed.coordinator says: use one of them",
+        )
+        host, colon, port = (self.coordinator or "").rpartition(":")
+        require(
+            bool(host and colon) and port.isascii() and port.isdigit() and 0 < int(port) < 65536,
+            f"--distributed.coordinator {self.coordinator} is not HOST:PORT, such as node1:12345",
+        )
+        require(
+            self.index is None or self.processes is None or self.index < self.processes,
+            f"--distributed.index {self.index} is none of 0 to {(self.processes or 1) - 1}, of which there are "
+            f"--distributed.processes {self.processes}",
+        )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of all processes share a run: a mesh with the axes `data`, `fsdp` and `tensor`."""
+
+    data: Annotated[int, Within(-1, LARGEST_INDEX)] = -1
+    """Groups of devices that share the sequences of a batch; -1: as many as the other axes leave."""
+    fsdp: Count = 1
+    """Devices of a group that share its sequences too, and hold each a part of the parameters, gradients and moments."""
+    tensor: Count = 1
+    """Devices that share the heads and MLPs of the same sequences."""
+    whole_below: Annotated[int, Within(0, LARGEST_INDEX)] = 16_384
+    """Parameters of fewer numbers than this are whole on every device."""
+    show: bool = False
+    """List how the parameters lie on the devices."""
+
+    def __post_init__(self):
+        require_bounds(self, "--mesh.")
+        require(self.data != 0, "--mesh.data must be at least 1, or -1 for as many as the other axes leave; got 0")
+
+    @property
+    def named(self) -> int:
+        """The devices that the axes name, those left to `data` aside."""
+        return max(self.data, 1) * self.fsdp * self.tensor

@@ -21,7 +21,9 @@ from experiments.config.parts import Level, Names, chosen, estimator_config, lev
 from experiments.config.sections import (
     CheckpointConfig,
     DataConfig,
+    DistributedConfig,
     EvaluationConfig,
+    MeshConfig,
     OptimizerConfig,
     ScheduleConfig,
     TargetConfig,
@@ -107,7 +109,7 @@ class RunConfig:
     """Capacities to choose from, up to --capacity-slack x --rate x --length: each step runs the token level at the smallest that
     fits its tokens. There is one more where an untrained router draws more. 1: the largest alone. Each takes time to compile."""
     devices: Count | None = None
-    """Devices that share a batch; by default all there are (a CPU counts as up to two)."""
+    """Devices that a run works on; by default as many as can share a batch evenly (a CPU counts as up to two)."""
     log_every: Count = 1
     """Steps between lines of metrics.jsonl."""
     log_seconds: Annotated[float, Within(0.0, 1e6)] = 30.0
@@ -117,6 +119,8 @@ class RunConfig:
     tracker: tuple[str, ...] = ()
     """Where to send metrics, held-out text and boundaries beside metrics.jsonl: tensorboard, wandb, trackio, or a class of your
     own as package.module:Class."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

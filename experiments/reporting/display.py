@@ -22,12 +22,12 @@ Record = dict[str, float | int | None]
 
 class Display:
     """A progress bar, or lines of progress where there is no terminal, one line per validation, and notes, all on standard error;
-    nothing where that is gone. A `quiet` one shows errors alone."""
+    nothing where that is gone. A `quiet` one shows errors alone, which begin with `prefix`."""
 
     def __init__(self, quiet: bool = False):
         errors = cast("IO[str]", Lenient(sys.stderr))
         self.console = Console(file=errors, stderr=True, highlight=False, emoji=False, soft_wrap=True)
-        self.quiet = quiet
+        self.quiet, self.prefix, self.muted = quiet, "", False
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._lines: ProgressLines | None = None
@@ -38,8 +38,9 @@ class Display:
             self._print(text)
 
     def error(self, text: str) -> None:
-        """Print what went wrong, in one line of bounded length."""
-        self._print(message(f"error: {text}"))
+        """Print what went wrong, in one line of bounded length, unless this is `muted`."""
+        if not self.muted:
+            self._print(message(f"{self.prefix}error: {text}"))
 
     def _print(self, text: str) -> None:
         self.console.print(escaped(text, keep="\n\t"), markup=False)

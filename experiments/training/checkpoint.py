@@ -9,23 +9,26 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, PyTree
 
 from experiments.config.errors import ConfigError, RunError, one_line
 from experiments.config.structure import flat, parsed, structured
+from experiments.processes.processes import ALONE, AbstractProcesses
+from experiments.training.digests import Described, described, sha256_of, shapes_of
 from unet.files.saving import write_atomically
 
 _TRASH = "trash"
 _DAMAGED = "damaged"
 """Folder for checkpoints that cannot be read, until there is a newer one that can."""
+SHA256 = 64
+"""Hexadecimal digits of a SHA-256."""
 _FILES = "files.json"
 """SHA-256 of every file of a checkpoint, beside them."""
 
@@ -44,13 +47,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Meta:
-    """`Progress`, and of every array by name its shape, dtype and SHA-256."""
+    """`Progress`, and of every array by name its shape, dtype and digest."""
 
     step: int
     seconds: float
     data: dict[str, object]
     fingerprint: str
-    leaves: dict[str, tuple[tuple[int, ...], str, str]]
+    leaves: dict[str, Described]
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,13 @@ class SaveError(RunError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step. Opening them sweeps away what a killed process left half written."""
+    """The checkpoints of one run, by step. Opening them sweeps away what a killed process left half written.
 
-    def __init__(self, folder: Path, keep: int):
-        self._folder = folder.absolute()
+    Where several `processes` train together each writes the parts of arrays that it holds, and all call the same methods.
+    """
+
+    def __init__(self, folder: Path, keep: int, processes: AbstractProcesses = ALONE):
+        self._folder, self._processes = folder.absolute(), processes
         logging.getLogger("absl").addFilter(_quiet_logs)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -83,7 +89,8 @@ class Checkpoints:
             todelete_subdir=_TRASH,
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-        shutil.rmtree(self._folder / _TRASH, ignore_errors=True)
+        if processes.leads:
+            shutil.rmtree(self._folder / _TRASH, ignore_errors=True)
 
     @property
     def latest(self) -> int | None:
@@ -97,7 +104,7 @@ class Checkpoints:
         """
         if progress.step in self._manager.all_steps():
             return
-        meta = {**vars(progress), "leaves": _describe(arrays)}
+        meta = {**vars(progress), "leaves": described(arrays)}
         # Before the save, since the other writes of one that fails may end while its exception is on its way here.
         before, sys.unraisablehook = sys.unraisablehook, _quiet_threads
         try:
@@ -106,15 +113,19 @@ class Checkpoints:
                 args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
                 force=True,
             )
-            write_list(self._folder / str(progress.step))
+            if self._processes.leads:
+                write_list(self._folder / str(progress.step))
         except Exception as error:  # orbax and tensorstore raise what they like
-            self._manager.reload()
-            for left in self._folder.glob(f"{progress.step}.*"):
-                shutil.rmtree(left, ignore_errors=True)
+            # One of several processes does not get further, and the next run sweeps up.
+            if self._processes.count == 1:
+                self._manager.reload()
+                for left in self._folder.glob(f"{progress.step}.*"):
+                    shutil.rmtree(left, ignore_errors=True)
             raise SaveError(f"the checkpoint of step {progress.step} cannot be written ({said(error)})") from error
         sys.unraisablehook = before
-        for name in (_TRASH, _DAMAGED):
-            shutil.rmtree(self._folder / name, ignore_errors=True)
+        if self._processes.leads:
+            for name in (_TRASH, _DAMAGED):
+                shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def restore(self, like: Arrays, note: Callable[[str], None]) -> Restored[Arrays] | None:
         """The latest checkpoint that is whole, with the structure and the devices of `like`; None where none was committed.
@@ -125,6 +136,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
+                self._require_undamaged(step)
                 restored = self._restored(step, like)
             except DamagedError as error:
                 damaged[step] = f"the checkpoint {self._folder / str(step)} is damaged ({error})"
@@ -139,16 +151,35 @@ class Checkpoints:
             )
         return None
 
+    def _require_undamaged(self, step: int) -> None:
+        """Raise `DamagedError` in all processes where process 0 finds a file that is not as it was written."""
+        found = ""
+        if self._processes.leads:
+            try:
+                require_undamaged(self._folder / str(step))
+            except DamagedError as error:
+                found = str(error)
+        if found := self._processes.said(found)[0]:
+            raise DamagedError(found)
+
     def _restored(self, step: int, like: Arrays) -> Restored[Arrays]:
-        require_undamaged(self._folder / str(step))
+        try:
+            return self._read_whole(step, like)
+        except DamagedError as error:
+            if self._processes.count == 1:
+                raise
+            # What one of several finds, the others need not find.
+            raise RunError(f"the checkpoint {self._folder / str(step)} cannot be read here ({error})") from error
+
+    def _read_whole(self, step: int, like: Arrays) -> Restored[Arrays]:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             meta = structured(self._read(step, "meta", ocp.args.JsonRestore()), _Meta)
         except Exception as error:  # orbax lets whatever its readers raise through, bare Exceptions among them
             raise _damage(error) from error
-        expected = _describe(like)
+        expected = shapes_of(like)
         for name in sorted(meta.leaves.keys() | expected.keys()):
-            if name not in meta.leaves or name not in expected or meta.leaves[name][:2] != expected[name][:2]:
+            if name not in meta.leaves or name not in expected or meta.leaves[name][:2] != expected[name]:
                 raise ConfigError(
                     f"the checkpoint {self._folder / str(step)} does not fit this model: {one_line(name, 80)} differs; resume it "
                     "with its own settings"
@@ -157,14 +188,16 @@ class Checkpoints:
             arrays = self._read(step, "state", ocp.args.StandardRestore(abstract))
         except Exception as error:  # as above
             raise _damage(error) from error
-        if meta.step != step or _describe(arrays) != meta.leaves:
+        if meta.step != step or not as_written(arrays, meta.leaves):
             raise DamagedError("its bits are not those written")
         return Restored(arrays, Progress(meta.step, meta.seconds, meta.data, meta.fingerprint))
 
     def _put_aside(self, step: int) -> None:
-        (self._folder / _DAMAGED).mkdir(exist_ok=True)
-        shutil.rmtree(self._folder / _DAMAGED / str(step), ignore_errors=True)
-        (self._folder / str(step)).rename(self._folder / _DAMAGED / str(step))
+        if self._processes.leads:
+            (self._folder / _DAMAGED).mkdir(exist_ok=True)
+            shutil.rmtree(self._folder / _DAMAGED / str(step), ignore_errors=True)
+            (self._folder / str(step)).rename(self._folder / _DAMAGED / str(step))
+        self._processes.wait()
         self._manager.reload()
 
     def _read(self, step: int, item: str, how: ocp.args.CheckpointArgs):
@@ -231,6 +264,20 @@ def said(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__, 200)
 
 
+def as_written(arrays: PyTree[Array], leaves: Mapping[str, Described]) -> bool:
+    """Whether arrays have the bits that were described when they were written. Every process has to call this."""
+    if any(len(digest) == SHA256 for *_, digest in leaves.values()):
+        # Those of a run from before arrays were described in parts.
+        paths = jax.tree_util.tree_leaves_with_path(arrays)
+        found = {
+            jax.tree_util.keystr(path): (tuple(leaf.shape), str(leaf.dtype), sha256_of(leaf)) for path, leaf in paths
+        }
+    else:
+        found = described(arrays)
+    written = {name: (tuple(shape), dtype, digest) for name, (shape, dtype, digest) in leaves.items()}
+    return all(written.get(name) == one for name, one in found.items())
+
+
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder` but the list itself and what an operating system leaves."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _FILES)
@@ -240,13 +287,3 @@ def _digests(folder: Path) -> dict[str, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _describe(arrays: PyTree[Array]) -> dict[str, tuple[tuple[int, ...], str, str]]:
-    """Shape, dtype and SHA-256 of every leaf by its path."""
-    described: dict[str, tuple[tuple[int, ...], str, str]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
-        value = np.ascontiguousarray(leaf)
-        digest = hashlib.sha256(value.view(np.uint8).data if value.ndim else value.tobytes()).hexdigest()
-        described[jax.tree_util.keystr(path)] = (value.shape, str(value.dtype), digest)
-    return described

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import final
 
 from experiments.config.errors import ConfigError
 from experiments.config.structure import Flat, flat, parsed
@@ -59,12 +61,58 @@ def _record(line: bytes) -> Flat:
     return record
 
 
-class MetricsLog:
-    """The log of a run that trains. Nothing is lost where it cannot be written for a while: `sync` says so."""
+class AbstractMetricsLog(abc.ABC):
+    """The log of a run that trains. `kept` are the records of the steps that it goes on from, `damaged` is the number of lines
+    that cannot be read."""
+
+    kept: list[Flat]
+    damaged: int
+
+    @abc.abstractmethod
+    def write(self, record: Record) -> OSError | None:
+        """Append one record and hand it to the operating system. A record that this refuses is kept, to be written with the next;
+        returns the error."""
+
+    @abc.abstractmethod
+    def sync(self) -> None:
+        """Return once every record is on the disk. Raises `OSError`."""
+
+    @abc.abstractmethod
+    def content(self) -> bytes:
+        """All of the log, with the records that could not be written."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of the file."""
+
+
+@final
+class ForeignMetricsLog(AbstractMetricsLog):
+    """The log of a run that another process writes."""
 
     def __init__(self, folder: Path, keep_steps: int):
-        """Opens the log, dropping records of steps after `keep_steps`, which a resumed run writes again. `kept` are the others,
-        `damaged` the number of lines that cannot be read."""
+        records, self.damaged = undamaged_metrics(folder)
+        self.kept = [record for record in records if _step(record) <= keep_steps]
+
+    def write(self, record: Record) -> OSError | None:
+        return None
+
+    def sync(self) -> None:
+        pass
+
+    def content(self) -> bytes:
+        return b""
+
+    def close(self) -> None:
+        pass
+
+
+@final
+class MetricsLog(AbstractMetricsLog):
+    """The log of a run that this process writes. Nothing is lost where it cannot be written for a while: `sync` says so."""
+
+    def __init__(self, folder: Path, keep_steps: int):
+        """Opens the log, dropping records of steps after `keep_steps`, which a resumed run writes again."""
         records, self.damaged = undamaged_metrics(folder)
         self.kept = [record for record in records if _step(record) <= keep_steps]
         write_atomically(folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.kept))
@@ -72,8 +120,6 @@ class MetricsLog:
         self._pending = b""
 
     def write(self, record: Record) -> OSError | None:
-        """Append one record and hand it to the operating system. A record that this refuses is kept, to be written with the next;
-        returns the error."""
         plain = {name: None if _undefined(value) else value for name, value in record.items()}
         self._pending += json.dumps(plain).encode() + b"\n"
         try:
@@ -83,12 +129,10 @@ class MetricsLog:
         return None
 
     def sync(self) -> None:
-        """Return once every record is on the disk. Raises `OSError`."""
         self._write_pending()
         os.fsync(self._file)
 
     def content(self) -> bytes:
-        """All of the log, with the records that could not be written."""
         return os.pread(self._file, os.fstat(self._file).st_size, 0) + self._pending
 
     def close(self) -> None:

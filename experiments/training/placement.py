@@ -3,94 +3,209 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from estimators.sharding import BATCH_AXES
 from experiments.config.errors import ConfigError, require
 from experiments.config.settings import RunConfig
+from experiments.reporting.markdown import table
+from experiments.training.sharding import AXES, assembled, partition_specs, placed_leaves
 from unet import fused_attention
+from unet.language_model import AbstractLanguageModel
 from unet.ops.mosaic import refusal
 
-ON_ONE_DEVICE = "they run on one device only: add --devices 1"
-
 Tree = TypeVar("Tree", bound=PyTree[Array])
+
+ModelOf = Callable[[PyTree[Array]], AbstractLanguageModel]
+"""The model that some parameters belong to."""
+Gradient = Callable[..., tuple[PyTree[Array], PyTree[Array]]]
+"""Of a `ModelOf`, parameters, a batch, and more: the gradient in the parameters, and more."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Sequences of a batch divided among devices (`by_row`), everything else on each of them (`everywhere`)."""
+    """A mesh over devices of all processes, with the axes `AXES`. The `batch` sequences of a step are divided over `data` and
+    `fsdp`, parameters and moments as `sharding.partition_spec` says."""
 
-    by_row: NamedSharding
-    everywhere: NamedSharding
+    mesh: Mesh
+    batch: int
+    whole_below: int
 
     @classmethod
-    def of(cls, config: RunConfig) -> Placement:
-        """That of a run. Raises `ConfigError` where its devices are not there or cannot share a batch."""
-        part = config.batch // config.optimizer.accumulate
-        available = jax.devices()
-        count = device_count(config)
-        require(
-            count <= len(available) and part % count == 0,
-            f"--devices {count} cannot share a batch of {part}: it must divide it, and there are {len(available)} device(s)",
-        )
-        mesh = jax.make_mesh((count,), ("batch",), axis_types=(AxisType.Auto,), devices=available[:count])
-        return cls(NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec()))
+    def of(cls, config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Placement:
+        """That of a run on the first of `devices` (None: those of all processes). Raises `ConfigError` where they are too few or
+        cannot share a batch."""
+        available = jax.devices() if devices is None else devices
+        shape = mesh_shape(config, len(available))
+        chosen = np.asarray(available[: math.prod(shape)]).reshape(shape)
+        mesh = Mesh(chosen, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return cls(mesh, config.batch, config.mesh.whole_below)
+
+    @property
+    def by_row(self) -> NamedSharding:
+        """Arrays whose first axis is the batch."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """Arrays that every device has whole."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def own_rows(self) -> slice:
+        """Which of the `batch` sequences of a step this process has to give to `inputs`."""
+        indices = self.by_row.addressable_devices_indices_map((self.batch,)).values()
+        bounds = [index[0].indices(self.batch)[:2] for index in indices if index is not None]
+        return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
 
     def inputs(self, inputs: Mapping[str, PyTree[np.ndarray]]) -> dict[str, PyTree[Array]]:
-        """What a model reads of a batch (`AbstractLanguageModel.inputs`), on the devices."""
-        return jax.device_put(dict(inputs), self.by_row)
+        """What a model reads of a batch (`AbstractLanguageModel.inputs`), on the devices. Each process gives its `own_rows`."""
 
-    def replicated(self, tree: Tree) -> Tree:
-        """A tree on each of the devices."""
-        return jax.device_put(tree, self.everywhere)
+        def placed(rows: np.ndarray) -> Array:
+            own = self.own_rows
+            whole = (rows.shape[0] * self.batch // (own.stop - own.start), *rows.shape[1:])
+            return jax.make_array_from_process_local_data(self.by_row, np.asarray(rows), whole)
+
+        return jax.tree.map(placed, dict(inputs))
+
+    def own_part(self, rows: np.ndarray) -> np.ndarray:
+        """Of rows for a whole batch those of this process."""
+        own, each = self.own_rows, rows.shape[0] // self.batch
+        return rows[own.start * each : own.stop * each]
+
+    def by_sequence(self, gradient: Gradient, static: AbstractLanguageModel) -> Gradient:
+        """`gradient`, run on each device with its own sequences and with its own parts of the parameters. What it returns beside
+        the gradient must be the same everywhere."""
+
+        def run(
+            params: PyTree[Array], batch: PyTree[Array], *others: PyTree[Array]
+        ) -> tuple[PyTree[Array], PyTree[Array]]:
+            specs, same = self.specs(params), PartitionSpec()
+
+            def model(parts: PyTree[Array]) -> AbstractLanguageModel:
+                return assembled(parts, static, specs)
+
+            taken = specs, PartitionSpec(BATCH_AXES), *[same] * len(others)
+            on_each = functools.partial(gradient, model)
+            return jax.shard_map(on_each, mesh=self.mesh, in_specs=taken, out_specs=(specs, same))(
+                params, batch, *others
+            )
+
+        return run
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one device."""
+        return self.mesh.size == 1
+
+    def specs(self, tree: PyTree) -> PyTree[PartitionSpec]:
+        """How the leaves of a tree of parameters or moments are divided."""
+        return partition_specs(tree, self.mesh.shape, self.whole_below)
+
+    def shardings(self, tree: PyTree) -> PyTree[NamedSharding]:
+        """The same as shardings."""
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs(tree))
+
+    def divided(self, tree: Tree) -> Tree:
+        """A tree of parameters or moments on the devices. Every process gives the same."""
+
+        def placed(leaf: Array, sharding: NamedSharding) -> Array:
+            if jax.process_count() == 1:
+                return jax.device_put(leaf, sharding)
+            host = np.asarray(leaf)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        return jax.tree.map(placed, tree, self.shardings(tree))
+
+    def whole(self, tree: Tree) -> PyTree[np.ndarray]:
+        """A tree on the host, gathered leaf by leaf. Every process has to call this, and gets it."""
+        return jax.tree.map(self.whole_leaf, tree)
+
+    def whole_leaf(self, leaf: Array) -> np.ndarray:
+        """One leaf on the host, whole."""
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    def shown(self, tree: PyTree) -> str:
+        """How a tree of parameters lies on the devices: each leaf, and the totals (Markdown)."""
+        leaves = placed_leaves(tree, self.mesh.shape, self.whole_below)
+        rows = [(f"`{one.path}`", _times(one.shape), str(tuple(one.spec)), one.bytes_per_device) for one in leaves]
+        whole, each = (sum(getattr(one, name) for one in leaves) for name in ("bytes", "bytes_per_device"))
+        mesh = " × ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
+        total = f"mesh {mesh}: {each} of {whole} bytes of parameters on each device"
+        return f"{table(['parameter', 'shape', 'divided over', 'bytes per device'], rows)}\n{total}\n"
 
 
-def device_count(config: RunConfig) -> int:
-    """The devices asked for, or else as many as can share a batch evenly."""
+def _times(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape)) or "1"
+
+
+def mesh_shape(config: RunConfig, available: int) -> tuple[int, int, int]:
+    """The sizes of the axes of a run's mesh, of the devices that are `available`. Raises `ConfigError` where they are too few, or
+    cannot share a batch."""
+    mesh, part = config.mesh, config.batch // config.optimizer.accumulate
+    inside = config.mesh.fsdp * config.mesh.tensor
+    axes = f"--mesh.fsdp {mesh.fsdp}" + (f" x --mesh.tensor {mesh.tensor}" if mesh.tensor > 1 else "")
     if config.devices is not None:
-        return config.devices
-    part = config.batch // config.optimizer.accumulate
-    return max(n for n in range(1, len(jax.devices()) + 1) if part % n == 0)
+        require(
+            config.devices % inside == 0 and mesh.data in (-1, config.devices // inside),
+            f"--devices {config.devices} are not --mesh.data {mesh.data} x {axes}: leave one of them out",
+        )
+    data = mesh.data if config.devices is None else config.devices // inside
+    if data == -1:
+        require(inside <= available, f"{axes} are {inside} devices, and there are {available}")
+        fitting = [n for n in range(1, available // inside + 1) if part % (n * mesh.fsdp) == 0]
+        require(bool(fitting), f"{axes} cannot share a batch of {part}: --mesh.fsdp must divide it")
+        data = max(fitting)
+    count = data * inside
+    asked = f"--devices {count}" if config.devices is not None else f"--mesh.data {data} x {axes}"
+    require(
+        count <= available and part % (data * mesh.fsdp) == 0,
+        f"{asked} cannot share a batch of {part}: it must divide it, and there are {available} device(s)",
+    )
+    require(
+        jax.process_count() == 1 or count == available,
+        f"{asked} leave {available - count} devices idle, of which a process may have no other: use all {available}",
+    )
+    return data, mesh.fsdp, mesh.tensor
+
+
+def batch_shards(config: RunConfig) -> int:
+    """The parts that the sequences of a batch are divided into."""
+    mesh = config.mesh
+    data = mesh_shape(config, len(jax.devices()))[0] if mesh.data == -1 else mesh.data
+    return data * mesh.fsdp
 
 
 def with_implementation(config: RunConfig) -> RunConfig:
-    """The run with ragged operations and attention in XLA where its batch is spread over devices, which kernels cannot be.
+    """The run as its model is built: one that was asked to attend in fused kernels may run anywhere once it is trained.
 
     Raises `ConfigError` where kernels were asked for by name and cannot run.
     """
-    config = _with_attention(config)
-    implementation, spread = config.unet.implementation, device_count(config) > 1
-    if implementation == "pallas":
+    if config.unet.implementation == "pallas":
         refused = "there is no CUDA device" if jax.default_backend() != "gpu" else None
         refused = refused or refusal(config.unet.widths[0], jnp.dtype(config.unet.compute))
-        refused = refused or (ON_ONE_DEVICE if spread else None)
         if refused:
             raise ConfigError(f"--unet.implementation pallas: kernels cannot run here: {refused}")
-    if implementation is None and spread:
-        return dataclasses.replace(config, unet=dataclasses.replace(config.unet, implementation="xla"))
-    return config
-
-
-def _with_attention(config: RunConfig) -> RunConfig:
-    form, spread = config.unet.attention_form, device_count(config) > 1
-    if form == "tokamax":
-        dtype = jnp.dtype(config.unet.compute)
-        refused = (fused_attention.refusal(config.length, *one, dtype) for one in config.unet.attention_layers)
-        lacks = next(filter(None, refused), None) or (ON_ONE_DEVICE if spread else None)
-        if lacks:
-            raise ConfigError(f"--unet.attention tokamax: its kernels cannot run here: {lacks}")
-        # The model itself may run anywhere.
-        return dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention="auto"))
-    if form == "auto" and spread:
-        return dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention="xla"))
-    return config
+    if config.unet.attention_form != "tokamax":
+        return config
+    dtype = jnp.dtype(config.unet.compute)
+    reasons = (fused_attention.refusal(config.length, *one, dtype) for one in config.unet.attention_layers)
+    if lacks := next(filter(None, reasons), None):
+        raise ConfigError(f"--unet.attention tokamax: its kernels cannot run here: {lacks}")
+    return dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention="auto"))
 
 
 def attention_notes(config: RunConfig) -> list[str]:

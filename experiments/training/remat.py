@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 
 from estimators.base import has_gradient
 from experiments.config.settings import RunConfig
-from experiments.training.placement import device_count
+from experiments.training.placement import batch_shards
 from unet import UNet
 from unet.blocks import computed
 from unet.fused_attention import refusal
@@ -72,10 +72,10 @@ class MemoryPlan:
 
 def memory_plan(config: RunConfig, model: UNet, capacities: Sequence[int]) -> MemoryPlan:
     """The plan of a training step of this run. `capacities`: the most tokens of each level."""
-    parts = config.optimizer.accumulate * device_count(config)
+    parts = config.optimizer.accumulate * batch_shards(config)
     shape = max(1, config.batch // parts), config.length
     params = eqx.filter(model, has_gradient)
-    state = COPIES * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    state = COPIES * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) // config.mesh.fsdp
     # Where all attention is fused, what XLA would have to keep of it does not count.
     dtype = jnp.dtype(config.unet.compute)
     refused = [refusal(config.length, *one, dtype) for one in config.unet.attention_layers]
@@ -96,7 +96,7 @@ def available(config: RunConfig) -> int | None:
     if device.platform != "cpu":
         return None
     machine = machine_memory()
-    return None if machine is None else machine // device_count(config)
+    return None if machine is None else machine // max(1, batch_shards(config) // jax.process_count())
 
 
 def machine_memory() -> int | None:

@@ -39,8 +39,21 @@ OWN_FILES = (
     *("tensorboard", "wandb", "trackio"),
 )
 
-OF_NO_EFFECT = ("out", "resume", "overwrite", "log_every", "plugin", "config", "log_seconds", "quiet", "tracker")
+OF_NO_EFFECT = (
+    "out",
+    "resume",
+    "overwrite",
+    "log_every",
+    "plugin",
+    "config",
+    "log_seconds",
+    "quiet",
+    "tracker",
+    "distributed",
+)
 """Settings that do not change the results of a run, so that they may differ when it is resumed."""
+OF_DEVICES = ("devices", "mesh")
+"""Settings that change a run only by rounding errors."""
 
 
 def json_text(value: object) -> str:

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from data import DataError, open_batches
+from data import Batch, DataError, open_batches
 from experiments.config.errors import ConfigError, RunError, failure
 from experiments.config.files import to_json
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation, evaluate
+from experiments.processes.processes import ALONE, RUNNING, AbstractProcesses
+from experiments.processes.stopping import Stop, StoppedError, meet
 from experiments.reporting.display import Display
 from experiments.training.checkpoint import Checkpoints, Progress, SaveError
 from experiments.training.data import DataNotes, data_record, text_of
 from experiments.training.dropped import DroppedBoundaries
-from experiments.training.metrics_log import MetricsLog
+from experiments.training.metrics_log import ForeignMetricsLog, MetricsLog
 from experiments.training.prepared import write_prepared
 from experiments.training.records import Record, step_record, validation_record
 from experiments.training.replacing import discard_replaced
@@ -50,13 +51,22 @@ class Session:
     all are damaged, or where the data have changed.
     """
 
-    def __init__(self, config: RunConfig, setup: Setup, run_dir: Path, display: Display):
+    def __init__(
+        self,
+        config: RunConfig,
+        setup: Setup,
+        run_dir: Path,
+        display: Display,
+        processes: AbstractProcesses = ALONE,
+    ):
+        """`processes`: those that train together. All of them hold the same state, and the first of them writes."""
         self.config, self.setup, self.run_dir, self.display = config, setup, run_dir, display
+        self.processes = processes
         self.trainer, self._folder = setup.trainer, RunFolder(run_dir)
-        self._step_function = compiled(self.trainer.step)
-        self._state = setup.placement.replicated(self.trainer.first_state())
+        self._step_function = compiled(self.trainer.step_on(setup.placement))
+        self._state = setup.placement.divided(self.trainer.first_state())
         self._held_out = setup.split.held_out_rows(config.evaluation.bytes)
-        self._checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
+        self._checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep, processes)
         progress = self._restore()
         self.step, self._seconds_before = (0, 0.0) if progress is None else (progress.step, progress.seconds)
         self._batches = open_batches(
@@ -65,13 +75,15 @@ class Session:
             seed=config.seed,
             workers=config.data.workers,
             state=None if progress is None else progress.data,
+            rows=self._own_rows,
         )
         self._data_notes = DataNotes(setup.split, self._batches)
-        self._log = MetricsLog(run_dir, self.step)
+        self._log = (MetricsLog if processes.leads else ForeignMetricsLog)(run_dir, self.step)
         if self._log.damaged:
             display.note(f"{self._log.damaged} damaged line(s) of {run_dir / METRICS} are left out")
         self.dropped = DroppedBoundaries.so_far(self._log.kept, setup.model.levels)
         self._warned = self._cannot_log = False
+        self._data_before: dict[str, object] | None = None
         self.speed = Speedometer(config.bytes_per_step)
         self._started = time.perf_counter()
         self.validation: Validation | None = None
@@ -89,7 +101,7 @@ class Session:
             )
         # Where the data, or the run itself, have moved.
         config = to_json(dataclasses.replace(self.config, resume=False))
-        if config != (self.run_dir / CONFIG).read_text():
+        if self.processes.leads and config != (self.run_dir / CONFIG).read_text():
             write_atomically(self.run_dir / CONFIG, config)
         self._state = restored.arrays
         self.display.note(f"resumed at step {restored.progress.step} of {self.config.total_steps}")
@@ -103,20 +115,25 @@ class Session:
     @property
     def model(self) -> AbstractLanguageModel:
         """The model as it is now, on the default device."""
-        here = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), self._state.params)
-        return self.trainer.model(here)
+        return self.trainer.model(jax.tree.map(jnp.asarray, self.setup.placement.whole(self._state.params)))
 
-    def train_step(self) -> None:
-        """One step, logged and shown. Raises `DataError`, after a checkpoint of what was trained, and `NonFiniteError`."""
-        try:
-            batch = next(self._batches)
-        except DataError:
-            # Of no step there is nothing to keep, and a checkpoint would be the end of a run that is being replaced.
-            if self.step:
-                self.save()
-            raise
+    @property
+    def _own_rows(self) -> slice | None:
+        """The rows of a batch that this process reads: its own, or all where a row is as long as the longest of them."""
+        alone = self.processes.count == 1 or self.config.reads_tokens
+        return None if alone else self.setup.placement.own_rows
+
+    def train_step(self, asked: int = RUNNING) -> Stop | None:
+        """One step, logged and shown. `asked`: the signal that asked this process to stop. Returns what asked any process
+        to, when this step began.
+
+        Raises `DataError`, after a checkpoint of what was trained, and `NonFiniteError`.
+        """
+        batch, stop = self._next_batch(asked)
         key = jax.random.fold_in(self.setup.key_steps, self.step)
         inputs = self.setup.model.inputs(text_of(batch), shortest=self.trainer.positions)
+        if self._own_rows is None and self.processes.count > 1:
+            inputs = jax.tree.map(self.setup.placement.own_part, inputs)
         self._state, metrics = self._step_function(self._state, self.setup.placement.inputs(inputs), key)
         self.step += 1
         record = step_record(self.step, self.step * self.config.bytes_per_step, jax.device_get(metrics))
@@ -132,6 +149,28 @@ class Session:
                 self.on_step(self.step, whole)
         self.display.progress(self.step, record, self.speed.bytes_per_second)
         self._note()
+        return stop
+
+    def _next_batch(self, asked: int) -> tuple[Batch, Stop | None]:
+        """The rows of this process, and what asked any of the processes to stop."""
+        # Where another process gets no batch, none of them is trained on, and the data go on from here.
+        self._data_before = self._batches.state() if self.processes.count > 1 else None
+        batch, failed = None, None
+        try:
+            batch = next(self._batches)
+        except DataError as error:
+            failed = error
+        stop, lacking = meet(self.processes, asked, lacks_batch=failed is not None)
+        if batch is not None and not lacking:
+            self._data_before = None
+            return batch, stop
+        reasons = self.processes.said("" if failed is None else str(failed))
+        # Of no step there is nothing to keep, and a checkpoint would be the end of a run that is being replaced.
+        if self.step:
+            self.save()
+        if stop is not None and self.processes.count > 1:
+            raise StoppedError(stop)
+        raise failed or DataError(f"process {lacking[0]}: {reasons[lacking[0]]}")
 
     def _note(self) -> None:
         if not self._warned and (warning := self.dropped.early_warning):
@@ -142,9 +181,12 @@ class Session:
 
     def validate(self) -> Validation:
         """Evaluate the model on all held-out text."""
+        return self._validation(self.model)
+
+    def _validation(self, model: AbstractLanguageModel) -> Validation:
         config = self.config
         return evaluate(
-            self.model,
+            model,
             self._held_out,
             batch=config.batch // config.optimizer.accumulate,
             capacity=self.trainer.capacity,
@@ -153,12 +195,13 @@ class Session:
 
     def log_validation(self) -> None:
         """Evaluate, log and show it."""
-        self.validation = self.validate()
+        model = self.model
+        self.validation = self._validation(model)
         record = validation_record(self.step, self.step * self.config.bytes_per_step, self.validation)
         self._write(record)
         self.display.validation(self.step, self.validation)
         if self.on_validation is not None:
-            self.on_validation(self.step, record, lambda: self.model)
+            self.on_validation(self.step, record, lambda: model)
         self.speed.pause()
 
     def save(self) -> None:
@@ -167,17 +210,25 @@ class Session:
         # First, so that no checkpoint is ahead of the log, not even after a power loss.
         self._log.sync()
         self._checkpoints.save(self._state, self._progress())
-        discard_replaced(self.run_dir)
+        if self.processes.leads:
+            discard_replaced(self.run_dir)
         self.speed.pause()
 
     def save_model(self) -> None:
         """Write the model to the run's folder. Raises `OSError`."""
         self._folder.require_there()
-        save(self.model, self.run_dir)
+        model = self.model
+        if self.processes.leads:
+            save(model, self.run_dir)
 
     def rescued(self, error: Exception) -> RunError:
         """Save everything to where that is still possible. Returns what to say of it and of the `error`."""
         failed, step = failure(error), f"step {self.step} of {self.config.total_steps}"
+        if self.processes.count > 1:
+            # No process has all of the state, and the others may be anywhere.
+            last = self._checkpoints.latest
+            again = "start again" if last is None else f"go on with --resume from step {last}"
+            return RunError(f"{failed}; {again} once that is mended")
         try:
             self.save()
             return RunError(f"{failed}; {step} is saved in {self.run_dir}: go on with --resume once that is mended")
@@ -205,7 +256,8 @@ class Session:
         checkpoints.close()
 
     def _progress(self) -> Progress:
-        return Progress(self.step, self.seconds, self._batches.state(), self.setup.split.fingerprint)
+        data = self._batches.state() if self._data_before is None else self._data_before
+        return Progress(self.step, self.seconds, data, self.setup.split.fingerprint)
 
     def _write(self, record: Record) -> None:
         """Log a record, or say that it has to wait for the next checkpoint, which needs the log."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import equinox as eqx
 import jax
+import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from data import Split
 from estimators.keys import named_key
 from experiments.config.build import build_model
 from experiments.config.errors import ConfigError
+from experiments.config.files import to_json
 from experiments.config.plugins import import_plugins, modules_of
 from experiments.config.settings import RunConfig
+from experiments.processes.processes import AbstractProcesses
 from experiments.training.data import load_split
 from experiments.training.initial import initial_weights
 from experiments.training.placement import Placement, with_implementation
@@ -22,6 +28,7 @@ from experiments.training.run_dir import has_checkpoint
 from experiments.training.trainer import Trainer
 from unet.files.saving import require_saveable
 from unet.language_model import AbstractLanguageModel
+from unet.tensor import require_divisible
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,20 @@ class Setup:
     key_evaluate: PRNGKeyArray
     placement: Placement
     notes: tuple[str, ...] = ()
-    """What a user should know of the weights that the model starts from."""
+    """What a user should know of the weights that the model starts from, and of where they lie."""
+
+
+def require_equal(config: RunConfig, setup: Setup, processes: AbstractProcesses) -> None:
+    """Raise `ConfigError` where processes that are to train one model have other settings, data or first parameters."""
+    if processes.count == 1:
+        return
+    there = dataclasses.replace(config.data, cache=None)
+    settings = to_json(dataclasses.replace(config, out=None, resume=False, overwrite=False, data=there))
+    processes.require_same("settings", settings.encode())
+    processes.require_same("data", setup.split.fingerprint.encode())
+    arrays = jax.tree.leaves((setup.trainer.params, eqx.filter(setup.prepared, eqx.is_array)))
+    sums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in arrays]
+    processes.require_same("first parameters", str(sums).encode())
 
 
 def set_up(config: RunConfig) -> Setup:
@@ -49,6 +69,7 @@ def set_up(config: RunConfig) -> Setup:
     key = jax.random.key(config.seed)
     prepared = read_prepared(config) if config.resume else None
     prepared = prepare(config, split) if prepared is None else prepared
+    _require_shareable(config, lambda: build_model(config, key, prepared))
     # Compiled whole: a fraction of the time that its operations take to be compiled one by one.
     model = eqx.filter_jit(lambda: build_model(config, key, prepared))()
     try:
@@ -60,7 +81,19 @@ def set_up(config: RunConfig) -> Setup:
     if config.init is not None and not (config.resume and has_checkpoint(config.run_dir)):
         model = initial_weights(config.init, model, (*modules_of(config), *import_plugins(config.plugin)), notes.append)
     trainer = Trainer.on(config, model, split)
+    if config.mesh.show:
+        notes.append(placement.shown(trainer.params))
     return Setup(
         *(split, prepared, model, trainer, named_key(key, "steps"), named_key(key, "evaluation"), placement),
         tuple(notes),
     )
+
+
+def _require_shareable(config: RunConfig, build: Callable[[], AbstractLanguageModel]) -> None:
+    """Raise `ConfigError` where --mesh.tensor does not divide a layer of the model, of which nothing is computed."""
+    if config.mesh.tensor == 1:
+        return
+    try:
+        require_divisible(eqx.filter_eval_shape(build), config.mesh.tensor)
+    except ValueError as error:
+        raise ConfigError(f"--mesh.tensor {config.mesh.tensor}: {error}") from None

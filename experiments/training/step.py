@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,6 +13,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from experiments.config.settings import RunConfig
+from experiments.training.placement import ModelOf, Placement
 from experiments.training.target import TargetSchedule, TargetState
 from unet.blocks import computed
 from unet.language_model import AbstractLanguageModel
@@ -54,15 +56,16 @@ def make_step(
     *,
     capacities: Sequence[int | Sequence[int]],
     remat: bool | None = None,
+    placement: Placement | None = None,
 ) -> Step:
     """The training step of a run; `capacities` as `UNet.loss` takes them. `remat`: whether blocks are recomputed in the backward
-    pass (None: as the model says)."""
+    pass (None: as the model says). `placement`: the devices that share it (None: one has everything)."""
     schedule, accumulate, samples = TargetSchedule.of(config), config.optimizer.accumulate, config.samples
 
     def loss(
-        params: PyTree[Array], batch: Inputs, key: PRNGKeyArray, target_rate: Float[Array, ""]
+        params: PyTree[Array], model_of: ModelOf, batch: Inputs, key: PRNGKeyArray, target_rate: Float[Array, ""]
     ) -> tuple[Float[Array, ""], LossOutput]:
-        model: AbstractLanguageModel = eqx.combine(params, static)
+        model = model_of(params)
         # Only here, so that the model is the same whatever machine it was trained on.
         model = model if remat is None else computed(model, remat=remat)
         output = model.batch_loss(batch, key=key, target_rate=target_rate, capacities=capacities, samples=samples)
@@ -71,26 +74,30 @@ def make_step(
     gradient = jax.grad(loss, has_aux=True)
 
     def accumulated(
-        params: PyTree[Array], batch: Inputs, key: PRNGKeyArray, target_rate: Float[Array, ""]
+        model_of: ModelOf, params: PyTree[Array], batch: Inputs, key: PRNGKeyArray, target_rate: Float[Array, ""]
     ) -> tuple[PyTree[Array], LossOutput]:
         """The mean over the parts of a batch."""
         if accumulate == 1:
-            return gradient(params, batch, key, target_rate)
+            return gradient(params, model_of, batch, key, target_rate)
         # Every device keeps sequences of every part, or all would compute each part whole.
         parts = jax.tree.map(lambda rows: jnp.swapaxes(rows.reshape(-1, accumulate, *rows.shape[1:]), 0, 1), batch)
         keys = jax.random.split(key, accumulate)
 
         def add(total: PyTree[Array], part: tuple[Inputs, PRNGKeyArray]) -> tuple[PyTree[Array], None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *part, target_rate)), None
+            return jax.tree.map(jnp.add, total, gradient(params, model_of, *part, target_rate)), None
 
-        first = gradient(params, jax.tree.map(lambda rows: rows[0], parts), keys[0], target_rate)
+        first = gradient(params, model_of, jax.tree.map(lambda rows: rows[0], parts), keys[0], target_rate)
         rest = jax.tree.map(lambda rows: rows[1:], parts), keys[1:]
         total, _ = jax.lax.scan(add, first, rest)
         return jax.tree.map(lambda value: value / accumulate, total)
 
+    gradients_of = functools.partial(accumulated, lambda params: eqx.combine(params, static))
+    if placement is not None and not placement.alone:
+        gradients_of = placement.by_sequence(accumulated, static)
+
     def step(state: TrainState, batch: Inputs, key: PRNGKeyArray) -> tuple[TrainState, StepMetrics]:
         target_rate = schedule.target(state.target)
-        gradients, output = accumulated(state.params, batch, key, target_rate)
+        gradients, output = gradients_of(state.params, batch, key, target_rate)
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)

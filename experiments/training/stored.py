@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from experiments.config.build import build_model
 from experiments.config.errors import ConfigError, require
-from experiments.training.checkpoint import DamagedError, _describe, require_undamaged, said
+from experiments.training.checkpoint import DamagedError, as_written, require_undamaged, said
 from experiments.training.placement import with_implementation
 from experiments.training.prepared import read_prepared
 from experiments.training.run_dir import CHECKPOINTS, PREPARED, read_config
@@ -69,12 +69,6 @@ def _restored(folder: Path, like):
             found = reader.restore(folder.absolute(), args=arguments)
         except Exception as error:  # orbax lets whatever its readers raise through, bare Exceptions among them
             raise ConfigError(f"the checkpoint {folder} is damaged, or does not fit its run ({said(error)})") from error
-    written = {name: list(leaf) for name, leaf in found["meta"]["leaves"].items()}
-    read = {name: list(map(_plain, leaf)) for name, leaf in _describe(found["state"]).items()}
-    if any(written.get(name) != leaf for name, leaf in read.items()):
+    if not as_written(found["state"], found["meta"]["leaves"]):
         raise ConfigError(f"the checkpoint {folder} is damaged: its bits are not those written")
     return found["state"].params
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from jaxtyping import PyTree
 from data import DataError, Split
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import Validation
+from experiments.processes.processes import ALONE, RUNNING, AbstractProcesses
+from experiments.processes.stopping import AgreedStop, Stop, StoppedError
 from experiments.reporting.display import Display
 from experiments.training.checkpoint import SaveError
 from experiments.training.data import EPOCHS, SHOWN, latest
@@ -23,7 +26,7 @@ from experiments.training.stopping import stop_requests
 from unet.language_model import AbstractLanguageModel
 
 
-class Interrupted(Exception):
+class Interrupted(AgreedStop):
     """The run was asked to stop and has saved a checkpoint; `signal_number` is what asked."""
 
     def __init__(self, message: str, signal_number: int):
@@ -71,9 +74,10 @@ def train(
     *,
     on_step: OnStep | None = None,
     on_validation: OnValidation | None = None,
+    processes: AbstractProcesses = ALONE,
 ) -> Outcome:
     """Train to the end, from the last checkpoint in `run_dir` if there is one. The callbacks are called after every logged step
-    and after every validation; what they raise ends the run.
+    and after every validation; what they raise ends the run. `processes`: those that train together.
 
     The model is in `run_dir` then. Raises `Interrupted` after SIGINT or SIGTERM, `NonFiniteError`, `DataError`, `ConfigError`
     for a checkpoint that does not fit or data that has changed, and `RunError` for files that cannot be written, with everything
@@ -81,26 +85,20 @@ def train(
     """
     for note in (*setup.split.notes, *_notes(config, setup)):
         display.note(note)
-    session, total = Session(config, setup, run_dir, display), config.total_steps
+    session, total = Session(config, setup, run_dir, display, processes), config.total_steps
     session.on_step, session.on_validation = on_step, on_validation
     display.start(config, session.trainer.parameters, session.trainer.capacity, session.step)
     try:
         with stop_requests() as requested:
             while session.step < total:
-                try:
-                    session.train_step()
-                except DataError:
-                    # What ends a run, such as a scheduler's SIGTERM, may have ended its workers too.
-                    if requested:
-                        raise _stopped(session, requested[0]) from None
-                    raise
+                stop = _step(session, requested)
                 if _is_due(session.step, total, config.evaluation.times):
                     session.log_validation()
                 if _is_due(session.step, total, config.checkpoint.times):
                     session.save()
-                if requested:
+                if stop is not None:
                     session.save()
-                    raise _stopped(session, requested[0])
+                    raise _stopped(session, stop)
             session.save_model()
     except (OSError, SaveError) as error:
         raise session.rescued(error) from error
@@ -123,10 +121,28 @@ def train(
     )
 
 
-def _stopped(session: Session, number: int) -> Interrupted:
+def _step(session: Session, requested: Sequence[int]) -> Stop | None:
+    """One step; returns what asks the run to stop after it. `requested`: the signals that have come to this process so far."""
+    alone = session.processes.count == 1
+    try:
+        stop = session.train_step(requested[0] if requested else RUNNING)
+    except StoppedError as error:
+        raise _stopped(session, error.stop) from None
+    except DataError:
+        # What ends a run, such as a scheduler's SIGTERM, may have ended its workers too.
+        if alone and requested:
+            raise _stopped(session, Stop(requested[0], 0)) from None
+        raise
+    # Where nobody has to be asked, a signal during the step counts as well.
+    return Stop(requested[0], 0) if alone and requested else stop
+
+
+def _stopped(session: Session, stop: Stop) -> Interrupted:
+    number = stop.signal_number
     done = f"step {session.step} of {session.config.total_steps}"
     saved = f" and saved {session.run_dir}" if session.step else ""
-    return Interrupted(f"{signal.Signals(number).name}: stopped at {done}{saved}", number)
+    asked = f" (process {stop.index})" if session.processes.count > 1 else ""
+    return Interrupted(f"{signal.Signals(number).name}{asked}: stopped at {done}{saved}", number)
 
 
 def _is_due(step: int, total: int, times: int) -> bool:

@@ -17,6 +17,7 @@ from estimators.base import has_gradient
 from experiments.config.settings import RunConfig
 from experiments.training.capacity import in_positions, inner_capacities, training_capacities
 from experiments.training.optimizer import make_optimizer, multipliers
+from experiments.training.placement import Placement
 from experiments.training.remat import MemoryPlan, memory_plan
 from experiments.training.step import Step, TrainState, fresh_state, make_step
 from unet.language_model import AbstractLanguageModel
@@ -71,9 +72,15 @@ class Trainer:
 
     @property
     def step(self) -> Step:
-        """The training step, not compiled."""
+        """The training step on one device, not compiled."""
+        return self.step_on(None)
+
+    def step_on(self, placement: Placement | None) -> Step:
+        """The training step on the devices of a placement, not compiled."""
         remat = None if self.memory is None else self.memory.remat
-        return make_step(self.config, self.static, self.optimizer, capacities=self.capacities, remat=remat)
+        return make_step(
+            self.config, self.static, self.optimizer, capacities=self.capacities, remat=remat, placement=placement
+        )
 
     @property
     def capacity(self) -> int:

@@ -157,11 +157,14 @@ def _sum_kernel(interpret: bool):
             b, m = jax.lax.axis_index("x"), jax.lax.axis_index("z")
             lanes = pl.ds(jax.lax.axis_index("y") * LANES, LANES)
 
-            def add(i, total):
-                return total + values_ref[b, i, lanes].astype(jnp.float32)
+            first = bounds_ref[b, m]
 
-            last = jnp.minimum(bounds_ref[b, m + 1], length)
-            total = jax.lax.fori_loop(bounds_ref[b, m], last, add, jnp.zeros((LANES,), jnp.float32))
+            def add(i, total):
+                return total + values_ref[b, first + i, lanes].astype(jnp.float32)
+
+            # From 0: inside `jax.shard_map` a loop's first number may not vary over devices.
+            count = jnp.minimum(bounds_ref[b, m + 1], length) - first
+            total = jax.lax.fori_loop(0, count, add, jnp.zeros((LANES,), jnp.float32))
             out_ref[b, m, lanes] = total.astype(values.dtype)
 
         out = jax.ShapeDtypeStruct((batch, spans, dim), values.dtype)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from estimators.sharding import batch_shards, batch_sum
 from unet.decoding.alphabet import Alphabet
 from unet.language_model import AbstractLanguageModel
 from unet.likelihood import continues, plain_layout
@@ -91,7 +92,7 @@ def per_byte(output: LossOutput, tokens: TokenBatch, batch: Mapping[str, Array],
     of_tokens = plain_layout(jnp.asarray(tokens.ids), jnp.asarray(tokens.segments), jnp.asarray(tokens.mask))
 
     def counted(mask: Array) -> Float[Array, ""]:
-        return jnp.sum(mask).astype(jnp.float32)
+        return batch_sum(jnp.sum(mask)).astype(jnp.float32)
 
     factor = counted(continues(of_tokens)) / jnp.maximum(counted(continues(layout)), 1.0)
     rate = counted(of_tokens.mask) / jnp.maximum(counted(layout.mask), 1.0)
@@ -103,7 +104,7 @@ def per_byte(output: LossOutput, tokens: TokenBatch, batch: Mapping[str, Array],
         early_log_prob=None if output.early_log_prob is None else factor * output.early_log_prob,
         rate=rate,
         overflow=jnp.zeros((), jnp.float32),
-        padding=1.0 - jnp.mean(of_tokens.mask.astype(jnp.float32)),
+        padding=1.0 - counted(of_tokens.mask) / (of_tokens.mask.size * batch_shards()),
         metrics={_inward(name): value for name, value in named.items()},
         target_of=output.free_rate if levels else None,
     )

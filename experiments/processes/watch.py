@@ -1,0 +1,66 @@
+"""Who of several processes has died, hangs or has failed, told from the signs of life that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A sign of life: its number, and how often the process has met the others so far."""
+
+    number: int
+    meetings: int
+
+    def written(self) -> str:
+        """As text."""
+        return f"{self.number} {self.meetings}"
+
+    @classmethod
+    def read(cls, text: str) -> Sign:
+        """From its text."""
+        number, meetings = text.split(" ")
+        return cls(int(number), int(meetings))
+
+
+class Watch:
+    """What process `index` knows of the others. Times are seconds of any clock that only goes forward."""
+
+    def __init__(self, index: int, names: Sequence[str], *, timeout: float, patience: float, now: float):
+        """`names`: what every process is called in a sentence. `timeout`, `patience`: as in `DistributedConfig`."""
+        self._index, self._names, self._timeout, self._patience = index, names, timeout, patience
+        self._seen: dict[int, tuple[Sign | None, float]] = dict.fromkeys(range(len(names)), (None, now))
+        self._last = now
+
+    def verdict(
+        self,
+        now: float,
+        signs: Mapping[int, Sign],
+        failed: Mapping[int, str],
+        waiting: tuple[int, float] | None = None,
+    ) -> str | None:
+        """One sentence that names the process for which the others have to end; None while all is well.
+
+        `signs`: the latest of each. `failed`: what those say who fail. `waiting`: the number of the meeting that this process
+        waits at, and since when.
+        """
+        others = [other for other in range(len(self._names)) if other != self._index]
+        for other in others:
+            if other in failed:
+                return f"{self._names[other]} has failed ({failed[other]})"
+        # Where this process itself did not run for a while, the others' silence tells nothing.
+        away = now - self._last > self._timeout / 2
+        self._last = now
+        for other in others:
+            sign, since = self._seen[other]
+            if away or signs.get(other) != sign:
+                self._seen[other] = (signs.get(other), now)
+            elif now - since > self._timeout:
+                return f"{self._names[other]} has died or hangs: it gave no sign of life for {self._timeout:g} s"
+        if waiting is None or now - waiting[1] <= self._patience:
+            return None
+        for other in others:
+            if other in signs and signs[other].meetings < waiting[0]:
+                return f"{self._names[other]} hangs: the others have waited for it for {self._patience:g} s"
+        return None

@@ -1,0 +1,96 @@
+"""Training steps on 8 virtual devices and on one, for the tests of meshes, which read what it prints: a line of JSON for each.
+
+`python -m tests.mesh_steps NAME:DATAxFSDPxTENSOR:STEPS …`; a name is that of an estimator.
+"""
+
+import dataclasses
+import json
+import sys
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from estimators import trainable
+from experiments.benchmark.collectives import collectives_of, of_shared_layers, on_paper
+from experiments.config.sections import MeshConfig
+from experiments.config.settings import RunConfig
+from experiments.training.placement import Placement
+from experiments.training.sharding import placed_leaves
+from experiments.training.step import compiled
+from experiments.training.trainer import Trainer
+from tests.compositions import config_of, registered
+from tests.conftest import text_bytes
+
+BATCH, LENGTH = 8, 24
+DIVIDED_FROM = 128
+"""Leaves of fewer numbers are whole."""
+
+
+def run_of(name: str, mesh: MeshConfig) -> RunConfig:
+    """A run of an estimator on a small model and a mesh."""
+    return dataclasses.replace(config_of(name), batch=BATCH, length=LENGTH, steps=20, mesh=mesh)
+
+
+def batch_of(placement: Placement, step: int) -> dict[str, Array]:
+    """Text, with the end of a few sequences padding and a document beginning in their middle."""
+    lengths = LENGTH - 3 * (np.arange(BATCH) % 3)
+    segments = np.broadcast_to(np.arange(LENGTH) >= LENGTH // 2, (BATCH, LENGTH)) & (np.arange(BATCH)[:, None] % 4 == 1)
+    arrays = {
+        "bytes": np.asarray(text_bytes(BATCH, LENGTH, step), np.uint8),
+        "segments": segments.astype(np.int32),
+        "mask": np.arange(LENGTH) < lengths[:, None],
+    }
+    return placement.inputs(arrays)
+
+
+def compared(name: str, mesh: MeshConfig, steps: int) -> dict[str, object]:
+    """Losses, metrics and parameters after some steps on a mesh and on one device, and the collectives of a step."""
+    config = run_of(name, mesh)
+    model = registered(name, config)
+    trainer = Trainer.of(config, model, (LENGTH,))
+    found, texts = [], []
+    for one in (dataclasses.replace(config, devices=1, mesh=MeshConfig()), config):
+        placement = Placement.of(one)
+        state, batch = placement.divided(trainer.first_state()), batch_of(placement, 0)
+        key = jax.random.key(7)
+        step = compiled(trainer.step_on(placement)).lower(state, batch, key).compile()
+        texts.append(step.as_text())
+        outputs = []
+        for number in range(steps):
+            state, metrics = step(state, batch_of(placement, number), jax.random.fold_in(key, number))
+            outputs.append([float(leaf) for leaf in jax.tree.leaves(metrics)])
+        found.append((outputs, placement.whole(state.params)))
+    (ours, params), (theirs, on_mesh) = found
+    sizes = placement.mesh.shape
+    paper = on_paper(placed_leaves(trainer.params, sizes, mesh.whole_below), sizes)
+    moving, frozen = eqx.partition(trainer.params, trainable(trainer.params))
+    for part, backward in ((moving, True), (frozen, False)):
+        layers = 2 * sum("qkv" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(part))
+        shape = BATCH // (sizes["data"] * sizes["fsdp"]), LENGTH, model.embedding.shape[1]
+        paper += of_shared_layers(layers, shape, sizes, width=4, backward=backward)
+    return {
+        "name": name,
+        "metrics": float(np.max(np.abs(np.asarray(ours) - np.asarray(theirs)) / np.maximum(1.0, np.abs(ours)))),
+        "params": max(
+            float(np.max(np.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (params, on_mesh)), strict=True)
+        ),
+        "collectives": [dataclasses.astuple(one) for one in collectives_of(texts[1])],
+        "on_paper": [dataclasses.astuple(one) for one in paper],
+    }
+
+
+def main(asked: list[str]) -> None:
+    # Two elsewhere in the tests.
+    jax.config.update("jax_num_cpu_devices", 8)
+    with jax.numpy_dtype_promotion("standard"):
+        for one in asked:
+            name, mesh, steps = one.split(":")
+            data, fsdp, tensor = map(int, mesh.split("x"))
+            shape = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, whole_below=DIVIDED_FROM)
+            print(json.dumps(compared(name, shape, int(steps))), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

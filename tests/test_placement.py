@@ -1,0 +1,115 @@
+"""How batches and parameters lie on a mesh of two devices, and checkpoints read on another mesh than they were written on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from experiments.config.errors import ConfigError
+from experiments.config.presets import PRESETS
+from experiments.config.sections import MeshConfig
+from experiments.training.checkpoint import Checkpoints, Progress
+from experiments.training.digests import described
+from experiments.training.placement import Placement, mesh_shape
+from experiments.training.sharding import partition_spec, placed_leaves
+
+TINY = dataclasses.replace(PRESETS["tiny"], batch=8)
+MESHES = (MeshConfig(data=2, whole_below=1), MeshConfig(fsdp=2, whole_below=1))
+
+
+def placement(mesh: MeshConfig) -> Placement:
+    return Placement.of(dataclasses.replace(TINY, mesh=mesh))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((6, 8, 8), PartitionSpec(None, "fsdp")),
+        ((64, 8), PartitionSpec("fsdp")),
+        ((8, 64), PartitionSpec(None, "fsdp")),
+        ((66, 8), PartitionSpec(None, "fsdp")),
+        ((66, 6), PartitionSpec()),
+        ((9,), PartitionSpec()),
+        ((), PartitionSpec()),
+    ],
+)
+def test_the_largest_axis_that_divides_is_divided_and_small_leaves_are_whole(shape, expected):
+    mesh = {"data": 2, "fsdp": 4, "tensor": 1}
+    assert partition_spec("weight", shape, mesh, 10) == expected
+    assert partition_spec("weight", shape, mesh, 10**6) == PartitionSpec()
+    assert partition_spec("weight", shape, {**mesh, "fsdp": 1}, 1) == PartitionSpec()
+
+
+def test_what_a_device_holds_is_counted():
+    tree = {"a": jnp.zeros((4, 8)), "b": jnp.zeros(3)}
+    leaves = placed_leaves(tree, {"data": 1, "fsdp": 2, "tensor": 1}, 4)
+    assert [(one.path, one.bytes, one.bytes_per_device) for one in leaves] == [("['a']", 128, 64), ("['b']", 12, 12)]
+    shown = placement(MeshConfig(fsdp=2, whole_below=4)).shown(tree)
+    assert "| `['a']` | 4 × 8 | (None, 'fsdp') | 64 |" in shown
+    assert "mesh data 1 × fsdp 2 × tensor 1: 76 of 140 bytes of parameters on each device" in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mesh": MeshConfig(fsdp=3)}, "--mesh.fsdp 3 are 3 devices, and there are 2"),
+        (
+            {"batch": 3, "mesh": MeshConfig(fsdp=2)},
+            "--mesh.fsdp 2 cannot share a batch of 3: --mesh.fsdp must divide it",
+        ),
+        ({"batch": 3, "mesh": MeshConfig(data=2)}, "--mesh.data 2 x --mesh.fsdp 1 cannot share a batch of 3"),
+        ({"devices": 1, "mesh": MeshConfig(fsdp=2)}, "--devices 1 are not --mesh.data -1 x --mesh.fsdp 2"),
+        ({"devices": 3}, "--devices 3 cannot share a batch of 8"),
+    ],
+)
+def test_what_does_not_divide_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        mesh_shape(dataclasses.replace(TINY, **settings), 2)
+
+
+def test_an_axis_takes_what_the_others_leave():
+    assert mesh_shape(TINY, 2) == (2, 1, 1)
+    assert mesh_shape(dataclasses.replace(TINY, mesh=MeshConfig(fsdp=2)), 2) == (1, 2, 1)
+    assert mesh_shape(dataclasses.replace(TINY, batch=3), 2) == (1, 1, 1)
+
+
+def test_a_process_gives_its_own_rows():
+    there = placement(MESHES[1])
+    assert there.own_rows == slice(0, 8)
+    rows = np.arange(16).reshape(8, 2)
+    placed = there.inputs({"rows": rows})["rows"]
+    assert placed.sharding.spec == PartitionSpec(("data", "fsdp"))
+    np.testing.assert_array_equal(placed, rows)
+
+
+def numbers() -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((6, 8)).astype(np.float32)
+    return {"a": jnp.asarray(values), "b": jnp.asarray(values[:4, :2], jnp.bfloat16), "c": jnp.asarray(3, jnp.int32)}
+
+
+def test_digests_do_not_depend_on_the_mesh_and_tell_any_change():
+    first = described(numbers())
+    assert all(described(placement(mesh).divided(numbers())) == first for mesh in MESHES)
+    assert described(jax.tree.map(np.asarray, numbers())) == first
+    flipped = np.asarray(numbers()["a"]).copy()
+    flipped[5, 7] = np.nextafter(flipped[5, 7], np.inf)
+    swapped = np.asarray(numbers()["a"])[::-1]
+    digests = {described({"a": one})["['a']"] for one in (numbers()["a"], flipped, swapped, -flipped, 0 * flipped)}
+    assert len(digests) == 5
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_checkpoint_of_one_mesh_is_read_on_another_bit_for_bit(tmp_path, order):
+    written, read = (placement(MESHES[number]) for number in order)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(written.divided(numbers()), Progress(1, 1.0, {}, "f"))
+    found = checkpoints.restore(read.divided(jax.tree.map(jnp.zeros_like, numbers())), pytest.fail)
+    checkpoints.close()
+    assert found is not None
+    assert {name: leaf.sharding.spec for name, leaf in found.arrays.items()} == read.specs(numbers())
+    for name, leaf in numbers().items():
+        np.testing.assert_array_equal(np.asarray(found.arrays[name]), np.asarray(leaf))
