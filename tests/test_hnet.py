@@ -57,7 +57,7 @@ from unet.attention import Attention
 from unet.blocks import PreNorm
 from unet.decoding.score import keys_of
 from unet.hnet import read_layout
-from unet.layers import Linear, SwiGLU
+from unet.layers import Affine, Linear, SwiGLU
 from unet.likelihood import next_logprobs, plain_layout
 from unet.losses import Reward
 from unet.mamba import Mamba2
@@ -293,7 +293,7 @@ def test_weights_start_as_released():
     np.testing.assert_array_equal(stage.inner.padding, jnp.zeros(64))
     first, second, main = stage.encoder.blocks[0], stage.encoder.blocks[1], stage.inner.stage.stack.blocks[0]
 
-    def std(linear: Linear) -> float:
+    def std(linear: Linear | Affine) -> float:
         return float(jnp.std(linear.weight))
 
     # Two outer layers; three more inside, of which one has an MLP; and the innermost with one.
