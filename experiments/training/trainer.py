@@ -18,7 +18,7 @@ from experiments.config.settings import RunConfig
 from experiments.training.capacity import in_positions, inner_capacities, training_capacities
 from experiments.training.optimizer import make_optimizer, multipliers
 from experiments.training.remat import MemoryPlan, memory_plan
-from experiments.training.step import Step, TrainState, fresh_state, make_step
+from experiments.training.step import Step, TrainState, fresh_state, make_step, own_loss
 from unet.language_model import AbstractLanguageModel
 
 
@@ -73,7 +73,8 @@ class Trainer:
     def step(self) -> Step:
         """The training step, not compiled."""
         remat = None if self.memory is None else self.memory.remat
-        return make_step(self.config, self.static, self.optimizer, capacities=self.capacities, remat=remat)
+        loss = own_loss(self.config, self.capacities)
+        return make_step(self.config, self.static, self.optimizer, loss=loss, remat=remat)
 
     @property
     def capacity(self) -> int:
