@@ -320,6 +320,11 @@ SIZES = {
     "hnet-1stage-XL": (1300, 0.04),
     "hnet-2stage-L": (870, 0.01),
     "hnet-2stage-XL": (1600, 0.01),
+    # The paper gives the layers of those for Chinese and code, and no counts: these are ours.
+    "hnet-2stage-XL-chinese": (1755.3, 1e-4),
+    "hnet-2stage-XL-code": (1654.1, 1e-4),
+    "hnet-space-XL-chinese": (1015.5, 1e-3),
+    "hnet-space-XL-code": (2078.6, 1e-3),
     "hnet-space-L": (850, 0.01),
     "hnet-pool-L": (850, 0.01),
     "hnet-space-XL": (1600, 0.02),
@@ -349,9 +354,10 @@ def test_presets_of_the_papers_validate_on_enough_text_and_name_enough_to_train_
     small = {name for name in PRESETS if name.endswith("tiny")}
     assert all((run.evaluation.bytes >= 16_000_000) == (name not in small) for name, run in PRESETS.items())
     assert PRESETS["tiny"].evaluation.bytes == PRESETS["hnet-tiny"].evaluation.bytes == 262_144
-    english = [run.dataset for name, run in PRESETS.items() if run.bytes == 460_000_000_000 and "dna" not in name]
-    assert set(english) == {"fineweb-edu-100BT", "docs"}
-    assert english.count("docs") == 2  # Chinese and code
+    data = [run.dataset for name, run in PRESETS.items() if run.bytes == 460_000_000_000 and "dna" not in name]
+    chinese, code = "hub:opencsg/Fineweb-Edu-Chinese-V2.1/4_5", "codeparrot-clean"
+    assert set(data) == {"fineweb-edu-100BT", chinese, code}
+    assert data.count(chinese) == data.count(code) == 2
 
 
 def test_every_stage_of_a_preset_is_described_by_its_json(tmp_path):

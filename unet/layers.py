@@ -205,7 +205,7 @@ class SwiGLU(eqx.Module):
         self.value_gate = Linear(dim, 2 * hidden, key=key_in)
         self.out = Linear(hidden, dim if outputs is None else outputs, key=key_out)
 
-    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
+    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape outputs"]:
         value, gate = jnp.split(self.value_gate(x), 2, axis=-1)
         return self.out(value * jax.nn.silu(gate))
 

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from data import Split
-from estimators.keys import named_key
 from estimators.objectives import Imitation
 from experiments.config.errors import ConfigError
 from experiments.config.models import load_any
@@ -23,14 +22,11 @@ from experiments.training.capacity import MEASURED_BYTES
 from experiments.training.placement import Placement
 from experiments.training.step import Inputs, StepMetrics, TrainState, compiler_options, make_step
 from experiments.training.trainer import Trainer
-from unet.distillation import Alignment, Teacher, TokenTargets, distilled, main_network, token_targets
+from unet.distillation import Alignment, Teacher, TokenTargets, token_targets
 from unet.language_model import AbstractLanguageModel
 from unet.losses import LossOutput
-from unet.model import UNet
 from unet.tokens.model import TokenModel
 
-HIDDEN = 8 / 3
-"""Inner width of the adapters, as a multiple of the teacher's: 8192 for 3072 in the paper."""
 SLACK = 1.25
 """Capacity of the alignment, as a multiple of the most tokens of a sequence of held-out text."""
 
@@ -46,29 +42,6 @@ def read_teacher(config: RunConfig) -> Teacher:
         return Teacher.of(model)
     except ValueError as error:
         raise ConfigError(f"--distill.teacher {where}: {error}") from None
-
-
-def with_teacher(config: RunConfig, model: AbstractLanguageModel, teacher: Teacher, key: PRNGKeyArray) -> UNet:
-    """The fresh model of a run with the teacher's layers as its main network. Raises `ConfigError` where they do not fit."""
-    hidden = config.distill.adapter_dim or round(HIDDEN * teacher.dim)
-    shape = config.unet
-    own = model.unet
-    if not jax.tree.leaves(eqx.filter(own.stage.estimators[0].router, eqx.is_inexact_array)):
-        raise ConfigError(
-            f"--estimator {config.estimator} draws boundaries by a rule, which cannot learn those of --distill.teacher: name one "
-            "whose router learns, such as hnet or sfe"
-        )
-    try:
-        return distilled(
-            own,
-            teacher,
-            hidden,
-            remat=shape.always_remat,
-            attention=shape.attention_form,
-            key=named_key(key, "adapters"),
-        )
-    except ValueError as error:
-        raise ConfigError(f"--distill.teacher {config.distill.teacher}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -125,7 +98,7 @@ class AlignmentStage:
         held = None
         if self.config.distill.hold:
             everything = jax.tree.map(lambda leaf: False, trainer.params)
-            held = eqx.tree_at(main_network, everything, replace_fn=_all_true)
+            held = eqx.tree_at(lambda model: model.stage.inner.stage, everything, replace_fn=_all_true)
 
         def aligned(
             arrays: PyTree[Array], state: TrainState, batch: Inputs, key: PRNGKeyArray

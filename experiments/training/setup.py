@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import equinox as eqx
 import jax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from data import Split, check_workers
 from estimators.keys import named_key
-from experiments.config.build import build_model
+from experiments.config.build import new_model
 from experiments.config.errors import ConfigError
 from experiments.config.plugins import import_plugins, modules_of
 from experiments.config.settings import RunConfig
 from experiments.training.data import load_split
-from experiments.training.distil import AlignmentStage, with_teacher
+from experiments.training.distil import AlignmentStage
 from experiments.training.initial import initial_weights
 from experiments.training.placement import Placement, with_implementation
 from experiments.training.prepared import prepare, read_prepared, require_prerequisite
 from experiments.training.run_dir import has_checkpoint
 from experiments.training.trainer import Trainer
-from unet.blocks import Stack
 from unet.files.saving import require_saveable
-from unet.hierarchy import Flat
 from unet.language_model import AbstractLanguageModel
 
 
@@ -55,10 +52,8 @@ def set_up(config: RunConfig) -> Setup:
     key = jax.random.key(config.seed)
     prepared = read_prepared(config) if config.resume else None
     prepared = prepare(config, split) if prepared is None else prepared
-    model, alignment = _built(config, key, prepared), None
-    if config.distill.teacher is not None:
-        model = with_teacher(config, model, prepared, key)
-        alignment = AlignmentStage.of(config, prepared, split, placement)
+    model, aligned = new_model(config, key, prepared), config.distill.teacher is not None
+    alignment = AlignmentStage.of(config, prepared, split, placement) if aligned else None
     try:
         require_saveable(model)
     except ValueError as error:
@@ -73,13 +68,3 @@ def set_up(config: RunConfig) -> Setup:
         tuple(notes),
         alignment,
     )
-
-
-def _built(config: RunConfig, key: PRNGKeyArray, prepared: PyTree) -> AbstractLanguageModel:
-    """A fresh model, of a distilled run without a main network."""
-    # Compiled whole: a fraction of the time that its operations take to be compiled one by one.
-    if config.distill.teacher is None:
-        return eqx.filter_jit(lambda: build_model(config, key, prepared))()
-    # What is not returned is not computed either.
-    empty = Flat(Stack(()))
-    return eqx.filter_jit(lambda: eqx.tree_at(lambda one: one.stage.inner, build_model(config, key), empty))()
