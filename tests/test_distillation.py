@@ -20,10 +20,24 @@ from tests.conftest import needs
 from tests.test_run import corpus as corpus
 from tests.test_run import curve, message, start
 from tests.test_run import usual_promotion as usual_promotion
-from unet import LlamaConfig, TokenModel, UNet, UNetConfig, generate, load, save, save_tokens, train_tokenizer
+from unet import (
+    Adapted,
+    Hierarchy,
+    LlamaConfig,
+    TokenModel,
+    UNet,
+    UNetConfig,
+    generate,
+    load,
+    save,
+    save_tokens,
+    train_tokenizer,
+)
 from unet.chunkers import Chunker, Select, Smooth
 from unet.distillation import Alignment, Teacher, distilled, main_network, token_targets
 from unet.flops import layer_flops, matrix_flops
+from unet.layers import unit_rms
+from unet.likelihood import plain_layout
 from unet.tokens.batch import tokenised
 
 needs("bpe", "tokenizers")
@@ -134,6 +148,29 @@ def test_the_model_is_one_as_any_other(teacher, student, tmp_path):
     assert text == generate(student, ["the c"], max_bytes=4, key=KEY).texts[0].text
     # Cached generation gives the probabilities of a full pass.
     assert matrix_flops(student, rate=0.3).mid > 0 < layer_flops(student, length=64, rate=0.3).mid
+
+
+def test_embeddings_of_bytes_add_up_to_those_of_the_longest_token(teacher):
+    shape = UNetConfig(8, 2, 1, 1, 1, window=8, ngrams=(2, 3, 4), ngram_buckets=5000, ngram_functions=2)
+    estimator = DynamicChunking(8, chunker=Chunker(Select(), Smooth()), target_rate=0.3)
+    model = UNet(shape, estimator, key=KEY)
+    made = distilled(model, Teacher.of(teacher), 16, remat=False, attention="auto", key=KEY)
+    text = b"the dog sat on the mat"
+    tokens = teacher.tokenizer.tokens
+    short = {token: number for number, token in reversed(list(enumerate(tokens))) if 0 < len(token) <= 4}
+    longest = [
+        short[next(text[first : end + 1] for first in range(end + 1) if text[first : end + 1] in short)]
+        for end in range(len(text))
+    ]
+    embedded = made.embed(plain_layout(jnp.frombuffer(text, jnp.uint8)[None]))
+    assert max(len(tokens[number]) for number in longest) == 4
+    np.testing.assert_allclose(embedded[0], teacher.inner.embedding[jnp.asarray(longest)], atol=1e-6)
+    # As wide as the teacher, the first adapter begins as its norm, in the size of the embeddings.
+    assert isinstance(made.stage, Hierarchy)
+    assert isinstance(made.stage.inner, Adapted)
+    entered = made.stage.inner.enter(embedded)
+    size = jnp.sqrt(jnp.mean(teacher.inner.embedding**2))
+    np.testing.assert_allclose(entered, unit_rms(embedded, 1e-5) * size, rtol=1e-5, atol=1e-7)
 
 
 def test_what_does_not_fit_together_is_refused(teacher, student):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
-from estimators.base import AbstractObjective
+from estimators.base import EOS, VOCAB, AbstractObjective
 from estimators.equations import embedding_matching_loss
 from unet.blocks import computed
 from unet.fused_attention import AttentionForm
@@ -22,6 +22,7 @@ from unet.hierarchy import AbstractStage, Hierarchy
 from unet.likelihood import plain_layout
 from unet.losses import LossOutput, losses
 from unet.model import UNet
+from unet.ngrams import rolling_hash
 from unet.tokens.batch import tokenised
 from unet.tokens.model import TokenModel
 from unet.tokens.tokenizer import Tokenizer
@@ -60,8 +61,8 @@ def distilled(
     """`student` with the teacher's layers in place of its main network, between two adapters of inner width `hidden`.
 
     Rotary positions of tokens are their indices, as in the teacher. The first adapter starts with outputs of the size of the
-    teacher's embeddings. `remat` and `attention` are settings of the layers. Raises `ValueError` for a student without exactly
-    one token level, or whose tokens are not as wide as its bytes.
+    teacher's embeddings; for those of bytes see `with_token_embeddings`. `remat` and `attention` are settings of the layers.
+    Raises `ValueError` for a student without exactly one token level, or whose tokens are not as wide as its bytes.
     """
     stage = student.stage
     if not isinstance(stage, Hierarchy) or stage.inner.estimators:
@@ -71,7 +72,8 @@ def distilled(
         raise ValueError("tokens must be as wide as bytes, and come back to them without attention")
     main = Adapted(dim, computed(teacher.stage, remat=remat, attention=attention), teacher.dim, hidden, key=key)
     size = jnp.sqrt(jnp.mean(jnp.square(teacher.embedding.astype(jnp.float32))))
-    main = eqx.tree_at(lambda one: one.enter.mlp.out.weight, main, replace_fn=lambda weight: weight * size)
+    main = eqx.tree_at(lambda one: one.enter.direct.weight, main, replace_fn=lambda weight: weight * size)
+    student = with_token_embeddings(student, teacher)
     inside = Hierarchy(
         stage.encoder,
         stage.estimator,
@@ -81,6 +83,41 @@ def distilled(
         implementation=stage.implementation,
     )
     return eqx.tree_at(lambda model: model.stage, student, inside)
+
+
+def with_token_embeddings(student: UNet, teacher: Teacher) -> UNet:
+    r"""`student` with byte and n-gram embeddings that add up, at every byte, to the embedding of the longest token that ends
+    there (Minixhofer et al., "Bolmo: byteifying the next generation of language models").
+
+    A token t whose longest proper suffix among the tokens is s has the row $e_t - e_s$ in the table of its length, and n-grams
+    that are no tokens have zero: along the tokens that end at a byte, each a suffix of the next, the sum is that of the longest.
+    Only lengths that the student has a table for count. Unchanged for a student without n-gram embeddings, or of another width
+    than the teacher.
+    """
+    ngrams, dim = student.ngrams, student.embedding.shape[1]
+    if ngrams is None or dim != teacher.dim:
+        return student
+    wanted = np.asarray(teacher.embedding, np.float32)
+    number: dict[bytes, int] = {}
+    for place, token in enumerate(teacher.tokenizer.tokens):
+        if len(token) == 1 or len(token) in ngrams.sizes:
+            number.setdefault(token, place)
+    tables = []
+    for size, table in zip(ngrams.sizes, ngrams.tables, strict=False):
+        own = [token for token in number if len(token) == size]
+        rows = np.zeros(table.shape, np.float32)
+        if own:
+            ids = ngrams.ids(jnp.asarray(np.frombuffer(b"".join(own), np.uint8).reshape(-1, size), jnp.int32))
+            places = np.asarray(rolling_hash(ids, table.shape[0], ngrams.primes[0]))
+            suffixes = [next(number[one[cut:]] for cut in range(1, size) if one[cut:] in number) for one in own]
+            np.add.at(rows, places, wanted[[number[one] for one in own]] - wanted[suffixes])
+        tables.append(jnp.asarray(rows))
+    # Those of further hash functions.
+    tables += [jnp.zeros_like(table) for table in ngrams.tables[len(ngrams.sizes) :]]
+    # One token may stand for both marks of a document.
+    singles = [number.get(bytes([value]), number[bytes([EOS])]) for value in range(VOCAB)]
+    new = jnp.asarray(wanted[singles]), tuple(tables)
+    return eqx.tree_at(lambda model: (model.embedding, model.ngrams.tables), student, new)
 
 
 class TokenTargets(eqx.Module):

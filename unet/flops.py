@@ -112,7 +112,7 @@ def layer_flops(
         if isinstance(stage, Widened | Positioned):
             return stage_cost(stage.stage, positions, rates)
         if isinstance(stage, Adapted):
-            own = 3 * 2.0 * _size((stage.enter.mlp, stage.leave.mlp))
+            own = 3 * 2.0 * _size((stage.enter, stage.leave))
             return own + stage_cost(stage.stage, positions, rates)
         if isinstance(stage, Flat):
             return 3 * _stack_forward(stage.stack, positions)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from estimators.base import AbstractEstimator, Layout
 from unet.hierarchy import AbstractStage, Encoded, StageOutput, StageSampling
-from unet.layers import ScaleNorm, SwiGLU
+from unet.layers import Linear, ScaleNorm, SwiGLU
 
 
 class Positioned(AbstractStage):
@@ -49,16 +49,27 @@ class Positioned(AbstractStage):
 
 
 class Adapter(eqx.Module):
-    """A norm and a gated MLP from one width to another (H-Net appendix F)."""
+    r"""From one width to another: $y = N(x) W + \mathrm{mlp}(N(x))$ with a gated MLP (H-Net appendix F, which has the MLP alone).
+
+    W starts as the identity, or at another width as a draw from a normal of standard deviation `dim**-0.5`, and the MLP with
+    outputs of zero.
+    """
 
     norm: ScaleNorm
+    direct: Linear
     mlp: SwiGLU
 
     def __init__(self, dim: int, hidden: int, outputs: int, *, key: PRNGKeyArray):
-        self.norm, self.mlp = ScaleNorm(dim), SwiGLU(dim, hidden, outputs=outputs, key=key)
+        """`hidden`: the inner width of the MLP."""
+        key_direct, key_mlp = jax.random.split(key)
+        self.norm, self.mlp = ScaleNorm(dim), SwiGLU(dim, hidden, outputs=outputs, key=key_mlp)
+        self.mlp = eqx.tree_at(lambda mlp: mlp.out.weight, self.mlp, replace_fn=jnp.zeros_like)
+        same = Linear.of(jnp.eye(dim, dtype=jnp.float32))
+        self.direct = same if dim == outputs else Linear(dim, outputs, key=key_direct)
 
     def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape outputs"]:
-        return self.mlp(self.norm(x))
+        normed = self.norm(x)
+        return self.direct(normed) + self.mlp(normed)
 
 
 class Adapted(AbstractStage):
