@@ -22,6 +22,7 @@ from tests.test_run import curve, message, start
 from tests.test_run import usual_promotion as usual_promotion
 from unet import (
     Adapted,
+    GPT2Config,
     Hierarchy,
     LlamaConfig,
     TokenModel,
@@ -239,6 +240,16 @@ def test_it_is_exported_and_evaluated(finished, tmp_path, capsys):
     assert np.isfinite(found["bpb"])
     assert export_module.main([str(finished), "--to", str(tmp_path / "hnet"), "--layout", "hnet-safetensors"]) == 2
     assert "the released layout has no Adapted" in message(capsys)
+
+
+def test_a_teacher_with_learned_positions_needs_enough_of_them(corpus, teacher, tmp_path, capsys):
+    """A GPT-2 of 16 positions: its layers go on counting tokens, and sequences may not be longer than they."""
+    shape = GPT2Config(dim=8, layers=1, heads=2, mlp_dim=16, positions=16)
+    model = TokenModel(teacher.tokenizer, UNet(shape, None, key=KEY, vocab=teacher.tokenizer.size))
+    save_tokens(model, tmp_path / "gpt2")
+    out = ("--dataset", corpus, "--out", tmp_path / "run", *SMALL, "--distill.teacher", tmp_path / "gpt2")
+    assert start(*out) == 2
+    assert "has embeddings of 16 positions, and --length 32 may have" in message(capsys)
 
 
 def test_bad_input_is_one_sentence(finished, corpus, published, tmp_path, capsys):

@@ -18,7 +18,8 @@ class Positioned(AbstractStage):
     """A stage whose positions have learned embeddings, which are added on the way in: `table[p]` at position p of its document
     (GPT-2).
 
-    Positions beyond the last row of the table have no embedding: logits there, and after them, are NaN.
+    Positions beyond the last row of the table have that row. A model of tokens refuses such texts (`UNet.require_positions`); in
+    a hierarchy that was made of one, how many positions there are depends on the boundaries.
     """
 
     table: Float[Array, "positions dim"]
@@ -39,7 +40,7 @@ class Positioned(AbstractStage):
         state: PyTree[Array] = None,
     ) -> Encoded:
         places = jnp.where(layout.mask, layout.document_positions, 0)
-        added = jnp.take(self.table, places, axis=0, mode="fill", fill_value=jnp.nan)
+        added = jnp.take(self.table, places, axis=0, mode="clip")
         return self.stage.encode(hidden + added.astype(hidden.dtype), layout, sampling, state)
 
     def decode(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from data import Split
 from estimators.objectives import Imitation
-from experiments.config.errors import ConfigError
+from experiments.config.errors import ConfigError, require
 from experiments.config.models import load_any
 from experiments.config.plugins import import_plugins, modules_of
 from experiments.config.settings import RunConfig
@@ -26,6 +26,7 @@ from unet.distillation import Alignment, Teacher, TokenTargets, token_targets
 from unet.language_model import AbstractLanguageModel
 from unet.losses import LossOutput
 from unet.tokens.model import TokenModel
+from unet.wrapped import Positioned
 
 SLACK = 1.25
 """Capacity of the alignment, as a multiple of the most tokens of a sequence of held-out text."""
@@ -66,6 +67,12 @@ class AlignmentStage:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"--distill.teacher {config.distill.teacher}: {error}") from None
         most = 4 * math.ceil(SLACK * int(np.max(np.sum(actions, axis=1))) / 4)
+        learned = teacher.stage.table.shape[0] if isinstance(teacher.stage, Positioned) else most
+        require(
+            most <= learned,
+            f"--distill.teacher {config.distill.teacher} has embeddings of {learned} positions, and --length {config.length} may "
+            f"have {most} tokens: name a shorter one",
+        )
         settings = config.distill
         alignment = Alignment(
             teacher.embedding, Imitation(settings.boundary_weight), embedding_weight=settings.embedding_weight

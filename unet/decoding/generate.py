@@ -237,7 +237,7 @@ class TextStream:
         keys = keys_of(key, len(prompts))
         ready = prefill(model, prompts, None if greedy_boundaries else drawing_keys(keys))
         sizes, depth = np.array([1 + len(encoded) for encoded in ready.symbols]), np.asarray(ready.prefilled.depth)
-        # A token has a byte at least, and what came beyond the last position would be drawn from nothing.
+        # A token has a byte at least.
         model.unet.require_positions(int(np.max(sizes)) + max_bytes)
         self.prompts = tuple(prompts)
         self.prompt_boundary_depth = tuple(
