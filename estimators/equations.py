@@ -384,6 +384,24 @@ def stage_multipliers(chunk_sizes: Sequence[float], widths: Sequence[int], bytes
     ]
 
 
+def embedding_matching_loss(
+    vectors: Float[Array, "batch tokens dim"],
+    wanted: Float[Array, "batch tokens dim"],
+    mask: Bool[Array, "batch tokens"],
+) -> Float[Array, ""]:
+    r"""$\sum_m \lVert z_m - e_m\rVert^2 / \sum_m \lVert e_m\rVert^2$ over the tokens m of `mask`, with z the `vectors` that enter
+    the main network of a hierarchy and e the embeddings that a model of tokens has there (H-Net appendix F).
+
+    The paper says "L2 loss" and gives a weight for the embeddings of one model. Divided by the size of the embeddings, a weight
+    means the same for every model: vectors of zero have a loss of 1. No gradient passes through `wanted`.
+    """
+    wanted = jax.lax.stop_gradient(wanted.astype(jnp.float32))
+    inside = mask[..., None]
+    errors = jnp.sum(jnp.where(inside, (vectors.astype(jnp.float32) - wanted) ** 2, 0.0))
+    sizes = jnp.sum(jnp.where(inside, wanted**2, 0.0))
+    return errors / jnp.maximum(sizes, 1e-30)
+
+
 def confidence(
     probs: Float[Array, "batch length"], actions: Bool[Array, "batch length"]
 ) -> Float[Array, "batch length"]:

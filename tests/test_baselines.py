@@ -39,6 +39,18 @@ def test_presets_have_the_published_sizes(name):
     assert parameters(name) == pytest.approx(size, rel=tolerance)
 
 
+SPACEBYTE = {"spacebyte-201M-50M": (201, 50), "spacebyte-151M-38M": (151, 38), "spacebyte-793M-184M": (793, 184)}
+"""Millions of parameters of the blocks at words and at bytes, as SpaceByte's table 3 and its repository round them."""
+
+
+@pytest.mark.parametrize("name", SPACEBYTE)
+def test_spacebytes_have_the_published_parameters_at_words_and_at_bytes(name):
+    words, bytes = SPACEBYTE[name]
+    assert parameters(name, lambda model: jax.tree.leaves(model.stage.inner)) == pytest.approx(words, rel=0.005)
+    outside = parameters(name, lambda model: jax.tree.leaves((model.stage.encoder, model.stage.decoder)))
+    assert outside == pytest.approx(bytes, rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["tiny", "18M", "32M", "73M", "130M", "147M", "346M"])
 def test_transformers_of_tokens_have_as_many_parameters_in_their_blocks(name):
     def matrices(model):

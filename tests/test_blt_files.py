@@ -254,7 +254,7 @@ def test_runs_start_from_published_weights_and_are_exported_again(tiny, tmp_path
     save_blt(made, tmp_path / "published")
     # The byte model, and then everything, the threshold included.
     byte_model = read_byte_model(tmp_path / "published")
-    assert eqx.tree_equal(byte_model, patcher_of(load_pretrained(tmp_path / "published")))
+    assert eqx.tree_equal(byte_model, patcher_of(load_pretrained(tmp_path / "published").unet))
     fresh = build_model(config, jax.random.key(5), Measured(byte_model, 3.0))
     started = initial_weights(str(tmp_path / "published"), fresh)
     assert reference_config(started.unet)["patching_threshold"] == 1.25

@@ -57,7 +57,7 @@ from unet.attention import Attention
 from unet.blocks import PreNorm
 from unet.decoding.score import keys_of
 from unet.hnet import read_layout
-from unet.layers import Linear, SwiGLU
+from unet.layers import Affine, Linear, SwiGLU
 from unet.likelihood import next_logprobs, plain_layout
 from unet.losses import Reward
 from unet.mamba import Mamba2
@@ -293,7 +293,7 @@ def test_weights_start_as_released():
     np.testing.assert_array_equal(stage.inner.padding, jnp.zeros(64))
     first, second, main = stage.encoder.blocks[0], stage.encoder.blocks[1], stage.inner.stage.stack.blocks[0]
 
-    def std(linear: Linear) -> float:
+    def std(linear: Linear | Affine) -> float:
         return float(jnp.std(linear.weight))
 
     # Two outer layers; three more inside, of which one has an MLP; and the innermost with one.
@@ -320,6 +320,11 @@ SIZES = {
     "hnet-1stage-XL": (1300, 0.04),
     "hnet-2stage-L": (870, 0.01),
     "hnet-2stage-XL": (1600, 0.01),
+    # The paper gives the layers of those for Chinese and code, and no counts: these are ours.
+    "hnet-2stage-XL-chinese": (1755.3, 1e-4),
+    "hnet-2stage-XL-code": (1654.1, 1e-4),
+    "hnet-space-XL-chinese": (1015.5, 1e-3),
+    "hnet-space-XL-code": (2078.6, 1e-3),
     "hnet-space-L": (850, 0.01),
     "hnet-pool-L": (850, 0.01),
     "hnet-space-XL": (1600, 0.02),
@@ -349,9 +354,10 @@ def test_presets_of_the_papers_validate_on_enough_text_and_name_enough_to_train_
     small = {name for name in PRESETS if name.endswith("tiny")}
     assert all((run.evaluation.bytes >= 16_000_000) == (name not in small) for name, run in PRESETS.items())
     assert PRESETS["tiny"].evaluation.bytes == PRESETS["hnet-tiny"].evaluation.bytes == 262_144
-    english = [run.dataset for name, run in PRESETS.items() if run.bytes == 460_000_000_000 and "dna" not in name]
-    assert set(english) == {"fineweb-edu-100BT", "docs"}
-    assert english.count("docs") == 2  # Chinese and code
+    data = [run.dataset for name, run in PRESETS.items() if run.bytes == 460_000_000_000 and "dna" not in name]
+    chinese, code = "hub:opencsg/Fineweb-Edu-Chinese-V2.1/4_5", "codeparrot-clean"
+    assert set(data) == {"fineweb-edu-100BT", chinese, code}
+    assert data.count(chinese) == data.count(code) == 2
 
 
 def test_every_stage_of_a_preset_is_described_by_its_json(tmp_path):

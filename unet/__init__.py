@@ -20,13 +20,14 @@ from unet.chunkers import (
     WithBoundary,
 )
 from unet.config import UNetConfig
+from unet.decoders import GPT2Config, LlamaConfig
 from unet.decoding import utf8
 from unet.decoding.boundaries import TextBoundaries, boundaries
 from unet.decoding.generate import Generated, Generation, TextStream, generate
 from unet.decoding.sampling import Sampling
 from unet.decoding.score import Scored, score
 from unet.files.layouts import from_reference, reference_config, to_reference
-from unet.files.pretrained import load_hnet, load_pretrained, save_blt, save_hnet
+from unet.files.pretrained import load_hnet, load_pretrained, save_blt, save_hnet, save_tokens
 from unet.files.saving import Loaded, LoadError, load, save
 from unet.hierarchy import AbstractStage, Flat, Hierarchy, Level
 from unet.hnet import HNetConfig
@@ -38,12 +39,15 @@ from unet.tokens.model import TokenModel
 from unet.tokens.tokenizer import Tokenizer, train_tokenizer
 from unet.transformer import TransformerConfig
 from unet.widened import Widened
+from unet.wrapped import Adapted, Adapter, Positioned
 
 __all__ = [
     "AbstractDownsampler",
     "AbstractLanguageModel",
     "AbstractStage",
     "AbstractUpsampler",
+    "Adapted",
+    "Adapter",
     "AttentionPool",
     "AveragePool",
     "BLTConfig",
@@ -51,6 +55,7 @@ __all__ = [
     "Deviation",
     "Distribute",
     "Flat",
+    "GPT2Config",
     "Generated",
     "Generation",
     "HNetConfig",
@@ -58,11 +63,13 @@ __all__ = [
     "Insert",
     "LeaveToDecoder",
     "Level",
+    "LlamaConfig",
     "LoadError",
     "Loaded",
     "LossOutput",
     "MaxPool",
     "MeanPool",
+    "Positioned",
     "Prediction",
     "Projection",
     "Sampling",
@@ -91,6 +98,7 @@ __all__ = [
     "save",
     "save_blt",
     "save_hnet",
+    "save_tokens",
     "score",
     "to_blt_ids",
     "to_reference",

@@ -16,7 +16,7 @@ from unet.cross import VisibleTokens
 from unet.decoding.kv_cache import AnyCache, KVCache, KVUpdate, attend_cached
 from unet.experts import ExpertLoss
 from unet.fused_attention import AttentionForm, attend_fused, refusal, unable
-from unet.layers import Linear, Rotary, for_all_heads, require_heads
+from unet.layers import Affine, Linear, Rotary, for_all_heads, require_heads
 from unet.ops.mosaic import Implementation, dispatch
 from unet.visibility import Located, blocks_of, spans_of, visible
 
@@ -229,11 +229,11 @@ class AbstractMixer(eqx.Module):
 
 
 class Attention(AbstractMixer):
-    """Multi-head self-attention with rotary embeddings and no biases (Gemma 2; without a cap, H-Net). Groups of heads may share
-    their keys and values (GQA)."""
+    """Multi-head self-attention with rotary embeddings and no biases (Gemma 2; without a cap, H-Net), or without rotary
+    embeddings and with biases (GPT-2). Groups of heads may share their keys and values (GQA)."""
 
-    qkv: Linear
-    out: Linear
+    qkv: Linear | Affine
+    out: Linear | Affine
     heads: int = eqx.field(static=True)
     cap: float | None = eqx.field(static=True)
     rotated: int | None = eqx.field(static=True, default=None)
@@ -247,19 +247,20 @@ class Attention(AbstractMixer):
         cap: float | None = 50.0,
         rotary_dim: int | None = None,
         kv_heads: int | None = None,
+        linear: type[Linear] | type[Affine] = Linear,
         key: PRNGKeyArray,
     ):
         """Query, key and value share one matrix, in this order. `cap`: bound of the logits (None: none). `rotary_dim`:
-        dimensions of a head with rotary embeddings (None: all). `kv_heads`: heads of keys and values (None: as many). Raises
-        `ValueError` if `heads` does not divide `dim`, `kv_heads` not `heads`, or a head has fewer than `rotary_dim`
-        dimensions."""
+        dimensions of a head with rotary embeddings (None: all). `kv_heads`: heads of keys and values (None: as many). `linear`:
+        the class of both projections. Raises `ValueError` if `heads` does not divide `dim`, `kv_heads` not `heads`, or a head
+        has fewer than `rotary_dim` dimensions."""
         require_within("heads", heads, Width)
         kv_heads = require_heads(dim, heads, kv_heads)
         if rotary_dim is not None and not 0 <= rotary_dim <= dim // heads:
             raise ValueError(f"rotary_dim must be between 0 and {dim // heads}, the width of a head; got {rotary_dim}")
         key_in, key_out = jax.random.split(key)
-        self.qkv = Linear(dim, dim + 2 * kv_heads * (dim // heads), key=key_in)
-        self.out = Linear(dim, dim, key=key_out)
+        self.qkv = linear(dim, dim + 2 * kv_heads * (dim // heads), key=key_in)
+        self.out = linear(dim, dim, key=key_out)
         self.heads, self.cap, self.rotated = heads, cap, rotary_dim
         self.shared_heads = None if kv_heads == heads else kv_heads
 

@@ -18,7 +18,20 @@ from unet.decoding.kv_cache import is_unallocated
 from unet.experts import Experts
 from unet.fused_attention import AttentionForm
 from unet.gathering import Division, gathered, keeps_activations
-from unet.layers import NORM_EPSILON, ROTARY_BASE, GeGLU, Linear, RMSNorm, Rotary, ScaleNorm, SwiGLU, with_fields
+from unet.layers import (
+    MLP,
+    NORM_EPSILON,
+    ROTARY_BASE,
+    GeGLU,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    Rotary,
+    RotaryScaling,
+    ScaleNorm,
+    SwiGLU,
+    with_fields,
+)
 from unet.tensor import shared
 
 Attends = Literal["none", "first", "every"]
@@ -79,20 +92,28 @@ class Block(AbstractBlock):
 
 class PreNorm(AbstractBlock):
     r"""$x \mathrel{+}= \mathrm{mixer}(N(x))$ and, if there is an MLP or a mixture of experts, $x \mathrel{+}= \mathrm{mlp}(N(x))$
-    (H-Net).
+    (H-Net, Llama, GPT-2).
 
     The residual stream keeps the dtype of x; mixer and MLP work in the compute dtype.
     """
 
-    before_mixer: ScaleNorm
+    before_mixer: ScaleNorm | LayerNorm
     mixer: AbstractMixer
-    before_mlp: ScaleNorm | None
-    mlp: SwiGLU | Experts | None
+    before_mlp: ScaleNorm | LayerNorm | None
+    mlp: SwiGLU | MLP | Experts | None
 
-    def __init__(self, dim: int, mixer: AbstractMixer, mlp: SwiGLU | Experts | None, *, epsilon: float = NORM_EPSILON):
-        """Without an `mlp` the block is the mixer alone. `epsilon` is that of the norms."""
-        self.before_mixer, self.mixer = ScaleNorm(dim, epsilon), mixer
-        self.before_mlp, self.mlp = (None, None) if mlp is None else (ScaleNorm(dim, epsilon), mlp)
+    def __init__(
+        self,
+        dim: int,
+        mixer: AbstractMixer,
+        mlp: SwiGLU | MLP | Experts | None,
+        *,
+        epsilon: float = NORM_EPSILON,
+        norm: type[ScaleNorm] | type[LayerNorm] = ScaleNorm,
+    ):
+        """Without an `mlp` the block is the mixer alone. `epsilon` is that of the norms, and `norm` their class."""
+        self.before_mixer, self.mixer = norm(dim, epsilon), mixer
+        self.before_mlp, self.mlp = (None, None) if mlp is None else (norm(dim, epsilon), mlp)
 
     @property
     def rotary_dim(self) -> int | None:
@@ -110,7 +131,7 @@ class PreNorm(AbstractBlock):
         if self.mlp is None or self.before_mlp is None:
             return LayerOutput(x, mixed.update)
         inputs = self.before_mlp(x).astype(context.compute)
-        if isinstance(self.mlp, SwiGLU):
+        if not isinstance(self.mlp, Experts):
             return LayerOutput(x + self.mlp(inputs).astype(x.dtype), mixed.update)
         chosen = self.mlp(inputs, context.layout.mask, training=context.training)
         return LayerOutput(x + chosen.hidden.astype(x.dtype), mixed.update, chosen.loss)
@@ -182,10 +203,11 @@ class Stack(eqx.Module):
     blocks: tuple[AbstractBlock, ...]
     window: int | None = eqx.field(static=True)
     remat: bool = eqx.field(static=True)
-    norm: ScaleNorm | None = None
+    norm: ScaleNorm | LayerNorm | None = None
     unfold: Linear | None = None
     rotary_base: float = eqx.field(static=True, default=ROTARY_BASE)
     attention: AttentionForm = eqx.field(static=True, default="auto")
+    rotary_scaling: RotaryScaling | None = eqx.field(static=True, default=None)
 
     def __init__(
         self,
@@ -193,14 +215,15 @@ class Stack(eqx.Module):
         *,
         window: int | None = None,
         remat: bool = False,
-        norm: ScaleNorm | None = None,
+        norm: ScaleNorm | LayerNorm | None = None,
         unfold: Linear | None = None,
         rotary_base: float = ROTARY_BASE,
         attention: AttentionForm = "auto",
+        rotary_scaling: RotaryScaling | None = None,
     ):
-        """`window`: how many positions attention sees, its own included; None for all before it. `rotary_base`: see `Rotary`.
-        `attention`: its form, see `AttentionForm`. Raises `ValueError` for a window below 1, for blocks with different
-        `rotary_dim`, and for `Attending` blocks without `unfold`."""
+        """`window`: how many positions attention sees, its own included; None for all before it. `rotary_base` and
+        `rotary_scaling`: see `Rotary`. `attention`: its form, see `AttentionForm`. Raises `ValueError` for a window below 1, for
+        blocks with different `rotary_dim`, and for `Attending` blocks without `unfold`."""
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, the position itself; got {window}")
         rotary_dims = {block.rotary_dim for block in blocks} - {None}
@@ -210,7 +233,7 @@ class Stack(eqx.Module):
             raise ValueError("blocks that attend to tokens need the vectors that `unfold` makes of them")
         self.blocks = tuple(blocks)
         self.window, self.remat, self.norm, self.unfold = window, remat, norm, unfold
-        self.rotary_base, self.attention = rotary_base, attention
+        self.rotary_base, self.attention, self.rotary_scaling = rotary_base, attention, rotary_scaling
 
     def computed(self, *, remat: bool, attention: AttentionForm | None = None) -> Stack:
         """The same stack with or without recomputation in the backward pass, and with another form of attention if one is
@@ -265,7 +288,7 @@ class Stack(eqx.Module):
         rotary = visibility = unfolded = None
         rotary_dim = next((block.rotary_dim for block in self.blocks if block.rotary_dim is not None), None)
         if rotary_dim is not None:
-            rotary = Rotary(layout.positions, rotary_dim, self.rotary_base)
+            rotary = Rotary(layout.positions, rotary_dim, self.rotary_base, self.rotary_scaling)
             # In decoding, positions also see the KV caches, which have their own mask.
             if state is None or is_unallocated(state):
                 visibility = Visibility(layout, self.window, self.attention)
@@ -311,6 +334,7 @@ def attending(
         unfold=unfold,
         rotary_base=stack.rotary_base,
         attention=stack.attention,
+        rotary_scaling=stack.rotary_scaling,
     )
 
 

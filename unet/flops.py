@@ -15,11 +15,12 @@ from unet.blocks import AbstractBlock, Attending, Block, PreNorm, Stack
 from unet.experts import Experts
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.language_model import AbstractLanguageModel
-from unet.layers import Linear
+from unet.layers import MLP, Affine, Linear
 from unet.mamba import Mamba2
 from unet.model import UNet
 from unet.tokens.model import TokenModel
 from unet.widened import Widened
+from unet.wrapped import Adapted, Positioned
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ def matrix_flops(
         """Operations of a stage inside a token level, for each of its positions."""
         if isinstance(stage, Widened):
             return 6.0 * stage.padding.size + stage_cost(stage.stage, rates)
+        if isinstance(stage, Adapted):
+            return 6.0 * _size((stage.enter, stage.leave)) + stage_cost(stage.stage, rates)
+        if isinstance(stage, Positioned):
+            return stage_cost(stage.stage, rates)
         if isinstance(stage, Flat):
             return 6.0 * _stack_size(stage.stack, 0.0)
         if isinstance(stage, Hierarchy):
@@ -104,8 +109,11 @@ def layer_flops(
     model = model.unet
 
     def stage_cost(stage: AbstractStage, positions: float, rates: Sequence[float]) -> float:
-        if isinstance(stage, Widened):
+        if isinstance(stage, Widened | Positioned):
             return stage_cost(stage.stage, positions, rates)
+        if isinstance(stage, Adapted):
+            own = 3 * 2.0 * _size((stage.enter, stage.leave))
+            return own + stage_cost(stage.stage, positions, rates)
         if isinstance(stage, Flat):
             return 3 * _stack_forward(stage.stack, positions)
         if isinstance(stage, Hierarchy):
@@ -173,6 +181,8 @@ def _block_forward(block: AbstractBlock, seen: float) -> float:
         if isinstance(block.mlp, Experts):
             one = 2.0 * 3 * block.mlp.out.size / block.mlp.experts + 5 * block.mlp.out.shape[2]
             return mixed + block.mlp.choices * one + 2 * block.mlp.router.weight.size
+        if isinstance(block.mlp, MLP):
+            return mixed + _mlp_forward(block.mlp.out, matrices=2)
         return mixed + (0.0 if block.mlp is None else _mlp_forward(block.mlp.out))
     raise ValueError(f"the operations of a {type(block).__name__} cannot be counted")
 
@@ -191,9 +201,9 @@ def _mixer_forward(mixer: AbstractMixer, seen: float) -> float:
     raise ValueError(f"the operations of a {type(mixer).__name__} cannot be counted")
 
 
-def _mlp_forward(out: Linear) -> float:
+def _mlp_forward(out: Linear | Affine, matrices: int = 3) -> float:
     hidden, dim = out.weight.shape
-    return 2.0 * 3 * dim * hidden + 5 * dim
+    return 2.0 * matrices * dim * hidden + 5 * dim
 
 
 @dataclass(frozen=True)
@@ -216,7 +226,7 @@ def _own_rates(model: TokenModel, inner_rates: Sequence[float]) -> Sequence[floa
 
 
 def _outermost(model: UNet, inner_rates: Sequence[float]) -> _Outermost:
-    stage = model.stage
+    stage = model.stage.stage if isinstance(model.stage, Positioned) else model.stage
     inside = len(stage.estimators) - 1
     if len(inner_rates) < inside:
         raise ValueError(f"{inside} inner levels need as many inner_rates; got {list(inner_rates)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from dataclasses import dataclass
 from typing import TypeVar
 
 import equinox as eqx
@@ -52,6 +54,20 @@ def with_fields(module: Module, **changed: object) -> Module:
     return made
 
 
+class Affine(eqx.Module):
+    r"""$y = xW + b$, the weight as in `Linear`, the bias zero at first."""
+
+    weight: Float[Array, "inputs outputs"]
+    bias: Float[Array, " outputs"]
+
+    def __init__(self, inputs: int, outputs: int, *, key: PRNGKeyArray):
+        self.weight = Linear(inputs, outputs, key=key).weight
+        self.bias = jnp.zeros((outputs,), jnp.float32)
+
+    def __call__(self, x: Float[Array, "*shape inputs"]) -> Float[Array, "*shape outputs"]:
+        return x @ self.weight.astype(x.dtype) + self.bias.astype(x.dtype)
+
+
 def unit_rms(x: Float[Array, "*shape dim"], epsilon: float) -> Float[Array, "*shape dim"]:
     r"""$x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$, in float32."""
     x = x.astype(jnp.float32)
@@ -87,6 +103,25 @@ class ScaleNorm(eqx.Module):
         return (unit_rms(x, self.epsilon) * self.weight.astype(jnp.float32)).astype(x.dtype)
 
 
+class LayerNorm(eqx.Module):
+    r"""$y = g\,(x - \bar x)/\sqrt{\mathrm{var}(x) + \epsilon} + b$ with g = 1 and b = 0 at first, computed in float32 and
+    returned in the input's dtype (Ba et al., "Layer normalization")."""
+
+    weight: Float[Array, " dim"]
+    bias: Float[Array, " dim"]
+    epsilon: float = eqx.field(static=True)
+
+    def __init__(self, dim: int, epsilon: float = NORM_EPSILON):
+        self.weight, self.bias = jnp.ones((dim,), jnp.float32), jnp.zeros((dim,), jnp.float32)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        scaled = unit_rms(centred, self.epsilon) * self.weight.astype(jnp.float32)
+        return (scaled + self.bias.astype(jnp.float32)).astype(x.dtype)
+
+
 def for_all_heads(shared: Float[Array, "*shape"], heads: int, axis: int) -> Float[Array, "*repeated"]:
     """Keys or values of `axis` groups of heads, each repeated for the heads of its group, which are adjacent (grouped-query
     attention: Ainslie et al., "GQA")."""
@@ -105,17 +140,44 @@ def require_heads(dim: int, heads: int, kv_heads: int | None) -> int:
     return kv_heads
 
 
+@dataclass(frozen=True)
+class RotaryScaling:
+    r"""Slower rotations for longer texts than those of the first training (Llama 3): a frequency whose wavelength is
+    $\lambda > L/\mathrm{low}$ positions is divided by `factor`, one with $\lambda < L/\mathrm{high}$ stays, and between the two
+    the divisor changes smoothly. L is `original`, the positions of the first training."""
+
+    factor: float
+    low: float
+    high: float
+    original: float
+
+    def __call__(self, frequencies: Float[Array, " half"]) -> Float[Array, " half"]:
+        r"""$f \to (1-s)\,f/\mathrm{factor} + s f$, $s = \mathrm{clip}\big((L f/2\pi - \mathrm{low})/(\mathrm{high} -
+        \mathrm{low}), 0, 1\big)$."""
+        turns = self.original * frequencies / (2.0 * math.pi)
+        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        return (1.0 - kept) * frequencies / self.factor + kept * frequencies
+
+
 class Rotary(eqx.Module):
     """Rotary position embedding, non-interleaved halves: cosines and sines of a batch of positions, in float32."""
 
     cos: Float[Array, "batch length half"]
     sin: Float[Array, "batch length half"]
 
-    def __init__(self, positions: Int[Array, "batch length"], dim: int, base: float = ROTARY_BASE):
-        r"""Angles $p\,\mathrm{base}^{-2k/\mathrm{dim}}$ for k < dim/2. Raises `ValueError` for an odd `dim`."""
+    def __init__(
+        self,
+        positions: Int[Array, "batch length"],
+        dim: int,
+        base: float = ROTARY_BASE,
+        scaling: RotaryScaling | None = None,
+    ):
+        r"""Angles $p\,\mathrm{base}^{-2k/\mathrm{dim}}$ for k < dim/2, with scaled frequencies if there is a `scaling`. Raises
+        `ValueError` for an odd `dim`."""
         if dim % 2:
             raise ValueError(f"rotary embeddings rotate pairs of dimensions; {dim} is odd")
         frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+        frequencies = frequencies if scaling is None else scaling(frequencies)
         angles = positions[..., None].astype(jnp.float32) * frequencies
         self.cos, self.sin = jnp.cos(angles), jnp.sin(angles)
 
@@ -149,11 +211,27 @@ class SwiGLU(eqx.Module):
     value_gate: Linear
     out: Linear
 
-    def __init__(self, dim: int, hidden: int, *, key: PRNGKeyArray):
+    def __init__(self, dim: int, hidden: int, *, outputs: int | None = None, key: PRNGKeyArray):
+        """From `dim` dimensions to `outputs` (None: as many)."""
         key_in, key_out = jax.random.split(key)
         self.value_gate = Linear(dim, 2 * hidden, key=key_in)
-        self.out = Linear(hidden, dim, key=key_out)
+        self.out = Linear(hidden, dim if outputs is None else outputs, key=key_out)
 
-    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
+    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape outputs"]:
         value, gate = jnp.split(self.value_gate(x), 2, axis=-1)
         return self.out(value * jax.nn.silu(gate))
+
+
+class MLP(eqx.Module):
+    r"""$W_{out}\,\mathrm{gelu}_{tanh}(W_{in}x + b_{in}) + b_{out}$ (GPT-2)."""
+
+    into: Affine
+    out: Affine
+
+    def __init__(self, dim: int, hidden: int, *, key: PRNGKeyArray):
+        key_in, key_out = jax.random.split(key)
+        self.into = Affine(dim, hidden, key=key_in)
+        self.out = Affine(hidden, dim, key=key_out)
+
+    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
+        return self.out(jax.nn.gelu(self.into(x), approximate=True))

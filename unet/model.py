@@ -25,6 +25,7 @@ from unet.likelihood import plain_layout
 from unet.losses import LossOutput, Prediction, losses
 from unet.ngrams import HashedNgrams
 from unet.numerics import with_rank_promotion
+from unet.wrapped import Positioned
 
 
 class TextUpdate(eqx.Module):
@@ -174,6 +175,14 @@ class UNet(AbstractLanguageModel):
     @property
     def levels(self) -> int:
         return len(self.stage.estimators)
+
+    def require_positions(self, count: int) -> None:
+        """Raise `ValueError` for a model with learned positions that has fewer than `count`."""
+        if isinstance(self.stage, Positioned) and count > self.stage.table.shape[0]:
+            raise ValueError(
+                f"the model has embeddings of {self.stage.table.shape[0]} positions, and a text of up to {count} tokens needs "
+                "more: use shorter texts (--length, --context or --max-bytes)"
+            )
 
     def encode(self, text: bytes) -> Int[np.ndarray, " symbols"]:
         return np.frombuffer(text, np.uint8).astype(np.int32)

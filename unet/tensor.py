@@ -47,9 +47,12 @@ def shared(tree: Tree) -> Tree:
 
 
 def require_divisible(tree: PyTree, parts: int) -> None:
-    """Raise `ValueError`, naming the layer, where so many devices cannot share the layers of a tree of modules."""
+    """Raise `ValueError`, naming the layer, where so many devices cannot share the layers of a tree of modules. Attention with
+    biases (GPT-2) they never can."""
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_shared):
         if isinstance(node, Attention):
+            if not isinstance(node.qkv, Linear):
+                raise ValueError(f"devices cannot share {jax.tree_util.keystr(path)}, which has biases")
             sizes = {"heads": node.heads, "heads of keys and values": node.kv_heads}
         elif isinstance(node, GeGLU | SwiGLU):
             sizes = {"inner units": (node.down if isinstance(node, GeGLU) else node.out).weight.shape[0]}
@@ -67,6 +70,8 @@ def _is_shared(node: object) -> bool:
 def _part(layer: Attention | GeGLU | SwiGLU) -> Attention | GeGLU | SwiGLU:
     parts = jax.lax.axis_size(TENSOR)
     if isinstance(layer, Attention):
+        assert isinstance(layer.qkv, Linear)
+        assert isinstance(layer.out, Linear)
         inner, each = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
         return with_fields(
             layer,

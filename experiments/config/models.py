@@ -8,6 +8,7 @@ from types import ModuleType
 
 from experiments.config.plugins import load_model, require_numbers
 from unet.files.blt_config import is_blt
+from unet.files.decoder_config import is_decoder
 from unet.files.errors import LoadError
 from unet.files.json_files import read_json
 from unet.files.pretrained import load_pretrained
@@ -33,7 +34,7 @@ def _is_published_config(path: Path) -> bool:
         found = read_json(path)
     except (LoadError, OSError):
         return False
-    return is_blt(found) or "arch_layout" in found
+    return is_blt(found) or is_decoder(found) or "arch_layout" in found
 
 
 def load_any(where: str, plugins: Sequence[ModuleType] = ()) -> Loaded:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from estimators.bounds import LARGEST_BYTES, LARGEST_INDEX, MARGIN, Count, Positive, Rate, Share, Weight, Within
+from estimators.bounds import LARGEST_BYTES, LARGEST_INDEX, MARGIN, Count, Positive, Rate, Share, Weight, Width, Within
 from experiments.config.errors import require, require_bounds
+from unet.distillation import Places
 from unet.tokens.tokenizer import TokenizerSize
 
 Decay = Annotated[float, Within(0.0, 1.0 - MARGIN)]
@@ -122,6 +123,32 @@ class TokenizerConfig:
 
     def __post_init__(self):
         require_bounds(self, "--tokenizer.")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Distillation of a model of tokens into this one: its layers become the main network, its tokens are the boundaries and its
+    embeddings what the encoder learns, until the loss is that of the run alone (H-Net appendix F)."""
+
+    teacher: str | None = None
+    """A model of tokens whose layers are one network: a run's folder, an export, hub:owner/name, or a Llama or GPT-2 of
+    transformers with its tokenizer.json, by its folder or its name on the hub. The shape of this run is that of everything but
+    the main network."""
+    align_bytes: Annotated[int, Within(0, LARGEST_BYTES)] | None = None
+    """Training bytes of the alignment; from there on boundaries and losses are those of the run. By default half of all."""
+    boundaries: Places = "starts"
+    """Where a token closes in the alignment: at the first byte of the next token (H-Net), or at its own last byte."""
+    boundary_weight: Weight = 1.0
+    """Weight of the cross-entropy of the router with the teacher's boundaries."""
+    embedding_weight: Weight = 1.0
+    """Weight of the squared distance to the teacher's embeddings, relative to their size."""
+    adapter_dim: Width | None = None
+    """Inner width of the two MLPs around the teacher's layers; by default 8/3 of the teacher's width."""
+    hold: bool = True
+    """Leave the teacher's layers as they are until the alignment ends."""
+
+    def __post_init__(self):
+        require_bounds(self, "--distill.")
 
 
 @dataclass(frozen=True)

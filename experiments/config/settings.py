@@ -21,6 +21,7 @@ from experiments.config.parts import Level, Names, chosen, estimator_config, lev
 from experiments.config.sections import (
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     DistributedConfig,
     EvaluationConfig,
     MeshConfig,
@@ -122,6 +123,7 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -138,6 +140,7 @@ class RunConfig:
         _require_amounts(self)
         _require_levels(self)
         _require_parts(self)
+        _require_distillable(self)
 
     @property
     def bytes_per_step(self) -> int:
@@ -151,6 +154,15 @@ class RunConfig:
     @property
     def total_steps(self) -> int:
         return self.bytes // self.bytes_per_step if self.steps is None else self.steps
+
+    @property
+    def align_steps(self) -> int:
+        """The training steps of an alignment with a teacher, 0 without one."""
+        if self.distill.teacher is None:
+            return 0
+        given = self.distill.align_bytes
+        steps = self.total_steps // 2 if given is None else given // self.bytes_per_step
+        return min(steps, self.total_steps)
 
     @property
     def warmup_steps(self) -> int:
@@ -270,6 +282,24 @@ def _require_amounts(config: RunConfig) -> None:
     )
     require(config.evaluation.bytes >= config.length, f"--evaluation.bytes must be at least --length, {config.length}")
     require(not (config.resume and config.overwrite), "--resume goes on with a run and --overwrite deletes it: use one")
+
+
+def _require_distillable(config: RunConfig) -> None:
+    """A model that a teacher can be distilled into reads bytes, has one level of tokens, and a router that learns."""
+    if config.distill.teacher is None:
+        return
+    what = f"--distill.teacher {config.distill.teacher}"
+    require(not config.reads_tokens, f"{what} is distilled into a model of bytes: leave out --tokenizer.source")
+    require(
+        config.unet.levels == 1 and len(config.levels) == 1,
+        f"{what} becomes the main network of a model with one level of tokens, and --model {config.model} --estimator "
+        f"{config.estimator} has {len(config.levels)}",
+    )
+    require(
+        not config.first.needs_text,
+        f"{what}: --estimator {config.estimator} is prepared from text, and the teacher says where tokens end: name one whose "
+        "router learns, such as hnet or sfe",
+    )
 
 
 def _require_levels(config: RunConfig) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from experiments.config.errors import ConfigError
 from experiments.evaluation.windows import PositionScores, Window
 from unet.decoding.boundaries import BytePass, byte_pass
 from unet.decoding.score import rate_of, with_enough_capacity
@@ -60,6 +61,10 @@ def score_token_windows(
     groups: dict[int, list[int]] = {}
     for place, window in enumerate(windows):
         part = tokens(window.document).inside(window)
+        try:
+            model.inner.require_positions(part.stop - part.start)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         groups.setdefault(padded_length(part.stop - part.start, 2**30), []).append(place)
     scored: dict[int, PositionScores] = {}
     for length, places in groups.items():

@@ -12,6 +12,7 @@ from data import Split
 from experiments.config.errors import ConfigError, outside_errors, require
 from experiments.config.plugins import modules_of
 from experiments.config.settings import RunConfig
+from experiments.training.distil import distill_figures, read_teacher
 from experiments.training.run_dir import PREPARED
 from experiments.training.text import RunText
 from experiments.training.tokenizer import prepare_tokenizer, tokenizer_figures, tokenizer_notes
@@ -19,8 +20,10 @@ from unet.files.saving import load_module, save_module
 
 
 def prepare(config: RunConfig, split: Split) -> PyTree:
-    """What the estimator of `config` takes from the training text, or the tokenizer of a model that reads tokens; None where
-    nothing is taken. Raises `ConfigError` where that is impossible."""
+    """What the estimator of `config` takes from the training text, the tokenizer of a model that reads tokens, or the teacher of
+    one that is distilled; None where nothing is taken. Raises `ConfigError` where that is impossible."""
+    if config.distill.teacher is not None:
+        return read_teacher(config)
     if config.reads_tokens:
         return prepare_tokenizer(config, split)
     with outside_errors(config.parts[0].all[:1]):
@@ -65,7 +68,7 @@ def read_prepared(config: RunConfig) -> PyTree:
 
 def notes_of(config: RunConfig, prepared: PyTree) -> list[str]:
     """What a user should know of what was prepared."""
-    if prepared is None:
+    if prepared is None or config.distill.teacher is not None:
         return []
     return tokenizer_notes(config, prepared) if config.reads_tokens else config.first.notes(prepared, config.rate)
 
@@ -74,4 +77,6 @@ def figures_of(config: RunConfig, prepared: PyTree) -> Mapping[str, float | int]
     """What the summary of a run says of what was prepared."""
     if prepared is None:
         return {}
+    if config.distill.teacher is not None:
+        return distill_figures(prepared)
     return tokenizer_figures(prepared) if config.reads_tokens else config.first.figures(prepared)

@@ -64,6 +64,7 @@ class Session:
         self.processes = processes
         self.trainer, self._folder = setup.trainer, RunFolder(run_dir)
         self._step_function = compiled(self.trainer.step_on(setup.placement))
+        self._alignment_step = None if setup.alignment is None else setup.alignment.compiled(self.trainer)
         self._state = setup.placement.divided(self.trainer.first_state())
         self._held_out = setup.split.held_out_rows(config.evaluation.bytes)
         self._checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep, processes)
@@ -131,10 +132,15 @@ class Session:
         """
         batch, stop = self._next_batch(asked)
         key = jax.random.fold_in(self.setup.key_steps, self.step)
-        inputs = self.setup.model.inputs(text_of(batch), shortest=self.trainer.positions)
+        alignment = self.setup.alignment
+        if alignment is not None and self._alignment_step is not None and self.step < alignment.steps:
+            inputs, step_function = alignment.inputs(text_of(batch)), self._alignment_step
+        else:
+            inputs = self.setup.model.inputs(text_of(batch), shortest=self.trainer.positions)
+            step_function = self._step_function
         if self._own_rows is None and self.processes.count > 1:
             inputs = jax.tree.map(self.setup.placement.own_part, inputs)
-        self._state, metrics = self._step_function(self._state, self.setup.placement.inputs(inputs), key)
+        self._state, metrics = step_function(self._state, self.setup.placement.inputs(inputs), key)
         self.step += 1
         record = step_record(self.step, self.step * self.config.bytes_per_step, jax.device_get(metrics))
         record |= data_record(self._batches)

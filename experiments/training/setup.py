@@ -14,13 +14,14 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from data import Split
 from estimators.keys import named_key
-from experiments.config.build import build_model
+from experiments.config.build import new_model
 from experiments.config.errors import ConfigError
 from experiments.config.files import to_json
 from experiments.config.plugins import import_plugins, modules_of
 from experiments.config.settings import RunConfig
 from experiments.processes.processes import AbstractProcesses
 from experiments.training.data import load_split
+from experiments.training.distil import AlignmentStage
 from experiments.training.initial import initial_weights
 from experiments.training.placement import Placement, with_implementation
 from experiments.training.prepared import prepare, read_prepared, require_prerequisite
@@ -45,6 +46,8 @@ class Setup:
     placement: Placement
     notes: tuple[str, ...] = ()
     """What a user should know of the weights that the model starts from, and of where they lie."""
+    alignment: AlignmentStage | None = None
+    """The steps in which it is aligned with a teacher, of a run that is distilled."""
 
 
 def require_equal(config: RunConfig, setup: Setup, processes: AbstractProcesses) -> None:
@@ -69,14 +72,14 @@ def set_up(config: RunConfig) -> Setup:
     key = jax.random.key(config.seed)
     prepared = read_prepared(config) if config.resume else None
     prepared = prepare(config, split) if prepared is None else prepared
-    _require_shareable(config, lambda: build_model(config, key, prepared))
-    # Compiled whole: a fraction of the time that its operations take to be compiled one by one.
-    model = eqx.filter_jit(lambda: build_model(config, key, prepared))()
+    _require_shareable(config, lambda: new_model(config, key, prepared))
+    model, aligned = new_model(config, key, prepared), config.distill.teacher is not None
+    alignment = AlignmentStage.of(config, prepared, split, placement) if aligned else None
     try:
         require_saveable(model)
     except ValueError as error:
         raise ConfigError(f"{error}: the model could not be saved when it is trained") from None
-    notes: list[str] = []
+    notes = [] if alignment is None else [alignment.note]
     # A run that goes on has its weights in its checkpoint; one that was stopped before the first has not.
     if config.init is not None and not (config.resume and has_checkpoint(config.run_dir)):
         model = initial_weights(config.init, model, (*modules_of(config), *import_plugins(config.plugin)), notes.append)
@@ -86,6 +89,7 @@ def set_up(config: RunConfig) -> Setup:
     return Setup(
         *(split, prepared, model, trainer, named_key(key, "steps"), named_key(key, "evaluation"), placement),
         tuple(notes),
+        alignment,
     )
 
 

@@ -49,29 +49,46 @@ Inputs = Mapping[str, PyTree[Array]]
 Step = Callable[[TrainState, Inputs, PRNGKeyArray], tuple[TrainState, StepMetrics]]
 
 
+Loss = Callable[[AbstractLanguageModel, Inputs, PRNGKeyArray, Float[Array, ""]], LossOutput]
+"""The loss of a model on a batch, with a key and the target rate."""
+
+
+def own_loss(config: RunConfig, capacities: Sequence[int | Sequence[int]]) -> Loss:
+    """The loss of a run's models themselves; `capacities` as `UNet.loss` takes them."""
+
+    def loss(
+        model: AbstractLanguageModel, batch: Inputs, key: PRNGKeyArray, target_rate: Float[Array, ""]
+    ) -> LossOutput:
+        return model.batch_loss(batch, key=key, target_rate=target_rate, capacities=capacities, samples=config.samples)
+
+    return loss
+
+
 def make_step(
     config: RunConfig,
     static: AbstractLanguageModel,
     optimizer: optax.GradientTransformation,
     *,
-    capacities: Sequence[int | Sequence[int]],
+    loss: Loss,
     remat: bool | None = None,
     placement: Placement | None = None,
+    held: PyTree[bool] | None = None,
 ) -> Step:
-    """The training step of a run; `capacities` as `UNet.loss` takes them. `remat`: whether blocks are recomputed in the backward
-    pass (None: as the model says). `placement`: the devices that share it (None: one has everything)."""
-    schedule, accumulate, samples = TargetSchedule.of(config), config.optimizer.accumulate, config.samples
+    """The training step of a run that minimises `loss`. `remat`: whether blocks are recomputed in the backward pass (None: as the
+    model says). `placement`: the devices that share it (None: one has everything). `held`: True for the parameters that do not
+    move, whose moments follow their gradients all the same."""
+    schedule, accumulate = TargetSchedule.of(config), config.optimizer.accumulate
 
-    def loss(
+    def loss_of(
         params: PyTree[Array], model_of: ModelOf, batch: Inputs, key: PRNGKeyArray, target_rate: Float[Array, ""]
     ) -> tuple[Float[Array, ""], LossOutput]:
         model = model_of(params)
         # Only here, so that the model is the same whatever machine it was trained on.
         model = model if remat is None else computed(model, remat=remat)
-        output = model.batch_loss(batch, key=key, target_rate=target_rate, capacities=capacities, samples=samples)
+        output = loss(model, batch, key, target_rate)
         return output.loss, output
 
-    gradient = jax.grad(loss, has_aux=True)
+    gradient = jax.grad(loss_of, has_aux=True)
 
     def accumulated(
         model_of: ModelOf, params: PyTree[Array], batch: Inputs, key: PRNGKeyArray, target_rate: Float[Array, ""]
@@ -100,6 +117,8 @@ def make_step(
         gradients, output = gradients_of(state.params, batch, key, target_rate)
         with jax.named_scope("optimizer"):
             updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+            if held is not None:
+                updates = jax.tree.map(lambda still, one: jnp.zeros_like(one) if still else one, held, updates)
             params = optax.apply_updates(state.params, updates)
         moved = TrainState(params, moments, schedule.moved(state.target, output.free_rate))
         return moved, StepMetrics(output, optax.tree.norm(gradients), target_rate, norms_by_part(gradients))
@@ -133,10 +152,10 @@ def part_of(path: str) -> str:
 
 def compiled(step: Step) -> jax.stages.Wrapped:
     """The step jitted; the buffers of the state that it is given are reused."""
-    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options())
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
 
-def _compiler_options() -> dict[str, bool] | None:
+def compiler_options() -> dict[str, bool] | None:
     """On a CPU, XLA by default runs independent parts of a step side by side and keeps all their buffers: rematerialised
     blocks then save nothing. In sequence, a step of `18M` needs a sixth of the memory."""
     if jax.default_backend() != "cpu":

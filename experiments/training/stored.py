@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import orbax.checkpoint as ocp
 
-from experiments.config.build import build_model
+from experiments.config.build import new_model
 from experiments.config.errors import ConfigError, require
 from experiments.training.checkpoint import DamagedError, as_written, require_undamaged, said
 from experiments.training.placement import with_implementation
@@ -44,10 +43,10 @@ def stored_model(
     config = with_implementation(dataclasses.replace(read_config(folder, plugins), out=folder, devices=1))
     prepared = read_prepared(config)
     require(
-        prepared is not None or not config.reads_tokens,
+        prepared is not None or not (config.reads_tokens or config.distill.teacher is not None),
         f"{folder} lacks {PREPARED}, which has the tokenizer of its checkpoints: copy it there too",
     )
-    model = eqx.filter_jit(lambda: build_model(config, jax.random.key(config.seed), prepared))()
+    model = new_model(config, jax.random.key(config.seed), prepared)
     # The capacities of training do not matter here.
     trainer = Trainer.of(config, model, (config.length,))
     like = jax.eval_shape(trainer.first_state)

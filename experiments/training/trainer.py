@@ -19,7 +19,7 @@ from experiments.training.capacity import in_positions, inner_capacities, traini
 from experiments.training.optimizer import make_optimizer, multipliers
 from experiments.training.placement import Placement
 from experiments.training.remat import MemoryPlan, memory_plan
-from experiments.training.step import Step, TrainState, fresh_state, make_step
+from experiments.training.step import Step, TrainState, fresh_state, make_step, own_loss
 from unet.language_model import AbstractLanguageModel
 
 
@@ -78,9 +78,8 @@ class Trainer:
     def step_on(self, placement: Placement | None) -> Step:
         """The training step on the devices of a placement, not compiled."""
         remat = None if self.memory is None else self.memory.remat
-        return make_step(
-            self.config, self.static, self.optimizer, capacities=self.capacities, remat=remat, placement=placement
-        )
+        loss = own_loss(self.config, self.capacities)
+        return make_step(self.config, self.static, self.optimizer, loss=loss, remat=remat, placement=placement)
 
     @property
     def capacity(self) -> int:

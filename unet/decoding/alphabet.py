@@ -29,11 +29,12 @@ class Alphabet(eqx.Module):
     eos: int = eqx.field(static=True)
 
     @classmethod
-    def of(cls, symbols: Sequence[bytes]) -> Alphabet:
-        """The alphabet of these symbols, which must have every single byte. Raises `ValueError` if BOS or EOS is missing."""
+    def of(cls, symbols: Sequence[bytes], marks: tuple[int, int] | None = None) -> Alphabet:
+        """The alphabet of these symbols, which must have every single byte. `marks`: the numbers of BOS and EOS, by default those
+        of the symbols that are these bytes. Raises `ValueError` if BOS or EOS is missing."""
         sizes = np.array([len(symbol) for symbol in symbols], np.int32)
         strict, lenient = _states_after(symbols, sizes)
-        bos, eos = symbols.index(bytes([BOS])), symbols.index(bytes([EOS]))
+        bos, eos = marks or (symbols.index(bytes([BOS])), symbols.index(bytes([EOS])))
         return cls(jnp.asarray(sizes), jnp.asarray(strict), jnp.asarray(lenient), bos, eos)
 
     def allowed(

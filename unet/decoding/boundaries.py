@@ -217,6 +217,7 @@ def boundaries(
     contents = texts_as_bytes(texts)
     keys = None if key is None else drawing_keys(keys_of(key, len(contents)))
     symbols = encoded(model, contents)
+    model.unet.require_positions(1 + max((len(one) for one in symbols), default=0))
     found = {}
     for number, result in in_batches(symbols, keys, batch, model, functools.partial(byte_pass, model.unet)):
         # Position 0 is BOS, and the prediction at a position is of the next one.

@@ -219,7 +219,8 @@ class TextStream:
         tokens, decoded per piece.
 
         Raises `ValueError` for no prompts, limits out of range, an empty stop string, a prompt with the byte BOS or EOS or whose
-        last character cannot be completed (`valid`), and keys neither one nor one per prompt; `TypeError` for what is no text.
+        last character cannot be completed (`valid`), texts that may need more tokens than the model has learned positions, and
+        keys neither one nor one per prompt; `TypeError` for what is no text.
         """
         require_within("max_bytes", max_bytes, NumBytes)
         require_within("chunk", chunk, ChunkBytes)
@@ -236,6 +237,8 @@ class TextStream:
         keys = keys_of(key, len(prompts))
         ready = prefill(model, prompts, None if greedy_boundaries else drawing_keys(keys))
         sizes, depth = np.array([1 + len(encoded) for encoded in ready.symbols]), np.asarray(ready.prefilled.depth)
+        # A token has a byte at least.
+        model.unet.require_positions(int(np.max(sizes)) + max_bytes)
         self.prompts = tuple(prompts)
         self.prompt_boundary_depth = tuple(
             depth_of_bytes(model, encoded, row[1:]) for row, encoded in zip(depth, ready.symbols, strict=True)

@@ -205,8 +205,8 @@ def score(
     A model of tokens is given the tokens of the context, then those of the text, which begin with it. The log-probability of a
     token stands at its last byte, 0 at the others.
 
-    Raises `ValueError` if the number of contexts or keys differs from that of texts, for a batch outside 1 … 65536, and if a
-    text contains the byte BOS or EOS.
+    Raises `ValueError` if the number of contexts or keys differs from that of texts, for a batch outside 1 … 65536, if a text
+    contains the byte BOS or EOS, and if it has more tokens than the model has learned positions.
     """
     texts = texts_as_bytes(texts)
     prefixes = [b""] * len(texts) if contexts is None else texts_as_bytes(contexts)
@@ -215,6 +215,7 @@ def score(
     keys = None if key is None else drawing_keys(keys_of(key, len(texts)))
     before, own = encoded(model, prefixes), encoded(model, texts)
     whole = [np.concatenate(parts) for parts in zip(before, own, strict=True)]
+    model.unet.require_positions(1 + max((len(one) for one in whole), default=0))
     scored: dict[int, Scored] = {}
     for number, result in in_batches(whole, keys, batch, model, functools.partial(_likelihoods, model.unet)):
         part = slice(len(before[number]), len(whole[number]))

@@ -9,8 +9,9 @@ from typing import TypedDict
 import numpy as np
 from jaxtyping import Array, Float
 
-from estimators.bounds import LARGEST, MARGIN
+from estimators.bounds import MARGIN
 from unet.blt import MARKS, SPECIAL_IDS, BLTConfig
+from unet.files.config_values import Settings
 from unet.files.converted import WeightType
 from unet.files.errors import LayoutError, shown
 from unet.ngrams import PRIMES
@@ -122,46 +123,6 @@ class NetworkSettings(TypedDict):
     epsilons: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """The settings of one object of a configuration; `where` names it in messages."""
-
-    where: str
-    values: Mapping[str, object]
-
-    def fail(self, name: str, wanted: str) -> LayoutError:
-        return LayoutError(f"{self.where}{name} must be {wanted}; got {shown(repr(self.values[name]))}")
-
-    def whole(self, name: str, low: int = 1, high: int = 2**31 - 1) -> int:
-        value = self.values[name]
-        if type(value) is not int or not low <= value <= high:
-            raise self.fail(name, f"a whole number from {low} to {high}")
-        return value
-
-    def number(self, name: str, low: float = -LARGEST) -> float:
-        value = self.values[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= LARGEST:
-            raise self.fail(name, f"a number of at least {low:g}")
-        return float(value)
-
-    def truth(self, name: str) -> bool:
-        value = self.values[name]
-        if not isinstance(value, bool):
-            raise self.fail(name, "true or false")
-        return value
-
-    def optional(self, name: str, high: int = 2**24) -> int | None:
-        """A whole number, or None for none."""
-        return None if self.values[name] is None else self.whole(name, 1, high)
-
-    def require_usual(self) -> None:
-        """Raise `LayoutError` for parts that no published model has."""
-        for name, (usual, why) in _ONLY.items():
-            value = self.values.get(name, usual)
-            if (value or 0) != (usual or 0):
-                raise LayoutError(f"{self.where}{name} is {shown(repr(value))}, not {usual!r}: {why}")
-
-
 def is_blt(config: Mapping[str, object]) -> bool:
     """Whether this is the configuration of a Byte Latent Transformer."""
     return config.get("model_type") == MODEL_TYPE or "patcher_config" in config
@@ -170,10 +131,10 @@ def is_blt(config: Mapping[str, object]) -> bool:
 def described(config: Mapping[str, object], *, compute: WeightType = "float32") -> Described:
     """What a published configuration describes. Raises `LayoutError` if it is invalid, or has parts that no published model
     has."""
-    whole = _Settings("", {**WHOLE, **config})
+    whole = Settings("", {**WHOLE, **config})
     encoder, main, decoder, patcher = (_network(name, config) for name in NETWORKS)
     for settings in (whole, encoder, main, decoder, patcher):
-        settings.require_usual()
+        settings.require_usual(_ONLY)
     _require_ids(whole)
     _require_equal(whole, encoder, main, decoder)
     try:
@@ -196,14 +157,14 @@ def described(config: Mapping[str, object], *, compute: WeightType = "float32") 
     )
 
 
-def _network(name: str, config: Mapping[str, object]) -> _Settings:
+def _network(name: str, config: Mapping[str, object]) -> Settings:
     given = config.get(name)
     if given is not None and not isinstance(given, Mapping):
         raise LayoutError(f"{name} must be an object with settings; got {shown(repr(given))}")
-    return _Settings(f"{name}.", {**_EVERY, **NETWORKS[name], **(given or {})})
+    return Settings(f"{name}.", {**_EVERY, **NETWORKS[name], **(given or {})})
 
 
-def _require_ids(whole: _Settings) -> None:
+def _require_ids(whole: Settings) -> None:
     for name, wanted in zip(("bos_token_id", "eos_token_id"), SPECIAL_IDS, strict=False):
         if whole.values[name] not in (None, wanted, [wanted]):
             raise LayoutError(
@@ -211,7 +172,7 @@ def _require_ids(whole: _Settings) -> None:
             )
 
 
-def _require_equal(whole: _Settings, encoder: _Settings, main: _Settings, decoder: _Settings) -> None:
+def _require_equal(whole: Settings, encoder: Settings, main: Settings, decoder: Settings) -> None:
     """Raise `LayoutError` where two settings that must be equal are not."""
     pairs = [
         (encoder, "hidden_size", decoder, "hidden_size"),
@@ -227,7 +188,7 @@ def _require_equal(whole: _Settings, encoder: _Settings, main: _Settings, decode
             )
 
 
-def _shape(whole: _Settings, networks: Sequence[_Settings], compute: WeightType) -> BLTConfig:
+def _shape(whole: Settings, networks: Sequence[Settings], compute: WeightType) -> BLTConfig:
     encoder, main, decoder = networks
     encoder.whole("num_hidden_layers")
     window = whole.optional("local_attention_window_len")
@@ -247,7 +208,7 @@ def _shape(whole: _Settings, networks: Sequence[_Settings], compute: WeightType)
     )
 
 
-def _networks(networks: Sequence[_Settings], windows: Sequence[int | None]) -> NetworkSettings:
+def _networks(networks: Sequence[Settings], windows: Sequence[int | None]) -> NetworkSettings:
     """The settings of some networks together."""
     heads = [one.whole("num_attention_heads") for one in networks]
     kv_heads = [one.optional("num_key_value_heads") for one in networks]
@@ -269,7 +230,7 @@ def _networks(networks: Sequence[_Settings], windows: Sequence[int | None]) -> N
     }
 
 
-def _rotary_base(network: _Settings) -> float:
+def _rotary_base(network: Settings) -> float:
     """The base of rotary embeddings, which older configurations have beside `rope_scaling`."""
     rope = network.values["rope_parameters"] or network.values["rope_scaling"] or {}
     if not isinstance(rope, Mapping):
@@ -281,7 +242,7 @@ def _rotary_base(network: _Settings) -> float:
         )
     usual = 10_000.0 if network.where.startswith("patcher") else LOCAL_BASE
     base = rope.get("rope_theta", network.values["rope_theta"])
-    return _Settings(network.where, {"rope_theta": usual if base is None else base}).number("rope_theta", 1.0)
+    return Settings(network.where, {"rope_theta": usual if base is None else base}).number("rope_theta", 1.0)
 
 
 def shortest(number: Float[Array, ""]) -> float:

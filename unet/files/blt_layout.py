@@ -6,15 +6,11 @@ A configuration is the JSON object of a published `config.json`; parameters are 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
 from estimators.base import AbstractEstimator, Frozen
 from estimators.constraints import MaxLength, constrained
@@ -25,56 +21,19 @@ from unet.blocks import Attending, PreNorm, Stack
 from unet.blt import PUBLISHED_IDS, SPECIAL_IDS
 from unet.chunkers import AttentionPool, Chunker, LeaveToDecoder
 from unet.cross import CrossLayer
-from unet.files.arrays import rows_of, shape_in
 from unet.files.blt_config import Described, described, shortest
-from unet.files.converted import WeightType, fill, require_names, require_shape
+from unet.files.converted import WeightType
 from unet.files.errors import LayoutError
+from unet.files.pieces import HEAD, Order, Piece, PieceParams, filled, matrix, rows, sources, vector
 from unet.hierarchy import Flat, Hierarchy
 from unet.layers import Linear, ScaleNorm, SwiGLU
 from unet.model import UNet
 from unet.ngrams import HashedNgrams
 
-EMBEDDING, HEAD = "model.local_encoder.embed_tokens.weight", "lm_head.weight"
-"""Names of one array if embeddings are tied."""
+EMBEDDING = "model.local_encoder.embed_tokens.weight"
+"""The name of the byte embedding, of one array with that of the head if embeddings are tied."""
 TABLES = "model.encoder_hash_tok_embedding.weight"
 """All tables of n-grams, one below the other."""
-PREFIX = "model."
-"""What all names but that of the head begin with."""
-
-Leaf = Array | jax.ShapeDtypeStruct
-Order = Int[np.ndarray, " rows"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A published parameter, or `rows` of it, and its place in a `leaf`: some of the `columns` of a matrix, which is stored as
-    the transpose, or all of a leaf that is stored as published. Row i here is row `order[i]` there. `shape` is that of the
-    whole published parameter."""
-
-    name: str
-    leaf: Leaf
-    shape: tuple[int, ...]
-    columns: slice | None = None
-    order: Order | None = None
-    rows: slice | None = None
-
-    @property
-    def size(self) -> int:
-        """The number of weights in it."""
-        return math.prod(self.shape) if self.rows is None else self.leaf.size
-
-    def read(self, params: Mapping[str, np.ndarray], name: str, into: np.ndarray) -> None:
-        """Fill this piece of a leaf. Raises `LayoutError` for what are no weights."""
-        value = params[name] if self.rows is None else rows_of(params, name, self.rows)
-        value = value if self.order is None else value[self.order]
-        fill(self.name, value, into if self.columns is None else into[:, self.columns].T)
-
-    def written(self) -> np.ndarray:
-        """The published parameter, or the rows of it."""
-        assert isinstance(self.leaf, jax.Array)
-        value = np.asarray(self.leaf)
-        value = value if self.columns is None else value[:, self.columns].T
-        return np.ascontiguousarray(value if self.order is None else value[np.argsort(self.order)])
 
 
 def rule_of(parts: Described) -> AbstractPatchRule:
@@ -121,76 +80,15 @@ def from_reference(
     except ValueError as error:
         raise LayoutError(f"this configuration is not a valid Byte Latent Transformer: {error}") from None
     pieces = list(pieces_of(skeleton))
-    names = _sources(pieces, params, tied=parts.shape.tie_embeddings)
-    weights: dict[int, Array] = {}
-    for _, group in itertools.groupby(pieces, key=lambda piece: id(piece.leaf)):
-        own = list(group)
-        leaf = own[0].leaf
-        # Before there is room for it: a configuration may ask for any.
-        for piece in own:
-            require_shape(piece.name, shape_in(params, names[piece.name]), piece.shape)
-        array = np.empty(leaf.shape, jnp.dtype(dtype))
-        for piece in own:
-            piece.read(params, names[piece.name], array)
-        # Wait, or pending copies would pile up in memory.
-        weights[id(leaf)] = jax.block_until_ready(jnp.asarray(array))
-    skeleton = eqx.tree_at(lambda model: _entropy_router(model.stage).rule, skeleton, rule_of(parts))
-    return jax.tree.map(lambda leaf: weights.get(id(leaf), leaf), skeleton)
+    names = sources(pieces, params, EMBEDDING, tied=parts.shape.tie_embeddings)
+    skeleton = filled(skeleton, pieces, params, names, dtype)
+    return eqx.tree_at(lambda model: _entropy_router(model.stage).rule, skeleton, rule_of(parts))
 
 
-def _sources(pieces: list[Piece], params: Mapping[str, np.ndarray], *, tied: bool) -> dict[str, str]:
-    """The name in `params` of each published parameter."""
-    # What reads files takes off a prefix that all names have, as those of a tied model without its head do.
-    short = not any(name.startswith(PREFIX) for name in params)
-    names = {piece.name: piece.name.removeprefix(PREFIX) if short else piece.name for piece in pieces}
-    given = set(params)
-    if tied:
-        embedding = names[EMBEDDING]
-        if embedding in given and HEAD in given and not np.array_equal(params[embedding], params[HEAD]):
-            raise LayoutError(
-                f"tie_word_embeddings is true, but {HEAD} is not equal to {EMBEDDING}: give only one of them, or set it to false"
-            )
-        if embedding not in given:
-            names[EMBEDDING] = HEAD
-        else:
-            given -= {HEAD}
-    require_names(names.values(), given)
-    return names
-
-
-class BLTParams(Mapping[str, np.ndarray]):
-    """The parameters of a model by their published names and in their published shapes, each converted when it is read."""
-
-    def __init__(self, model: UNet):
-        self._pieces: dict[str, list[Piece]] = {}
-        for piece in pieces_of(model):
-            self._pieces.setdefault(piece.name, []).append(piece)
-        if model.head is None:
-            self._pieces[HEAD] = self._pieces[EMBEDDING]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        parts = [piece.written() for piece in self._pieces[name]]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._pieces)
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-
-def to_reference(model: UNet) -> Mapping[str, np.ndarray]:
+def to_reference(model: UNet) -> PieceParams:
     """The parameters of a model in the layout of `transformers`: the inverse of `from_reference`. Tied embeddings appear as two
     equal arrays. Raises `LayoutError` for a model with parts that the layout does not have."""
-    return BLTParams(model)
-
-
-def published_bytes(model: UNet) -> dict[str, int]:
-    """The size of each published parameter in bytes."""
-    sizes: dict[str, int] = {}
-    for piece in pieces_of(model):
-        sizes[piece.name] = sizes.get(piece.name, 0) + piece.size * piece.leaf.dtype.itemsize
-    return sizes | ({HEAD: sizes[EMBEDDING]} if model.head is None else {})
+    return PieceParams(pieces_of(model), EMBEDDING, tied=model.head is None)
 
 
 def is_blt(model: UNet) -> bool:
@@ -207,33 +105,33 @@ def pieces_of(model: UNet) -> Iterator[Piece]:
     main = stage.inner
     if not isinstance(main, Flat):
         raise LayoutError(f"the published layout has one level of tokens, not a {type(main).__name__} inside it")
-    yield _rows(EMBEDDING, model.embedding, PUBLISHED_IDS)
+    yield rows(EMBEDDING, model.embedding, PUBLISHED_IDS)
     if model.head is not None:
-        yield _matrix(HEAD, model.head, PUBLISHED_IDS)
+        yield matrix(HEAD, model.head, PUBLISHED_IDS)
     yield from _tables(model.ngrams)
     encoder, decoder = "model.local_encoder", "model.local_decoder"
     yield from _layers(stage.encoder, encoder)
-    yield _matrix(f"{encoder}.patch_embedding_projection.weight", pool.unfold)
+    yield matrix(f"{encoder}.patch_embedding_projection.weight", pool.unfold)
     every = (*(() if pool.idle is None else pool.idle.value), pool.cross)
     for number, cross in enumerate(every):
         yield from _cross(cross, f"{encoder}.cross_attn_layers.{number}")
     yield from _layers(main.stack, "model.global_transformer")
     if pool.project is not None:
-        yield _matrix("model.global_transformer.token_embedding_projection.weight", pool.project)
+        yield matrix("model.global_transformer.token_embedding_projection.weight", pool.project)
     yield from _layers(stage.decoder, decoder)
     assert stage.decoder.unfold is not None
-    yield _matrix(f"{decoder}.patch_embedding_projection.weight", stage.decoder.unfold)
-    yield _vector(f"{decoder}.norm.weight", stage.decoder.norm)
+    yield matrix(f"{decoder}.patch_embedding_projection.weight", stage.decoder.unfold)
+    yield vector(f"{decoder}.norm.weight", stage.decoder.norm)
     attending = [block.cross for block in stage.decoder.blocks if isinstance(block, Attending)]
     for number, cross in enumerate(attending):
         yield from _cross(cross, f"{decoder}.cross_attn_layers.{number}")
     patcher = patcher_of(model)
-    yield _rows("model.patcher.embed_tokens.weight", patcher.embedding, PUBLISHED_IDS)
+    yield rows("model.patcher.embed_tokens.weight", patcher.embedding, PUBLISHED_IDS)
     assert isinstance(patcher.stage, Flat)
     yield from _layers(patcher.stage.stack, "model.patcher")
-    yield _vector("model.patcher.norm.weight", patcher.stage.stack.norm)
+    yield vector("model.patcher.norm.weight", patcher.stage.stack.norm)
     assert patcher.head is not None
-    yield _matrix("model.patcher.lm_head.weight", patcher.head, PUBLISHED_IDS)
+    yield matrix("model.patcher.lm_head.weight", patcher.head, PUBLISHED_IDS)
 
 
 def hierarchy_of(model: UNet) -> Hierarchy:
@@ -328,21 +226,6 @@ def _require_marks(model: UNet) -> None:
         )
 
 
-def _rows(name: str, leaf: Leaf, order: Order | None = None) -> Piece:
-    return Piece(name, leaf, tuple(leaf.shape), order=order)
-
-
-def _vector(name: str, norm: ScaleNorm | None) -> Piece:
-    assert norm is not None
-    return _rows(name, norm.weight)
-
-
-def _matrix(name: str, layer: Linear, order: Order | None = None, columns: slice = slice(None)) -> Piece:
-    inputs, outputs = layer.weight.shape
-    count = len(range(*columns.indices(outputs)))
-    return Piece(name, layer.weight, (count, inputs), columns, order)
-
-
 def _tables(ngrams: HashedNgrams | None) -> Iterator[Piece]:
     if ngrams is None or ngrams.special != SPECIAL_IDS:
         raise LayoutError(
@@ -368,6 +251,9 @@ def _layers(stack: Stack, prefix: str) -> Iterator[Piece]:
             not isinstance(block, PreNorm)
             or not isinstance(block.mixer, Attention)
             or not isinstance(block.mlp, SwiGLU)
+            or not isinstance(block.before_mixer, ScaleNorm)
+            or not isinstance(block.mixer.qkv, Linear)
+            or stack.rotary_scaling is not None
         ):
             raise LayoutError(
                 "layers of the published layout are PreNorm with attention and an MLP; this model has others"
@@ -379,21 +265,21 @@ def _layers(stack: Stack, prefix: str) -> Iterator[Piece]:
         ends = (0, inner, inner + shared, inner + 2 * shared)
         orders = (halves(inner, mixer.heads), halves(shared, mixer.kv_heads), None)
         for part, order, columns in zip("qkv", orders, itertools.starmap(slice, itertools.pairwise(ends)), strict=True):
-            yield _matrix(f"{layer}.self_attn.{part}_proj.weight", mixer.qkv, order, columns)
-        yield _matrix(f"{layer}.self_attn.o_proj.weight", mixer.out)
+            yield matrix(f"{layer}.self_attn.{part}_proj.weight", mixer.qkv, order, columns)
+        yield matrix(f"{layer}.self_attn.o_proj.weight", mixer.out)
         hidden = mlp.out.weight.shape[0]
-        yield _matrix(f"{layer}.mlp.up_proj.weight", mlp.value_gate, columns=slice(0, hidden))
-        yield _matrix(f"{layer}.mlp.gate_proj.weight", mlp.value_gate, columns=slice(hidden, 2 * hidden))
-        yield _matrix(f"{layer}.mlp.down_proj.weight", mlp.out)
-        yield _vector(f"{layer}.input_layernorm.weight", block.before_mixer)
-        yield _vector(f"{layer}.post_attention_layernorm.weight", block.before_mlp)
+        yield matrix(f"{layer}.mlp.up_proj.weight", mlp.value_gate, columns=slice(0, hidden))
+        yield matrix(f"{layer}.mlp.gate_proj.weight", mlp.value_gate, columns=slice(hidden, 2 * hidden))
+        yield matrix(f"{layer}.mlp.down_proj.weight", mlp.out)
+        yield vector(f"{layer}.input_layernorm.weight", block.before_mixer)
+        yield vector(f"{layer}.post_attention_layernorm.weight", block.before_mlp)
 
 
 def _cross(cross: CrossLayer, prefix: str) -> Iterator[Piece]:
     shared = cross.key_value.weight.shape[1] // 2
-    yield _vector(f"{prefix}.q_norm.weight", cross.before_query)
-    yield _vector(f"{prefix}.k_norm.weight", cross.before_key_value)
-    yield _matrix(f"{prefix}.q_proj.weight", cross.query)
-    yield _matrix(f"{prefix}.k_proj.weight", cross.key_value, columns=slice(0, shared))
-    yield _matrix(f"{prefix}.v_proj.weight", cross.key_value, columns=slice(shared, 2 * shared))
-    yield _matrix(f"{prefix}.o_proj.weight", cross.out)
+    yield vector(f"{prefix}.q_norm.weight", cross.before_query)
+    yield vector(f"{prefix}.k_norm.weight", cross.before_key_value)
+    yield matrix(f"{prefix}.q_proj.weight", cross.query)
+    yield matrix(f"{prefix}.k_proj.weight", cross.key_value, columns=slice(0, shared))
+    yield matrix(f"{prefix}.v_proj.weight", cross.key_value, columns=slice(shared, 2 * shared))
+    yield matrix(f"{prefix}.o_proj.weight", cross.out)

@@ -9,7 +9,7 @@ from unet.blocks import Attending, PreNorm, Stack
 from unet.blt import MARKS
 from unet.cross import CrossLayer
 from unet.files.blt_config import MODEL_TYPE
-from unet.files.blt_layout import BLTParams, hierarchy_of, patcher_of, patching_of, pool_of
+from unet.files.blt_layout import hierarchy_of, patcher_of, patching_of, pool_of, to_reference
 from unet.files.errors import LayoutError
 from unet.hierarchy import Flat
 from unet.layers import SwiGLU
@@ -21,7 +21,7 @@ MAX_POSITIONS = {"encoder_config": 24576, "decoder_config": 24576, "global_confi
 
 def reference_config(model: UNet) -> dict[str, object]:
     """The published configuration of a model. Raises `LayoutError` for one with parts that the layout does not have."""
-    BLTParams(model)
+    to_reference(model)
     stage, pool, patcher = hierarchy_of(model), pool_of(model), patcher_of(model)
     main, patches = stage.inner, patcher.stage
     assert isinstance(main, Flat)

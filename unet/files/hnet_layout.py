@@ -25,7 +25,7 @@ from unet.files.errors import LayoutError
 from unet.files.published import layer_count, rounded, shape_of
 from unet.hierarchy import AbstractStage, Flat, Hierarchy
 from unet.hnet import HNetConfig
-from unet.layers import ROTARY_BASE, Linear, SwiGLU
+from unet.layers import MLP, ROTARY_BASE, Affine, Linear, ScaleNorm, SwiGLU
 from unet.mamba import Mamba2
 from unet.model import UNet
 from unet.widened import Widened
@@ -245,13 +245,17 @@ def _width(stack: Stack) -> int:
 
 
 def _blocks(stack: Stack) -> list[PreNorm]:
-    if stack.rotary_base != ROTARY_BASE:
+    if stack.rotary_base != ROTARY_BASE or stack.rotary_scaling is not None:
         raise LayoutError(
             f"rotary embeddings in the released layout have base {ROTARY_BASE:g}, not {stack.rotary_base:g}"
         )
     for block in stack.blocks:
         if not isinstance(block, PreNorm):
             raise LayoutError(f"the released layout has no {type(block).__name__}: its layers are PreNorm")
+        if isinstance(block.mlp, MLP) or not isinstance(block.before_mixer, ScaleNorm):
+            raise LayoutError("layers in the released layout have RMS norms and gated MLPs; this model has others")
+        if isinstance(block.mixer, Attention) and not isinstance(block.mixer.qkv, Linear):
+            raise LayoutError("attention in the released layout has no biases")
         if isinstance(block.mixer, Attention) and block.mixer.cap is not None:
             raise LayoutError("attention in the released layout does not cap its logits")
         if isinstance(block.mixer, Attention) and block.mixer.kv_heads != block.mixer.heads:
@@ -295,7 +299,7 @@ def _named(name: str, leaf: Array | jax.ShapeDtypeStruct) -> Parameter:
     return Parameter(name, leaf, tuple(leaf.shape))
 
 
-def _matrix(name: str, layer: Linear) -> Parameter:
+def _matrix(name: str, layer: Linear | Affine) -> Parameter:
     return Parameter(name, layer.weight, tuple(layer.weight.shape[::-1]), transposed=True)
 
 
@@ -367,6 +371,7 @@ def _stack_parameters(stack: Stack, prefix: str) -> Iterator[Parameter]:
 def _mlp(block: PreNorm) -> SwiGLU | None:
     if isinstance(block.mlp, Experts):
         raise LayoutError("the released layout has no mixtures of experts")
+    assert not isinstance(block.mlp, MLP)
     return block.mlp
 
 

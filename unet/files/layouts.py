@@ -1,4 +1,4 @@
-"""Published layouts of parameters and configurations: that of H-Net and that of Byte Latent Transformers."""
+"""Published layouts of parameters and configurations: of H-Nets, Byte Latent Transformers, Llamas and GPT-2s."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from unet.files import blt_layout, blt_written, hnet_layout
+from unet.files import blt_layout, blt_written, decoder_layout, hnet_layout
 from unet.files.blt_config import is_blt
 from unet.files.converted import WeightType
-from unet.files.errors import LayoutError
+from unet.files.decoder_config import is_decoder
+from unet.files.errors import LayoutError, shown
 from unet.model import UNet
 
 
@@ -22,16 +23,22 @@ def from_reference(
 ) -> UNet:
     """The language model of a published configuration, which decides what it is, and its parameters by their published names.
 
-    See `unet.files.hnet_layout.from_reference` and `unet.files.blt_layout.from_reference`; `dtype` is that of weights and
-    products, `chunk_sizes` are for H-Nets. Raises `LayoutError` for what does not fit.
+    See `from_reference` of `unet.files.hnet_layout`, `blt_layout` and `decoder_layout`; `dtype` is that of weights and products,
+    `chunk_sizes` are for H-Nets. Of a Llama or GPT-2 it is the model over tokens, without a tokenizer. Raises `LayoutError` for
+    what does not fit.
     """
-    if not is_blt(config):
-        return hnet_layout.from_reference(config, params, dtype=dtype, chunk_sizes=chunk_sizes)
-    if chunk_sizes is not None:
+    if chunk_sizes is not None and (is_blt(config) or is_decoder(config)):
         raise LayoutError(
-            "chunk_sizes are for H-Nets; the patches of a Byte Latent Transformer follow from its threshold"
+            "chunk_sizes are for H-Nets; the patches of a Byte Latent Transformer follow from its threshold, and a model of "
+            "tokens has none"
         )
-    return blt_layout.from_reference(config, params, dtype=dtype)
+    if is_decoder(config):
+        return decoder_layout.from_reference(config, params, dtype=dtype)
+    if is_blt(config):
+        return blt_layout.from_reference(config, params, dtype=dtype)
+    if "arch_layout" not in config and (kind := config.get("model_type")) is not None:
+        raise LayoutError(f"models of the model_type {shown(repr(kind))} are not read: llama, gpt2, blt and H-Nets are")
+    return hnet_layout.from_reference(config, params, dtype=dtype, chunk_sizes=chunk_sizes)
 
 
 def to_reference(model: UNet) -> Mapping[str, np.ndarray]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import safetensors.numpy
 
-from unet.files import blt_layout, blt_written, hnet_layout
+from unet.files import blt_layout, blt_written, decoder_config, decoder_layout, hnet_layout
 from unet.files.blt_config import is_blt
 from unet.files.blt_tokenizer import TOKENIZER, require_tokenizer
 from unet.files.converted import WeightType
@@ -18,10 +19,13 @@ from unet.files.hnet_layout import named_parameters
 from unet.files.hub import Repository
 from unet.files.json_files import read_json
 from unet.files.layouts import from_reference
+from unet.files.pieces import HEAD, PieceParams
 from unet.files.saving import write_atomically
 from unet.files.torch_files import write_torch_file
 from unet.files.weights import INDEX, TORCH, only_weights, open_weights, read_index
 from unet.model import UNet
+from unet.tokens.model import TokenModel
+from unet.tokens.tokenizer import Tokenizer
 
 
 def _published(
@@ -56,7 +60,7 @@ PUBLISHED: Mapping[str, Mapping[str, object]] = {
 """The configurations of the published models, by the names of their repositories (and files) under `cartesia-ai`."""
 
 SHARD_BYTES = 5 * 10**9
-"""Most bytes of weights in one file that `save_blt` writes."""
+"""Most bytes of weights in one file that `save_blt` and `save_tokens` write."""
 
 
 def load_pretrained(
@@ -65,16 +69,18 @@ def load_pretrained(
     config: str | Path | None = None,
     dtype: WeightType = "float32",
     chunk_sizes: Sequence[float] | None = None,
-) -> UNet:
-    """A published H-Net or Byte Latent Transformer, as its configuration says: by its name on the hub
+) -> UNet | TokenModel:
+    """A published H-Net, Byte Latent Transformer, Llama or GPT-2, as its configuration says: by its name on the hub
     (`cartesia-ai/hnet_1stage_L`, `facebook/blt-1b`, or `owner/name@revision`), or from a `.pt` or `.safetensors` file in the
-    published layout, the index of several `.safetensors` files, or a folder with one of these.
+    published layout, the index of several `.safetensors` files, or a folder with one of these. Llama and GPT-2 are models of
+    tokens; their `tokenizer.json` lies beside the weights.
 
     What compilers and wrappers put before names (`_orig_mod.`, `module.`) is taken off. `config`: the JSON file of its
     configuration; by default one beside the weights (`config.json`, or with the name of the weights), or else the published
     configuration of that name. `dtype` is that of weights and products; `chunk_sizes` is the target number of positions per chunk
     in further training of an H-Net; see `unet.from_reference`. No more than one parameter is in memory beside the model. Raises
-    `LoadError` if there is no such model, if it is damaged, and if it does not fit its configuration.
+    `LoadError` if there is no such model, if it is damaged, if it does not fit its configuration, and if its tokenizer does not
+    fit the model.
     """
     weights = _located(where)
     settings = _config(weights, None if config is None else Path(config))
@@ -86,9 +92,23 @@ def load_pretrained(
     try:
         if is_blt(settings) and (tokenizer := weights.with_name(TOKENIZER)).is_file():
             require_tokenizer(tokenizer)
+        if decoder_config.is_decoder(settings):
+            # First, since it is small and its faults are the likelier ones.
+            tokenizer = _tokenizer(weights.with_name(TOKENIZER), decoder_config.described(settings))
+            return TokenModel(tokenizer, from_reference(settings, open_weights(weights), dtype=dtype))
         return from_reference(settings, open_weights(weights), dtype=dtype, chunk_sizes=chunk_sizes)
     except LayoutError as error:
         raise LoadError(f"{weights}: {error}") from None
+
+
+def _tokenizer(path: Path, parts: decoder_config.DecoderDescription) -> Tokenizer:
+    """The tokenizer of a model of tokens. Raises `LoadError` where there is none, or one that does not fit the model."""
+    if not path.is_file():
+        raise LoadError(f"{path} is missing: a model of tokens needs its tokenizer beside its weights")
+    try:
+        return Tokenizer.read(path.read_bytes(), marks=parts.marks).padded(parts.vocab)
+    except (ImportError, ValueError) as error:
+        raise LoadError(f"{path} does not fit the model: {error}") from None
 
 
 def load_hnet(
@@ -100,8 +120,9 @@ def load_hnet(
 ) -> UNet:
     """A published H-Net: `load_pretrained`, for what is known to be one. Raises `LoadError` for any other model."""
     model = load_pretrained(where, config=config, dtype=dtype, chunk_sizes=chunk_sizes)
-    if blt_layout.is_blt(model):
-        raise LoadError(f"{where} is a Byte Latent Transformer, not an H-Net: load it with unet.load_pretrained")
+    if not isinstance(model, UNet) or blt_layout.is_blt(model):
+        kind = "Byte Latent Transformer" if isinstance(model, UNet) else "model of tokens"
+        raise LoadError(f"{where} is a {kind}, not an H-Net: load it with unet.load_pretrained")
     return model
 
 
@@ -152,11 +173,32 @@ def save_blt(model: UNet, folder: str | Path, *, shard_bytes: int = SHARD_BYTES)
     Raises `LayoutError` for a model with parts that the published layout does not have.
     """
     settings, params = blt_written.reference_config(model), blt_layout.to_reference(model)
+    return _write_published(Path(folder), settings, params, tied=model.head is None, shard_bytes=shard_bytes)
+
+
+def save_tokens(model: TokenModel, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a model of tokens with the layers of a Llama or a GPT-2 as `transformers` reads it, with its tokenizer; files and
+    `shard_bytes` as in `save_blt`. Returns the path of the weights, or of the index.
+
+    Raises `LayoutError` for a model with parts that neither layout has.
+    """
+    own, tokenizer = model.inner, model.tokenizer
+    marks = model.alphabet.bos, model.alphabet.eos
+    settings, params = decoder_layout.reference_config(own, marks), decoder_layout.to_reference(own)
     folder = Path(folder)
+    weights = _write_published(folder, settings, params, tied=own.head is None, shard_bytes=shard_bytes)
+    write_atomically(folder / TOKENIZER, np.asarray(tokenizer.json).tobytes())
+    return weights
+
+
+def _write_published(
+    folder: Path, settings: Mapping[str, object], params: PieceParams, *, tied: bool, shard_bytes: int
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    names = [name for name in params if model.head is not None or name != blt_layout.EMBEDDING]
+    # Of two names of one array `transformers` saves that of the embedding.
+    names = [name for name in params if not (tied and name == HEAD)]
+    sizes = {name: params.size(name) for name in names}
     shards: list[list[str]] = [[]]
-    sizes = blt_layout.published_bytes(model)
     for name in names:
         if shards[-1] and sum(sizes[one] for one in shards[-1]) + sizes[name] > shard_bytes:
             shards.append([])
@@ -170,7 +212,7 @@ def save_blt(model: UNet, folder: str | Path, *, shard_bytes: int = SHARD_BYTES)
     weights = folder / "model.safetensors"
     if len(shards) > 1:
         weights = folder / f"model{INDEX}"
-        index = {"metadata": {"total_size": sum(sizes[name] for name in names)}, "weight_map": places}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         write_atomically(weights, json.dumps(index, indent=2) + "\n")
     write_atomically(folder / "config.json", json.dumps(settings, indent=2) + "\n")
     return weights

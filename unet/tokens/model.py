@@ -42,7 +42,7 @@ class TokenModel(AbstractLanguageModel):
 
     @property
     def alphabet(self) -> Alphabet:
-        return _alphabet(self.tokenizer.tokens)
+        return _alphabet(self.tokenizer.tokens, self.tokenizer.marks)
 
     @property
     def levels(self) -> int:
@@ -53,7 +53,9 @@ class TokenModel(AbstractLanguageModel):
 
     def inputs(self, batch: Mapping[str, np.ndarray], *, shortest: int = 0) -> dict[str, PyTree[np.ndarray]]:
         rows = {name: np.asarray(batch[name]) for name in ("bytes", "segments", "mask")}
-        return {**rows, "tokens": tokenised(self.tokenizer, **rows, shortest=shortest)}
+        tokens = tokenised(self.tokenizer, **rows, shortest=shortest)
+        self.inner.require_positions(int(np.max(np.sum(tokens.mask, axis=1), initial=0)))
+        return {**rows, "tokens": tokens}
 
     def batch_loss(
         self,
@@ -78,8 +80,8 @@ class TokenModel(AbstractLanguageModel):
 
 
 @functools.lru_cache(maxsize=4)
-def _alphabet(tokens: tuple[bytes, ...]) -> Alphabet:
-    return Alphabet.of(tokens)
+def _alphabet(tokens: tuple[bytes, ...], marks: tuple[int, int] | None) -> Alphabet:
+    return Alphabet.of(tokens, marks)
 
 
 def per_byte(output: LossOutput, tokens: TokenBatch, batch: Mapping[str, Array], *, levels: int) -> LossOutput:

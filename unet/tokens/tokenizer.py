@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
+from estimators.base import BOS, EOS
 from estimators.bounds import Within, require_within
 
 if TYPE_CHECKING:
@@ -33,29 +35,40 @@ PROBE = (
 class Tokenizer(eqx.Module):
     """A byte-pair encoding of the `tokenizers` library, as the text of its `tokenizer.json`, and its tokens: their joined bytes
     (`joined`) and the place where each `ends`. The tokens of a text make up its bytes, whatever they are: bytes outside UTF-8,
-    BOS and EOS among them, are tokens of one byte.
+    BOS and EOS among them, are tokens of one byte. With `marks` BOS and EOS are these tokens, which may be one and the same.
     """
 
     json: UInt8[Array, " size"]
     joined: UInt8[Array, " bytes"]
     ends: Int[Array, " vocab"]
     learned_from: int = eqx.field(static=True, default=0)
+    marks: tuple[int, int] | None = eqx.field(static=True, default=None)
 
     @classmethod
-    def read(cls, content: bytes, learned_from: int = 0) -> Tokenizer:
-        """The tokenizer in a `tokenizer.json`; `learned_from`: the bytes of text that it was learned from, if known.
+    def read(cls, content: bytes, learned_from: int = 0, marks: tuple[int, int] | None = None) -> Tokenizer:
+        """The tokenizer in a `tokenizer.json`; `learned_from`: the bytes of text that it was learned from, if known; `marks`: the
+        numbers of the tokens that mark the start and the end of a document, where they are tokens of their own.
 
         Raises `ImportError` without the extra `bpe`, and `ValueError` for anything but a byte-level byte-pair encoding that has a
         token for every byte and keeps text as it is.
         """
-        opened = _opened(content)
+        opened = _opened(content, marks is not None)
         tokens = _tokens_of(content, opened.library)
         require_within("the size of a vocabulary", len(tokens), TokenizerSize)
+        if marks is not None:
+            if not 0 <= min(marks) <= max(marks) < len(tokens):
+                raise ValueError(
+                    f"the tokens {marks[0]} and {marks[1]} mark documents, but there are {len(tokens)} tokens"
+                )
+            # These bytes occur in no text.
+            tokens = [b"" if token in (b"\xfe", b"\xff") else token for token in tokens]
+            tokens[marks[0]], tokens[marks[1]] = bytes([BOS]), bytes([EOS])
         made = cls(
             jnp.asarray(np.frombuffer(content, np.uint8)),
             jnp.asarray(np.frombuffer(b"".join(tokens), np.uint8)),
             jnp.asarray(np.cumsum([len(token) for token in tokens]), jnp.int32),
             learned_from,
+            marks,
         )
         made.encode_all([PROBE.encode(), b"one"])
         return made
@@ -64,6 +77,13 @@ class Tokenizer(eqx.Module):
     def size(self) -> int:
         """The number of tokens."""
         return self.ends.shape[0]
+
+    def padded(self, size: int) -> Tokenizer:
+        """The same with numbers that stand for no token behind, up to `size`. Raises `ValueError` for fewer than there are."""
+        if size < self.size:
+            raise ValueError(f"the tokenizer has {self.size} tokens, and the model embeddings of {size}")
+        ends = jnp.pad(self.ends, (0, size - self.size), mode="edge")
+        return dataclasses.replace(self, ends=ends)
 
     @property
     def tokens(self) -> tuple[bytes, ...]:
@@ -81,15 +101,19 @@ class Tokenizer(eqx.Module):
 
     def encode_all(self, texts: Sequence[bytes]) -> list[Int[np.ndarray, " _"]]:
         """The tokens of each text. Raises `ValueError` where they are not its bytes, `ImportError` without the extra `bpe`."""
-        opened = _opened(np.asarray(self.json).tobytes())
+        opened = _opened(np.asarray(self.json).tobytes(), self.marks is not None)
+        singles = list(opened.singles)
+        if self.marks is not None:
+            singles[BOS], singles[EOS] = [self.marks[0]], [self.marks[1]]
         pieces = [list(whole_characters(text)) for text in texts]
         strings = [part for parts in pieces for part in parts if isinstance(part, str)]
         encoded = iter(opened.library.encode_batch(strings, add_special_tokens=False) if strings else [])
         rows, tokens = [], self.tokens
         for text, parts in zip(texts, pieces, strict=True):
-            ids = [opened.singles[part[0]] if isinstance(part, bytes) else next(encoded).ids for part in parts]
+            ids = [singles[part[0]] if isinstance(part, bytes) else next(encoded).ids for part in parts]
             row = np.array(list(itertools.chain.from_iterable(ids)), np.int32)
-            if b"".join([tokens[one] for one in row]) != text:
+            one_mark = self.marks is not None and self.marks[0] == self.marks[1]
+            if b"".join([tokens[one] for one in row]) != (text.replace(b"\xfe", b"\xff") if one_mark else text):
                 raise ValueError(
                     "the tokens of the tokenizer do not make up the bytes of a text: it changes what it reads"
                 )
@@ -100,8 +124,11 @@ class Tokenizer(eqx.Module):
 class _Opened:
     """A tokenizer of the library, and the token of each single byte as a list of one."""
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes, plain: bool):
         self.library = _library_tokenizer(content)
+        if plain:
+            # What looks like a special token in a text is text.
+            self.library.encode_special_tokens = True
         tokens = _tokens_of(content, self.library)
         found = {token: number for number, token in reversed(list(enumerate(tokens))) if len(token) == 1}
         missing = [value for value in range(256) if bytes([value]) not in found]
@@ -113,8 +140,8 @@ class _Opened:
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(content: bytes) -> _Opened:
-    return _Opened(content)
+def _opened(content: bytes, plain: bool) -> _Opened:
+    return _Opened(content, plain)
 
 
 def _library_tokenizer(content: bytes) -> Library:
