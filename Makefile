@@ -16,7 +16,7 @@ LOCK := requirements-locked.txt
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALL = $(PIP) $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # The extras that tests use. Where one has no build for this Python, the others are installed all the same.
-EXTRAS := parquet zstd bpe lab words eval tensorboard
+EXTRAS := parquet zstd bpe lab words eval tensorboard explore
 
 .PHONY: run test fuzz lock audit clean
 

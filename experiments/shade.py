@@ -18,7 +18,7 @@ from rich.console import Console
 from estimators.bounds import Count, Length, Seed
 from experiments.command import command_line
 from experiments.config.errors import NOT_NUMBERS, ConfigError, require, require_bounds
-from experiments.evaluation.byte_scores import ByteScores, Text
+from experiments.evaluation.byte_scores import Text
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.reporting.report import boundaries_picture
@@ -26,7 +26,7 @@ from experiments.scoring.cache import ScoreCache
 from experiments.scoring.models import OpenModel, open_model
 from experiments.scoring.per_byte import require_pyarrow
 from experiments.scoring.plans import context_of
-from experiments.scoring.score import BoundaryChoice, Plan, score_text
+from experiments.scoring.score import BoundaryChoice, Plan, score_text, text_boundaries
 from experiments.scoring.texts import read_file, text_of
 from experiments.terminal import write_output
 from unet import TextBoundaries
@@ -119,12 +119,6 @@ def _boundaries(opened: OpenModel, text: Text, plan: Plan) -> TextBoundaries:
     if not np.isfinite(scores.log_prob).all():
         raise ConfigError(f"{opened.name}: {NOT_NUMBERS}; name another model")
     return text_boundaries(text.documents[0], scores)
-
-
-def text_boundaries(content: bytes, scores: ByteScores) -> TextBoundaries:
-    """The first sample of the scores of a text of one document."""
-    prob = scores.prob[0] if scores.levels else np.full_like(scores.prob[0], np.nan)
-    return TextBoundaries(content, scores.log_prob[0], scores.early_log_prob[0], prob, scores.depth[0], scores.levels)
 
 
 def _show(shaded: Mapping[str, TextBoundaries]) -> None:

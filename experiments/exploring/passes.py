@@ -1,0 +1,114 @@
+"""What a model makes of a text, and how it goes on, in pieces small enough to be given up in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from estimators.bounds import require_within
+from experiments.config.errors import NOT_NUMBERS, ConfigError
+from experiments.evaluation.byte_scores import ByteScores
+from experiments.evaluation.windows import window_keys, windows_of
+from experiments.scoring.models import OpenModel
+from experiments.scoring.score import BoundaryChoice, score_positions, text_boundaries
+from experiments.scoring.texts import text_of
+from unet import Sampling, TextBoundaries, TextStream, utf8
+from unet.decoding.generate import Piece, joined
+from unet.decoding.sampling import NumBytes, Temperature
+
+LENGTHS = tuple(64 * 4**power for power in range(10))
+"""Texts are padded to one of these lengths, so that few programs are compiled."""
+BATCH_POSITIONS = 2**12
+"""Positions that are computed at once of a text that is longer than a window."""
+STREAMED = 8
+"""Bytes between two updates of a text that goes on."""
+LONGEST_PROMPT = 4096
+"""Bytes of a text, its last, that a continuation reads."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked about a text: its bytes, how boundaries are chosen, and with which seed."""
+
+    content: bytes
+    boundaries: BoundaryChoice
+    seed: int
+
+
+def padded_to(positions: int, context: int) -> int:
+    """The length that so many positions are padded to."""
+    return min(context, next((length for length in LENGTHS if length >= positions), context))
+
+
+def program_of(asked: Asked, context: int) -> tuple[object, ...]:
+    """What the compiled program that reads a text depends on, but for the room that it needs for tokens."""
+    positions = len(asked.content) + 1
+    return padded_to(positions, context), positions > context, asked.boundaries
+
+
+def boundaries_in(
+    opened: OpenModel, asked: Asked, context: int, advance: Callable[[int], None] = lambda bytes: None
+) -> TextBoundaries:
+    """Those of `experiments.shade` with the same settings. `advance` is told of numbers of bytes as they are done, and may raise
+    to give up. Raises `ConfigError` for text that no model can read."""
+    if not asked.content:
+        return _nothing(opened)
+    text = text_of(asked.content, "the text", "the text")
+    windows = list(windows_of(0, text.bytes, context, max(1, context // 2)))
+    length = padded_to(max(window.stop - window.start for window in windows), context)
+    keys = window_keys(asked.seed, 0, windows) if asked.boundaries == "drawn" and opened.draws else None
+    batch = 1 if len(windows) == 1 else max(1, BATCH_POSITIONS // length)
+    scores = score_positions(opened.model, text.documents, windows, keys, context=length, batch=batch, advance=advance)
+    found = text_boundaries(asked.content, ByteScores.of(text, [scores], opened.levels))
+    if not np.isfinite(found.log_prob).all():
+        raise ConfigError(f"{opened.name}: {NOT_NUMBERS}")
+    return found
+
+
+def _nothing(opened: OpenModel) -> TextBoundaries:
+    none = np.zeros(0, np.float32)
+    return TextBoundaries(b"", none, none, none, np.zeros(0, np.uint8), opened.levels)
+
+
+def prompt_of(content: bytes) -> bytes:
+    """The end of a text that a continuation reads, from the beginning of a character on."""
+    cut = max(0, len(content) - LONGEST_PROMPT)
+    while 0 < cut < len(content) and 0x80 <= content[cut] <= 0xBF:
+        cut += 1
+    return content[cut:]
+
+
+def continuation(opened: OpenModel, asked: Asked, *, max_bytes: int, temperature: float) -> Iterator[Piece]:
+    """What a model adds to a text, each time all of it so far, without an incomplete last character while it goes on.
+
+    Raises `ConfigError` for text that no model can read, and `ValueError` for numbers out of range.
+    """
+    require_within("temperature", temperature, Temperature)
+    require_within("max_bytes", max_bytes, NumBytes)
+    prompt = prompt_of(asked.content)
+    stream = TextStream(
+        opened.model,
+        [text_of(prompt, "the text", "the text").documents[0] if prompt else b""],
+        max_bytes=max_bytes,
+        key=jax.random.key(asked.seed),
+        sampling=Sampling(temperature),
+        greedy_boundaries=asked.boundaries == "greedy",
+        chunk=STREAMED,
+    )
+    pieces: list[Piece] = []
+    for (piece,) in stream:
+        if piece is None:
+            continue
+        if not np.isfinite(piece.logprobs).all():
+            raise ConfigError(f"{opened.name}: {NOT_NUMBERS}")
+        pieces.append(piece)
+        whole = joined(pieces)
+        yield whole if whole.finish is not None else _whole_characters(prompt, whole)
+
+
+def _whole_characters(prompt: bytes, piece: Piece) -> Piece:
+    size = max(0, utf8.whole_characters(prompt + piece.bytes) - len(prompt))
+    return Piece(piece.bytes[:size], piece.logprobs[:size], piece.boundary_depth[:size], None)
