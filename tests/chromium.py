@@ -166,4 +166,6 @@ class Chromium:
     def addresses(self) -> list[str]:
         """Every address that the page asked for."""
         self.run("0")
-        return [one["params"]["request"]["url"] for one in self.events if one.get("method") == "Network.requestWillBeSent"]
+        return [
+            one["params"]["request"]["url"] for one in self.events if one.get("method") == "Network.requestWillBeSent"
+        ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from experiments.exploring.documents import Request, answer, continued
 from experiments.exploring.held import HeldModel
@@ -46,16 +47,13 @@ class Asking:
     def continuation(self, job: Job, request: Request, step: int | None) -> None:
         """Sends how the model goes on, again and again until it has ended."""
         opened = self._opened(job, step)
-        settings = {
-            "temperature": request.number("temperature", 1.0),
-            "max_bytes": int(request.number("max_bytes", 256)),
-        }
+        temperature, most = float(request.number("temperature", 1.0)), int(request.number("max_bytes", 256))
         prompt = prompt_of(request.asked.content)
         job.send({"state": "prompt", "left_out": len(request.asked.content) - len(prompt)})
         program = ("continue", len(prompt).bit_length(), request.asked.boundaries)
         self._announce(job, program)
         known = 0
-        for piece in continuation(opened, request.asked, **settings):
+        for piece in continuation(opened, request.asked, max_bytes=most, temperature=temperature):
             job.check()
             self._programs.add(program)
             message = continued(piece, known)
@@ -88,7 +86,7 @@ class Asking:
             job.send({"state": "compiling"})
 
 
-def _progress(job: Job, size: int):
+def _progress(job: Job, size: int) -> Callable[[int], None]:
     done, last = 0, time.monotonic()
 
     def advance(positions: int) -> None:

@@ -52,7 +52,7 @@ class Request:
         require(len({number for number, _ in models}) == len(models), "each model is asked once")
         return cls(client, asked, models, values)
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float | int) -> float | int:
         """A number among the values."""
         value = self.values.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 
 from experiments.config.errors import require
-from experiments.scoring.models import OpenModel, open_model
+from experiments.scoring.models import Checkpoints, OpenModel, open_model
 from experiments.training.stored import stored_steps
 from unet.files.saving import WEIGHTS
 
@@ -26,6 +26,7 @@ class HeldModel:
         self.where, self._plugins, self._first_step = where, tuple(plugins), step
         first = open_model(where, step, plugins)
         self.first = first
+        self._checkpoints: Checkpoints | None = None
         self._open: OrderedDict[int | None, OpenModel] = OrderedDict({first.step: first})
 
     @property
@@ -52,7 +53,7 @@ class HeldModel:
         step = self._default() if step is None else step
         if step not in self._open:
             require(step is None or step in self.steps, f"{self.where} holds no checkpoint of step {step} any more")
-            self._open[step] = open_model(self.where, step, self._plugins)
+            self._open[step] = self._read(step)
         self._open.move_to_end(step)
         self._close_oldest()
         return self._open[step]
@@ -65,6 +66,12 @@ class HeldModel:
         if self._first_step is not None or self.finished:
             return self._first_step
         return self.steps[-1]
+
+    def _read(self, step: int | None) -> OpenModel:
+        if step is None:
+            return open_model(self.where, None, self._plugins)
+        self._checkpoints = self._checkpoints or Checkpoints(self.where, self._plugins)
+        return self._checkpoints.open(step)
 
     def _close_oldest(self) -> None:
         while len(self._open) > 2 and sum(map(_bytes_of, self._open.values())) > KEPT_BYTES:

@@ -93,7 +93,8 @@ def continuation(opened: OpenModel, asked: Asked, *, max_bytes: int, temperature
         opened.model,
         [text_of(prompt, "the text", "the text").documents[0] if prompt else b""],
         max_bytes=max_bytes,
-        key=jax.random.key(asked.seed),
+        # As the key of a text's only window: it goes on from the boundaries that are shown.
+        key=jax.random.fold_in(jax.random.key(asked.seed), 0),
         sampling=Sampling(temperature),
         greedy_boundaries=asked.boundaries == "greedy",
         chunk=STREAMED,

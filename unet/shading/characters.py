@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -125,7 +125,7 @@ def colour_of(prob: float, *, dark: bool = False) -> Colour:
     """Background colour for a probability: blue for 0, white in the middle, red for 1; pale enough for black text. `dark`: black
     in the middle, and dim enough for white text."""
     if dark:
-        return _NIGHT if math.isnan(prob) else _mixed(_map_colour("berlin", prob), _NIGHT, 0.55)
+        return _NIGHT if math.isnan(prob) else _mixed(_map_colour("berlin", prob), _NIGHT, 0.5)
     return _pale("coolwarm", prob)
 
 
@@ -148,7 +148,7 @@ def _map_colour(colours: str, value: float) -> tuple[float, float, float]:
     return 255 * red, 255 * green, 255 * blue
 
 
-def _mixed(one: tuple[float, float, float], other: tuple[float, float, float], share: float) -> Colour:
+def _mixed(one: Sequence[float | int], other: Sequence[float | int], share: float) -> Colour:
     """So much of one colour, and the rest of another."""
     red, green, blue = (round(share * a + (1 - share) * b) for a, b in zip(one, other, strict=True))
     return red, green, blue

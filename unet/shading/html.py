@@ -46,7 +46,7 @@ def _coloured(*, dark: bool) -> str:
 
 STYLE = f"""
 .caesura pre {{ background: var(--paper); color: var(--ink); padding: .8rem; border: 1px solid #8884; border-radius: 4px;
-  margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, "Noto Sans Mono",
+  margin: .3rem 0; white-space: break-spaces; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, "Noto Sans Mono",
   "Noto Sans Mono CJK SC", monospace; }}
 .caesura pre span {{ padding: .15em 0; }}
 .caesura .b1 {{ box-shadow: inset -2px 0 var(--bar); }} .caesura .b2 {{ box-shadow: inset -4px 0 var(--bar); }}

@@ -28,8 +28,10 @@ function notice(text) {
 const sentence = (error) =>
   error instanceof TypeError ? "The server does not answer: is its command still running?" : error.message;
 
-/** Ask about the text once nobody types for a moment. */
+/** Ask about the text once nobody types for a moment. Until then no answer is one to what stands there now. */
 function askSoon(some = panels) {
+  asking?.abort();
+  asking = null;
   for (const panel of some) {
     stale.add(panel);
     panel.wait();

@@ -80,7 +80,9 @@ export class Signs {
       // As it will be, but without shades: it takes the same room.
       block.textContent = this.columns.text.slice(first, first + BLOCK).join("");
       this.element.append(block);
-      this.seen.observe(block);
+      // The first one at once: what is typed into must not flicker.
+      if (first === kept * BLOCK) this.#write(block);
+      else this.seen.observe(block);
     }
     this.mark(this.here);
   }
