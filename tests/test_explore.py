@@ -15,7 +15,7 @@ import unet
 from experiments.explore import main
 from experiments.exploring.documents import MOST_BODY, MOST_BYTES, answer, signs
 from experiments.exploring.held import HeldModel
-from experiments.exploring.passes import Asked, boundaries_in, prompt_of
+from experiments.exploring.passes import Asked, WindowMemory, boundaries_in, prompt_of
 from experiments.exploring.worker import Job, Worker
 from experiments.scoring.cache import ScoreCache
 from experiments.scoring.models import OpenModel
@@ -101,12 +101,22 @@ def test_every_model_answers_with_the_boundaries_of_the_library(client):
 def test_a_text_longer_than_a_window_is_read_as_by_the_other_commands():
     opened, content = OpenModel("m", registered("sfe"), None), b"so it goes, and a man " * 4
     told: list[int] = []
-    found = boundaries_in(opened, Asked(content, "drawn", 5), 32, told.append)
+    found = boundaries_in(opened, Asked(content, "drawn", 5), 32, memory := WindowMemory(), told.append)
     text = text_of(content, "a text", "a text")
     scores = score_text(opened, text, Plan(32, 16, "drawn", 1, 5), ScoreCache(None))
     np.testing.assert_allclose(found.log_prob, scores.log_prob[0], rtol=1e-5)
     np.testing.assert_array_equal(found.depth, scores.depth[0])
     assert sum(told) == len(content) + 1
+    # Where something is added, only the windows that read it are computed.
+    told.clear()
+    longer = boundaries_in(opened, Asked(content + b"!", "drawn", 5), 32, memory, told.append)
+    assert 0 < sum(told) <= 32
+    np.testing.assert_array_equal(longer.log_prob[:-1], found.log_prob)
+    alone = boundaries_in(opened, Asked(content + b"!", "drawn", 5), 32, WindowMemory())
+    np.testing.assert_allclose(longer.log_prob, alone.log_prob, rtol=1e-5)
+    np.testing.assert_array_equal(longer.depth, alone.depth)
+    other = boundaries_in(opened, Asked(content + b"!", "drawn", 6), 32, memory)
+    assert (other.depth != longer.depth).any()
 
 
 def test_texts_of_any_kind_are_answered_sign_by_sign(client):

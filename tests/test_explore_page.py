@@ -190,6 +190,11 @@ def test_narrow_windows_and_dark_ones_show_everything(page, dark):
         "[document.body, ...document.querySelectorAll('pre.shown, textarea, pre.shown [data-n]')].map((one) => "
         "[getComputedStyle(one).backgroundColor, getComputedStyle(one).color])"
     )
+    page.run("document.querySelector('input[value=bits]').click()")
+    colours += page.run(
+        "[...document.querySelectorAll('pre.shown [data-n]')].map((one) => "
+        "[getComputedStyle(one).backgroundColor, getComputedStyle(one).color])"
+    )
     contrasts = [contrast(*pair) for pair in colours if "0, 0, 0, 0" not in pair[0]]
     assert len(contrasts) > 10
     assert min(contrasts) > 4.5

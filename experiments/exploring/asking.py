@@ -10,6 +10,7 @@ from experiments.exploring.documents import Request, answer, continued
 from experiments.exploring.held import HeldModel
 from experiments.exploring.passes import (
     Asked,
+    WindowMemory,
     boundaries_in,
     continuation,
     program_of,
@@ -31,6 +32,7 @@ class Asking:
     def __init__(self, held: HeldModel, context: int):
         self._held, self._context = held, context
         self._kept: OrderedDict[tuple[int | None, Asked], TextBoundaries] = OrderedDict()
+        self._windows = WindowMemory()
         self._programs: set[tuple[object, ...]] = set()
 
     def boundaries(self, job: Job, request: Request, step: int | None) -> None:
@@ -74,7 +76,9 @@ class Asking:
         if key not in self._kept:
             program = program_of(asked, self._context)
             self._announce(job, program)
-            self._kept[key] = boundaries_in(opened, asked, self._context, _progress(job, len(asked.content)))
+            self._kept[key] = boundaries_in(
+                opened, asked, self._context, self._windows, _progress(job, len(asked.content))
+            )
             self._programs.add(program)
         self._kept.move_to_end(key)
         while len(self._kept) > KEPT_ANSWERS:

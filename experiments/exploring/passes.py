@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -11,13 +12,14 @@ import numpy as np
 from estimators.bounds import require_within
 from experiments.config.errors import NOT_NUMBERS, ConfigError
 from experiments.evaluation.byte_scores import ByteScores
-from experiments.evaluation.windows import window_keys, windows_of
+from experiments.evaluation.windows import PositionScores, Window, positions_of, window_keys, windows_of
 from experiments.scoring.models import OpenModel
 from experiments.scoring.score import BoundaryChoice, score_positions, text_boundaries
 from experiments.scoring.texts import text_of
 from unet import Sampling, TextBoundaries, TextStream, utf8
 from unet.decoding.generate import Piece, joined
 from unet.decoding.sampling import NumBytes, Temperature
+from unet.tokens.model import TokenModel
 
 LENGTHS = tuple(64 * 4**power for power in range(10))
 """Texts are padded to one of these lengths, so that few programs are compiled."""
@@ -25,6 +27,8 @@ BATCH_POSITIONS = 2**12
 """Positions that are computed at once of a text that is longer than a window."""
 STREAMED = 8
 """Bytes between two updates of a text that goes on."""
+KEPT_WINDOWS = 2**12
+"""Of a model, whose scores are kept."""
 LONGEST_PROMPT = 4096
 """Bytes of a text, its last, that a continuation reads."""
 
@@ -49,8 +53,50 @@ def program_of(asked: Asked, context: int) -> tuple[object, ...]:
     return padded_to(positions, context), positions > context, asked.boundaries
 
 
+class WindowMemory:
+    """The scores of the latest windows of a model: where a long text changes, those before are not computed again."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, PositionScores] = OrderedDict()
+
+    def scores(
+        self,
+        model: Hashable,
+        asked: Asked,
+        windows: Sequence[Window],
+        compute: Callable[[list[Window]], PositionScores],
+    ) -> PositionScores:
+        """Those of `windows` of the one document that is asked about, in order; `compute` scores those that are not known.
+        `model` tells models apart."""
+        drawn = asked.seed if asked.boundaries == "drawn" else None
+        keys: list[Hashable] = [
+            (model, drawn, window, positions_of(asked.content, window.start, window.stop + 1).tobytes())
+            for window in windows
+        ]
+        lacking = {key: window for key, window in zip(keys, windows, strict=True) if key not in self._kept}
+        if lacking:
+            self._keep(lacking, compute(list(lacking.values())))
+        found = [self._kept[key] for key in keys]
+        for key in keys:
+            self._kept.move_to_end(key)
+        while len(self._kept) > max(KEPT_WINDOWS, len(keys)):
+            self._kept.popitem(last=False)
+        return PositionScores.joined(found)
+
+    def _keep(self, windows: Mapping[Hashable, Window], scores: PositionScores) -> None:
+        first = 0
+        for key, window in windows.items():
+            last = first + window.stop - window.counted
+            self._kept[key] = PositionScores(**{name: of[first:last] for name, of in vars(scores).items()})
+            first = last
+
+
 def boundaries_in(
-    opened: OpenModel, asked: Asked, context: int, advance: Callable[[int], None] = lambda bytes: None
+    opened: OpenModel,
+    asked: Asked,
+    context: int,
+    memory: WindowMemory,
+    advance: Callable[[int], None] = lambda bytes: None,
 ) -> TextBoundaries:
     """Those of `experiments.shade` with the same settings. `advance` is told of numbers of bytes as they are done, and may raise
     to give up. Raises `ConfigError` for text that no model can read."""
@@ -59,9 +105,15 @@ def boundaries_in(
     text = text_of(asked.content, "the text", "the text")
     windows = list(windows_of(0, text.bytes, context, max(1, context // 2)))
     length = padded_to(max(window.stop - window.start for window in windows), context)
-    keys = window_keys(asked.seed, 0, windows) if asked.boundaries == "drawn" and opened.draws else None
     batch = 1 if len(windows) == 1 else max(1, BATCH_POSITIONS // length)
-    scores = score_positions(opened.model, text.documents, windows, keys, context=length, batch=batch, advance=advance)
+
+    def compute(some: Sequence[Window]) -> PositionScores:
+        keys = window_keys(asked.seed, 0, some) if asked.boundaries == "drawn" and opened.draws else None
+        return score_positions(opened.model, text.documents, some, keys, context=length, batch=batch, advance=advance)
+
+    # The tokens of a tokenizer are those of the whole text.
+    whole = isinstance(opened.model, TokenModel)
+    scores = compute(windows) if whole else memory.scores(opened.step, asked, windows, compute)
     found = text_boundaries(asked.content, ByteScores.of(text, [scores], opened.levels))
     if not np.isfinite(found.log_prob).all():
         raise ConfigError(f"{opened.name}: {NOT_NUMBERS}")

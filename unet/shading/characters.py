@@ -107,6 +107,12 @@ def _joins(before: str, character: str) -> bool:
     return unicodedata.category(character[0]) in ("Mn", "Me", "Mc") or character == _JOINER or _is_tone(character)
 
 
+def from_right(text: str) -> bool | None:
+    """Whether a sign is of a script that is written from right to left; None of what is in both, such as digits and spaces."""
+    kind = unicodedata.bidirectional(text[0])
+    return kind in ("R", "AL") if kind in ("L", "R", "AL") else None
+
+
 def _is_flag(text: str) -> bool:
     return "\N{REGIONAL INDICATOR SYMBOL LETTER A}" <= text[0] <= "\N{REGIONAL INDICATOR SYMBOL LETTER Z}"
 
@@ -133,7 +139,7 @@ def colour_of_bits(bits: float, *, dark: bool = False) -> Colour:
     """Background colour for what a character costs: white (`dark`: black) for 0, orange from `MOST_BITS` on."""
     share = bits if math.isnan(bits) else min(bits / MOST_BITS, 1.0)
     if dark:
-        return _NIGHT if math.isnan(bits) else _mixed((205, 92, 12), _NIGHT, share)
+        return _NIGHT if math.isnan(bits) else _mixed((160, 70, 8), _NIGHT, share)
     return _pale("Oranges", share)
 
 

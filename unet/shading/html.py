@@ -7,7 +7,7 @@ import html
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from unet.shading.characters import MOST_BITS, Character, clusters, colour_of, colour_of_bits, visible
+from unet.shading.characters import MOST_BITS, Character, clusters, colour_of, colour_of_bits, from_right, visible
 
 STEPS = 20
 """Shades of a colour scale."""
@@ -51,6 +51,8 @@ STYLE = f"""
 .caesura pre span {{ padding: .15em 0; }}
 .caesura .b1 {{ box-shadow: inset -2px 0 var(--bar); }} .caesura .b2 {{ box-shadow: inset -4px 0 var(--bar); }}
 .caesura .b3 {{ box-shadow: inset -6px 0 var(--bar); }}
+.caesura .r.b1 {{ box-shadow: inset 2px 0 var(--bar); }} .caesura .r.b2 {{ box-shadow: inset 4px 0 var(--bar); }}
+.caesura .r.b3 {{ box-shadow: inset 6px 0 var(--bar); }}
 .caesura pre span:hover {{ outline: 1px solid var(--ink); }}
 .caesura label {{ margin-right: 1rem; }} .caesura .note {{ color: #777; }}
 .caesura .scale {{ display: inline-block; width: 8rem; height: .8rem; vertical-align: middle; border-radius: 2px; }}
@@ -75,7 +77,10 @@ def classes(one: Character) -> list[str]:
     names = [] if math.isnan(one.prob) else [f"p{round(STEPS * one.prob)}"]
     if not math.isnan(one.bits):
         names.append(f"c{min(round(STEPS * one.bits / MOST_BITS), STEPS)}")
-    return [*names, f"b{min(one.depth, 3)}"] if one.depth else names
+    if one.depth:
+        # The end of what is written from the right is at its left.
+        names += [f"b{min(one.depth, 3)}", *(["r"] if from_right(one.text) else [])]
+    return names
 
 
 def _text(text: str) -> str:

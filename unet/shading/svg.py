@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from unet.shading.characters import Character, clusters, visible
+from unet.shading.characters import Character, clusters, from_right, visible
 from unet.shading.html import classes, shades, tooltip
 
 COLUMNS = 80
@@ -104,10 +104,6 @@ def _columns(text: str) -> int:
     return 2 if wide else 1
 
 
-def _from_right(texts: Iterator[str]) -> bool:
+def _from_right(texts: Iterable[str]) -> bool:
     """Whether the first letter of a line belongs to a script that is written from right to left."""
-    for text in texts:
-        kind = unicodedata.bidirectional(text[0])
-        if kind in ("L", "R", "AL"):
-            return kind != "L"
-    return False
+    return next((way for text in texts if (way := from_right(text)) is not None), False)

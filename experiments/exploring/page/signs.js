@@ -3,6 +3,8 @@
 const BLOCK = 400;
 const STEPS = 20;
 const MOST_BITS = 8;
+// Scripts that are written from right to left: there a token ends at the left of its last sign.
+const RIGHT = /^[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
 
 export class Signs {
   /** `moved`: told of the number of a sign that is pointed at, or moved to with keys. */
@@ -113,6 +115,7 @@ export class Signs {
     if (bits[number] !== null) names.push(`c${Math.min(Math.round((STEPS * bits[number]) / MOST_BITS), STEPS)}`);
     if (this.level === 0 && depth[number]) names.push(`b${Math.min(depth[number], 3)}`);
     if (this.level > 0 && depth[number] >= this.level) names.push("b1");
+    if (RIGHT.test(this.columns.text[number])) names.push("r");
     return names.join(" ");
   }
 
