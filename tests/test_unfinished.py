@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import unet
+from experiments.config import models
 from experiments.exploring.held import HeldModel
 from experiments.export import main as export
 from experiments.generate import main as generate
@@ -63,3 +64,15 @@ def test_the_page_follows_a_run_that_trains(unfinished):
         assert (held.at(None).step, held.steps) == (7, [3, 7])
     finally:
         (checkpoints / "7").rename(checkpoints / "5")
+
+
+@pytest.mark.parametrize("command", [lambda where: generate([where]), lambda where: export([where, "--to", "x"])])
+def test_a_mistyped_folder_is_named_and_asked_of_nobody(command, tmp_path, monkeypatch, capsys):
+    def no_hub(*given, **named):
+        raise AssertionError(given)
+
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "load_pretrained", no_hub)
+    assert command("runs/typo") == 2
+    assert "runs/typo" in capsys.readouterr().err

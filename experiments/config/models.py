@@ -41,8 +41,9 @@ def load_any(where: str, plugins: Sequence[ModuleType] = ()) -> Loaded:
     settings of a run. `plugins` are modules whose classes it may hold. Raises `LoadError` and `ConfigError`."""
     path = Path(where)
     file = path / WEIGHTS if path.is_dir() else path
-    # A file of our name is ours, however damaged, unless there is a published configuration beside it.
-    ours = file.name == WEIGHTS and file.is_file() and not is_published(where)
+    # A file of our name is ours, however damaged, unless there is a published configuration beside it; a path that leads nowhere
+    # was mistyped.
+    ours = not is_published(where) and (not path.exists() or (file.name == WEIGHTS and file.is_file()))
     if where.startswith("hub:") or ours or describes_itself(file):
         return load_model(where, plugins)
     model = load_pretrained(where)
