@@ -21,7 +21,7 @@ from experiments.config.errors import NOT_NUMBERS, ConfigError, require, require
 from experiments.evaluation.byte_scores import Text
 from experiments.launch import program
 from experiments.reporting.display import Display
-from experiments.reporting.report import boundaries_picture
+from experiments.reporting.pictures import boundaries_picture
 from experiments.scoring.cache import ScoreCache
 from experiments.scoring.models import OpenModel, open_model
 from experiments.scoring.per_byte import require_pyarrow

@@ -38,7 +38,8 @@ def _coloured(*, dark: bool) -> str:
 
     paper, ink, bar = ("#16181c", "#e8e8e8", "#fffb") if dark else ("#fff", "#000", "#0009")
     return f"""
-.caesura {{ --paper: {paper}; --ink: {ink}; --bar: {bar}; }}
+.caesura {{ --paper: {paper}; --ink: {ink}; --bar: {bar};
+  --differs: {"#ff9f43" if dark else "#b3006b"}; }}
 .caesura .of-p {gradient(colour_of, 1.0)} .caesura .of-bits {gradient(colour_of_bits, MOST_BITS)}
 {shades(".caesura .p{step}{{background", ".caesura:has(.bits:checked) .c{step}{{background", dark=dark)}
 """
@@ -53,6 +54,7 @@ STYLE = f"""
 .caesura .b3 {{ box-shadow: inset -6px 0 var(--bar); }}
 .caesura .r.b1 {{ box-shadow: inset 2px 0 var(--bar); }} .caesura .r.b2 {{ box-shadow: inset 4px 0 var(--bar); }}
 .caesura .r.b3 {{ box-shadow: inset 6px 0 var(--bar); }}
+.caesura .d {{ text-decoration: underline wavy var(--differs) 1.5px; text-underline-offset: .25em; }}
 .caesura pre span:hover {{ outline: 1px solid var(--ink); }}
 .caesura label {{ margin-right: 1rem; }} .caesura .note {{ color: #777; }}
 .caesura .scale {{ display: inline-block; width: 8rem; height: .8rem; vertical-align: middle; border-radius: 2px; }}
@@ -62,14 +64,18 @@ STYLE = f"""
 """What a page needs to show shaded text, in its own light or dark colours."""
 
 
-def spans(shown: Iterable[Character]) -> str:
-    """Characters as HTML. The tooltip of each shows its probability and, where they are known, its bits and its token."""
-    return "".join(_span(one) for one in clusters(shown))
+def spans(shown: Iterable[Character], reference: Iterable[Character] | None = None) -> str:
+    """Characters as HTML. The tooltip of each shows its probability and, where they are known, its bits and its token.
+    `reference`: the same characters with other boundaries; where one of both has a boundary it is marked."""
+    signs = list(clusters(shown))
+    others = signs if reference is None else list(clusters(reference))
+    return "".join(_span(one, (one.depth > 0) != (other.depth > 0)) for one, other in zip(signs, others, strict=True))
 
 
-def _span(one: Character) -> str:
+def _span(one: Character, differs: bool) -> str:
     text = "⏎\n" if one.text == "\n" else _text(one.text)
-    return f'<span class="{" ".join(classes(one))}" title="{tooltip(one)}">{text}</span>'
+    names = [*classes(one), *(["d"] if differs else [])]
+    return f'<span class="{" ".join(names)}" title="{tooltip(one)}">{text}</span>'
 
 
 def classes(one: Character) -> list[str]:
@@ -104,9 +110,9 @@ def scale(kind: str, low: str, high: str) -> str:
     return f'{low} <span class="scale {kind}"></span> {high}'
 
 
-def block(shown: Sequence[Character]) -> str:
+def block(shown: Sequence[Character], reference: Sequence[Character] | None = None) -> str:
     """A text as a block, its direction that of its first letter."""
-    return f'<pre class="text" dir="auto">{spans(shown)}</pre>'
+    return f'<pre class="text" dir="auto">{spans(shown, reference)}</pre>'
 
 
 LEGEND = (
@@ -116,8 +122,13 @@ LEGEND = (
 )
 
 
-def fragment(texts: Sequence[Sequence[Character]], notes: Sequence[str]) -> str:
-    """Several texts, each with a note, and a switch between probabilities and bits; for a page or a notebook."""
+def fragment(
+    texts: Sequence[Sequence[Character]],
+    notes: Sequence[str],
+    references: Sequence[Sequence[Character] | None] | None = None,
+) -> str:
+    """Several texts, each with a note, and a switch between probabilities and bits; for a page or a notebook. `references`: for
+    each text, or for some, the same one with boundaries that it is compared with."""
     known = [one for text in texts for one in text]
     switches = ""
     if any(not math.isnan(one.bits) for one in known):
@@ -129,7 +140,11 @@ def fragment(texts: Sequence[Sequence[Character]], notes: Sequence[str]) -> str:
             f'<label><input type="radio" class="bits" name="{name}"> bits of a character, '
             f"{scale('of-bits', '0', '8 or more')}</label></p>"
         )
-    blocks = "".join(f'<p class="note">{_text(note)}</p>{block(text)}' for text, note in zip(texts, notes, strict=True))
+    others = [None] * len(texts) if references is None else references
+    blocks = "".join(
+        f'<p class="note">{_text(note)}</p>{block(text, other)}'
+        for text, note, other in zip(texts, notes, others, strict=True)
+    )
     return f'<div class="caesura"><style>{STYLE}</style>{switches}{LEGEND}{blocks}</div>'
 
 
