@@ -31,9 +31,10 @@ from experiments.scoring.texts import read_file, text_of
 from experiments.terminal import write_output
 from unet import TextBoundaries
 from unet.files.saving import write_atomically
+from unet.shading import svg
 from unet.shading.html import fragment, page
 
-SUFFIXES = (".html", ".png", ".parquet")
+SUFFIXES = (".html", ".svg", ".png", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ShadeConfig:
     file: Path | None = None
     """A file as the text, byte for byte."""
     out: tuple[Path, ...] = ()
-    """Files to write: .html (a page), .png (a picture of the beginning), .parquet (a row for each byte and model)."""
+    """Files to write: .html (a page), .svg (a picture), .png (one of the beginning), .parquet (a row for each byte and model)."""
     step: Count | None = None
     """Use the checkpoint of this step of each run; by default the finished model or, before that, the newest checkpoint."""
     boundaries: BoundaryChoice = "drawn"
@@ -165,8 +166,10 @@ def _write(path: Path, shaded: Mapping[str, TextBoundaries], title: str) -> None
             write_atomically(path, boundaries_picture([one.characters for one in shaded.values()], "Boundaries"))
         else:
             notes = [f"{name}: {one.summary()}" for name, one in shaded.items()]
-            body = fragment([one.characters for one in shaded.values()], notes)
-            write_atomically(path, page(f"Boundaries in {title}", body))
+            texts = [one.characters for one in shaded.values()]
+            own = path.suffix == ".svg"
+            content = svg.picture(texts, notes) if own else page(f"Boundaries in {title}", fragment(texts, notes))
+            write_atomically(path, content)
     except OSError as error:
         raise ConfigError(f"--out {path} cannot be written: {error.strerror or error}") from None
 

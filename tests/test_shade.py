@@ -141,7 +141,7 @@ def test_terminals_get_colours_and_no_sequence_of_the_text():
 
 
 def test_the_command_shows_several_models_and_writes_every_kind_of_file(folders, capsys, tmp_path):
-    files = [tmp_path / name for name in ("a.html", "a.png", "a.parquet")]
+    files = [tmp_path / name for name in ("a.html", "a.png", "a.parquet", "a.svg")]
     models = [folders / "sfe", folders / "bytes"]
     code, out, err = run(capsys, *models, "--text", "so it goes", "--out", *files)
     assert code == 0, err
@@ -150,6 +150,7 @@ def test_the_command_shows_several_models_and_writes_every_kind_of_file(folders,
     assert out.replace("·", "").splitlines()[1::2] == ["so it goes", "so it goes"]
     assert files[0].read_text().count("<pre") == 2
     assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert files[3].read_text().count('class="note"') == 2
     table = pyarrow.parquet.read_table(files[2]).to_pydict()
     assert bytes(table["byte"]) == b"so it goes" * 2
     assert table["boundary_1"][10:] == [None] * 10
@@ -181,7 +182,7 @@ def test_the_command_prints_json_of_the_boundaries_that_the_library_draws(folder
         (("--file", "nowhere"), "--file nowhere cannot be read: No such file or directory"),
         (
             ("--text", "a", "--out", "a.pdf"),
-            "--out a.pdf: the name says what is written, and must end in .html, .png or",
+            "--out a.pdf: the name says what is written, and must end in .html, .svg, .png or",
         ),
         (("--text", "a", "--out", "no/where.html"), "--out no/where.html: there is no folder no"),
         (("--text", "a", "--context", 1), "--context must be a whole number from 2"),
