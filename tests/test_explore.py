@@ -136,6 +136,7 @@ def test_levels_have_their_own_tokens():
     assert got["ends"] == [[2, 4, 6], [4]]
     assert got["bytes_per_token"] == [2.0, 6.0]
     assert got["token_bits"] == [[4.0, 4.0, 4.0], [8.0, 4.0]]
+    assert got["inner_p"] == [[None, 0.75, None, 0.75, None, 0.75]]
     columns = signs(b"a\nb", of_two_levels("a\nb", (0, 1, 0)).characters)
     assert columns["text"] == ["a", "⏎\n", "b"]
     assert columns["depth"] == [0, 1, 0]

@@ -113,14 +113,17 @@ def model_list(models: Sequence[HeldModel], context: int) -> dict[str, object]:
 
 
 def answer(found: TextBoundaries) -> dict[str, object]:
-    """What a model makes of a text: for each sign its bytes, p, bits and depth; for each level the offsets at which tokens end,
-    and their bits. What is not known is null."""
+    """What a model makes of a text: for each sign its bytes, p, bits and depth, and p of each inner level; for each level the
+    offsets at which tokens end, and their bits. What is not known is null."""
+    columns = signs(found.text, found.characters)
+    last = np.cumsum(np.array(columns["size"], np.int64)) - 1
     return {
         "bytes": len(found.text),
         "bpb": _rounded(found.bits_per_byte, 4),
         "levels": found.levels,
         "bytes_per_token": [_rounded(size, 3) for size in found.bytes_per_token],
-        "signs": signs(found.text, found.characters),
+        "signs": columns,
+        "inner_p": [[_rounded(p, 4) for p in found.prob_of(level)[last].tolist()] for level in range(1, found.levels)],
         "ends": [_ends(found, level).tolist() for level in range(found.levels)],
         "token_bits": [_token_bits(found, level) for level in range(found.levels)],
     }

@@ -122,7 +122,8 @@ def boundaries_in(
 
 def _nothing(opened: OpenModel) -> TextBoundaries:
     none = np.zeros(0, np.float32)
-    return TextBoundaries(b"", none, none, none, np.zeros(0, np.uint8), opened.levels)
+    inner = np.zeros((0, max(0, opened.levels - 1)), np.float32)
+    return TextBoundaries(b"", none, none, none, np.zeros(0, np.uint8), opened.levels, inner)
 
 
 def prompt_of(content: bytes) -> bytes:

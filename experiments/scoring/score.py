@@ -127,4 +127,5 @@ def score_positions(
 def text_boundaries(content: bytes, scores: ByteScores) -> TextBoundaries:
     """The first sample of the scores of a text of one document."""
     prob = scores.prob[0] if scores.levels else np.full_like(scores.prob[0], np.nan)
-    return TextBoundaries(content, scores.log_prob[0], scores.early_log_prob[0], prob, scores.depth[0], scores.levels)
+    known = scores.log_prob[0], scores.early_log_prob[0], prob, scores.depth[0], scores.levels
+    return TextBoundaries(content, *known, scores.inner_prob[0])

@@ -96,7 +96,8 @@ export class Panel {
     const parts = [`${bytes.toLocaleString("en")} bytes`, `${number(bpb, 3)} bits per byte`];
     if (sizes.length) parts.push(`${sizes.map((one) => number(one, 2)).join(" / ")} bytes per token`);
     this.find(".summary").textContent = parts.join(" · ");
-    this.signs.show(signs, Math.min(level, this.answer.levels));
+    const own = Math.min(level, this.answer.levels);
+    this.signs.show(signs, own, own > 1 ? this.answer.inner_p[own - 2] : signs.p);
     this.#tokens(MORE);
   }
 
@@ -140,7 +141,10 @@ export class Panel {
     parts.push(columns.bits[sign] === null ? "" : `${columns.bits[sign].toFixed(2)} bits`);
     if (!grown) {
       const last = this.signs.offset(sign + 1) - 1;
-      for (let level = 0; level < this.answer.levels; level += 1) parts.push(this.#token(level, last));
+      for (let level = 0; level < this.answer.levels; level += 1) {
+        const p = level ? this.answer.inner_p[level - 1][sign] : null;
+        parts.push(this.#token(level, last) + (p === null ? "" : `, p ${p.toFixed(3)}`));
+      }
     }
     if (columns.depth[sign] > 1) parts.push(`ends tokens of ${columns.depth[sign]} levels`);
     if (columns.depth[sign] === 1) parts.push("ends a token");

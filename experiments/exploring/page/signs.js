@@ -34,10 +34,11 @@ export class Signs {
     return this.columns.text.length;
   }
 
-  /** Show other signs, with the boundaries of a level; 0: of all. */
-  show(columns, level) {
+  /** Show other signs, with the boundaries of a level (0: of all) and the probabilities of some. */
+  show(columns, level, probs = columns.p) {
     this.columns = columns;
     this.level = level;
+    this.probs = probs;
     this.#from(0);
   }
 
@@ -109,7 +110,8 @@ export class Signs {
   }
 
   #classes(number) {
-    const { p, bits, depth } = this.columns;
+    const { bits, depth } = this.columns;
+    const p = this.probs;
     const names = [];
     if (p[number] !== null) names.push(`p${Math.round(STEPS * p[number])}`);
     if (bits[number] !== null) names.push(`c${Math.min(Math.round((STEPS * bits[number]) / MOST_BITS), STEPS)}`);
