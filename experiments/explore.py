@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import secrets
 import socket
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from estimators.bounds import Count, Length, Within
 from experiments.command import command_line
 from experiments.config.errors import ConfigError, require, require_bounds
 from experiments.exploring.held import HeldModel
-from experiments.launch import program
+from experiments.launch import STOPPED, program
 from experiments.reporting.display import Display
 from experiments.scoring.plans import context_of
 from experiments.terminal import write_output
@@ -95,6 +96,7 @@ def serve(config: ExploreConfig, models: Sequence[HeldModel], listening: socket.
 
     from experiments.exploring.app import make_app
     from experiments.exploring.guard import LOCAL, is_local
+    from experiments.exploring.worker import at_work
 
     local = is_local(config.host)
     token = None if local else secrets.token_urlsafe(16)
@@ -114,7 +116,13 @@ def serve(config: ExploreConfig, models: Sequence[HeldModel], listening: socket.
     path = "" if token is None else f"{token}/"
     write_output(f"http://{shown}:{listening.getsockname()[1]}/{path}\n")
     display.note("open this address in a browser; Ctrl-C ends it")
-    server.run(sockets=[listening])
+    try:
+        server.run(sockets=[listening])
+    finally:
+        if at_work():
+            # A compilation cannot be interrupted, and the end of Python in the middle of one is a crash.
+            display.note("stopped")
+            os._exit(STOPPED)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,9 +2,13 @@
 
 import base64
 import json
+import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
+import urllib.request
 import xml.etree.ElementTree as ElementTree
 
 import jax
@@ -276,6 +280,25 @@ def test_beyond_this_machine_the_address_needs_its_token():
     ]
 
 
+def test_the_command_ends_while_something_compiles(folders, tmp_path):
+    """As by Ctrl-C, without a crash and without waiting for what cannot be interrupted."""
+    command = [sys.executable, "-m", "experiments.explore", str(folders / "sfe"), "--port", "0"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **streams) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        # A length of which there is no program yet.
+        body = json.dumps(request(b"a" * 5000, models=(0,))).encode()
+        asked = urllib.request.Request(f"{address}api/boundaries", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked) as answered:
+            assert json.loads(answered.readline())["state"] == "compiling"
+            process.send_signal(signal.SIGINT)
+            _, written = process.communicate(timeout=60)
+    assert process.returncode == 130, written
+    assert written.rstrip().endswith("stopped")
+
+
 def test_a_newer_question_of_the_same_page_ends_the_older_one_and_no_other():
     worker, sent, running, done = Worker("test"), [], threading.Event(), threading.Event()
 
@@ -305,6 +328,7 @@ def test_a_newer_question_of_the_same_page_ends_the_older_one_and_no_other():
     assert waiting.cancelled.is_set()
     assert done.wait(30)
     worker.stop()
+    worker.join(30.0)
     assert [one for one in sent if one[1]] == [
         ("older", "superseded"),
         ("waiting", "superseded"),

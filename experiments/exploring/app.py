@@ -29,6 +29,9 @@ from unet.shading.html import STYLE
 PAGE = Path(__file__).parent / "page"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
+SECONDS = 3.0
+"""That the end waits for what cannot be interrupted."""
+
 Work = Callable[..., None]
 """A method of `Asking`."""
 
@@ -80,6 +83,8 @@ class _Server:
         """Give up everything that is being done."""
         for worker in self._workers:
             worker.stop()
+        for worker in self._workers:
+            worker.join(SECONDS / len(self._workers))
 
     async def list(self, request: HttpRequest) -> Response:
         """The models that there are."""

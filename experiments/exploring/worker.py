@@ -17,6 +17,15 @@ MOST_WAITING = 64
 """Jobs of a model that may wait."""
 
 
+PREFIX = "explore: "
+"""What the names of the threads begin with."""
+
+
+def at_work() -> bool:
+    """Whether a worker that was stopped is not done, since something cannot be interrupted."""
+    return any(thread.name.startswith(PREFIX) for thread in threading.enumerate())
+
+
 class Superseded(Exception):
     """Raised inside a job that nobody waits for any more."""
 
@@ -44,7 +53,7 @@ class Worker:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._latest: dict[tuple[str, str], Job] = {}
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=PREFIX + name, daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
@@ -59,12 +68,15 @@ class Worker:
             self._latest[job.owner] = job
         self._jobs.put(job)
 
-    def stop(self, seconds: float = 5.0) -> None:
-        """Cancel everything, and wait so long for what cannot be interrupted, such as a compilation."""
+    def stop(self) -> None:
+        """Cancel everything."""
         with self._lock:
             for job in self._latest.values():
                 job.cancelled.set()
         self._jobs.put(None)
+
+    def join(self, seconds: float) -> None:
+        """Wait so long, after `stop`, for what cannot be interrupted, such as a compilation."""
         self._thread.join(seconds)
 
     def _run(self) -> None:

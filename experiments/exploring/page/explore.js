@@ -203,8 +203,7 @@ async function begin() {
     read(event.dataTransfer.files[0]);
   });
   setInterval(refresh, 10000);
-  panels.forEach((panel) => stale.add(panel));
-  ask();
+  askSoon();
 }
 
 begin();
