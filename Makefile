@@ -17,7 +17,7 @@ LOCK := requirements-locked.txt
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALL = $(PIP) $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # The extras that tests use. Where one has no build for this Python, the others are installed all the same.
-EXTRAS := docs parquet zstd bpe lab words eval tensorboard
+EXTRAS := docs parquet zstd bpe lab words eval tensorboard explore
 
 .PHONY: run test docs fuzz lock audit clean
 

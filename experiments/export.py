@@ -15,15 +15,17 @@ import tyro
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from estimators.bounds import Count
 from experiments.command import command_line
 from experiments.config.arguments import expanded
 from experiments.config.errors import ConfigError
 from experiments.config.files import to_json
-from experiments.config.plugins import import_plugins, load_model, modules_of, require_bytes
+from experiments.config.plugins import modules_of, require_bytes
 from experiments.config.settings import RunConfig
 from experiments.config.structure import Flat
 from experiments.launch import program
 from experiments.reporting.display import Display
+from experiments.scoring.models import open_model
 from experiments.terminal import escaped
 from experiments.training.run_dir import SUMMARY, is_temporary, make_folder, read_config, read_summary
 from unet.files import hnet_layout
@@ -49,12 +51,14 @@ LOADS = {"hnet-pt": "load_hnet", "hnet-safetensors": "load_hnet", "blt": "load_p
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Export the model of a finished run with its configuration and a model card."""
+    """Export the model of a run with its configuration and a model card."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder of a finished run."""
+    """Folder of a run; of one that is not finished its newest checkpoint."""
     to: str
     """A new or empty folder, or hub:owner/name for a repository on the hub, which is created if it does not exist."""
+    step: Count | None = None
+    """Export the checkpoint of this step."""
     plugin: tuple[str, ...] = ()
     """Modules with classes of your own that the run holds, as package.module."""
     private: bool = False
@@ -76,8 +80,9 @@ def export(config: ExportConfig, display: Display) -> None:
     if not config.to.startswith("hub:"):
         _require_free(Path(config.to))
     # Missing files raise an error before anything is written.
-    model, settings = load_model(run, import_plugins(config.plugin)).model, read_config(run, config.plugin)
-    summary = read_summary(run) if (run / SUMMARY).is_file() else {}
+    opened = open_model(config.run, config.step, config.plugin)
+    settings = read_config(run, config.plugin)
+    model, summary = opened.model, _summary(run, opened.step)
     if config.layout != "own":
         try:
             own = require_bytes(model, run)
@@ -93,6 +98,13 @@ def export(config: ExportConfig, display: Display) -> None:
     function = "load" if config.layout == "own" else LOADS[config.layout]
     known = _known(settings) if config.layout == "own" else ""
     display.note(f'{config.to}: load it with unet.{function}("{config.to}"{known})')
+
+
+def _summary(run: Path, step: int | None) -> Flat:
+    """What the card says of a model: the summary of its run, or the step of its checkpoint."""
+    if step is not None:
+        return {"step": step}
+    return read_summary(run) if (run / SUMMARY).is_file() else {}
 
 
 def _require_free(folder: Path) -> None:
@@ -184,6 +196,7 @@ def card(settings: RunConfig, summary: Flat, layout: ExportLayout = "own") -> st
 
 
 CARD_METRICS = {
+    "step": "training steps, of a checkpoint",
     "parameters": "parameters",
     "bytes": "bytes of training text",
     "val_bpb": "bits per byte on held-out text",

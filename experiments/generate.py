@@ -15,15 +15,14 @@ import jax
 import numpy as np
 import tyro
 
-from estimators.bounds import Seed, Share
+from estimators.bounds import Count, Seed, Share
 from experiments.command import command_line
 from experiments.config.arguments import expanded
 from experiments.config.errors import NOT_NUMBERS, ConfigError, require, require_bounds
-from experiments.config.models import is_published, load_any
-from experiments.config.plugins import import_plugins, load_model
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.reporting.texts import AbstractTexts, standard_output
+from experiments.scoring.models import open_model
 from experiments.terminal import write_output
 from unet import Generation, Sampling, TextStream
 from unet.decoding.generate import CHUNK, Piece, Throughput, joined
@@ -39,8 +38,10 @@ class GenerateConfig:
     """Continue a prompt with a trained model."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Folder of a finished run or of an exported model, a .safetensors file, hub:owner/name, or a published model by name
-    (facebook/blt-1b) or file."""
+    """Folder of a run, finished or not, or of an exported model, a .safetensors file, hub:owner/name, or a published model by
+    name (facebook/blt-1b) or file."""
+    step: Count | None = None
+    """Use the checkpoint of this step of the run; by default the finished model or, before that, the newest checkpoint."""
     prompt: str = ""
     """Text to continue; - reads it from standard input."""
     num: Texts = 1
@@ -79,8 +80,7 @@ class GenerateConfig:
 
 def generate(config: GenerateConfig, display: Display) -> None:
     """Load the model, generate, and print the texts. Raises `ConfigError`, `LoadError` and `OutputClosed`."""
-    run, plugins = expanded(config.run), import_plugins(config.plugin)
-    model = (load_any if is_published(run) else load_model)(run, plugins).model
+    model = open_model(expanded(config.run), config.step, config.plugin).model
     try:
         stream = TextStream(
             model,

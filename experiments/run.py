@@ -29,7 +29,7 @@ from experiments.processes.membership import Membership
 from experiments.processes.processes import ALONE, AbstractProcesses
 from experiments.reporting.display import Display, bits_per_byte
 from experiments.reporting.report import write_report
-from experiments.reporting.shading import Character, shade
+from experiments.reporting.shading import Character, readable, shade
 from experiments.reporting.summary import summary_of
 from experiments.tracking.follow import Trackers
 from experiments.tracking.tracker import require_trackers
@@ -52,7 +52,10 @@ from experiments.training.setup import Setup, require_equal, set_up
 from experiments.training.train import Interrupted, Outcome, train
 from unet.files.saving import WEIGHTS, save, write_atomically
 
-SAMPLE_ROWS = 6
+SAMPLE_ROWS, MOST_ROWS, SAMPLE_BYTES = 6, 64, 2**15
+"""Held-out text of the report: rows at least and at most, and bytes."""
+SAMPLED_CHARACTERS = 200
+"""Of each text on the terminal."""
 
 
 def parse(arguments: Sequence[str]) -> RunConfig:
@@ -162,7 +165,7 @@ def _report(run_dir: Path, config: RunConfig, outcome: Outcome, display: Display
             f"the training has ended and {where}, but its report could not be written ({reason}); go on with --resume to write it"
         ) from error
     if outcome.validation.rate > 0:
-        display.sample([character for row in shaded[:3] for character in row][:600])
+        display.sample([readable(text, SAMPLED_CHARACTERS) for text in shaded[:3]])
     if outcome.dropped.warning:
         display.note(outcome.dropped.warning)
     display.note(
@@ -173,7 +176,8 @@ def _report(run_dir: Path, config: RunConfig, outcome: Outcome, display: Display
 
 def _write_results(run_dir: Path, config: RunConfig, outcome: Outcome) -> list[list[Character]]:
     """Write the report and the summary. Returns held-out text with its boundaries."""
-    rows = outcome.split.held_out_rows(SAMPLE_ROWS * max(config.length, 1))[:SAMPLE_ROWS]
+    count = max(SAMPLE_ROWS, min(MOST_ROWS, SAMPLE_BYTES // config.length))
+    rows = outcome.split.held_out_rows(count * config.length)[:count]
     shaded = shade(outcome.model, rows, seed=config.seed)
     summary = summary_of(config, outcome)
     write_report(run_dir, config, summary, shaded)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.reporting.listing import ListedRun, differing_settings, find_runs
 from experiments.reporting.markdown import table
-from experiments.reporting.report import html_page, picture
+from experiments.reporting.pictures import inline_svg
+from experiments.reporting.report import html_page
 from experiments.terminal import escaped, write_output
 from unet.files.saving import write_atomically
 
@@ -60,8 +60,8 @@ def markdown(columns: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> s
     return table([*columns.values()], [[cell(row[name]) for name in columns] for row in rows])
 
 
-def curves_picture(runs: Sequence[ListedRun]) -> bytes:
-    """A PNG of held-out bits per byte over training bytes, all runs over each other."""
+def curves_figure(runs: Sequence[ListedRun]) -> Figure:
+    """Held-out bits per byte over training bytes, all runs over each other."""
     figure = Figure(figsize=(9, 4.6), dpi=130, layout="constrained")
     axes = figure.subplots()
     drawn = [run for run in runs if run.curve]
@@ -76,12 +76,12 @@ def curves_picture(runs: Sequence[ListedRun]) -> bytes:
     axes.set_xlabel("training bytes / 10⁶")
     axes.set_ylabel("held-out bits per byte")
     axes.grid(alpha=0.25)
-    return picture(figure)
+    return figure
 
 
 def page(title: str, runs: Sequence[ListedRun]) -> str:
     """A self-contained page with the table and the curves."""
-    encoded = base64.b64encode(curves_picture(runs)).decode()
+    curves = inline_svg(curves_figure(runs), "Held-out bits per byte of all runs over training bytes")
     columns, rows = rows_of(runs)
     plain = [{name: escaped(text) for name, text in row.items()} for row in rows]
     return html_page(
@@ -89,7 +89,7 @@ def page(title: str, runs: Sequence[ListedRun]) -> str:
         f"""<p class="quiet">{len(runs)} runs; settings are those in which they differ.</p>
 {html_table(columns, plain)}
 <h2>Curves</h2>
-<img alt="Held-out bits per byte of all runs over training bytes" src="data:image/png;base64,{encoded}">
+{curves}
 <p class="quiet">A point is a validation.</p>""",
     )
 

@@ -21,6 +21,7 @@ def _script(name: str) -> Callable[[], NoReturn]:
 bench = _script("bench")
 compare = _script("compare")
 evaluate = _script("evaluate")
+explore = _script("explore")
 export = _script("export")
 generate = _script("generate")
 harness = _script("harness")

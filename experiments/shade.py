@@ -18,22 +18,23 @@ from rich.console import Console
 from estimators.bounds import Count, Length, Seed
 from experiments.command import command_line
 from experiments.config.errors import NOT_NUMBERS, ConfigError, require, require_bounds
-from experiments.evaluation.byte_scores import ByteScores, Text
+from experiments.evaluation.byte_scores import Text
 from experiments.launch import program
 from experiments.reporting.display import Display
-from experiments.reporting.report import boundaries_picture
+from experiments.reporting.pictures import boundaries_picture
 from experiments.scoring.cache import ScoreCache
 from experiments.scoring.models import OpenModel, open_model
 from experiments.scoring.per_byte import require_pyarrow
 from experiments.scoring.plans import context_of
-from experiments.scoring.score import BoundaryChoice, Plan, score_text
+from experiments.scoring.score import BoundaryChoice, Plan, score_text, text_boundaries
 from experiments.scoring.texts import read_file, text_of
 from experiments.terminal import write_output
 from unet import TextBoundaries
 from unet.files.saving import write_atomically
+from unet.shading import svg
 from unet.shading.html import fragment, page
 
-SUFFIXES = (".html", ".png", ".parquet")
+SUFFIXES = (".html", ".svg", ".png", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ShadeConfig:
     file: Path | None = None
     """A file as the text, byte for byte."""
     out: tuple[Path, ...] = ()
-    """Files to write: .html (a page), .png (a picture of the beginning), .parquet (a row for each byte and model)."""
+    """Files to write: .html (a page), .svg (a picture), .png (one of the beginning), .parquet (a row for each byte and model)."""
     step: Count | None = None
     """Use the checkpoint of this step of each run; by default the finished model or, before that, the newest checkpoint."""
     boundaries: BoundaryChoice = "drawn"
@@ -121,12 +122,6 @@ def _boundaries(opened: OpenModel, text: Text, plan: Plan) -> TextBoundaries:
     return text_boundaries(text.documents[0], scores)
 
 
-def text_boundaries(content: bytes, scores: ByteScores) -> TextBoundaries:
-    """The first sample of the scores of a text of one document."""
-    prob = scores.prob[0] if scores.levels else np.full_like(scores.prob[0], np.nan)
-    return TextBoundaries(content, scores.log_prob[0], scores.early_log_prob[0], prob, scores.depth[0], scores.levels)
-
-
 def _show(shaded: Mapping[str, TextBoundaries]) -> None:
     terminal = sys.stdout is not None and sys.stdout.isatty()
     console = Console(file=None if terminal else io.StringIO(), highlight=False, emoji=False, soft_wrap=True)
@@ -171,8 +166,10 @@ def _write(path: Path, shaded: Mapping[str, TextBoundaries], title: str) -> None
             write_atomically(path, boundaries_picture([one.characters for one in shaded.values()], "Boundaries"))
         else:
             notes = [f"{name}: {one.summary()}" for name, one in shaded.items()]
-            body = fragment([one.characters for one in shaded.values()], notes)
-            write_atomically(path, page(f"Boundaries in {title}", body))
+            texts = [one.characters for one in shaded.values()]
+            own = path.suffix == ".svg"
+            content = svg.picture(texts, notes) if own else page(f"Boundaries in {title}", fragment(texts, notes))
+            write_atomically(path, content)
     except OSError as error:
         raise ConfigError(f"--out {path} cannot be written: {error.strerror or error}") from None
 

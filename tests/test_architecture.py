@@ -63,13 +63,16 @@ def test_unet_knows_only_the_abstract_kinds_of_estimators():
     }
 
 
-COMMANDS = {"run", "runs", "generate", "compare", "evaluate", "export", "harness", "lab", "bench", "shade", "words"}
+COMMANDS = {
+    *("run", "runs", "generate", "compare", "evaluate", "export", "explore"),
+    *("harness", "lab", "bench", "shade", "words"),
+}
 BELOW = {"launch", "terminal"}
 """What stands below all rooms: how a process begins, and what may be sent to a terminal."""
 ABOVE = {"command", "devices", "scripts"}
 """What only commands use: how they end, the devices that they run on, and what they are called once installed."""
 INNER = {"config", "training", "evaluation", "reporting"}
-ROOMS = {"processes", *INNER, "scoring", "comparison", "laboratory", "benchmark", "tasks", "tracking"}
+ROOMS = {"processes", *INNER, "scoring", "comparison", "laboratory", "benchmark", "tasks", "tracking", "exploring"}
 
 
 def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room():
@@ -92,6 +95,7 @@ def test_commands_stand_at_the_top_of_experiments_and_everything_else_in_a_room(
         ("comparison", INNER),
         ("scoring", {*INNER, "comparison"}),
         ("tasks", {*INNER, "scoring"}),
+        ("exploring", {*INNER, "scoring"}),
         ("laboratory", {*INNER, "comparison", "scoring"}),
         ("benchmark", {*INNER, "comparison", "scoring"}),
     ],

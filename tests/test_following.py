@@ -210,7 +210,7 @@ def shown(monkeypatch, stream, quiet=False, **environment):
     display.start(dataclasses.replace(TINY, log_seconds=0.0), 10, 4, 1)
     display.progress(2, RECORD, 2000.0)
     display.stop()
-    display.sample([Character(one, 0.5, one == "b") for one in "ab±"])
+    display.sample([[Character(one, 0.5, one == "b") for one in "ab±"]])
     display.error("no")
     return stream.getvalue()
 

@@ -109,12 +109,14 @@ def test_positions_become_bytes():
     text = Text("", (b"ab", b"c"))
     places = np.arange(5, dtype=np.float32)
     depth, marks = np.arange(5, dtype=np.uint8), np.arange(5) == 1
-    positions = PositionScores(places, places + 10, places + 20, depth, marks, marks)
+    inner = np.stack([places + 30, places + 40], axis=1)
+    positions = PositionScores(places, places + 10, places + 20, depth, marks, marks, inner)
     got = ByteScores.of(text, [positions], 1)
     assert got.log_prob.tolist() == [[0, 1, 3]]
     assert got.early_log_prob.tolist() == [[10, 11, 13]]
     assert got.prob.tolist() == [[21, 22, 24]]
     assert got.depth.tolist() == [[1, 2, 4]]
+    assert got.inner_prob.tolist() == [[[31, 41], [32, 42], [34, 44]]]
     assert got.free.tolist() == [[False, True, True]]
     assert (text.offset.tolist(), text.ends.tolist()) == ([0, 1, 0], [False, True, True])
     assert text.totals(np.array([1.0, 2.0, 4.0])).tolist() == [3.0, 4.0]
@@ -131,6 +133,7 @@ def byte_scores(text, boundaries, *, bits=1.0, prob=0.0, forced=(), depth=1):
         depth=drawn.astype(np.uint8) * np.uint8(depth),
         free=~np.isin(np.arange(text.bytes), forced)[None],
         levels=depth,
+        inner_prob=np.full((*shape, depth - 1), np.nan, np.float32),
     )
 
 
@@ -150,7 +153,7 @@ def test_bits_are_a_mean_over_bytes_with_an_error_over_documents():
 def test_the_mixture_of_samples_is_the_mean_of_their_probabilities():
     text = Text("", (b"a", b"b"))
     one, two = (byte_scores(text, (), bits=bits) for bits in ([1, 3], [2, 3]))
-    names = ("log_prob", "early_log_prob", "prob", "depth", "free")
+    names = ("log_prob", "early_log_prob", "prob", "depth", "free", "inner_prob")
     both = ByteScores(**{n: np.concatenate([getattr(one, n), getattr(two, n)]) for n in names}, levels=1)
     got = likelihood(both, text)
     assert got.bpb == pytest.approx((1.5 + 3) / 2)

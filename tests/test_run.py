@@ -99,7 +99,8 @@ def test_a_run_leaves_everything_it_should(finished):
 
 def test_the_report_is_one_page_that_needs_nothing_else(finished):
     page = (finished / "report.html").read_text()
-    assert 'src="data:image/png;base64,' in page
+    assert page.count('<svg class="picture"') == 2
+    assert "currentColor" in page
     assert "http://" not in page
     assert "https://" not in page
     assert page.count("<span") > 50

@@ -318,7 +318,7 @@ def test_an_export_is_a_model_of_its_own(finished, tmp_path, capsys):
     assert export([str(finished), "--to", str(folder)]) == 2
     assert "not empty" in capsys.readouterr().err
     assert export([str(tmp_path), "--to", str(tmp_path / "other")]) == 2
-    assert "no model.safetensors" in " ".join(capsys.readouterr().err.split())
+    assert "holds neither a run nor the weights of a model" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "other").exists()
 
 

@@ -4,18 +4,30 @@ import io
 import json
 import math
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet
 import pytest
 from rich.console import Console
 
 import unet
+from estimators import WindowedPolicy
+from estimators.base import BOS
 from experiments.scoring import score as scoring
+from experiments.scoring.cache import ScoreCache
+from experiments.scoring.models import OpenModel
+from experiments.scoring.texts import text_of
 from experiments.shade import main
-from tests.compositions import registered
-from tests.conftest import small_model
+from tests.compositions import SHAPE, registered
+from tests.conftest import predict, small_model
+from tests.test_decoding import hierarchy
 from tests.test_run import usual_promotion as usual_promotion
+from unet import Chunker, Distribute, Select
+from unet.blocks import transformer
+from unet.decoding.score import drawing_keys, keys_of
+from unet.hierarchy import Flat
 from unet.shading.characters import Character, characters, clusters
 from unet.shading.html import fragment, page
 
@@ -52,6 +64,7 @@ def of_two_levels(text="abcdef", depth=(0, 1, 0, 2, 0, 1)):
         np.linspace(0, 1, size, dtype=np.float32),
         np.array(depth, np.uint8),
         2,
+        np.where(np.array(depth)[:, None] > 0, np.float32(0.75), np.float32(np.nan)),
     )
 
 
@@ -91,6 +104,35 @@ def test_tokens_of_each_level():
     assert found.bits_per_byte == pytest.approx(2.0)
     assert found.summary() == "6 bytes, 2.000 bits per byte, 2.00 / 6.00 bytes per token"
     assert [one.mark for one in found.characters] == ["", "·", "", "│", "", "·"]
+
+
+def test_inner_levels_have_probabilities_where_the_level_outside_closed_a_token():
+    flat = Flat(transformer(1, SHAPE.dim, 2, 16, window=None, key=jax.random.key(1)))
+    chunker = Chunker(Select(), Distribute())
+    middle = hierarchy(WindowedPolicy(SHAPE.dim, window=2, target_rate=0.4), chunker, flat, 20)
+    outer = hierarchy(WindowedPolicy(SHAPE.dim, window=3, target_rate=0.4), chunker, middle, 30)
+    model = eqx.tree_at(lambda m: m.stage, registered("sfe"), outer)
+    key = jax.random.key(2)
+    (found,) = unet.boundaries(model, TEXTS[3] * 2, key=key, batch=1)
+    assert found.levels == 2
+    inner, closed = found.prob_of(1), found.closed(0)
+    assert 2 < closed.sum() < len(closed)
+    np.testing.assert_array_equal(np.isnan(inner), ~closed)
+    assert not found.closed(1)[~closed].any()
+    # Those of the level itself, of which every token stands where it was closed.
+    bytes = jnp.asarray([[BOS, *found.text]])
+    first, second = predict(model, bytes, key=drawing_keys(keys_of(key, 1))).levels
+    places = np.flatnonzero(np.asarray(first.boundaries.actions[0])) - 1
+    of_tokens = np.asarray(second.boundaries.probs[0, : len(places)])
+    np.testing.assert_array_equal(places[places >= 0], np.flatnonzero(closed))
+    np.testing.assert_allclose(inner[closed], of_tokens[places >= 0], rtol=1e-5)
+    assert found.prob_of(0) is found.prob
+    assert set(found.columns()) >= {"boundary_prob", "boundary_prob_2", "boundary_2", "token_2"}
+    # The other commands read the same.
+    opened, text = OpenModel("m", model, None), text_of(found.text, "a text", "a text")
+    scores = scoring.score_text(opened, text, scoring.Plan(64, 32, "drawn", 1, 2), ScoreCache(None))
+    (same,) = unet.boundaries(model, found.text, key=jax.random.fold_in(jax.random.fold_in(key, 0), 0)[None], batch=1)
+    np.testing.assert_allclose(scores.inner_prob[0], same.inner_prob, atol=1e-5)
 
 
 def test_characters_hold_the_bits_of_all_their_bytes_and_their_token():
@@ -141,7 +183,7 @@ def test_terminals_get_colours_and_no_sequence_of_the_text():
 
 
 def test_the_command_shows_several_models_and_writes_every_kind_of_file(folders, capsys, tmp_path):
-    files = [tmp_path / name for name in ("a.html", "a.png", "a.parquet")]
+    files = [tmp_path / name for name in ("a.html", "a.png", "a.parquet", "a.svg")]
     models = [folders / "sfe", folders / "bytes"]
     code, out, err = run(capsys, *models, "--text", "so it goes", "--out", *files)
     assert code == 0, err
@@ -150,6 +192,7 @@ def test_the_command_shows_several_models_and_writes_every_kind_of_file(folders,
     assert out.replace("·", "").splitlines()[1::2] == ["so it goes", "so it goes"]
     assert files[0].read_text().count("<pre") == 2
     assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert files[3].read_text().count('class="note"') == 2
     table = pyarrow.parquet.read_table(files[2]).to_pydict()
     assert bytes(table["byte"]) == b"so it goes" * 2
     assert table["boundary_1"][10:] == [None] * 10
@@ -181,7 +224,7 @@ def test_the_command_prints_json_of_the_boundaries_that_the_library_draws(folder
         (("--file", "nowhere"), "--file nowhere cannot be read: No such file or directory"),
         (
             ("--text", "a", "--out", "a.pdf"),
-            "--out a.pdf: the name says what is written, and must end in .html, .png or",
+            "--out a.pdf: the name says what is written, and must end in .html, .svg, .png or",
         ),
         (("--text", "a", "--out", "no/where.html"), "--out no/where.html: there is no folder no"),
         (("--text", "a", "--context", 1), "--context must be a whole number from 2"),

@@ -58,7 +58,7 @@ def test_a_display_shows_nothing_that_a_terminal_acts_on(capsys):
     display = Display()
     display.note(f"files in runs/:smile:/{HOSTILE}\nand a table")
     display.error(f"{HOSTILE}\n\n{'x' * 10_000}")
-    display.sample([Character(one, 0.5, 0) for one in f"{HOSTILE}\n"])
+    display.sample([[Character(one, 0.5, 0) for one in f"{HOSTILE}\n"]])
     said = capsys.readouterr().err
     assert acted_on(said) == []
     assert "runs/:smile:/a\\x1b[2J" in said

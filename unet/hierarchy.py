@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import equinox as eqx
@@ -51,15 +51,34 @@ class Level(eqx.Module):
 def boundary_depth(levels: Sequence[Level], mask: Bool[Array, "batch length"]) -> Int[Array, "batch length"]:
     """How many levels, counted from the outermost, closed a token at each position of the outermost level: 1 if only the
     outermost did, 2 if the next one did too, and so on."""
-    # For each byte, its latest position at the level at hand.
+    depth = jnp.zeros(mask.shape, jnp.int32)
+    for level, closed, index in _at_positions(levels, mask):
+        depth += (closed & jnp.take_along_axis(level.boundaries.actions, index, axis=1, mode="clip")).astype(jnp.int32)
+    return depth
+
+
+def boundary_probs(levels: Sequence[Level], mask: Bool[Array, "batch length"]) -> Float[Array, "batch length levels"]:
+    """The probability of a boundary of each level at each position of the outermost level; NaN where a level outside it closed
+    no token, so that there was none to draw."""
+    probs = [
+        jnp.where(closed, jnp.take_along_axis(level.boundaries.probs, index, axis=1, mode="clip"), jnp.nan)
+        for level, closed, index in _at_positions(levels, mask)
+    ]
+    return jnp.stack(probs, axis=-1) if probs else jnp.zeros((*mask.shape, 0), jnp.float32)
+
+
+def _at_positions(
+    levels: Sequence[Level], mask: Bool[Array, "batch length"]
+) -> Iterator[tuple[Level, Bool[Array, "batch length"], Int[Array, "batch length"]]]:
+    """Each level, with whether all levels outside it closed a token at a position of the outermost one, and its own latest
+    position there."""
     index = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
-    depth, closed = jnp.zeros(mask.shape, jnp.int32), mask
+    closed = mask
     for level in levels:
+        yield level, closed, index
         actions = level.boundaries.actions
         closed = closed & jnp.take_along_axis(actions, index, axis=1, mode="clip")
-        depth += closed.astype(jnp.int32)
         index = jnp.take_along_axis(token_of(actions), index, axis=1, mode="clip")
-    return depth
 
 
 class StageOutput(eqx.Module):

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.comparison.finished import FinishedRun, Runs
 from experiments.comparison.intervals import CONFIDENCE, Difference, paired_difference
-from experiments.comparison.page import Table, curves_picture, page, shaded_texts
+from experiments.comparison.page import Table, curves_figure, page, shaded_texts
 from experiments.comparison.pairs import (
     PAIR_COLUMNS,
     Pair,
@@ -25,6 +25,7 @@ from experiments.comparison.plan import Plan
 from experiments.comparison.study import Variant
 from experiments.reporting.display import Display
 from experiments.reporting.markdown import table as markdown_table
+from experiments.reporting.pictures import picture
 from experiments.training.data import load_split
 from experiments.training.dropped import TOLERATED
 from experiments.training.run_dir import json_text
@@ -128,13 +129,13 @@ def write_comparison(plan: Plan, runs: Runs, display: Display) -> list[MethodRes
     texts_of_tables = [markdown(table.columns, table.rows) for table in tables]
     write_atomically(out / "table.json", json_text(table_json(plan, methods, compared, runs, notes)))
     write_atomically(out / "table.md", "\n".join([*texts_of_tables, "\n\n".join(notes)]) + "\n")
-    picture = curves_picture(curves)
-    write_atomically(out / "curves.png", picture)
+    figure = curves_figure(curves, plan.reference)
+    write_atomically(out / "curves.png", picture(figure))
     common = next(iter(plan.requested.values()), next(iter(runs.values()))[0].config)
     split = load_split(common)
     here = {name: [run for run in own if run.folder is not None] for name, own in runs.items()}
     texts = shaded_texts({name: own[0] for name, own in here.items() if own}, split)
-    write_atomically(out / "report.html", page(plan.study.head, common, tables, notes, picture, texts))
+    write_atomically(out / "report.html", page(plan.study.head, common, tables, notes, figure, texts, plan.reference))
     for text in (*texts_of_tables, *split.notes, *notes, f"see {out / 'report.html'}"):
         display.note(text)
     return methods

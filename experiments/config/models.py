@@ -41,7 +41,11 @@ def load_any(where: str, plugins: Sequence[ModuleType] = ()) -> Loaded:
     """A run's or an exported model, `hub:owner/name`, or a published model by its name on the hub or by its file, which has no
     settings of a run. `plugins` are modules whose classes it may hold. Raises `LoadError` and `ConfigError`."""
     path = Path(where)
-    if where.startswith("hub:") or describes_itself(path / WEIGHTS if path.is_dir() else path):
+    file = path / WEIGHTS if path.is_dir() else path
+    # A file of our name is ours, however damaged, unless there is a published configuration beside it; a path that leads nowhere
+    # was mistyped.
+    ours = not is_published(where) and (not path.exists() or (file.name == WEIGHTS and file.is_file()))
+    if where.startswith("hub:") or ours or describes_itself(file):
         return load_model(where, plugins)
     model = load_pretrained(where)
     require_numbers(model, where)

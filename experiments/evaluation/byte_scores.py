@@ -71,6 +71,7 @@ class ByteScores:
     `log_prob`, `early_log_prob`: log-probability in nats of the byte after those before it, from the model and from its early
     head (NaN without one). `prob`: probability of a boundary of the outermost level after the byte. `depth`: how many levels,
     counted from the outermost, closed a token there. `free`: no boundary is forced there. `levels`: token levels of the model.
+    `inner_prob`: probability of a boundary of each level inside the outermost; NaN where a level outside it closed no token.
     """
 
     log_prob: Float32[np.ndarray, "samples bytes"]
@@ -79,6 +80,7 @@ class ByteScores:
     depth: UInt8[np.ndarray, "samples bytes"]
     free: Bool[np.ndarray, "samples bytes"]
     levels: int
+    inner_prob: Float32[np.ndarray, "samples bytes inner"]
 
     @classmethod
     def of(cls, text: Text, samples: Sequence[PositionScores], levels: int) -> ByteScores:
@@ -94,6 +96,7 @@ class ByteScores:
             depth=np.stack([np.delete(one.depth, first) for one in samples]),
             free=np.stack([~np.delete(one.forced, first) for one in samples]),
             levels=levels,
+            inner_prob=np.stack([np.delete(one.inner_prob, first, axis=0) for one in samples]),
         )
 
     @property

@@ -81,13 +81,15 @@ def score_token_windows(
             compute = functools.partial(byte_pass, model.inner, jnp.asarray(ids), jnp.asarray(mask), own_keys)
             result = jax.tree.map(np.asarray, with_enough_capacity(length, rate_of(model.inner), compute))
             for row, place in enumerate(chosen):
-                scored[place] = _window_scores(tokens(windows[place].document), windows[place], result, row)
+                scored[place] = _window_scores(
+                    tokens(windows[place].document), windows[place], result, row, len(model.estimators)
+                )
             advance(sum(windows[place].stop - windows[place].counted for place in chosen))
     return PositionScores.joined([scored[place] for place in range(len(windows))])
 
 
-def _window_scores(tokens: DocumentTokens, window: Window, result: BytePass, row: int) -> PositionScores:
-    """The scores of the counted positions of one window, from row `row` of a pass."""
+def _window_scores(tokens: DocumentTokens, window: Window, result: BytePass, row: int, levels: int) -> PositionScores:
+    """The scores of the counted positions of one window, from row `row` of a pass of a model with so many levels of its own."""
     part, size = tokens.inside(window), window.stop - window.counted
     ends = tokens.ends[part]
     # The prediction of a token stands one position before its end.
@@ -103,6 +105,10 @@ def _window_scores(tokens: DocumentTokens, window: Window, result: BytePass, row
     closed = np.flatnonzero((ends >= window.counted) & (ends < window.stop))
     depth = np.zeros(size, np.uint8)
     depth[ends[closed] - window.counted] = 1 + result.likelihoods.depth[row, closed]
+    # The model's own levels are inside that of the tokenizer. A model without any has a probability of 0 and no level for it.
+    inner_prob = np.full((size, levels), np.nan, np.float32)
+    every = np.column_stack([result.prob[row], result.inner_prob[row]])
+    inner_prob[ends[closed] - window.counted] = every[closed, :levels]
     early = result.early_log_prob
     return PositionScores(
         log_prob=predictions(np.asarray(result.likelihoods.log_prob)),
@@ -111,4 +117,5 @@ def _window_scores(tokens: DocumentTokens, window: Window, result: BytePass, row
         depth=depth,
         forced=np.arange(window.counted, window.stop) == window.start,
         most_likely=most_likely,
+        inner_prob=inner_prob,
     )

@@ -69,7 +69,8 @@ class PositionScores:
     (NaN without one); 0 at the last position of a document. `prob`: probability of a boundary of the outermost level (0 without
     a token level). `depth`: how many levels, counted from the outermost, closed a token. `forced`: a boundary is there because
     the window begins there. `most_likely`: the next position's byte is the most likely one (true at the last position of a
-    document).
+    document). `inner_prob`: probability of a boundary of each level inside the outermost; NaN where a level outside it closed no
+    token.
     """
 
     log_prob: Float32[np.ndarray, " positions"]
@@ -78,6 +79,7 @@ class PositionScores:
     depth: UInt8[np.ndarray, " positions"]
     forced: Bool[np.ndarray, " positions"]
     most_likely: Bool[np.ndarray, " positions"]
+    inner_prob: Float32[np.ndarray, "positions inner"]
 
     @classmethod
     def joined(cls, parts: Sequence[PositionScores]) -> PositionScores:
@@ -161,6 +163,7 @@ def _batch_scores(
                 result.likelihoods.depth[row, part].astype(np.uint8),
                 np.arange(window.counted, window.stop) == window.start,
                 result.likelihoods.most_likely[row, part] | (predicts == 0),
+                result.inner_prob[row, part],
             )
         )
     return parts

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from experiments.comparison.intervals import Interval
 from experiments.laboratory.results import FindingSummary, Flow, FlowSummary, NoiseSummary
 from experiments.reporting.markdown import table
-from experiments.reporting.report import picture
+from experiments.reporting.pictures import picture
 
 ABSENT = "–"
 

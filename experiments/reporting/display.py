@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from typing import IO, cast
 
 import numpy as np
@@ -98,16 +99,18 @@ class Display:
             self._progress.stop()
             self._progress = None
 
-    def sample(self, characters: list[Character]) -> None:
-        """Print held-out text with the boundary probability of each character as its background colour."""
+    def sample(self, texts: Sequence[Sequence[Character]]) -> None:
+        """Print held-out texts with the boundary probability of each character as its background colour."""
         if self.quiet:
             return
         if self.console.color_system is None or self.console.no_color:
-            marked = "".join(visible(one.text) + one.mark for one in characters)
-            self.note(f"held-out text, with a mark behind each sampled boundary:\n{marked}")
+            marked = ("".join(visible(one.text) + one.mark for one in text) for text in texts)
+            self.note("\n\n".join(["held-out text, with a mark behind each sampled boundary:", *marked]))
             return
         self.console.print("held-out text, boundary probability from blue (0) to red (1):")
-        self.console.print(coloured(characters, marks=False))
+        for text in texts:
+            self.console.print()
+            self.console.print(coloured(text, marks=False))
 
 
 class ProgressLines:

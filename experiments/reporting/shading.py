@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -12,6 +13,9 @@ from data import Row
 from experiments.evaluation.evaluate import evaluate_batch, stack_rows
 from unet.language_model import AbstractLanguageModel
 from unet.shading.characters import Character, characters
+
+SEARCHED = 64
+"""Characters among which the beginning of a document or of a word is looked for."""
 
 
 def shade(model: AbstractLanguageModel, rows: Sequence[Row], *, seed: int) -> list[list[Character]]:
@@ -28,3 +32,24 @@ def shade(model: AbstractLanguageModel, rows: Sequence[Row], *, seed: int) -> li
             characters(row["bytes"][valid], probs[number, valid], sampled[number, valid], bits[number, valid])
         )
     return shaded
+
+
+def readable(text: Sequence[Character], most: int | None = None) -> list[Character]:
+    """A part of a text, of up to `most` characters, that begins where a document or a word does, and, where it is cut, ends with
+    a word. Text without white space begins with a character."""
+    start = _beginning(text)
+    part = list(text[start : None if most is None else start + most])
+    if start + len(part) < len(text):
+        spaces = [place for place, one in enumerate(part) if one.text.isspace()]
+        part = part[: spaces[-1] + 1] if spaces else part
+    return part
+
+
+def _beginning(text: Sequence[Character]) -> int:
+    near = [one.text for one in text[:SEARCHED]]
+    if "▪" in near:
+        return near.index("▪")
+    for place, (one, following) in enumerate(itertools.pairwise(near)):
+        if one.isspace() and not following.isspace():
+            return place + 1
+    return next((place for place, one in enumerate(near) if one != "\N{REPLACEMENT CHARACTER}"), 0)

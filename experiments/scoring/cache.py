@@ -19,7 +19,7 @@ from data.hub import default_cache
 from experiments.config.errors import ConfigError
 from experiments.evaluation.windows import PositionScores, Window, positions_of
 
-FORMAT = 2
+FORMAT = 3
 """To be raised whenever the same model, text and settings would give other scores."""
 
 
@@ -67,7 +67,7 @@ class ScoreCache:
     def read(self, key: str, positions: int) -> PositionScores | None:
         """The scores of that name, if they are there and whole."""
         arrays = self.read_arrays(key, tuple(PositionScores.__annotations__))
-        if arrays is None or any(array.shape != (positions,) for array in arrays.values()):
+        if arrays is None or any(array.shape[:1] != (positions,) for array in arrays.values()):
             return None
         return PositionScores(**arrays)
 

@@ -22,7 +22,7 @@ from experiments.config.models import load_any
 from experiments.config.plugins import import_plugins
 from experiments.config.settings import RunConfig
 from experiments.training.run_dir import CHECKPOINTS, read_config
-from experiments.training.stored import stored_model, stored_steps
+from experiments.training.stored import StoredRun, stored_steps
 from unet.files.saving import CONFIG, WEIGHTS
 from unet.language_model import AbstractLanguageModel
 
@@ -97,8 +97,7 @@ def open_model(where: str, step: int | None = None, plugins: Sequence[str] = ())
     modules = import_plugins(plugins)
     finished = (folder / WEIGHTS).is_file()
     if folder.is_dir() and (folder / CONFIG).is_file() and (step is not None or not finished) and _is_run(folder):
-        model, step = stored_model(folder, step, plugins)
-        return OpenModel(f"{where}@{step}", model, read_config(folder, plugins), step)
+        return Checkpoints(where, plugins).open(step)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.pt")):
         raise ConfigError(f"{where} holds neither a run nor the weights of a model")
     require(step is None, f"--step {step} names a checkpoint of a run, but {where} has none")
@@ -114,7 +113,23 @@ def open_checkpoints(where: str, plugins: Sequence[str] = ()) -> list[OpenModel]
         f"--drift compares checkpoints of one run, and {where} holds {len(steps)}: keep more of them in training "
         "(--checkpoint.keep)",
     )
-    return [open_model(where, step, plugins) for step in steps]
+    run = Checkpoints(where, plugins)
+    return [run.open(step) for step in steps]
+
+
+class Checkpoints:
+    """The checkpoints of a run, of which several are opened for the price of one: a model is built only once."""
+
+    def __init__(self, where: str, plugins: Sequence[str] = ()):
+        """Raises `ConfigError` where there are none."""
+        self._where = where
+        self._run = StoredRun.of(Path(where), plugins)
+        self._config = read_config(Path(where), plugins)
+
+    def open(self, step: int | None = None) -> OpenModel:
+        """That of a `step`, or the newest one. Raises `ConfigError`."""
+        model, step = self._run.model(step)
+        return OpenModel(f"{self._where}@{step}", model, self._config, step)
 
 
 def _is_run(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import re
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from matplotlib.figure import Figure
 from experiments.config.errors import ConfigError
 from experiments.evaluation.byte_scores import ByteScores
 from experiments.evaluation.measures import LONGEST
-from experiments.reporting.report import html_page, picture
+from experiments.reporting.pictures import inline_svg, picture
+from experiments.reporting.report import html_page
 from experiments.scoring.results import ModelResult
 from experiments.scoring.tables import (
     Evaluation,
@@ -43,21 +43,21 @@ COLOURS = ("#c0392b", "#2980b9", "#27ae60", "#8e44ad", "#d35400", "#16a085", "#7
 
 def write_page(folder: Path, evaluation: Evaluation, scores: Sequence[ByteScores], found: str) -> None:
     """Write all files to `folder`, which is made; `found`: the results as JSON. Raises `ConfigError` where that fails."""
-    plots = plots_picture(evaluation)
+    plots = plots_figure(evaluation)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / FILES[1], plots)
+        write_atomically(folder / FILES[1], picture(plots))
         write_atomically(folder / FILES[2], found)
         write_atomically(folder / FILES[0], page(evaluation, scores, plots))
     except OSError as error:
         raise ConfigError(f"--report {folder} cannot be written to: {error.strerror}") from None
 
 
-def page(evaluation: Evaluation, scores: Sequence[ByteScores], plots: bytes) -> str:
+def page(evaluation: Evaluation, scores: Sequence[ByteScores], plots: Figure) -> str:
     """The content of `report.html`."""
     bounded = [one for one in evaluation.models if one.boundaries is not None]
     sections = [f'<p class="quiet">{html.escape(summary(evaluation))}</p>', _html(likelihood_table(evaluation))]
-    sections.append(f'<img alt="The results as plots" src="data:image/png;base64,{base64.b64encode(plots).decode()}">')
+    sections.append(inline_svg(plots, "The results as plots"))
     if evaluation.pairs:
         sections += [
             "<h2>Differences</h2><p>Bits per byte of the first model minus those of the second on the same documents, with the "
@@ -109,8 +109,8 @@ def _shaded(evaluation: Evaluation, scores: Sequence[ByteScores]) -> list[str]:
     return ["<h2>Text</h2>", fragment(texts, notes)]
 
 
-def plots_picture(evaluation: Evaluation) -> bytes:
-    """A PNG: bits per byte, lengths of chunks, bits and boundaries by class of byte."""
+def plots_figure(evaluation: Evaluation) -> Figure:
+    """Bits per byte, lengths of chunks, bits and boundaries by class of byte."""
     figure = Figure(figsize=(11, 7.2), dpi=130, layout="constrained")
     bits, lengths, bits_by_class, rate_by_class = figure.subplots(2, 2).flat
     _plot_bits(bits, evaluation.models)
@@ -121,7 +121,7 @@ def plots_picture(evaluation: Evaluation) -> bytes:
         axes.grid(alpha=0.25)
     handles, labels = bits_by_class.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=8, frameon=False)
-    return picture(figure)
+    return figure
 
 
 def _label(result: ModelResult) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from jaxtyping import Array, Key
 
 from experiments.evaluation.byte_scores import ByteScores, Text
@@ -13,6 +14,7 @@ from experiments.evaluation.token_windows import score_token_windows
 from experiments.evaluation.windows import PositionScores, Window, score_windows, window_keys, windows_of
 from experiments.scoring.cache import ScoreCache, chunk_key
 from experiments.scoring.models import OpenModel
+from unet import TextBoundaries
 from unet.language_model import AbstractLanguageModel
 from unet.tokens.model import TokenModel
 
@@ -120,3 +122,10 @@ def score_positions(
     if isinstance(model, TokenModel):
         return score_token_windows(model, documents, windows, keys, batch=batch, cuts=cuts, advance=advance)
     return score_windows(model.unet, documents, windows, keys, context=context, batch=batch, advance=advance)
+
+
+def text_boundaries(content: bytes, scores: ByteScores) -> TextBoundaries:
+    """The first sample of the scores of a text of one document."""
+    prob = scores.prob[0] if scores.levels else np.full_like(scores.prob[0], np.nan)
+    known = scores.log_prob[0], scores.early_log_prob[0], prob, scores.depth[0], scores.levels
+    return TextBoundaries(content, *known, scores.inner_prob[0])

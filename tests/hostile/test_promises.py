@@ -23,6 +23,7 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 import data, estimators, estimators.testing, unet
 import experiments.run, experiments.compare, experiments.export, experiments.generate, experiments.lab, experiments.words
+import experiments.explore
 assert experiments.launch.os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
 """
 

@@ -29,6 +29,7 @@ from unet.decoding.score import (
     sizes_of,
     texts_as_bytes,
 )
+from unet.hierarchy import boundary_probs
 from unet.language_model import AbstractLanguageModel
 from unet.likelihood import plain_layout
 from unet.losses import early_log_prob
@@ -42,12 +43,14 @@ if TYPE_CHECKING:
 
 
 class BytePass(eqx.Module):
-    """The likelihoods at each position, the log-probability of the next byte by the early head (None without one), and the
-    probability of a boundary of the outermost level (0 without a token level)."""
+    """The likelihoods at each position, the log-probability of the next byte by the early head (None without one), the
+    probability of a boundary of the outermost level (0 without a token level), and that of each level inside it (NaN where a
+    level outside closed no token)."""
 
     likelihoods: Likelihoods
     early_log_prob: Float[Array, "batch length"] | None
     prob: Float[Array, "batch length"]
+    inner_prob: Float[Array, "batch length inner"]
 
     @property
     def overflow(self) -> Int[Array, " batch"] | None:
@@ -68,8 +71,9 @@ def byte_pass(
     prediction = model(bytes, key=keys, mask=mask, capacities=(capacity,))
     levels = prediction.levels
     prob = levels[0].boundaries.probs if levels else jnp.zeros(bytes.shape, jnp.float32)
+    inner_prob = boundary_probs(levels, mask)[..., 1:].astype(jnp.float32)
     early = early_log_prob(prediction, plain_layout(bytes, None, mask))
-    return BytePass(likelihoods(prediction, bytes, mask), early, prob)
+    return BytePass(likelihoods(prediction, bytes, mask), early, prob, inner_prob)
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,9 @@ class TextBoundaries:
 
     `log_prob`, `early_log_prob`: log-probability in nats of the byte after those before it, from the model and from its early
     head (NaN without one). `prob`: probability of a boundary of the outermost level after the byte, given the boundaries before
-    it. `depth`: how many levels, counted from the outermost, closed a token there. `levels`: token levels of the model; without
-    any, `prob` is NaN.
+    it. `inner_prob`: the same of each level inside it, the next one first; NaN where a level outside it closed no token. `depth`:
+    how many levels, counted from the outermost, closed a token there. `levels`: token levels of the model; without any, `prob` is
+    NaN.
 
     A terminal prints it in colours (rich), a notebook shows it shaded.
     """
@@ -90,6 +95,7 @@ class TextBoundaries:
     prob: Float32[np.ndarray, " bytes"]
     depth: UInt8[np.ndarray, " bytes"]
     levels: int
+    inner_prob: Float32[np.ndarray, "bytes inner"]
 
     @property
     def boundaries(self) -> Bool[np.ndarray, " bytes"]:
@@ -116,6 +122,10 @@ class TextBoundaries:
         """Whether a token of level `level` (0: the outermost) was closed after the byte."""
         return self.depth > level
 
+    def prob_of(self, level: int) -> Float32[np.ndarray, " bytes"]:
+        """The probability of a boundary of that level after the byte; NaN where a level outside it closed no token."""
+        return self.inner_prob[:, level - 1] if level else self.prob
+
     def token(self, level: int = 0) -> Int[np.ndarray, " bytes"]:
         """The number of the token of that level that the byte is in, from 0."""
         return token_numbers(self.closed(level))
@@ -135,7 +145,7 @@ class TextBoundaries:
 
     def columns(self) -> dict[str, np.ndarray]:
         """A table with a row for each byte: `offset`, `byte`, `log_prob` and `early_log_prob` in nats, and with a token level
-        `boundary_prob`, `boundary_depth` and, for each level from 1 on, `boundary_1` and `token_1`."""
+        `boundary_prob`, `boundary_depth`, for each level from 1 on `boundary_1` and `token_1`, from 2 on `boundary_prob_2`."""
         table = {
             "offset": np.arange(len(self.text)),
             "byte": np.frombuffer(self.text, np.uint8),
@@ -146,6 +156,7 @@ class TextBoundaries:
             table |= {"boundary_prob": self.prob, "boundary_depth": self.depth}
         for level in range(self.levels):
             table |= {f"boundary_{level + 1}": self.closed(level), f"token_{level + 1}": self.token(level)}
+            table |= {f"boundary_prob_{level + 1}": self.prob_of(level)} if level else {}
         return table
 
     def to_parquet(self, path: str | Path) -> None:
@@ -225,11 +236,14 @@ def boundaries(
         sizes = sizes_of(model, own)
         log_prob, early = at_last_bytes(np.asarray(result.likelihoods.log_prob[:size]), sizes), result.early_log_prob
         depth = depth_of_bytes(model, own, np.asarray(result.likelihoods.depth[1:])).astype(np.uint8)
+        every = np.column_stack([result.prob, result.inner_prob])[1 : 1 + size, : len(model.estimators)]
+        probs = np.full((len(contents[number]), every.shape[1]), np.nan, np.float32)
+        probs[np.cumsum(sizes) - 1] = every
         if model.levels > len(model.estimators):
             # Where a tokenizer ends its tokens is certain.
-            prob = (depth > 0).astype(np.float32)
+            prob, inner = (depth > 0).astype(np.float32), probs
         else:
-            prob = np.asarray(result.prob[1 : 1 + size]) if model.levels else np.full_like(log_prob, np.nan)
+            prob, inner = probs[:, 0] if model.levels else np.full_like(log_prob, np.nan), probs[:, 1:]
         found[number] = TextBoundaries(
             contents[number],
             log_prob,
@@ -237,5 +251,6 @@ def boundaries(
             prob,
             depth,
             model.levels,
+            inner,
         )
     return tuple(found[number] for number in range(len(contents)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -107,6 +107,12 @@ def _joins(before: str, character: str) -> bool:
     return unicodedata.category(character[0]) in ("Mn", "Me", "Mc") or character == _JOINER or _is_tone(character)
 
 
+def from_right(text: str) -> bool | None:
+    """Whether a sign is of a script that is written from right to left; None of what is in both, such as digits and spaces."""
+    kind = unicodedata.bidirectional(text[0])
+    return kind in ("R", "AL") if kind in ("L", "R", "AL") else None
+
+
 def _is_flag(text: str) -> bool:
     return "\N{REGIONAL INDICATOR SYMBOL LETTER A}" <= text[0] <= "\N{REGIONAL INDICATOR SYMBOL LETTER Z}"
 
@@ -115,20 +121,40 @@ def _is_tone(text: str) -> bool:
     return "\N{EMOJI MODIFIER FITZPATRICK TYPE-1-2}" <= text[0] <= "\N{EMOJI MODIFIER FITZPATRICK TYPE-6}"
 
 
-def colour_of(prob: float) -> tuple[int, int, int]:
-    """Background colour for a probability: blue for 0, white in the middle, red for 1; pale enough for black text."""
+Colour = tuple[int, int, int]
+
+_NIGHT = (22, 24, 28)
+"""The background of text on dark pages."""
+
+
+def colour_of(prob: float, *, dark: bool = False) -> Colour:
+    """Background colour for a probability: blue for 0, white in the middle, red for 1; pale enough for black text. `dark`: black
+    in the middle, and dim enough for white text."""
+    if dark:
+        return _NIGHT if math.isnan(prob) else _mixed(_map_colour("berlin", prob), _NIGHT, 0.5)
     return _pale("coolwarm", prob)
 
 
-def colour_of_bits(bits: float) -> tuple[int, int, int]:
-    """Background colour for what a character costs: white for 0, orange from `MOST_BITS` on."""
-    return _pale("Oranges", min(bits / MOST_BITS, 1.0))
+def colour_of_bits(bits: float, *, dark: bool = False) -> Colour:
+    """Background colour for what a character costs: white (`dark`: black) for 0, orange from `MOST_BITS` on."""
+    share = bits if math.isnan(bits) else min(bits / MOST_BITS, 1.0)
+    if dark:
+        return _NIGHT if math.isnan(bits) else _mixed((160, 70, 8), _NIGHT, share)
+    return _pale("Oranges", share)
 
 
-def _pale(colours: str, value: float) -> tuple[int, int, int]:
-    if math.isnan(value):
-        return 255, 255, 255
-    red, green, blue, _ = matplotlib.colormaps[colours](float(value))
+def _pale(colours: str, value: float) -> Colour:
     # Mixing with white keeps black text legible.
-    red, green, blue = (round(255 * (0.35 + 0.65 * channel)) for channel in (red, green, blue))
+    white = (255, 255, 255)
+    return white if math.isnan(value) else _mixed(_map_colour(colours, value), white, 0.65)
+
+
+def _map_colour(colours: str, value: float) -> tuple[float, float, float]:
+    red, green, blue, _ = matplotlib.colormaps[colours](float(value))
+    return 255 * red, 255 * green, 255 * blue
+
+
+def _mixed(one: Sequence[float | int], other: Sequence[float | int], share: float) -> Colour:
+    """So much of one colour, and the rest of another."""
+    red, green, blue = (round(share * a + (1 - share) * b) for a, b in zip(one, other, strict=True))
     return red, green, blue

@@ -7,53 +7,86 @@ import html
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from unet.shading.characters import MOST_BITS, Character, clusters, colour_of, colour_of_bits, visible
+from unet.shading.characters import MOST_BITS, Character, clusters, colour_of, colour_of_bits, from_right, visible
 
 STEPS = 20
 """Shades of a colour scale."""
 
 
-def _hex(colour: tuple[int, int, int]) -> str:
+def hexadecimal(colour: tuple[int, int, int]) -> str:
+    """A colour as CSS has it."""
     return "#" + "".join(f"{channel:02x}" for channel in colour)
 
 
-def _shades() -> str:
-    probs = (f".caesura .p{step}{{background:{_hex(colour_of(step / STEPS))}}}" for step in range(STEPS + 1))
+def shades(prob_rule: str, bits_rule: str, *, dark: bool) -> str:
+    """The rules of all shades; both say where a shade (`{step}`) belongs and what is coloured, up to the colon."""
     # Bits of bytes: the last step is for all that is more.
-    bits = (
-        f".caesura:has(.bits:checked) .c{step}{{background:{_hex(colour_of_bits(MOST_BITS * step / STEPS))}}}"
+    kinds = ((prob_rule, colour_of, 1.0), (bits_rule, colour_of_bits, MOST_BITS))
+    return "\n".join(
+        f"{rule.format(step=step)}:{hexadecimal(colour(most * step / STEPS, dark=dark))}}}"
+        for rule, colour, most in kinds
         for step in range(STEPS + 1)
     )
-    return "\n".join((*probs, *bits))
 
 
-STYLE = f"""
-.caesura pre {{ background: #fff; color: #000; padding: .8rem; border: 1px solid #8884; border-radius: 4px; margin: .3rem 0;
-  white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, "Noto Sans Mono",
-  "Noto Sans Mono CJK SC", monospace; }}
-.caesura pre span {{ padding: .15em 0; }}
-.caesura .b1 {{ box-shadow: inset -2px 0 #0009; }} .caesura .b2 {{ box-shadow: inset -4px 0 #0009; }}
-.caesura .b3 {{ box-shadow: inset -6px 0 #0009; }}
-.caesura pre span:hover {{ outline: 1px solid #000; }}
-.caesura label {{ margin-right: 1rem; }} .caesura .note {{ color: #777; }}
-.caesura .scale {{ display: inline-block; width: 8rem; height: .8rem; vertical-align: middle; border-radius: 2px; }}
-{_shades()}
+def _coloured(*, dark: bool) -> str:
+    """All rules that depend on whether the page is dark."""
+
+    def gradient(colour: Callable[..., tuple[int, int, int]], most: float) -> str:
+        stops = ", ".join(hexadecimal(colour(most * step / 10, dark=dark)) for step in range(11))
+        return f"{{ background: linear-gradient(90deg, {stops}) }}"
+
+    paper, ink, bar = ("#16181c", "#e8e8e8", "#fffb") if dark else ("#fff", "#000", "#0009")
+    return f"""
+.caesura {{ --paper: {paper}; --ink: {ink}; --bar: {bar};
+  --differs: {"#ff9f43" if dark else "#b3006b"}; }}
+.caesura .of-p {gradient(colour_of, 1.0)} .caesura .of-bits {gradient(colour_of_bits, MOST_BITS)}
+{shades(".caesura .p{step}{{background", ".caesura:has(.bits:checked) .c{step}{{background", dark=dark)}
 """
 
 
-def spans(shown: Iterable[Character]) -> str:
-    """Characters as HTML. The tooltip of each shows its probability and, where they are known, its bits and its token."""
-    return "".join(_span(one) for one in clusters(shown))
+STYLE = f"""
+.caesura pre {{ background: var(--paper); color: var(--ink); padding: .8rem; border: 1px solid #8884; border-radius: 4px;
+  margin: .3rem 0; white-space: break-spaces; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, "Noto Sans Mono",
+  "Noto Sans Mono CJK SC", monospace; }}
+.caesura pre span {{ padding: .15em 0; }}
+.caesura .b1 {{ box-shadow: inset -2px 0 var(--bar); }} .caesura .b2 {{ box-shadow: inset -4px 0 var(--bar); }}
+.caesura .b3 {{ box-shadow: inset -6px 0 var(--bar); }}
+.caesura .r.b1 {{ box-shadow: inset 2px 0 var(--bar); }} .caesura .r.b2 {{ box-shadow: inset 4px 0 var(--bar); }}
+.caesura .r.b3 {{ box-shadow: inset 6px 0 var(--bar); }}
+.caesura .d {{ text-decoration: underline wavy var(--differs) 1.5px; text-underline-offset: .25em; }}
+.caesura pre span:hover {{ outline: 1px solid var(--ink); }}
+.caesura label {{ margin-right: 1rem; }} .caesura .note {{ color: #777; }}
+.caesura .scale {{ display: inline-block; width: 8rem; height: .8rem; vertical-align: middle; border-radius: 2px; }}
+{_coloured(dark=False)}
+@media (prefers-color-scheme: dark) {{{_coloured(dark=True)}}}
+"""
+"""What a page needs to show shaded text, in its own light or dark colours."""
 
 
-def _span(one: Character) -> str:
+def spans(shown: Iterable[Character], reference: Iterable[Character] | None = None) -> str:
+    """Characters as HTML. The tooltip of each shows its probability and, where they are known, its bits and its token.
+    `reference`: the same characters with other boundaries; where one of both has a boundary it is marked."""
+    signs = list(clusters(shown))
+    others = signs if reference is None else list(clusters(reference))
+    return "".join(_span(one, (one.depth > 0) != (other.depth > 0)) for one, other in zip(signs, others, strict=True))
+
+
+def _span(one: Character, differs: bool) -> str:
+    text = "⏎\n" if one.text == "\n" else _text(one.text)
+    names = [*classes(one), *(["d"] if differs else [])]
+    return f'<span class="{" ".join(names)}" title="{tooltip(one)}">{text}</span>'
+
+
+def classes(one: Character) -> list[str]:
+    """The shades of a character, and its boundary."""
     names = [] if math.isnan(one.prob) else [f"p{round(STEPS * one.prob)}"]
     if not math.isnan(one.bits):
         names.append(f"c{min(round(STEPS * one.bits / MOST_BITS), STEPS)}")
     if one.depth:
-        names.append(f"b{min(one.depth, 3)}")
-    text = "⏎\n" if one.text == "\n" else _text(one.text)
-    return f'<span class="{" ".join(names)}" title="{tooltip(one)}">{text}</span>'
+        # The end of what is written from the right is at its left.
+        names += [f"b{min(one.depth, 3)}", *(["r"] if from_right(one.text) else [])]
+    return names
 
 
 def _text(text: str) -> str:
@@ -72,15 +105,14 @@ def tooltip(one: Character) -> str:
     return ", ".join(parts)
 
 
-def scale(colour: Callable[[float], tuple[int, int, int]], low: str, high: str, most: float = 1.0) -> str:
-    """A colour scale."""
-    stops = ", ".join(f"rgb{colour(most * step / 10)}" for step in range(11))
-    return f'{low} <span class="scale" style="background: linear-gradient(90deg, {stops})"></span> {high}'
+def scale(kind: str, low: str, high: str) -> str:
+    """A colour scale: `of-p` or `of-bits`."""
+    return f'{low} <span class="scale {kind}"></span> {high}'
 
 
-def block(shown: Sequence[Character]) -> str:
+def block(shown: Sequence[Character], reference: Sequence[Character] | None = None) -> str:
     """A text as a block, its direction that of its first letter."""
-    return f'<pre class="text" dir="auto">{spans(shown)}</pre>'
+    return f'<pre class="text" dir="auto">{spans(shown, reference)}</pre>'
 
 
 LEGEND = (
@@ -90,8 +122,13 @@ LEGEND = (
 )
 
 
-def fragment(texts: Sequence[Sequence[Character]], notes: Sequence[str]) -> str:
-    """Several texts, each with a note, and a switch between probabilities and bits; for a page or a notebook."""
+def fragment(
+    texts: Sequence[Sequence[Character]],
+    notes: Sequence[str],
+    references: Sequence[Sequence[Character] | None] | None = None,
+) -> str:
+    """Several texts, each with a note, and a switch between probabilities and bits; for a page or a notebook. `references`: for
+    each text, or for some, the same one with boundaries that it is compared with."""
     known = [one for text in texts for one in text]
     switches = ""
     if any(not math.isnan(one.bits) for one in known):
@@ -99,11 +136,15 @@ def fragment(texts: Sequence[Sequence[Character]], notes: Sequence[str]) -> str:
         name = "c" + hashlib.sha256(repr(known).encode(errors="replace")).hexdigest()[:12]
         switches = (
             f'<p><label><input type="radio" name="{name}" checked> probability of a boundary, '
-            f"{scale(colour_of, '0', '1')}</label>"
+            f"{scale('of-p', '0', '1')}</label>"
             f'<label><input type="radio" class="bits" name="{name}"> bits of a character, '
-            f"{scale(colour_of_bits, '0', '8 or more', MOST_BITS)}</label></p>"
+            f"{scale('of-bits', '0', '8 or more')}</label></p>"
         )
-    blocks = "".join(f'<p class="note">{_text(note)}</p>{block(text)}' for text, note in zip(texts, notes, strict=True))
+    others = [None] * len(texts) if references is None else references
+    blocks = "".join(
+        f'<p class="note">{_text(note)}</p>{block(text, other)}'
+        for text, note, other in zip(texts, notes, others, strict=True)
+    )
     return f'<div class="caesura"><style>{STYLE}</style>{switches}{LEGEND}{blocks}</div>'
 
 
