@@ -20,7 +20,7 @@ from estimators.sharding import BATCH_AXES
 from experiments.config.errors import ConfigError, require
 from experiments.config.settings import RunConfig
 from experiments.reporting.markdown import table
-from experiments.training.sharding import AXES, assembled, partition_specs, placed_leaves
+from experiments.training.sharding import AXES, PlacedLeaf, assembled, partition_specs, placed_leaves
 from unet import fused_attention
 from unet.language_model import AbstractLanguageModel
 from unet.ops.mosaic import refusal
@@ -133,9 +133,13 @@ class Placement:
             return np.asarray(leaf)
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
+    def leaves(self, tree: PyTree) -> list[PlacedLeaf]:
+        """What one device holds of each leaf of a tree of parameters or moments."""
+        return placed_leaves(tree, self.mesh.shape, self.whole_below)
+
     def shown(self, tree: PyTree) -> str:
         """How a tree of parameters lies on the devices: each leaf, and the totals (Markdown)."""
-        leaves = placed_leaves(tree, self.mesh.shape, self.whole_below)
+        leaves = self.leaves(tree)
         rows = [(f"`{one.path}`", _times(one.shape), str(tuple(one.spec)), one.bytes_per_device) for one in leaves]
         whole, each = (sum(getattr(one, name) for one in leaves) for name in ("bytes", "bytes_per_device"))
         mesh = " × ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
