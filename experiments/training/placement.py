@@ -29,6 +29,11 @@ Tree = TypeVar("Tree", bound=PyTree[Array])
 
 ModelOf = Callable[[PyTree[Array]], AbstractLanguageModel]
 """The model that some parameters belong to."""
+NOT_OF_THE_BATCH = (
+    "the loss or a metric of this model is that of the sequences of one device, not of the batch: in a class of your own, take "
+    "means with estimators.equations.masked_mean, or sums with estimators.sharding.batch_sum; or run with --devices 1"
+)
+
 Gradient = Callable[..., tuple[PyTree[Array], PyTree[Array]]]
 """Of a `ModelOf`, parameters, a batch, and more: the gradient in the parameters, and more."""
 
@@ -81,7 +86,7 @@ class Placement:
 
     def by_sequence(self, gradient: Gradient, static: AbstractLanguageModel) -> Gradient:
         """`gradient`, run on each device with its own sequences and with its own parts of the parameters. What it returns beside
-        the gradient must be the same everywhere."""
+        the gradient must be the same everywhere; `ConfigError` where it is not."""
 
         def run(
             params: PyTree[Array], batch: PyTree[Array], *others: PyTree[Array]
@@ -93,9 +98,13 @@ class Placement:
 
             taken = specs, PartitionSpec(BATCH_AXES), *[same] * len(others)
             on_each = functools.partial(gradient, model)
-            return jax.shard_map(on_each, mesh=self.mesh, in_specs=taken, out_specs=(specs, same))(
-                params, batch, *others
-            )
+            run_on_each = jax.shard_map(on_each, mesh=self.mesh, in_specs=taken, out_specs=(specs, same))
+            try:
+                return run_on_each(params, batch, *others)
+            except ValueError as error:
+                if "require replication" in str(error):
+                    raise ConfigError(NOT_OF_THE_BATCH) from error
+                raise
 
         return run
 
