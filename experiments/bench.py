@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import tyro
 
 from estimators.bounds import Count
 from estimators.registry import BASELINE, DEFAULT, ESTIMATORS, REGULAR
-from experiments.benchmark.deviceless import NETWORK, TARGETS
+from experiments.benchmark.exchange import exchange_table
 from experiments.benchmark.generation import CacheReport, GenerationReport, measure_caches, measure_generation
 from experiments.benchmark.gpu import Gpu
 from experiments.benchmark.measurement import AbstractMeasurement, AbstractTimed, OfModel
@@ -39,7 +38,6 @@ from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
 from experiments.training.data import load_split
 from experiments.training.run_dir import json_text, make_folder, write_atomically
-from experiments.training.sharding import AXES
 from unet.config import UNetConfig
 from unet.ops import Implementation
 
@@ -277,28 +275,6 @@ def step_table(report: StepReport, bytes_per_step: int) -> str:
     )
     parts = table(["part", "kernels", "GFLOP", "GB moved", "estimate, ms", "share"], rows)
     return f"{parts}\n{notes}\n{exchange_table(report, total)}"
-
-
-def exchange_table(report: StepReport, seconds: float) -> str:
-    """What the devices of a mesh exchange in a step, whose kernels take so many `seconds`; nothing for one device."""
-    devices, target = math.prod(report.mesh), next(one for one in TARGETS.values() if one.name == report.target)
-    if devices == 1:
-        return ""
-    rows = [
-        (source, one.kind, one.group, one.count, f"{one.bytes / 1e6:.2f}", f"{one.moved / 1e6:.2f}")
-        for source, costs in (("compiled", report.exchanged), ("paper", report.paper))
-        for one in costs
-    ]
-    head = ["count", "collective", "devices", "arrays", "MB", "MB sent by each"]
-    speeds = [
-        f"{report.moved / rate * 1e3:.2f} ms over {name}"
-        for name, rate in (("NVLink", target.nvlink), ("a network of one port for each GPU", NETWORK))
-    ]
-    mesh = " x ".join(f"{name} {size}" for name, size in zip(AXES, report.mesh, strict=True))
-    return (
-        f"{table(head, rows)}\nmesh {mesh}; every device sends {report.moved / 1e9:.3f} GB, {' or '.join(speeds)}, beside "
-        f"{seconds * 1e3:.2f} ms of kernels that it may overlap with\n"
-    )
 
 
 def timing_table(timings: Mapping[str, Timing], what: str, bytes_per_call: int, baseline: str = BASELINE) -> str:

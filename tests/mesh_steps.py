@@ -17,7 +17,6 @@ from experiments.benchmark.collectives import collectives_of, of_shared_layers, 
 from experiments.config.sections import MeshConfig
 from experiments.config.settings import RunConfig
 from experiments.training.placement import Placement
-from experiments.training.sharding import placed_leaves
 from experiments.training.step import compiled
 from experiments.training.trainer import Trainer
 from tests.compositions import config_of, registered
@@ -64,7 +63,7 @@ def compared(name: str, mesh: MeshConfig, steps: int) -> dict[str, object]:
         found.append((outputs, placement.whole(state.params)))
     (ours, params), (theirs, on_mesh) = found
     sizes = placement.mesh.shape
-    paper = on_paper(placed_leaves(trainer.params, sizes, mesh.whole_below), sizes)
+    paper = on_paper(placement.leaves(trainer.params), sizes)
     moving, frozen = eqx.partition(trainer.params, trainable(trainer.params))
     for part, backward in ((moving, True), (frozen, False)):
         layers = 2 * sum("qkv" in jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(part))

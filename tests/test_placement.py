@@ -15,6 +15,7 @@ from experiments.training.checkpoint import Checkpoints, Progress
 from experiments.training.digests import described
 from experiments.training.placement import Placement, mesh_shape
 from experiments.training.sharding import partition_spec, placed_leaves
+from unet import UNet
 
 TINY = dataclasses.replace(PRESETS["tiny"], batch=8)
 MESHES = (MeshConfig(data=2, whole_below=1), MeshConfig(fsdp=2, whole_below=1))
@@ -113,3 +114,16 @@ def test_a_checkpoint_of_one_mesh_is_read_on_another_bit_for_bit(tmp_path, order
     assert {name: leaf.sharding.spec for name, leaf in found.arrays.items()} == read.specs(numbers())
     for name, leaf in numbers().items():
         np.testing.assert_array_equal(np.asarray(found.arrays[name]), np.asarray(leaf))
+
+
+def test_a_metric_of_one_devices_sequences_is_refused():
+    """As in an objective of one's own that takes the mean over the sequences that it is given."""
+
+    def gradient(model_of, params, batch):
+        return {"w": params["w"]}, jnp.mean(batch["rows"])
+
+    there, params = placement(MESHES[0]), {"w": jnp.zeros(2)}
+    batch = there.inputs({"rows": np.ones((8, 2), np.float32)})
+    static = UNet(TINY.unet, None, key=jax.random.key(0))
+    with pytest.raises(ConfigError, match="not of the batch: in a class of your own"):
+        there.by_sequence(gradient, static)(params, batch)

@@ -19,8 +19,9 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
-from experiments.benchmark.collectives import KINDS, CollectiveCost, collectives_of, costs_by_kind, on_paper
+from experiments.benchmark.collectives import KINDS, Collective, CollectiveCost, collectives_of, costs_by_kind, on_paper
 from experiments.benchmark.deviceless import ENVIRONMENT, TARGETS, compile_for, devices_of, missing, optimized_hlo
 from experiments.benchmark.roofline import PartCost, costs_by_part, kernels_of
 from experiments.benchmark.shapes import shapes_of
@@ -31,8 +32,7 @@ from experiments.config.settings import RunConfig
 from experiments.training.capacity import rated_capacities
 from experiments.training.placement import Placement
 from experiments.training.remat import GIB
-from experiments.training.sharding import placed_leaves
-from experiments.training.step import fresh_state
+from experiments.training.step import Inputs, StepMetrics, TrainState, fresh_state
 from experiments.training.trainer import Trainer
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
@@ -98,36 +98,18 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
     # What runs in kernels, and so what has to be kept for the backward pass, follows from the default device.
     with jax.default_device(placement.mesh.devices.flat[0]):
         trainer = Trainer.of(config, model, capacities)
-    state = eqx.filter_eval_shape(lambda: fresh_state(trainer.params, trainer.optimizer))
-    state = jax.tree.map(_placed, state, placement.shardings(state))
-    step, rows = trainer.step_on(placement), (config.batch, config.length)
-    batch = {
-        name: jax.ShapeDtypeStruct(rows, dtype, sharding=placement.by_row)
-        for name, dtype in {"bytes": jnp.uint8, "segments": jnp.int32, "mask": bool}.items()
-    }
     started = time.perf_counter()
-    compiled = compile_for(
-        placement.mesh,
-        lambda state, batch, key: step(state, batch, jax.random.wrap_key_data(key)),
-        state,
-        batch,
-        jax.ShapeDtypeStruct((2,), jnp.uint32),
-        donate=0,
-    )
+    compiled, state = _compiled(trainer, placement)
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     assert memory is not None
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     program = optimized_hlo(compiled)
     kernels = [kernel for kernel in kernels_of(program) if not kernel.kind.startswith(NOT_HERE)]
-    sizes, own = placement.mesh.shape, config.mesh.whole_below
-    width = jnp.dtype(config.unet.compute).itemsize
-    again = config.unet.always_remat if trainer.memory is None else trainer.memory.remat
-    paper = on_paper(placed_leaves(trainer.params, sizes, own), sizes, widths=(width, 4 if again else width))
     return StepReport(
         target=gpu.name,
         compile_seconds=seconds,
-        state_bytes=sum(leaf.bytes_per_device for leaf in placed_leaves(state, sizes, own)),
+        state_bytes=sum(leaf.bytes_per_device for leaf in placement.leaves(state)),
         peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs,
         pallas=sum(kernel.kind.startswith("mosaic_gpu") for kernel in kernels),
         loops=sum(kernel.kind == "while" for kernel in kernels),
@@ -135,12 +117,36 @@ def compile_step(config: RunConfig, target: str) -> StepReport:
         memory=None if trainer.memory is None else trainer.memory.note,
         mesh=shape,
         exchanged=tuple(costs_by_kind(collectives_of(program))),
-        paper=tuple(costs_by_kind(paper)),
+        paper=tuple(costs_by_kind(_on_paper(trainer, placement))),
     )
 
 
-def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def _compiled(trainer: Trainer, placement: Placement) -> tuple[jax.stages.Compiled, PyTree[jax.ShapeDtypeStruct]]:
+    """The step of a trainer, compiled for the devices of a placement, and the shapes of the state that it takes."""
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = eqx.filter_eval_shape(lambda: fresh_state(trainer.params, trainer.optimizer))
+    state = jax.tree.map(placed, state, placement.shardings(state))
+    step, rows = trainer.step_on(placement), (trainer.config.batch, trainer.config.length)
+    batch = {
+        name: jax.ShapeDtypeStruct(rows, dtype, sharding=placement.by_row)
+        for name, dtype in {"bytes": jnp.uint8, "segments": jnp.int32, "mask": bool}.items()
+    }
+
+    def with_key(state: TrainState, batch: Inputs, key: Array) -> tuple[TrainState, StepMetrics]:
+        return step(state, batch, jax.random.wrap_key_data(key))
+
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    return compile_for(placement.mesh, with_key, state, batch, key, donate=0), state
+
+
+def _on_paper(trainer: Trainer, placement: Placement) -> list[Collective]:
+    config, width = trainer.config, jnp.dtype(trainer.config.unet.compute).itemsize
+    again = config.unet.always_remat if trainer.memory is None else trainer.memory.remat
+    widths = width, 4 if again else width
+    return on_paper(placement.leaves(trainer.params), placement.mesh.shape, widths=widths)
 
 
 def compile_in_subprocess(config: RunConfig, target: str) -> StepReport:

@@ -9,13 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import final
+from typing import Protocol, final, runtime_checkable
 
 import jax
 import numpy as np
 from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxlib._jax import DistributedRuntimeClient
 
 from experiments.config.errors import RunError, one_line
 from experiments.config.sections import DistributedConfig
@@ -200,7 +199,20 @@ class Peers(AbstractProcesses):
         return f"{self.prefix}error: {why}"
 
 
-def _client() -> DistributedRuntimeClient:
+@runtime_checkable
+class Client(Protocol):
+    """What is used of the client of JAX's coordination service: texts by their keys, and barriers."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None: ...
+
+    def key_value_dir_get(self, key: str, /) -> list[tuple[str, str]]: ...
+
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int, /) -> str: ...
+
+    def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int, /) -> None: ...
+
+
+def _client() -> Client:
     client = distributed.global_state.client
     assert client is not None
     return client

@@ -20,7 +20,7 @@ from estimators.sharding import BATCH_AXES
 from experiments.config.errors import ConfigError, require
 from experiments.config.settings import RunConfig
 from experiments.reporting.markdown import table
-from experiments.training.sharding import AXES, assembled, partition_specs, placed_leaves
+from experiments.training.sharding import AXES, PlacedLeaf, assembled, partition_specs, placed_leaves
 from unet import fused_attention
 from unet.language_model import AbstractLanguageModel
 from unet.ops.mosaic import refusal
@@ -29,6 +29,11 @@ Tree = TypeVar("Tree", bound=PyTree[Array])
 
 ModelOf = Callable[[PyTree[Array]], AbstractLanguageModel]
 """The model that some parameters belong to."""
+NOT_OF_THE_BATCH = (
+    "the loss or a metric of this model is that of the sequences of one device, not of the batch: in a class of your own, take "
+    "means with estimators.equations.masked_mean, or sums with estimators.sharding.batch_sum; or run with --devices 1"
+)
+
 Gradient = Callable[..., tuple[PyTree[Array], PyTree[Array]]]
 """Of a `ModelOf`, parameters, a batch, and more: the gradient in the parameters, and more."""
 
@@ -86,7 +91,7 @@ class Placement:
 
     def by_sequence(self, gradient: Gradient, static: AbstractLanguageModel) -> Gradient:
         """`gradient`, run on each device with its own sequences and with its own parts of the parameters. What it returns beside
-        the gradient must be the same everywhere."""
+        the gradient must be the same everywhere; `ConfigError` where it is not."""
 
         def run(
             params: PyTree[Array], batch: PyTree[Array], *others: PyTree[Array]
@@ -98,9 +103,13 @@ class Placement:
 
             taken = specs, PartitionSpec(BATCH_AXES), *[same] * len(others)
             on_each = functools.partial(gradient, model)
-            return jax.shard_map(on_each, mesh=self.mesh, in_specs=taken, out_specs=(specs, same))(
-                params, batch, *others
-            )
+            run_on_each = jax.shard_map(on_each, mesh=self.mesh, in_specs=taken, out_specs=(specs, same))
+            try:
+                return run_on_each(params, batch, *others)
+            except ValueError as error:
+                if "require replication" in str(error):
+                    raise ConfigError(NOT_OF_THE_BATCH) from error
+                raise
 
         return run
 
@@ -138,9 +147,13 @@ class Placement:
             return np.asarray(leaf)
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
+    def leaves(self, tree: PyTree) -> list[PlacedLeaf]:
+        """What one device holds of each leaf of a tree of parameters or moments."""
+        return placed_leaves(tree, self.mesh.shape, self.whole_below)
+
     def shown(self, tree: PyTree) -> str:
         """How a tree of parameters lies on the devices: each leaf, and the totals (Markdown)."""
-        leaves = placed_leaves(tree, self.mesh.shape, self.whole_below)
+        leaves = self.leaves(tree)
         rows = [(f"`{one.path}`", _times(one.shape), str(tuple(one.spec)), one.bytes_per_device) for one in leaves]
         whole, each = (sum(getattr(one, name) for one in leaves) for name in ("bytes", "bytes_per_device"))
         mesh = " × ".join(f"{name} {size}" for name, size in self.mesh.shape.items())

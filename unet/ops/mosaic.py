@@ -75,7 +75,7 @@ def dispatch(
     """Run `xla` or `kernel(interpret)` on `args`, as `implementation` says; the choice by platform is made at lowering.
 
     Raises `ValueError` if a kernel requested by name cannot run; `pallas` on a platform other than CUDA fails at lowering. XLA
-    cannot partition a kernel: a batch sharded over several devices needs `xla`.
+    cannot partition a kernel: over several devices it runs in a `jax.shard_map`, as training steps do, or as `xla`.
     """
     if implementation in ("xla", "native"):
         return xla(*args)
