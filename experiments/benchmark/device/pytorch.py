@@ -41,7 +41,7 @@ def torch_step_items(asked: Asked) -> list[Item]:
     return [
         Item(f"{model}, {name}", functools.partial(measured, model, **form))
         for name, form in FORMS.items()
-        for model in asked.models
+        for model in reversed(asked.models)
     ]
 
 

@@ -27,7 +27,6 @@ from experiments.benchmark.cards import peak_of
 from experiments.benchmark.device import kernels, models, pytorch
 from experiments.benchmark.device.asked import Asked, Item, Result
 from experiments.config.errors import ConfigError
-from experiments.devices import use_cpu_devices
 from experiments.training.run_dir import json_text
 
 PACKAGES = ("jax", "jaxlib", "tokamax", "torch", "h-net-dynamic-chunking")
@@ -157,7 +156,6 @@ def main(path: str) -> None:
             stream.write(json.dumps(json.loads(json_text(line))) + "\n")
             stream.flush()
 
-        use_cpu_devices(1)
         say(Line(kind="device", name=request.part, why="", result=device()))
         run_part(request.part, request.asked, say, request.deadline)
 
