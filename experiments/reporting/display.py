@@ -105,7 +105,7 @@ class Display:
             return
         if self.console.color_system is None or self.console.no_color:
             marked = ("".join(visible(one.text) + one.mark for one in text) for text in texts)
-            self.note("\n\n".join(["held-out text, with a mark behind each sampled boundary:", *marked]))
+            self.note("held-out text, with a mark behind each sampled boundary:\n" + "\n\n".join(marked))
             return
         self.console.print("held-out text, boundary probability from blue (0) to red (1):")
         for text in texts:
