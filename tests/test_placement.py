@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from experiments.config.build import build_byte_model
 from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
 from experiments.config.sections import MeshConfig
@@ -15,6 +16,7 @@ from experiments.training.checkpoint import Checkpoints, Progress
 from experiments.training.digests import described
 from experiments.training.placement import Placement, mesh_shape
 from experiments.training.sharding import partition_spec, placed_leaves
+from experiments.training.trainer import Trainer
 from unet import UNet
 
 TINY = dataclasses.replace(PRESETS["tiny"], batch=8)
@@ -127,3 +129,26 @@ def test_a_metric_of_one_devices_sequences_is_refused():
     static = UNet(TINY.unet, None, key=jax.random.key(0))
     with pytest.raises(ConfigError, match="not of the batch: in a class of your own"):
         there.by_sequence(gradient, static)(params, batch)
+
+
+@pytest.mark.parametrize(
+    ("preset", "estimator"),
+    [("hnet-2stage-tiny", "hnet"), ("llamabyte-moe-tiny", "isotropic"), ("blt-tiny", "stride")],
+)
+def test_steps_of_every_kind_of_model_are_those_of_a_mesh(preset, estimator):
+    """Hierarchies, Mamba-2, mixtures of experts, attention to tokens: traced, with JAX's checks that what should be the same on
+    all devices is, but not compiled."""
+    run = dataclasses.replace(PRESETS[preset], estimator=estimator, mesh=MESHES[1])
+    there, rows = Placement.of(run), (run.batch, run.length)
+
+    def stepped(key, bytes):
+        model = build_byte_model(run, key)
+        trainer = Trainer.of(run, model, (run.length,))
+        batch = {"bytes": bytes, "segments": jnp.zeros(rows, jnp.int32), "mask": jnp.ones(rows, bool)}
+        state = trainer.first_state()
+        return state, trainer.step_on(there)(state, batch, key)[0]
+
+    with jax.numpy_dtype_promotion("standard"):
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        before, after = jax.eval_shape(stepped, key, jax.ShapeDtypeStruct(rows, jnp.uint8))
+    assert jax.tree.structure(after) == jax.tree.structure(before)
