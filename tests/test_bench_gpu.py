@@ -167,15 +167,17 @@ def test_results_are_written_as_they_come_and_the_time_is_kept(monkeypatch, tmp_
     monkeypatch.setattr(gpu, "GRACE", 0.2)
     monkeypatch.setattr(gpu, "POLL", 0.02)
     out = tmp_path / "found.md"
-    parts = "kernels", "profile", "chunking", "PyTorch chunking"
-    Gpu(minutes=6 / 60, out=out, parts=parts).measure(Display(quiet=True))
+    # Two parts that end by themselves, and two that would not.
+    shares = {"kernels": 0.4, "chunking": 0.3, "profile": 0.2, "PyTorch chunking": 0.1}
+    monkeypatch.setattr(Gpu, "shares", shares)
+    Gpu(minutes=12 / 60, out=out).measure(Display(quiet=True))
     report, content = out.read_text(), json.loads(out.with_suffix(".json").read_text())
     parts = {part["name"]: part for part in content["parts"]}
     first = {"first": {"ms": 1.5, "agrees": True}}
-    assert [part["done"] for part in parts.values()] == [first, first, {}, {}]
+    assert [part["done"] for part in parts.values()] == [first, {}, first, {}]
     assert parts["profile"]["without"] == {"second": "not reached"}
     assert parts["profile"]["ended"] == parts["PyTorch chunking"]["ended"] == "The time of this part was over"
-    assert "All of it took 0.1 of 0.1 minutes." in report
+    assert "All of it took 0.2 of 0.2 minutes." in report
     assert parts["kernels"]["without"] == {"second": "MemoryError: too large"}
     assert parts["chunking"]["ended"] == "This part broke off with exit code 1: the device is gone"
     assert report.startswith("# On NVIDIA H100 80GB HBM3\n")
