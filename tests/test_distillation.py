@@ -15,6 +15,8 @@ from estimators.equations import embedding_matching_loss
 from estimators.objectives import Imitation
 from experiments import evaluate as evaluate_module
 from experiments import export as export_module
+from experiments import run as run_module
+from experiments.training.run_dir import read_config
 from experiments.training.stored import stored_model
 from tests.conftest import needs
 from tests.test_run import corpus as corpus
@@ -228,6 +230,23 @@ def test_a_distilled_run_is_aligned_first_and_then_a_run_as_any_other(finished, 
         hidden.rename(published)
     assert curve(copy) == curve(finished)
     assert (copy / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_another_end_leaves_the_alignment_where_it_was(finished, tmp_path, monkeypatch):
+    """A run of four steps, the first two of them aligned, goes on to ten, and then to twenty."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+
+    def stopped(*arguments, **callbacks):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "train", stopped)
+    assert start("--resume", "--out", copy, "--steps", "10") == 130
+    assert (read_config(copy).total_steps, read_config(copy).align_steps) == (10, 2)
+    for end, aligned in (((), 2), (("--steps", "20"), 2), (("--bytes", "2560"), 2)):
+        assert run_module.parse(["--resume", "--out", str(copy), *end]).align_steps == aligned
+    # A new run with its settings is aligned for half of itself.
+    assert run_module.parse(["--config", str(finished / "config.json"), "--steps", "20"]).align_steps == 10
 
 
 def test_it_is_exported_and_evaluated(finished, tmp_path, capsys):
