@@ -27,8 +27,8 @@ def latest_step(config: RunConfig) -> int:
 
 
 def resumed(config: RunConfig, saved: RunConfig) -> RunConfig:
-    """A run that goes on, with --schedule.decay-now made into the place where it goes on, and with the alignment that it was begun
-    with. Raises `ConfigError` for an end that lies behind it."""
+    """A run that goes on, with --schedule.decay-now made into the place where it goes on, and with the alignment that it was
+    begun with. Raises `ConfigError` for an end that lies behind it."""
     config, step = _aligned_as(config, saved), latest_step(config)
     if config.total_steps < step:
         raise ConfigError(
