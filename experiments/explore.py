@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import secrets
 import socket
@@ -90,6 +91,20 @@ def listening(host: str, port: int) -> socket.socket:
     return found
 
 
+def addresses(host: str, listening: socket.socket, token: str | None) -> tuple[str, str | None]:
+    """The address of the page, and the one from other machines where it listens at all addresses, which is none itself."""
+    name, port = listening.getsockname()[:2]
+    everywhere = ipaddress.ip_address(name.partition("%")[0]).is_unspecified
+    path = "" if token is None else f"{token}/"
+
+    def at(place: str) -> str:
+        return f"http://{f'[{place}]' if ':' in place else place}:{port}/{path}"
+
+    if not everywhere:
+        return at(host), None
+    return at("::1" if ":" in name else "127.0.0.1"), at(socket.gethostname())
+
+
 def serve(config: ExploreConfig, models: Sequence[HeldModel], listening: socket.socket, display: Display) -> None:
     """Serve the page at a socket that listens, and print its address."""
     import uvicorn
@@ -102,7 +117,7 @@ def serve(config: ExploreConfig, models: Sequence[HeldModel], listening: socket.
     token = None if local else secrets.token_urlsafe(16)
     app = make_app(
         models,
-        config.context or context_of([one.first for one in models]),
+        config.context or context_of(one.first.config for one in models),
         # With a token, a page that only knows the way here gets nowhere, whatever the name.
         LOCAL | {config.host.lower()} if local else None,
         token,
@@ -112,10 +127,11 @@ def serve(config: ExploreConfig, models: Sequence[HeldModel], listening: socket.
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1, ws="none"
         )
     )
-    shown = f"[{config.host}]" if ":" in config.host else config.host
-    path = "" if token is None else f"{token}/"
-    write_output(f"http://{shown}:{listening.getsockname()[1]}/{path}\n")
+    address, elsewhere = addresses(config.host, listening, token)
+    write_output(f"{address}\n")
     display.note("open this address in a browser; Ctrl-C ends it")
+    if elsewhere is not None:
+        display.note(f"from other machines, under a name of this one, such as {elsewhere}")
     try:
         server.run(sockets=[listening])
     finally:

@@ -81,7 +81,7 @@ def shade(config: ShadeConfig, display: Display) -> None:
     _require_writable(config)
     text = _text(config)
     models = [open_model(where, config.step, config.plugin) for where in config.models]
-    context = config.context or context_of(models)
+    context = config.context or context_of(one.config for one in models)
     plan = Plan(context, max(1, context // 2), config.boundaries, 1, config.seed)
     shaded = {one.name: _boundaries(one, text, plan) for one in models}
     if config.json:

@@ -82,6 +82,14 @@ def test_logits_loss_and_gradient_are_those_of_the_real_program(decoders, kind):
         np.testing.assert_array_equal(back[name], array, err_msg=name)
     again = decoder_layout.reference_config(model, (298, 299))
     assert described(again).shape == described(config_of(decoders, kind)).shape
+    if kind != "gpt2":
+        # Positions are whole numbers, and more of them than before they were scaled.
+        rope = again["rope_parameters"]
+        assert isinstance(rope, dict)
+        original, most = rope.get("original_max_position_embeddings", 0), again["max_position_embeddings"]
+        assert isinstance(original, int)
+        assert isinstance(most, int)
+        assert original < most
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -158,6 +166,7 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
         "rope_parameters.low_freq_factor is missing",
     ),
+    "pairs of neighbouring dimensions": ("llama", {"rope_interleaved": True}, "rope_interleaved is True, not False"),
     "biases": ("llama", {"attention_bias": True}, "attention_bias is True"),
     "heads of another width": ("llama", {"head_dim": 8}, "head_dim is 8, not 24 / 4"),
     "heads that do not divide": ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
@@ -174,6 +183,18 @@ REFUSED = {
     "marks that are no tokens": ("llama", {"bos_token_id": 300}, "there are 300 tokens"),
     "another kind": ("llama", {"model_type": "qwen2"}, "model_type 'qwen2' are not read"),
 }
+
+
+def test_what_says_nothing_of_the_function_is_left_aside(decoders):
+    """As in published configurations: SmolLM's, that of the first GPT, and others."""
+    harmless = dict.fromkeys(
+        ("predict_special_tokens", "output_attentions", "output_hidden_states", "is_llama_config"), True
+    )
+    harmless |= dict.fromkeys(("n_special", "_num_labels", "num_labels", "neftune_noise_alpha"), 3)
+    harmless |= {"transformers.js_config": {"dtype": "q4"}, "rope_interleaved": False}
+    for kind in ("llama", "gpt2"):
+        config = config_of(decoders, kind)
+        assert described({**config, **harmless}) == described(config)
 
 
 @pytest.mark.parametrize("case", REFUSED)

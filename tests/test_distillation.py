@@ -1,5 +1,6 @@
 """Distillation of a model of tokens into a hierarchy: what is aligned, the loss, and runs that do it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,10 +12,14 @@ import optax
 import pytest
 
 from estimators import DynamicChunking, trainable
-from estimators.equations import embedding_matching_loss
+from estimators.equations import embedding_matching_loss, stage_multipliers
 from estimators.objectives import Imitation
 from experiments import evaluate as evaluate_module
 from experiments import export as export_module
+from experiments import run as run_module
+from experiments.config.presets import PRESETS
+from experiments.training.optimizer import multipliers
+from experiments.training.run_dir import read_config
 from experiments.training.stored import stored_model
 from tests.conftest import needs
 from tests.test_run import corpus as corpus
@@ -93,6 +98,53 @@ def test_the_main_network_sees_the_tokens_of_the_teacher_one_after_another(teach
             moved = (places == "starts") * (np.arange(len(ends)) > 0)
             np.testing.assert_array_equal(sites, ends + moved)
     assert not targets.actions[~batch["mask"]].any()
+
+
+def test_the_last_token_of_a_full_row_may_go_on_and_is_left_out(teacher):
+    """A row that ends inside " the", the same row where a document ends with it, and one whose last byte begins a document."""
+    text = b"\xfethe cat sat on th"
+    size = len(text)
+    values = np.zeros((3, size + 1), np.uint8)
+    values[:, :size], segments, mask = (
+        np.frombuffer(text, np.uint8),
+        np.zeros((3, size + 1), np.int32),
+        np.ones((3, size + 1), bool),
+    )
+    mask[1, size:] = False
+    values[0, size], values[2, size] = ord("e"), 254
+    segments[2, size] = 1
+    batch = {"bytes": values, "segments": segments, "mask": mask}
+    full = {name: value[:, :size] for name, value in batch.items()}
+    ids = [teacher.tokenizer.encode(part).tolist() for part in (text[:1], text[1:])]
+    ends = np.cumsum([len(teacher.tokenizer.tokens[one]) for part in ids for one in part]) - 1
+    assert ends[-1] == size - 1
+    # Full, and cut.
+    cut = token_targets(teacher.tokenizer, {name: value[:1] for name, value in full.items()}, "ends")
+    assert np.flatnonzero(cut.actions[0]).tolist() == ends[:-1].tolist()
+    assert cut.tokens[0, ends[:-1]].tolist() == [one for part in ids for one in part][:-1]
+    assert not cut.tokens[0, -1]
+    # Its document ends before the row does.
+    whole = token_targets(teacher.tokenizer, batch, "ends")
+    assert np.flatnonzero(whole.actions[1]).tolist() == ends.tolist()
+    # The first byte of a document is a token by itself.
+    assert np.flatnonzero(whole.actions[2]).tolist() == [*ends.tolist(), size]
+
+
+def test_stages_learn_at_the_width_of_the_teacher(student):
+    preset = PRESETS["tiny"]
+    config = dataclasses.replace(
+        preset,
+        unet=UNetConfig(12, 2, 1, 1, 1, window=8),
+        estimator="hnet",
+        rate=0.25,
+        distill=dataclasses.replace(preset.distill, teacher="one of width 8"),
+        optimizer=dataclasses.replace(preset.optimizer, stage_multipliers=4.6),
+    )
+    assert config.unet.widths[-1] != 8
+    outer, inner = stage_multipliers([4.0], [config.unet.widths[0], 8], 4.6)
+    found = multipliers(config, eqx.filter(student, eqx.is_inexact_array))
+    assert set(jax.tree.leaves((found.embedding, found.stage.encoder, found.stage.decoder))) == {outer}
+    assert set(jax.tree.leaves(found.stage.inner)) == {inner}
 
 
 def test_the_loss_is_relative_to_the_size_of_the_embeddings():
@@ -188,6 +240,7 @@ SMALL = (
     *("--unet.mlp-dims", "8", "8", "--unet.heads", "2", "2", "--unet.rotary-dims", "2", "2", "--rate", "0.4"),
     *("--length", "32", "--batch", "4", "--steps", "4", "--devices", "1", "--buckets", "1"),
     *("--evaluation.bytes", "128", "--evaluation.times", "1", "--checkpoint.times", "2", "--distill.adapter-dim", "8"),
+    *("--target.control", "0.1"),
 )
 
 
@@ -210,7 +263,14 @@ def test_a_distilled_run_is_aligned_first_and_then_a_run_as_any_other(finished, 
     steps = [record for record in curve(finished) if "loss" in record]
     assert ["embedding_loss" in record for record in steps] == [True, True, False, False]
     assert ["ratio_loss" in record for record in steps] == [False, False, True, True]
-    assert json.loads((finished / "summary.json").read_text())["vocabulary"] == teacher.tokenizer.size
+    # The controller begins when boundaries are the router's.
+    aimed = [record["aimed_rate"] for record in steps]
+    assert aimed[:3] == pytest.approx([0.4] * 3, rel=1e-6)
+    assert abs(aimed[3] - 0.4) > 1e-3
+    figures = json.loads((finished / "summary.json").read_text())
+    assert figures["vocabulary"] == teacher.tokenizer.size
+    # At the teacher's rate, not only at --rate.
+    assert figures["capacity"] == 32 > 1.35 * 0.5 * 32
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "summary.json").unlink()
@@ -228,6 +288,23 @@ def test_a_distilled_run_is_aligned_first_and_then_a_run_as_any_other(finished, 
         hidden.rename(published)
     assert curve(copy) == curve(finished)
     assert (copy / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_another_end_leaves_the_alignment_where_it_was(finished, tmp_path, monkeypatch):
+    """A run of four steps, the first two of them aligned, goes on to ten, and then to twenty."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+
+    def stopped(*arguments, **callbacks):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "train", stopped)
+    assert start("--resume", "--out", copy, "--steps", "10") == 130
+    assert (read_config(copy).total_steps, read_config(copy).align_steps) == (10, 2)
+    for end, aligned in (((), 2), (("--steps", "20"), 2), (("--bytes", "2560"), 2)):
+        assert run_module.parse(["--resume", "--out", str(copy), *end]).align_steps == aligned
+    # A new run with its settings is aligned for half of itself.
+    assert run_module.parse(["--config", str(finished / "config.json"), "--steps", "20"]).align_steps == 10
 
 
 def test_it_is_exported_and_evaluated(finished, tmp_path, capsys):
@@ -255,7 +332,7 @@ def test_a_teacher_with_learned_positions_needs_enough_of_them(corpus, teacher, 
 def test_bad_input_is_one_sentence(finished, corpus, published, tmp_path, capsys):
     out = ("--dataset", corpus, "--out", tmp_path / "run", *SMALL)
     for arguments, sentence in (
-        (("--distill.teacher", tmp_path / "missing"), "is not a file, nor the name of a repository"),
+        (("--distill.teacher", tmp_path / "missing"), "missing holds no model.safetensors"),
         (("--distill.teacher", finished), "is a model of bytes: name one of tokens"),
         (("--distill.teacher", published, "--estimator", "spacelike"), "draws boundaries by a rule"),
         (("--distill.teacher", published, "--estimator", "bpe"), "is prepared from text"),

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import signal
 import socket
@@ -16,11 +17,14 @@ import numpy as np
 import pytest
 
 import unet
-from experiments.explore import main
-from experiments.exploring.documents import MOST_BODY, MOST_BYTES, answer, signs
+from experiments.config.presets import PRESETS
+from experiments.evaluation.windows import PositionScores, windows_of
+from experiments.explore import addresses, listening, main
+from experiments.exploring import held, passes
+from experiments.exploring.documents import MOST_BODY, MOST_BYTES, answer, json_text, signs
 from experiments.exploring.held import HeldModel
 from experiments.exploring.passes import Asked, WindowMemory, boundaries_in, prompt_of
-from experiments.exploring.worker import Job, Worker
+from experiments.exploring.worker import Job, Superseded, Worker
 from experiments.scoring.cache import ScoreCache
 from experiments.scoring.models import OpenModel
 from experiments.scoring.score import Plan, score_text
@@ -135,6 +139,68 @@ def test_texts_of_any_kind_are_answered_sign_by_sign(client):
     assert "the text holds the byte 255 at offset 1" in wrong["error"]
 
 
+def test_what_windows_say_is_kept_up_to_a_size(monkeypatch):
+    """Windows of four positions, of which sixteen are computed at once: what is left of them holds nothing of the others."""
+    memory, windows = WindowMemory(), list(windows_of(0, 34, 4, 2))
+
+    def compute(some):
+        size = sum(one.stop - one.counted for one in some)
+        zeros, truth = np.zeros(size, np.float32), np.zeros(size, bool)
+        inner = np.zeros((size, 0), np.float32)
+        return PositionScores(zeros, zeros, zeros, truth.astype(np.uint8), truth, truth, inner)
+
+    found = memory.scores(0, Asked(b"a" * 34, "drawn", 1), windows, compute)
+    assert len(found.prob) == 35
+    whole = memory.bytes
+    monkeypatch.setattr(passes, "KEPT_BYTES", whole // 2)
+    memory.scores(0, Asked(b"b" * 34, "drawn", 1), windows, compute)
+    kept = list(memory._kept.items())
+    assert whole // 4 < memory.bytes <= whole // 2
+    arrays = [of for _, scores in kept for of in vars(scores).values()]
+    assert sum(of.nbytes for of in arrays) + sum(len(key.text) for key, _ in kept) == memory.bytes
+    assert all(of.base is None for of in arrays)
+
+
+def test_an_answer_is_given_up_between_its_signs():
+    found, asked = of_two_levels("a" * 10_000, [0] * 10_000), []
+
+    def check():
+        asked.append(None)
+        if len(asked) == 3:
+            raise Superseded
+
+    with pytest.raises(Superseded):
+        answer(found, check)
+    whole = {"a": [*range(5000)], "b": [[0.5] * 5000, []], "c": [], "é": "é", "d": None, "e": [{"f": [1]}]}
+    assert json.loads(json_text(whole)) == whole
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        json_text({"a": [math.nan]})
+
+
+def test_a_checkpoint_to_begin_with_does_not_hide_the_newest_model(tmp_path, monkeypatch):
+    steps, model = [3, 5], registered("sfe")
+
+    def opened(where, step=None, plugins=()):
+        return OpenModel(where, model, PRESETS["tiny"], step)
+
+    class Read:
+        open = staticmethod(lambda step: opened("", step))
+
+    monkeypatch.setattr(held, "open_model", opened)
+    monkeypatch.setattr(held, "stored_steps", lambda folder: steps)
+    monkeypatch.setattr(held, "Checkpoints", lambda where, plugins: Read())
+    one = HeldModel(str(tmp_path), 3)
+    assert (one.first.step, one.at(3).step, one.at(None).step) == (3, 3, 5)
+    steps.append(7)
+    assert not one.is_open(None)
+    assert one.at(None).step == 7
+    (tmp_path / "model.safetensors").touch()
+    assert one.finished
+    assert one.at(None).step is None
+    # What is said of it holds on to no model.
+    assert not [leaf for leaf in jax.tree.leaves(vars(one.first)) if isinstance(leaf, jax.Array)]
+
+
 def test_levels_have_their_own_tokens():
     got = answer(of_two_levels())
     assert got["ends"] == [[2, 4, 6], [4]]
@@ -176,6 +242,9 @@ def test_a_continuation_reads_the_end_of_a_long_text_from_a_character_on():
     assert prompt_of(b"a" + text) == text[-4096:]
     assert prompt_of(text + b"a") == (text + b"a")[-4095:]
     assert prompt_of(b"short") == b"short"
+    # What is no character is cut as it is.
+    assert prompt_of(b"\x80" * 5000) == b"\x80" * 4093
+    assert prompt_of(b"a" * 1000 + b"\x80" * 4096) == b"\x80" * 4093
 
 
 @pytest.mark.parametrize("form", ["html", "svg"])
@@ -208,6 +277,9 @@ def test_pictures_place_wide_signs_and_lines_from_right_to_left(monkeypatch):
     assert first[1] == 2 * second[1]
     assert second[0] == first[0] + first[1]
     assert right[0] > left[0] > second[0]
+    # No picture has what XML forbids.
+    odd = "".join(map(chr, (*range(32), 0x7F, 0xFFFD, 0xFFFE, 0xFFFF, 0x1FFFE)))
+    ElementTree.fromstring(svg.picture([of_two_levels(odd, [0] * len(odd.encode())).characters], [odd]))
     monkeypatch.setattr(svg, "MOST_SIGNS", 5)
     assert "the first 5 of 6 characters" in svg.picture([of_two_levels().characters], ["note"])
 
@@ -258,6 +330,7 @@ def test_what_is_no_request_is_refused(client):
         ({"origin": "http://127.0.0.1:8765"}, False),
         ({"origin": "http://evil.example"}, True),
         ({"origin": "null"}, True),
+        ({"origin": "http://[::1"}, True),
         ({"content-type": "text/plain"}, True),
     ],
 )
@@ -273,11 +346,32 @@ def test_beyond_this_machine_the_address_needs_its_token():
     for path in ("/", "/api/models", "/secre", "/secrets/", "/wrong/api/models", "/explore.js", "/é"):
         assert client.get(path).status_code == 403, path
     assert client.get("/secret/api/models").json()["models"] == []
+    redirected = client.get("/secret", follow_redirects=False)
+    assert (redirected.status_code, redirected.headers["location"]) == (307, "/secret/")
     assert "Where tokens end" in client.get("/secret/").text
     assert [is_local(one) for one in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::", "example.org")] == [
         *(True, True, True),
         *(False, False, False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "elsewhere"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:{port}/", None),
+        ("localhost", "http://localhost:{port}/", None),
+        ("0.0.0.0", "http://127.0.0.1:{port}/", "http://{name}:{port}/"),
+        ("::", "http://[::1]:{port}/", "http://{name}:{port}/"),
+    ],
+)
+def test_the_address_can_be_opened(host, address, elsewhere):
+    if ":" in host and not socket.has_ipv6:
+        pytest.skip("no IPv6")
+    with listening(host, 0) as place:
+        names = {"port": place.getsockname()[1], "name": socket.gethostname()}
+        wanted = address.format(**names), elsewhere and elsewhere.format(**names)
+        assert addresses(host, place, None) == wanted
+        assert addresses(host, place, "secret")[0] == f"{wanted[0]}secret/"
 
 
 def test_the_command_ends_while_something_compiles(folders, tmp_path):

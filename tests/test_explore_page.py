@@ -95,6 +95,50 @@ def test_pointing_shows_what_every_model_says(page):
     assert page.run("document.querySelectorAll('.here').length") == 2
 
 
+def test_nothing_old_is_said_of_a_new_text(page):
+    page.run("document.getElementById('most').value = 5; document.getElementById('continue').click()")
+    page.wait_for("[...document.querySelectorAll('.finish')].every((one) => /asked for|ended/.test(one.textContent))")
+    page.wait_for("document.querySelectorAll('.keep:enabled').length > 0")
+    # At once, before anybody could have answered.
+    said = page.run(
+        "(() => { const text = document.getElementById('text'); text.value = 'another'; "
+        "text.dispatchEvent(new Event('input', { bubbles: true })); "
+        "document.querySelector('pre.shown [data-n=\"1\"]').dispatchEvent(new Event('pointerover', { bubbles: true })); "
+        "return [document.querySelectorAll('.keep:enabled').length, document.getElementById('detail').innerText]; })()"
+    )
+    assert said[0] == 0
+    assert said[1].count("not computed yet") == 2
+    assert "bits" not in said[1]
+    page.wait_for(READY)
+    assert page.run("document.querySelectorAll('.keep:enabled').length") == 0
+
+
+def test_a_run_that_ends_is_asked_about_again_and_a_checkpoint_that_is_gone_is_named(page):
+    found = page.run(
+        "(async () => { const { Panel } = await import('./panel.js'); "
+        "const info = { name: 'm', about: '', parameters: 1, levels: 1, total_steps: 10, step: 5, "
+        "  steps: [3, 5], finished: false }; "
+        "const panel = new Panel(info, 0, {}); const slider = panel.find('.steps input'); "
+        "const say = (other) => [panel.update({ ...info, ...other }), panel.find('.steps output').textContent, "
+        "  Number(slider.value), Number(slider.max)]; "
+        "const followed = [say({}), say({ steps: [5, 7] }), say({ steps: [5, 10] }), "
+        "  say({ steps: [5, 10], finished: true }), say({ steps: [5, 10], finished: true })]; "
+        "panel.step = 3; return [followed, say({}), say({ steps: [5, 7] }), say({ steps: [5, 10], finished: true })]; })()"
+    )
+    assert found == [
+        [
+            [False, "step 5 of 10", 1, 1],
+            [True, "step 7 of 10", 1, 1],
+            [True, "step 10 of 10", 1, 1],
+            [True, "the end", 1, 1],
+            [False, "the end", 1, 1],
+        ],
+        [False, "step 3 of 10", 0, 1],
+        [False, "step 3 of 10, no longer kept", 0, 2],
+        [False, "step 3 of 10, no longer kept", 0, 2],
+    ]
+
+
 def test_switches_change_colours_boundaries_and_the_list_of_tokens(page):
     background = "getComputedStyle(document.querySelector('pre.shown [data-n=\"1\"]')).backgroundColor"
     before = page.run(background)
@@ -165,6 +209,14 @@ def test_bytes_that_are_no_characters_stay_what_they_are(page):
         "const { text, escapes } = textOf(bytes); return [text, escapes, ...bytesOf(text, escapes)]; })()"
     )
     assert kept == ["\\x5cx41\\xe2a\\xc3", True, 0x5C, 0x78, 0x34, 0x31, 0xE2, 97, 0xC3]
+    # A text field has no carriage returns: this one has as many bytes after it was there.
+    kept = page.run(
+        "(async () => { const { bytesOf, textOf } = await import('./content.js'); "
+        "const { text, escapes } = textOf(Uint8Array.of(97, 13, 10, 0xc3, 0xa9, 10)); "
+        "const field = document.createElement('textarea'); field.value = text; "
+        "return [text, escapes, ...bytesOf(field.value, escapes)]; })()"
+    )
+    assert kept == ["a\\x0d\né\n", True, 97, 13, 10, 0xC3, 0xA9, 10]
 
 
 def test_a_long_text_is_drawn_where_it_is_looked_at(page):

@@ -120,6 +120,9 @@ def test_capacities_have_room_for_the_rate_held_and_for_the_first():
     assert rated_capacities(one, WindowedPolicy(4, target_rate=0.2)) == (300,)
     assert rated_capacities(one, CosineRouter(4, target_rate=0.2)) == (752,)
     assert rated_capacities(config, CosineRouter(4, target_rate=0.8)) == (824, 996, 1000)
+    # A router that has learned another rate before.
+    assert rated_capacities(config, WindowedPolicy(4, target_rate=0.2), 0.4) == (208, 252, 300, 600)
+    assert rated_capacities(config, WindowedPolicy(4, target_rate=0.2), 0.1) == (208, 252, 300)
     every = dataclasses.replace(config, length=10)
     isotropic = build_estimators(config_of("isotropic"), jax.random.key(0))[0].router
     assert rated_capacities(every, isotropic) == (10,)

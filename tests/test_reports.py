@@ -103,6 +103,9 @@ def test_differences_between_methods_are_marked():
     page = same_texts({"one": [first], "reference": [second]}, "reference")
     assert page.index("Text 1, reference<") < page.index("Text 1, one: 2 boundaries other than in reference")
     assert "No run" in same_texts({}, "reference")
+    # Signs are counted, not the characters that they are made of.
+    accents = {"one": [text("ae\u0301", (1, 2))], "reference": [text("ae\u0301", (2,))]}
+    assert "one: 0 boundaries other" in same_texts(accents, "reference")
 
 
 def test_curves_are_compared_with_the_reference_seed_by_seed():

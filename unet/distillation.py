@@ -87,11 +87,12 @@ def distilled(
 
 def with_token_embeddings(student: UNet, teacher: Teacher) -> UNet:
     r"""`student` with byte and n-gram embeddings that add up, at every byte, to the embedding of the longest token that ends
-    there (Minixhofer et al., "Bolmo: byteifying the next generation of language models").
+    there, up to rows that n-grams share (Minixhofer et al., "Bolmo: byteifying the next generation of language models").
 
     A token t whose longest proper suffix among the tokens is s has the row $e_t - e_s$ in the table of its length, and n-grams
     that are no tokens have zero: along the tokens that end at a byte, each a suffix of the next, the sum is that of the longest.
-    Only lengths that the student has a table for count. Unchanged for a student without n-gram embeddings, or of another width
+    Only lengths that the student has a table for count. The tables are hashed: where several n-grams have one row, it is the sum
+    of theirs, and each of them is off by the others. Unchanged for a student without n-gram embeddings, or of another width
     than the teacher.
     """
     ngrams, dim = student.ngrams, student.embedding.shape[1]
@@ -135,7 +136,8 @@ def token_targets(
 
     The first byte of a document is a token by itself, as in training on tokens, and closes at once. Of the others each closes at
     its last byte (`ends`), or at the first byte of the next token (`starts`: H-Net), where its end can be known from the bytes so
-    far. Either way the main network sees the same tokens one after another. Raises `ValueError` as `Tokenizer.encode_all`.
+    far. Either way the main network sees the same tokens one after another. The last token of a full row is left out: its
+    document may go on, and the token with it. Raises `ValueError` as `Tokenizer.encode_all`.
     """
     bytes, segments, mask = (np.asarray(batch[name]) for name in ("bytes", "segments", "mask"))
     tokens = tokenised(tokenizer, bytes, segments, mask)
@@ -147,6 +149,7 @@ def token_targets(
     inside = np.minimum(sites, width - 1)
     rows = np.arange(len(ends))[:, None]
     valid = np.asarray(tokens.mask) & (sites < width) & mask[rows, inside] & (segments[rows, inside] == of)
+    valid &= (sites < width - 1) | first | (places == "starts")
     made = TokenTargets(np.zeros(mask.shape, bool), np.zeros(mask.shape, np.int32))
     where = np.broadcast_to(rows, sites.shape)[valid], sites[valid]
     made.actions[where], made.tokens[where] = True, np.asarray(tokens.ids)[valid]

@@ -21,7 +21,7 @@ from experiments.config.settings import RunConfig
 from experiments.reporting.pictures import inline_svg
 from experiments.reporting.report import html_page
 from experiments.reporting.shading import readable, shade
-from unet.shading.characters import Character
+from unet.shading.characters import Character, clusters
 from unet.shading.html import fragment
 
 TEXT_ROWS = 3
@@ -179,7 +179,9 @@ def same_texts(texts: Mapping[str, Sequence[Sequence[Character]]], reference: st
         for name in (first, *(name for name in texts if name != first)):
             own = texts[name][number]
             comparable = name != first and [one.text for one in own] == [one.text for one in wanted]
-            differing = sum((a.depth > 0) != (b.depth > 0) for a, b in zip(own, wanted, strict=False))
+            # As many as are underlined: by what is drawn as one sign.
+            signs = zip(clusters(own), clusters(wanted), strict=False)
+            differing = sum((a.depth > 0) != (b.depth > 0) for a, b in signs)
             count = f": {differing} boundaries other than in {first}" if comparable else ""
             shown.append(own)
             notes.append(f"Text {number + 1}, {name}{count}")

@@ -135,7 +135,8 @@ class DistillConfig:
     transformers with its tokenizer.json, by its folder or its name on the hub. The shape of this run is that of everything but
     the main network."""
     align_bytes: Annotated[int, Within(0, LARGEST_BYTES)] | None = None
-    """Training bytes of the alignment; from there on boundaries and losses are those of the run. By default half of all."""
+    """Training bytes of the alignment; from there on boundaries and losses are those of the run. By default half of all;
+    where a run goes on to another end, as many as before."""
     boundaries: Places = "starts"
     """Where a token closes in the alignment: at the first byte of the next token (H-Net), or at its own last byte."""
     boundary_weight: Weight = 1.0

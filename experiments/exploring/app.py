@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from experiments.config.errors import ConfigError
 from experiments.exploring.asking import Asking
-from experiments.exploring.documents import MOST_BODY, MOST_BYTES, Request, model_list
+from experiments.exploring.documents import MOST_BODY, MOST_BYTES, Request, json_text, model_list
 from experiments.exploring.exported import export_of
 from experiments.exploring.guard import Guard
 from experiments.exploring.held import HeldModel
@@ -34,6 +34,7 @@ SECONDS = 3.0
 
 Work = Callable[..., None]
 """A method of `Asking`."""
+Made = TypeVar("Made")
 
 
 class TooLarge(Exception):
@@ -101,18 +102,14 @@ class _Server:
     async def _streamed(self, request: HttpRequest, kind: str, work: Work) -> Response:
         asked = Request.of(await _body(request), len(self._models))
 
-        async def lines() -> AsyncIterator[bytes]:
-            async for message in self._messages(asked, kind, work):
-                yield json.dumps(message, allow_nan=False).encode() + b"\n"
-
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        return StreamingResponse(self._messages(asked, kind, work, _line), media_type="application/x-ndjson")
 
     async def export(self, request: HttpRequest) -> Response:
         """A file that shows what the models make of the text."""
         asked = Request.of(await _body(request), len(self._models))
         export = export_of(asked)
         found: dict[int, tuple[str, TextBoundaries]] = {}
-        async for message in self._messages(asked, "export", Asking.found):
+        async for message in self._messages(asked, "export", Asking.found, dict[str, object]):
             if message["state"] in ("error", "superseded"):
                 raise ConfigError(str(message.get("error", "this was asked once more meanwhile")))
             one = message.get("found")
@@ -121,12 +118,15 @@ class _Server:
         shown = [found[number] for number, _ in asked.models]
         return Response(await asyncio.to_thread(export.write, shown), media_type=export.media)
 
-    async def _messages(self, asked: Request, kind: str, work: Work) -> AsyncIterator[Message]:
-        """What the models asked say, as it comes. Where nobody listens any more they give up."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Message | None]()
+    async def _messages(
+        self, asked: Request, kind: str, work: Work, made: Callable[[Message], Made]
+    ) -> AsyncIterator[Made]:
+        """What the models asked say, as it comes, each made into something in the thread of its model. Where nobody listens any
+        more they give up."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Made | None]()
 
         def send(number: int, message: Message | None) -> None:
-            tagged = None if message is None else {"model": number, **message}
+            tagged = None if message is None else made({"model": number, **message})
             # The loop may be gone already.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(queue.put_nowait, tagged)
@@ -147,6 +147,10 @@ class _Server:
         finally:
             for job in jobs:
                 job.cancelled.set()
+
+
+def _line(message: Message) -> bytes:
+    return json_text(message).encode() + b"\n"
 
 
 async def _body(request: HttpRequest) -> bytes:

@@ -39,7 +39,8 @@ class Asking:
         """Sends what the model makes of the text."""
         opened = self._opened(job, step)
         found = self._found(job, opened, request.asked)
-        job.send({"state": "done", "step": opened.step, **answer(found)})
+        job.check()
+        job.send({"state": "done", "step": opened.step, **answer(found, job.check)})
 
     def found(self, job: Job, request: Request, step: int | None) -> None:
         """Sends the same as `TextBoundaries`, and the name of the model."""

@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -22,6 +22,8 @@ from unet.shading.characters import Character, characters, clusters, visible
 
 MOST_BYTES = 1_000_000
 """Of a text."""
+PIECE = 4096
+"""Signs, or numbers, that are written between two looks at whether somebody still waits."""
 MOST_BODY = 2 * MOST_BYTES
 """Of a request: a text in base64, and some settings."""
 
@@ -112,10 +114,16 @@ def model_list(models: Sequence[HeldModel], context: int) -> dict[str, object]:
     }
 
 
-def answer(found: TextBoundaries) -> dict[str, object]:
+def nothing() -> None:
+    """Do nothing."""
+
+
+def answer(found: TextBoundaries, check: Callable[[], None] = nothing) -> dict[str, object]:
     """What a model makes of a text: for each sign its bytes, p, bits and depth, and p of each inner level; for each level the
-    offsets at which tokens end, and their bits. What is not known is null."""
-    columns = signs(found.text, found.characters)
+    offsets at which tokens end, and their bits. What is not known is null. `check`: as in `signs`."""
+    shown = found.characters
+    check()
+    columns = signs(found.text, shown, check)
     last = np.cumsum(np.array(columns["size"], np.int64)) - 1
     return {
         "bytes": len(found.text),
@@ -154,12 +162,15 @@ def continued(piece: Piece, known: int) -> Continued:
     }
 
 
-def signs(content: bytes, shown: Sequence[Character]) -> dict[str, list[object]]:
-    """Columns of what is drawn as one sign each: `text` as it may be shown, `size` in bytes, `p`, `bits`, `depth`."""
+def signs(content: bytes, shown: Sequence[Character], check: Callable[[], None] = nothing) -> dict[str, list[object]]:
+    """Columns of what is drawn as one sign each: `text` as it may be shown, `size` in bytes, `p`, `bits`, `depth`. `check` is
+    called now and then, and may raise to give up."""
     sizes = [stop - start for start, stop in utf8.character_spans(content)]
     columns: dict[str, list[object]] = {"text": [], "size": [], "p": [], "bits": [], "depth": []}
     first = 0
-    for one in clusters(shown):
+    for number, one in enumerate(clusters(shown)):
+        if number % PIECE == 0:
+            check()
         last = first + len(one.text)
         columns["text"].append("⏎\n" if one.text == "\n" else visible(one.text))
         columns["size"].append(sum(sizes[first:last]))
@@ -168,6 +179,20 @@ def signs(content: bytes, shown: Sequence[Character]) -> dict[str, list[object]]
         columns["depth"].append(one.depth)
         first = last
     return columns
+
+
+def json_text(value: object) -> str:
+    """A value as JSON, long lists in pieces: while the encoder is at one, no other thread does anything. Raises `ValueError` for
+    numbers that JSON does not have."""
+    match value:
+        case dict():
+            return f"{{{','.join(f'{json.dumps(name)}:{json_text(one)}' for name, one in value.items())}}}"
+        case [list(), *_]:
+            return f"[{','.join(map(json_text, value))}]"
+        case list():
+            pieces = (value[first : first + PIECE] for first in range(0, len(value), PIECE))
+            return f"[{','.join(json.dumps(piece, allow_nan=False)[1:-1] for piece in pieces)}]"
+    return json.dumps(value, allow_nan=False)
 
 
 def _ends(found: TextBoundaries, level: int) -> np.ndarray:

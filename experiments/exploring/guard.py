@@ -7,7 +7,7 @@ import secrets
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADERS = {
@@ -62,6 +62,10 @@ class Guard:
         if (refusal := self._refusal(scope)) is not None:
             await PlainTextResponse(refusal, status_code=403)(scope, receive, with_headers)
             return
+        if self._prefix and scope["path"] == self._prefix and scope["method"] in ("GET", "HEAD"):
+            # The addresses in the page are relative to a folder.
+            await RedirectResponse(f"{self._prefix}/")(scope, receive, with_headers)
+            return
         # The rest sees paths without the token.
         inner = {**scope, "path": scope["path"][len(self._prefix) :] or "/"}
         await self._app(inner, receive, with_headers)
@@ -78,7 +82,7 @@ class Guard:
         if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return "only JSON is taken here"
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _place_of(origin) != host:
             return "this was asked by a page of somebody else"
         return None
 
@@ -88,6 +92,14 @@ def _begins_with(path: str, prefix: str) -> bool:
     # In the same time whatever it is, so that nobody finds the token by measuring. A longer word is another one.
     same = secrets.compare_digest(given, prefix.encode())
     return same and path[len(prefix) : len(prefix) + 1] in ("", "/")
+
+
+def _place_of(origin: str) -> str | None:
+    """The name and port in an Origin header; None where it is no address."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _name_of(host: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import equinox as eqx
 import jax
 
 from experiments.config.errors import require
+from experiments.config.settings import RunConfig
 from experiments.scoring.models import Checkpoints, OpenModel, open_model
 from experiments.training.stored import stored_steps
 from unet.files.saving import WEIGHTS
@@ -18,14 +20,25 @@ KEPT_BYTES = 2**31
 """Of models that are kept open beside the one in use."""
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is said of a model without opening it again: as in `OpenModel`."""
+
+    levels: int
+    draws: bool
+    parameters: int
+    config: RunConfig | None
+    step: int | None
+
+
 class HeldModel:
     """A model by where it comes from. What belongs to its checkpoints is used by one thread at a time, that of its worker."""
 
     def __init__(self, where: str, step: int | None = None, plugins: Sequence[str] = ()):
         """Opens the model, or its checkpoint of a `step`. Raises `ConfigError` and `LoadError`."""
-        self.where, self._plugins, self._first_step = where, tuple(plugins), step
+        self.where, self._plugins = where, tuple(plugins)
         first = open_model(where, step, plugins)
-        self.first = first
+        self.first = Facts(first.levels, first.draws, first.parameters, first.config, first.step)
         self._checkpoints: Checkpoints | None = None
         self._open: OrderedDict[int | None, OpenModel] = OrderedDict({first.step: first})
 
@@ -63,9 +76,7 @@ class HeldModel:
         return (self._default() if step is None else step) in self._open
 
     def _default(self) -> int | None:
-        if self._first_step is not None or self.finished:
-            return self._first_step
-        return self.steps[-1]
+        return None if self.finished else self.steps[-1]
 
     def _read(self, step: int | None) -> OpenModel:
         if step is None:

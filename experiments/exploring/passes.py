@@ -27,8 +27,8 @@ BATCH_POSITIONS = 2**12
 """Positions that are computed at once of a text that is longer than a window."""
 STREAMED = 8
 """Bytes between two updates of a text that goes on."""
-KEPT_WINDOWS = 2**12
-"""Of a model, whose scores are kept."""
+KEPT_BYTES = 2**28
+"""Of the scores of windows, and of the text in them, that are kept for each model."""
 LONGEST_PROMPT = 4096
 """Bytes of a text, its last, that a continuation reads."""
 
@@ -53,11 +53,31 @@ def program_of(asked: Asked, context: int) -> tuple[object, ...]:
     return padded_to(positions, context), positions > context, asked.boundaries
 
 
+@dataclass(frozen=True)
+class _Key:
+    """What the scores of a window depend on; `seed` is None where boundaries are not drawn."""
+
+    model: Hashable
+    seed: int | None
+    window: Window
+    text: bytes
+
+
+def _size(key: _Key, scores: PositionScores) -> int:
+    return len(key.text) + sum(of.nbytes for of in vars(scores).values())
+
+
 class WindowMemory:
     """The scores of the latest windows of a model: where a long text changes, those before are not computed again."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, PositionScores] = OrderedDict()
+        self._kept: OrderedDict[_Key, PositionScores] = OrderedDict()
+        self._bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        """The size of what is kept."""
+        return self._bytes
 
     def scores(
         self,
@@ -69,8 +89,8 @@ class WindowMemory:
         """Those of `windows` of the one document that is asked about, in order; `compute` scores those that are not known.
         `model` tells models apart."""
         drawn = asked.seed if asked.boundaries == "drawn" else None
-        keys: list[Hashable] = [
-            (model, drawn, window, positions_of(asked.content, window.start, window.stop + 1).tobytes())
+        keys = [
+            _Key(model, drawn, window, positions_of(asked.content, window.start, window.stop + 1).tobytes())
             for window in windows
         ]
         lacking = {key: window for key, window in zip(keys, windows, strict=True) if key not in self._kept}
@@ -79,15 +99,18 @@ class WindowMemory:
         found = [self._kept[key] for key in keys]
         for key in keys:
             self._kept.move_to_end(key)
-        while len(self._kept) > max(KEPT_WINDOWS, len(keys)):
-            self._kept.popitem(last=False)
+        while self._bytes > KEPT_BYTES:
+            self._bytes -= _size(*self._kept.popitem(last=False))
         return PositionScores.joined(found)
 
-    def _keep(self, windows: Mapping[Hashable, Window], scores: PositionScores) -> None:
+    def _keep(self, windows: Mapping[_Key, Window], scores: PositionScores) -> None:
         first = 0
         for key, window in windows.items():
             last = first + window.stop - window.counted
-            self._kept[key] = PositionScores(**{name: of[first:last] for name, of in vars(scores).items()})
+            # A slice would hold on to the scores of all windows that were computed with it.
+            kept = PositionScores(**{name: of[first:last].copy() for name, of in vars(scores).items()})
+            self._kept[key] = kept
+            self._bytes += _size(key, kept)
             first = last
 
 
@@ -128,8 +151,9 @@ def _nothing(opened: OpenModel) -> TextBoundaries:
 
 def prompt_of(content: bytes) -> bytes:
     """The end of a text that a continuation reads, from the beginning of a character on."""
-    cut = max(0, len(content) - LONGEST_PROMPT)
-    while 0 < cut < len(content) and 0x80 <= content[cut] <= 0xBF:
+    first = cut = max(0, len(content) - LONGEST_PROMPT)
+    # No character has more than three bytes behind its first; more of them are none.
+    while first > 0 and cut < min(first + 3, len(content)) and 0x80 <= content[cut] <= 0xBF:
         cut += 1
     return content[cut:]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from experiments.config.errors import ConfigError, require
+from experiments.config.settings import RunConfig
 from experiments.scoring.models import OpenModel
 from experiments.scoring.score import BoundaryChoice, Plan
 
@@ -39,7 +40,7 @@ def plan_of(settings: PlanSettings, models: Sequence[OpenModel], default: Bounda
 
     Raises `ConfigError` for what cannot be, and for boundaries of models that have none.
     """
-    context = settings.context or context_of(models)
+    context = settings.context or context_of(one.config for one in models)
     stride = settings.stride or max(1, context // 2)
     require(stride <= context, f"--stride {stride} is more than --context {context}: windows would leave bytes out")
     boundaries = settings.boundaries or ("drawn" if settings.samples is not None else default)
@@ -50,9 +51,10 @@ def plan_of(settings: PlanSettings, models: Sequence[OpenModel], default: Bounda
     return Plan(context, stride, boundaries, samples, settings.seed)
 
 
-def context_of(models: Sequence[OpenModel]) -> int:
-    """The bytes of a window where none are asked for: the shortest sequences that a model was trained on."""
-    return min((one.config.length for one in models if one.config is not None), default=CONTEXT)
+def context_of(configs: Iterable[RunConfig | None]) -> int:
+    """The bytes of a window where none are asked for: the shortest sequences that a model was trained on, by the settings of
+    their runs (None: unknown)."""
+    return min((one.length for one in configs if one is not None), default=CONTEXT)
 
 
 def require_levels(models: Sequence[OpenModel], asked: dict[str, bool]) -> None:

@@ -35,8 +35,11 @@ def in_positions(config: RunConfig, model: AbstractLanguageModel, split: Split) 
     return dataclasses.replace(config, length=padded_length(most, config.length))
 
 
-def training_capacities(config: RunConfig, router: AbstractRouter | None, split: Split) -> tuple[int, ...]:
-    """The capacities of the first level that a training step chooses from; boundaries beyond the largest are dropped.
+def training_capacities(
+    config: RunConfig, router: AbstractRouter | None, split: Split, begun: float = 0.0
+) -> tuple[int, ...]:
+    """The capacities of the first level that a training step chooses from; boundaries beyond the largest are dropped. `begun`:
+    the rate that the router has learned before these steps, such as that of a teacher.
 
     See `rated_capacities` for a router with a target rate. A rule without one is measured on held-out text, and the largest
     capacity is a quarter more than the most tokens of a sequence there.
@@ -44,23 +47,24 @@ def training_capacities(config: RunConfig, router: AbstractRouter | None, split:
     if router is None:
         return (config.length,)
     if router.rate is not None and not isinstance(router, Constrained):
-        return rated_capacities(config, router)
+        return rated_capacities(config, router, begun)
     rows = split.held_out_rows(min(config.evaluation.bytes, MEASURED_BYTES))
     layout = stack_rows(rows, len(rows))
     if router.rate is not None and isinstance(router, Constrained):
-        return constrained_capacities(config, router, layout)
+        return constrained_capacities(config, router, layout, begun)
     nothing = jnp.zeros((*layout.bytes.shape, 1), jnp.float32)
     drawn = jnp.sum(router(nothing, layout, SamplingOptions(boundary_scan)).actions, axis=1)
     return _spread(config, float(jnp.mean(drawn)), 1.25 * float(jnp.max(drawn)))
 
 
-def rated_capacities(config: RunConfig, router: AbstractRouter) -> tuple[int, ...]:
-    """The same for a router with a target rate: up to `capacity_slack` times the boundaries expected at that rate and, where an
-    untrained router draws more, at its initial rate. Raises `ValueError` for a router without a rate."""
+def rated_capacities(config: RunConfig, router: AbstractRouter, begun: float = 0.0) -> tuple[int, ...]:
+    """The same for a router with a target rate: up to `capacity_slack` times the boundaries expected at that rate and, where the
+    router draws more at first, at its initial rate or at the one that it has `begun` with. Raises `ValueError` for a router
+    without a rate."""
     if router.rate is None:
         raise ValueError("a router without a rate has to be measured on text")
     held = max(router.rate, TargetSchedule.of(config).highest) * config.length
-    first = (router.initial_rate or 0.0) * config.length
+    first = max(router.initial_rate or 0.0, begun) * config.length
     slack = 1.0 if router.rate == 1.0 else config.capacity_slack
     capacities = _spread(config, held, slack * held)
     most = _rounded(config, slack * first)
@@ -69,11 +73,13 @@ def rated_capacities(config: RunConfig, router: AbstractRouter) -> tuple[int, ..
     return (most,) if config.buckets == 1 else (*capacities, most)
 
 
-def constrained_capacities(config: RunConfig, router: Constrained, layout: Layout) -> tuple[int, ...]:
+def constrained_capacities(
+    config: RunConfig, router: Constrained, layout: Layout, begun: float = 0.0
+) -> tuple[int, ...]:
     """The same for a constrained router with a target rate, which is a share of the bytes that are free. How many boundaries come
     out is measured: under the same constraints, independent ones are drawn on the text of `layout` at the target rate, and at
-    the rate of the untrained router. The largest capacity is that many times `capacity_slack`, or a quarter more than the most
-    of a sequence there."""
+    the rate of the untrained router or the one `begun` with. The largest capacity is that many times `capacity_slack`, or a
+    quarter more than the most of a sequence there."""
 
     def counted(rate: float) -> tuple[float, float]:
         stand_in = dataclasses.replace(router, router=Bernoulli(min(rate, 0.999)))
@@ -85,8 +91,8 @@ def constrained_capacities(config: RunConfig, router: Constrained, layout: Layou
     own = router.router
     expected, bound = counted(max(own.rate or 0.0, TargetSchedule.of(config).highest))
     capacities, most = _spread(config, expected, bound), 0
-    if own.initial_rate is not None:
-        most = _rounded(config, counted(own.initial_rate)[1])
+    if first := max(own.initial_rate or 0.0, begun):
+        most = _rounded(config, counted(first)[1])
     if most <= capacities[-1]:
         return capacities
     return (most,) if config.buckets == 1 else (*capacities, most)

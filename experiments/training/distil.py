@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -105,7 +106,9 @@ class AlignmentStage:
     ) -> Callable[[TrainState, Inputs, PRNGKeyArray], tuple[TrainState, StepMetrics]]:
         """The training step of the alignment, jitted; the buffers of the state are reused."""
         arrays, static = eqx.partition(self.alignment, eqx.is_array)
-        held = None
+        held, settings = None, self.config
+        # What is drawn now is the teacher's, and says nothing of what the estimator would draw.
+        settings = dataclasses.replace(settings, target=dataclasses.replace(settings.target, control=0.0))
         if self.config.distill.hold:
             everything = jax.tree.map(lambda leaf: False, trainer.params)
             held = eqx.tree_at(lambda model: model.stage.inner.stage, everything, replace_fn=_all_true)
@@ -121,7 +124,7 @@ class AlignmentStage:
                 return alignment(model.unet, batch, capacity=self.capacity)
 
             remat = None if trainer.memory is None else trainer.memory.remat
-            step = make_step(self.config, trainer.static, trainer.optimizer, loss=loss, remat=remat, held=held)
+            step = make_step(settings, trainer.static, trainer.optimizer, loss=loss, remat=remat, held=held)
             return step(state, batch, key)
 
         # As an argument, since a constant of this size would be compiled into the program.

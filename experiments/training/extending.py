@@ -27,9 +27,9 @@ def latest_step(config: RunConfig) -> int:
 
 
 def resumed(config: RunConfig, saved: RunConfig) -> RunConfig:
-    """A run that goes on, with --schedule.decay-now made into the place where it goes on. Raises `ConfigError` for an end that
-    lies behind it."""
-    step = latest_step(config)
+    """A run that goes on, with --schedule.decay-now made into the place where it goes on, and with the alignment that it was
+    begun with. Raises `ConfigError` for an end that lies behind it."""
+    config, step = _aligned_as(config, saved), latest_step(config)
     if config.total_steps < step:
         raise ConfigError(
             f"the run in {config.run_dir} is at step {step} ({_megabytes(config, step)}) already, and is asked to end at step "
@@ -51,6 +51,15 @@ def resumed(config: RunConfig, saved: RunConfig) -> RunConfig:
             f"the run in {config.run_dir} has ended, so its learning rate cannot decay any more: name more --bytes, or --steps"
         )
     return dataclasses.replace(config, schedule=before)
+
+
+def _aligned_as(config: RunConfig, saved: RunConfig) -> RunConfig:
+    """`config` with an alignment that ends where that of `saved` does: by default it is half of a run, and another end would move
+    it, even back to steps that have left it behind."""
+    if config.align_steps == saved.align_steps or config.distill.align_bytes is not None:
+        return config
+    bytes = saved.align_steps * saved.bytes_per_step
+    return dataclasses.replace(config, distill=dataclasses.replace(config.distill, align_bytes=bytes))
 
 
 def extend(config: RunConfig, note: Callable[[str], None]) -> None:

@@ -17,6 +17,7 @@ from estimators import trainable
 from estimators.equations import stage_multipliers
 from experiments.config.sections import ScheduleConfig
 from experiments.config.settings import RunConfig
+from unet.wrapped import Adapted
 
 DECAYING = 0.2
 """Share of training at whose end the schedule wsd decays."""
@@ -41,7 +42,12 @@ def multipliers(config: RunConfig, params: PyTree[Float[Array, ...]]) -> PyTree[
     """What the learning rate of each parameter is multiplied by (H-Net eq. 11); 1 where the run asks for none."""
     chunks = [1 / level.rate for level in config.levels]
     scale = config.optimizer.stage_multipliers
-    widths = config.unet.widths[: len(chunks) + 1]
+    widths = list(config.unet.widths[: len(chunks) + 1])
+    if config.distill.teacher is not None:
+        # The main network is the teacher's, whatever width the run's own would have had.
+        main = params.stage.inner
+        assert isinstance(main, Adapted)
+        widths[-1] = main.token_dim
     each = [1.0] * (len(chunks) + 1) if scale is None else stage_multipliers(chunks, widths, scale)
     return jax.tree.map(lambda stage: each[min(stage, len(each) - 1)], stages_of(params))
 

@@ -83,7 +83,7 @@ def set_up(config: RunConfig) -> Setup:
     # A run that goes on has its weights in its checkpoint; one that was stopped before the first has not.
     if config.init is not None and not (config.resume and has_checkpoint(config.run_dir)):
         model = initial_weights(config.init, model, (*modules_of(config), *import_plugins(config.plugin)), notes.append)
-    trainer = Trainer.on(config, model, split)
+    trainer = Trainer.on(config, model, split, 0.0 if alignment is None else alignment.rate)
     if config.mesh.show:
         notes.append(placement.shown(trainer.params))
     return Setup(

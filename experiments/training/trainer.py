@@ -64,11 +64,11 @@ class Trainer:
         )
 
     @classmethod
-    def on(cls, config: RunConfig, model: AbstractLanguageModel, split: Split) -> Trainer:
-        """The same with the capacities that a run on this text has."""
+    def on(cls, config: RunConfig, model: AbstractLanguageModel, split: Split, begun: float = 0.0) -> Trainer:
+        """The same with the capacities that a run on this text has; `begun` as in `training_capacities`."""
         routers = [estimator.router for estimator in model.estimators]
         read = in_positions(config, model, split)
-        return cls.of(config, model, training_capacities(read, routers[0] if routers else None, split), read)
+        return cls.of(config, model, training_capacities(read, routers[0] if routers else None, split, begun), read)
 
     @property
     def step(self) -> Step:

@@ -50,6 +50,15 @@ _WITHOUT_EFFECT = frozenset(
         "_attn_implementation_autoset",
         "attn_implementation",
         "reorder_and_upcast_attn",
+        "output_attentions",
+        "output_hidden_states",
+        "num_labels",
+        "_num_labels",
+        "n_special",
+        "predict_special_tokens",
+        "is_llama_config",
+        "transformers.js_config",
+        "neftune_noise_alpha",
     }
 )
 """What says nothing of the function that weights make: metadata, initial values, dropout, other tasks, precision."""
@@ -70,6 +79,7 @@ _LLAMA: Mapping[str, object] = {
     "rope_parameters": None,
     "attention_bias": False,
     "mlp_bias": False,
+    "rope_interleaved": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -96,6 +106,7 @@ _ONLY: Mapping[str, tuple[object, str]] = {
     "hidden_act": ("silu", "gates are SiLU"),
     "attention_bias": (False, "Llamas with biases are not read"),
     "mlp_bias": (False, "Llamas with biases are not read"),
+    "rope_interleaved": (False, "rotated pairs are dimensions of the two halves of a head"),
     "scale_attn_weights": (True, "attention divides by the root of the width of a head"),
     "scale_attn_by_inverse_layer_idx": (False, "attention divides by the root of the width of a head alone"),
     "add_cross_attention": (False, "there is nothing else to attend to"),

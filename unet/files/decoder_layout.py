@@ -230,6 +230,7 @@ def reference_config(model: UNet, marks: tuple[int, int] | None = None) -> dict[
         "num_key_value_heads": mixer.kv_heads,
         "hidden_act": "silu",
         "rms_norm_eps": block.before_mixer.epsilon,
+        "max_position_embeddings": _positions(stack.rotary_scaling),
         "rope_parameters": _rope(stack.rotary_base, stack.rotary_scaling),
     }
 
@@ -243,5 +244,11 @@ def _rope(base: float, scaling: RotaryScaling | None) -> dict[str, object]:
         "factor": scaling.factor,
         "low_freq_factor": scaling.low,
         "high_freq_factor": scaling.high,
-        "original_max_position_embeddings": scaling.original,
+        "original_max_position_embeddings": round(scaling.original),
     }
+
+
+def _positions(scaling: RotaryScaling | None) -> int:
+    """The positions that a configuration names. A model here has no limit: what `transformers` takes where none are named, or
+    the original ones times their factor, but more than they were."""
+    return 2048 if scaling is None else max(round(scaling.original * scaling.factor), round(scaling.original) + 1)

@@ -21,7 +21,8 @@ MOST_BITS = 8.0
 
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_UNSEEN = (*range(0x80, 0xA0), 0x2028, 0x2029, *_DIRECTIONS, *range(0xD800, 0xE000))
+# The last two may not stand in XML.
+_UNSEEN = (*range(0x80, 0xA0), 0x2028, 0x2029, *_DIRECTIONS, *range(0xD800, 0xE000), 0xFFFE, 0xFFFF)
 _VISIBLE = _PICTURES | dict.fromkeys(_UNSEEN, 0xFFFD)
 _JOINER = "\N{ZERO WIDTH JOINER}"
 

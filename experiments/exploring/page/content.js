@@ -3,6 +3,7 @@
 const encoder = new TextEncoder();
 const strict = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const lenient = new TextDecoder("utf-8", { ignoreBOM: true });
+const CARRIAGE_RETURN = 0x0d;
 const ESCAPE = /\\x([0-9a-fA-F]{2})/g;
 
 /** The bytes of a text in UTF-8; with `escapes`, \xNN is a byte. */
@@ -20,14 +21,18 @@ export function bytesOf(text, escapes) {
 
 /** The same as text: whether it needs escapes, and how it reads. */
 export function textOf(bytes) {
-  try {
-    return { text: strict.decode(bytes), escapes: false };
-  } catch {
-    return { text: escaped(bytes), escapes: true };
+  // A text field makes line feeds of carriage returns.
+  if (!bytes.includes(CARRIAGE_RETURN)) {
+    try {
+      return { text: strict.decode(bytes), escapes: false };
+    } catch {
+      // It is no UTF-8.
+    }
   }
+  return { text: escaped(bytes), escapes: true };
 }
 
-/** Text in which each byte that is no UTF-8 is written as \xNN, and what looks like that already is told apart. */
+/** Text in which what a text field cannot hold is written as \xNN, and what looks like that already is told apart. */
 function escaped(bytes) {
   let text = "";
   let first = 0;
@@ -41,8 +46,9 @@ function escaped(bytes) {
 
 const code = (byte) => `\\x${byte.toString(16).padStart(2, "0")}`;
 
-/** The end of the character that begins there; its beginning where none does. */
+/** The end of the character that begins there; its beginning where none does that a text field can hold. */
 function characterEnd(bytes, first) {
+  if (bytes[first] === CARRIAGE_RETURN) return first;
   if (bytes[first] === 0x5c && looksEscaped(bytes, first)) return first;
   const size = bytes[first] < 0x80 ? 1 : bytes[first] < 0xe0 ? 2 : bytes[first] < 0xf0 ? 3 : 4;
   try {

@@ -129,6 +129,7 @@ function setText(bytes) {
 
 function changed() {
   stop();
+  for (const panel of panels) panel.forget();
   askSoon();
 }
 

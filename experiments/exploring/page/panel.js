@@ -33,10 +33,10 @@ export class Panel {
     this.update(info);
   }
 
-  /** What is known of the model now. Returns whether its newest checkpoint is another one, and asked for. */
+  /** What is known of the model now. Returns whether its newest model is another one, and asked for. */
   update(info) {
-    const newest = this.info?.steps.at(-1);
-    const changed = this.info && this.step === null && !info.finished && newest !== info.steps.at(-1);
+    const before = this.info;
+    const another = before && (before.finished !== info.finished || (!info.finished && before.steps.at(-1) !== info.steps.at(-1)));
     this.info = info;
     this.find("h2").textContent = info.name;
     const parts = [info.about, `${info.parameters.toLocaleString("en")} parameters`];
@@ -45,21 +45,31 @@ export class Panel {
     this.find(".about").textContent = parts.filter(Boolean).join(", ");
     const end = info.steps.at(-1) === info.total_steps ? info.steps.slice(0, -1) : info.steps;
     this.positions = info.finished ? [...end, null] : [...info.steps.slice(0, -1), null];
-    if (this.article.isConnected === false && info.step !== null && info.step !== info.steps.at(-1)) this.step = info.step;
+    if (!before && info.step !== null && info.step !== info.steps.at(-1)) this.step = info.step;
+    // A checkpoint that is not kept any more may still be shown.
+    if (this.step !== null && !this.positions.includes(this.step)) {
+      this.positions = [...[...this.positions.slice(0, -1), this.step].sort((a, b) => a - b), null];
+    }
     const slider = this.find(".steps input");
     this.find(".steps").hidden = this.positions.length < 2;
     slider.max = this.positions.length - 1;
     slider.value = Math.max(0, this.positions.indexOf(this.step));
     this.#label();
-    return Boolean(changed);
+    return Boolean(another) && this.step === null;
   }
 
   #label() {
     const { steps, finished, total_steps: total } = this.info;
     const step = this.step ?? (finished ? null : steps.at(-1));
-    const text = step === null || step === undefined ? "the end" : `step ${step}${total ? ` of ${total}` : ""}`;
+    const gone = this.step === null || steps.includes(this.step) ? "" : ", no longer kept";
+    const text = step === null || step === undefined ? "the end" : `step ${step}${total ? ` of ${total}` : ""}${gone}`;
     this.find(".steps output").textContent = text;
     this.find(".steps input").setAttribute("aria-valuetext", text);
+  }
+
+  /** Whether what is shown is no longer, or not yet, what the model makes of the text. */
+  get stale() {
+    return this.article.classList.contains("stale");
   }
 
   /** That an answer is no longer, or not yet, the one to the text. */
@@ -135,6 +145,7 @@ export class Panel {
   /** What is known of a sign, as columns of a table. */
   details(sign, grown) {
     const { columns } = grown ? this.more : this.signs;
+    if (!grown && this.stale) return [this.info.name, "not computed yet"];
     if (sign >= columns.text.length || (!grown && !this.answer)) return [this.info.name];
     const parts = [this.info.name];
     parts.push(columns.p[sign] === null ? "" : `p ${columns.p[sign].toFixed(3)}`);
@@ -156,6 +167,11 @@ export class Panel {
     const place = ends.findIndex((end) => end > byte);
     const name = this.answer.levels > 1 ? `token ${place} of level ${level + 1}` : `token ${place}`;
     return `${name}, ${ends[place] - (ends[place - 1] ?? 0)} bytes`;
+  }
+
+  /** The text is another one: what it went on with does not belong to it. */
+  forget() {
+    this.find(".keep").disabled = true;
   }
 
   /** A message of the server about how the model goes on; null: nothing is asked any more. */
