@@ -22,6 +22,7 @@ from experiments.config.errors import ConfigError, RunError, one_line
 from experiments.config.structure import flat, parsed, structured
 from experiments.processes.processes import ALONE, AbstractProcesses
 from experiments.training.digests import Described, described, sha256_of, shapes_of
+from experiments.training.sharding import on_host
 from unet.files.saving import write_atomically
 
 _TRASH = "trash"
@@ -46,7 +47,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class _Meta:
+class Meta:
     """`Progress`, and of every array by name its shape, dtype and digest."""
 
     step: int
@@ -174,7 +175,7 @@ class Checkpoints:
     def _read_whole(self, step: int, like: Arrays) -> Restored[Arrays]:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            meta = structured(self._read(step, "meta", ocp.args.JsonRestore()), _Meta)
+            meta = structured(self._read(step, "meta", ocp.args.JsonRestore()), Meta)
         except Exception as error:  # orbax lets whatever its readers raise through, bare Exceptions among them
             raise _damage(error) from error
         expected = shapes_of(like)
@@ -270,7 +271,8 @@ def as_written(arrays: PyTree[Array], leaves: Mapping[str, Described]) -> bool:
         # Those of a run from before arrays were described in parts.
         paths = jax.tree_util.tree_leaves_with_path(arrays)
         found = {
-            jax.tree_util.keystr(path): (tuple(leaf.shape), str(leaf.dtype), sha256_of(leaf)) for path, leaf in paths
+            jax.tree_util.keystr(path): (tuple(leaf.shape), str(leaf.dtype), sha256_of(on_host(leaf)))
+            for path, leaf in paths
         }
     else:
         found = described(arrays)

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import equinox as eqx
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -76,6 +78,13 @@ def parts_of(spec: PartitionSpec, mesh: Mapping[str, int]) -> int:
     """The number of parts that a spec divides a leaf into."""
     division = division_of(spec)
     return 1 if division is None else math.prod(mesh[name] for name in division[1])
+
+
+def on_host(leaf: Array) -> np.ndarray:
+    """A leaf on the host, whole: gathered where other processes hold parts of it. Every process has to call this."""
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def assembled(params: Params, static: AbstractLanguageModel, specs: PyTree[PartitionSpec]) -> AbstractLanguageModel:
