@@ -67,7 +67,7 @@ class TestEnds:
             ("leader-killed", 0, "has died or cannot be reached any more; go on with --resume", 0),
             ("leader-frozen", 0, "has died or hangs: it did not answer for 3 s; go on with --resume", 3),
             ("stuck", 1, "hangs: the others have waited for it for 2 s; go on with --resume", 2),
-            ("failing", 1, "has failed (its data are gone); go on with --resume", 0),
+            ("failing", 1, "has failed (its data are gone)", 0),
         ],
     )
     def test_the_end_of_one_ends_the_others_with_a_sentence_that_names_it(self, ends, name, who, sentence, seconds):
@@ -222,7 +222,7 @@ def test_a_process_that_is_alone_on_its_machine_has_all_of_its_devices(monkeypat
 
 def test_nothing_is_asked_of_a_cluster_by_one_process(monkeypatch):
     """A shell within a job has its variables too."""
-    monkeypatch.setattr("experiments.processes.launchers.ClusterEnv", None)
+    monkeypatch.setattr("experiments.processes.launchers._detected", None)
     assert place_of(DistributedConfig(), {}) is None
     assert place_of(DistributedConfig(), {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None
     assert place_of(DistributedConfig(launcher="none"), SLURM) is None

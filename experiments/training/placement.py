@@ -62,6 +62,11 @@ class Placement:
         return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
 
     @property
+    def batch_shards(self) -> int:
+        """The parts that the sequences of a batch are divided into."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    @property
     def everywhere(self) -> NamedSharding:
         """Arrays that every device has whole."""
         return NamedSharding(self.mesh, PartitionSpec())
