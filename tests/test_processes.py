@@ -12,6 +12,7 @@ import pytest
 from experiments.config.errors import ConfigError
 from experiments.config.sections import DistributedConfig
 from experiments.processes.launchers import Place, place_of
+from experiments.processes.peers import listening_at
 from experiments.processes.processes import ALONE
 from experiments.processes.stopping import Stop, meet
 from experiments.processes.watch import Sign, Watch
@@ -242,6 +243,16 @@ def test_processes_of_a_launcher_that_jax_does_not_know_do_not_train_side_by_sid
     """Newer versions of Open MPI leave out the variable that JAX reads."""
     with pytest.raises(ConfigError, match=r"--distributed\.index \$OMPI_COMM_WORLD_RANK"):
         place_of(DistributedConfig(), {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_a_coordinator_on_loopback_listens_there_alone(host):
+    assert listening_at(f"{host}:61441") == f"{host}:61441"
+
+
+@pytest.mark.parametrize("host", ["node7", "10.96.0.1", "[fe80::1]", "localhost.example.org"])
+def test_others_are_heard_on_all_addresses(host):
+    assert listening_at(f"{host}:61441") is None
 
 
 class TestWatch:

@@ -103,7 +103,7 @@ class Checkpoints:
 
         Raises `SaveError` where it cannot be written; what was written of it is deleted.
         """
-        if progress.step in self._manager.all_steps():
+        if progress.step in self._steps():
             return
         meta = {**vars(progress), "leaves": described(arrays)}
         # Before the save, since the other writes of one that fails may end while its exception is on its way here.
@@ -135,7 +135,7 @@ class Checkpoints:
         Raises `ConfigError` where all are damaged, or one does not fit.
         """
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in sorted(self._steps(), reverse=True):
             try:
                 self._require_undamaged(step)
                 restored = self._restored(step, like)
@@ -145,12 +145,17 @@ class Checkpoints:
             for later, sentence in damaged.items():
                 self._put_aside(later)
                 note(f"{sentence}: going on from that of step {step}")
+            self._processes.require_same("checkpoint", json.dumps(vars(restored.progress), sort_keys=True).encode())
             return restored
         if damaged:
             raise ConfigError(
                 f"{' and '.join(damaged.values())}: there is none to go on from; start again with --overwrite"
             )
         return None
+
+    def _steps(self) -> list[int]:
+        """The steps that process 0 finds: file systems of networks may show others an older list."""
+        return json.loads(self._processes.said(json.dumps([*self._manager.all_steps()]))[0])
 
     def _require_undamaged(self, step: int) -> None:
         """Raise `DamagedError` in all processes where process 0 finds a file that is not as it was written."""
