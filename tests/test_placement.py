@@ -51,6 +51,22 @@ def test_the_largest_axis_that_divides_is_divided_and_small_leaves_are_whole(sha
     assert partition_spec("weight", shape, {**mesh, "fsdp": 1}, 1) == PartitionSpec()
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((8, 24), PartitionSpec(None, ("fsdp", "tensor"))),
+        ((12, 36), PartitionSpec(None, "fsdp")),
+        ((6, 4), PartitionSpec(None, "fsdp")),
+        ((6, 6), PartitionSpec()),
+    ],
+)
+def test_a_shared_weight_that_both_axes_do_not_divide_is_divided_over_one(shape, expected):
+    mesh = {"data": 1, "fsdp": 4, "tensor": 2}
+    assert partition_spec(".stage.blocks[0].attention.qkv.weight", shape, mesh, 1) == expected
+    alone = PartitionSpec(*[None if part is None else "fsdp" for part in expected])
+    assert partition_spec(".embedding", shape, mesh, 1) == alone
+
+
 def test_what_a_device_holds_is_counted():
     tree = {"a": jnp.zeros((4, 8)), "b": jnp.zeros(3)}
     leaves = placed_leaves(tree, {"data": 1, "fsdp": 2, "tensor": 1}, 4)

@@ -29,18 +29,22 @@ Params = TypeVar("Params", bound=PyTree)
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Mapping[str, int], whole_below: int) -> PartitionSpec:
     """The rule: of a leaf of at least `whole_below` numbers, the largest axis that `fsdp` divides is divided over it, the first
-    of several as large; for the weights of layers that `tensor` shares, over both. Every other leaf is whole on each device.
+    of several as large; for the weights of layers that `tensor` shares, over both where their product divides one. Every other
+    leaf is whole on each device.
 
     `path` names the leaf, as `jax.tree_util.keystr` does; `mesh` has the size of each axis of the mesh.
     """
-    over = (FSDP, TENSOR) if mesh[TENSOR] > 1 and any(re.search(one, path) for one in SHARED) else (FSDP,)
-    over = tuple(name for name in over if mesh[name] > 1)
-    parts = math.prod(mesh[name] for name in over)
-    fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
-    if parts == 1 or not fitting or math.prod(shape) < whole_below:
+    if math.prod(shape) < whole_below:
         return PartitionSpec()
-    largest = max(fitting, key=lambda axis: shape[axis])
-    return PartitionSpec(*[None] * largest, over[0] if len(over) == 1 else over)
+    shared = any(re.search(one, path) for one in SHARED)
+    for axes in ((FSDP, TENSOR), (FSDP,)) if shared else ((FSDP,),):
+        over = tuple(name for name in axes if mesh[name] > 1)
+        parts = math.prod(mesh[name] for name in over)
+        fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
+        if parts > 1 and fitting:
+            largest = max(fitting, key=lambda axis: shape[axis])
+            return PartitionSpec(*[None] * largest, over[0] if len(over) == 1 else over)
+    return PartitionSpec()
 
 
 def partition_specs(tree: PyTree, mesh: Mapping[str, int], whole_below: int) -> PyTree[PartitionSpec]:

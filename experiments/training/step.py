@@ -121,6 +121,9 @@ def make_step(
                 updates = jax.tree.map(lambda still, one: jnp.zeros_like(one) if still else one, held, updates)
             params = optax.apply_updates(state.params, updates)
         moved = TrainState(params, moments, schedule.moved(state.target, output.free_rate))
+        if placement is not None and not placement.alone:
+            # As they came, or the compiler may choose otherwise, and the next step would be compiled again.
+            moved = jax.lax.with_sharding_constraint(moved, placement.shardings(moved))
         return moved, StepMetrics(output, optax.tree.norm(gradients), target_rate, norms_by_part(gradients))
 
     return step
