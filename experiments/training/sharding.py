@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,7 +18,7 @@ from estimators.sharding import DATA, FSDP, TENSOR
 from unet.blocks import DividedBlock, Stack
 from unet.gathering import Division, whole_leaf
 from unet.language_model import AbstractLanguageModel
-from unet.tensor import SHARED
+from unet.tensor import is_shared
 
 AXES = (DATA, FSDP, TENSOR)
 """The axes of every mesh."""
@@ -36,8 +35,7 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mapping[str, int], who
     """
     if math.prod(shape) < whole_below:
         return PartitionSpec()
-    shared = any(re.search(one, path) for one in SHARED)
-    for axes in ((FSDP, TENSOR), (FSDP,)) if shared else ((FSDP,),):
+    for axes in ((FSDP, TENSOR), (FSDP,)) if is_shared(path) else ((FSDP,),):
         over = tuple(name for name in axes if mesh[name] > 1)
         parts = math.prod(mesh[name] for name in over)
         fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
