@@ -130,6 +130,11 @@ class Placement:
         """The same as shardings."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs(tree))
 
+    def kept(self, tree: Tree) -> Tree:
+        """Within a compiled step: a tree of parameters or moments that stays where it lies. The compiler might choose otherwise,
+        and the next step would be compiled again."""
+        return tree if self.alone else jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
     def divided(self, tree: Tree) -> Tree:
         """A tree of parameters or moments on the devices. Every process gives the same."""
 
