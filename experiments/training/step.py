@@ -74,7 +74,7 @@ def make_step(
     placement: Placement | None = None,
     held: PyTree[bool] | None = None,
 ) -> Step:
-    """The training step of a run that minimises `loss`. `remat`: whether blocks are recomputed backwards (None: as the model says).
+    """The training step of a run that minimises `loss`. `remat`: whether blocks are computed twice (None: as the model says).
     `placement`: its devices (None: one). `held`: True for parameters that do not move, whose moments follow their gradients."""
     schedule, accumulate = TargetSchedule.of(config), config.optimizer.accumulate
 
