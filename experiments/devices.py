@@ -10,16 +10,23 @@ import jax
 from experiments.config.errors import ConfigError
 
 
-def use_cpu_devices(count: int, named: int = 1) -> None:
-    """Let a CPU count as so many devices, one for each core at most, or as the `named` ones that a mesh needs, but for what was
-    settled before: by XLA_FLAGS, or by a use of JAX.
+def use_cpu_devices(count: int) -> None:
+    """`settle_cpu_devices`, and `require_devices`."""
+    settle_cpu_devices(count)
+    require_devices()
 
-    Raises `ConfigError` where JAX_PLATFORMS names what is not there.
-    """
+
+def settle_cpu_devices(count: int, named: int = 1) -> None:
+    """Let a CPU count as so many devices, one for each core at most, or as the `named` ones that a mesh needs, but for what was
+    settled before: by XLA_FLAGS, or by a use of JAX. Several processes have to do this before they meet."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Too late where JAX has been used: then there are as many devices as there are.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", max(named, min(count, os.cpu_count() or 1)))
+
+
+def require_devices() -> None:
+    """Raise `ConfigError` where JAX_PLATFORMS names what is not there."""
     try:
         jax.devices()
     except RuntimeError as error:

@@ -22,7 +22,7 @@ from experiments.config.layers import from_file
 from experiments.config.plugins import import_plugins, named_modules, plugins_in
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
-from experiments.devices import use_cpu_devices
+from experiments.devices import require_devices, settle_cpu_devices
 from experiments.launch import program
 from experiments.processes.agreement import require_shared
 from experiments.processes.membership import Membership
@@ -194,13 +194,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command() -> None:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         display.quiet = config.quiet
+
+        def settle(processes: int) -> None:
+            # Two halves of a batch side by side beat one product on two cores at these sizes.
+            settle_cpu_devices(2 if processes == 1 else 1, -(-config.mesh.named // processes))
+
+        def resumable() -> bool:
+            return not config.overwrite and has_checkpoint(config.run_dir)
+
         try:
-            with membership.joined(config.distributed) as processes:
-                # Two halves of a batch side by side beat one product on two cores at these sizes.
-                use_cpu_devices(2 if processes.count == 1 else 1, -(-config.mesh.named // processes.count))
+            with membership.joined(config.distributed, before=settle, resumable=resumable) as processes:
+                require_devices()
                 run(config, display, processes)
         except KeyboardInterrupt:
-            if config.overwrite or not has_checkpoint(config.run_dir):
+            if not resumable():
                 raise
             raise Interrupted(f"stopped; {config.run_dir} has its last checkpoint", signal.SIGINT) from None
 

@@ -37,9 +37,11 @@ SMALL = (
 """Twenty steps, with checkpoints at the tenth and the last."""
 
 
-DIVIDED = ("--mesh.fsdp", "4", "--mesh.whole-below", "0")
+SHARED = ("--mesh.data", "4")
+"""Every one of two processes is two devices."""
+DIVIDED = ("--mesh.data", "1", "--mesh.fsdp", "4", "--mesh.whole-below", "0")
 """Every process holds a quarter of the parameters."""
-WHOLE = ("--mesh.fsdp", "1", "--mesh.whole-below", "16384")
+WHOLE = ("--mesh.data", "-1", "--mesh.fsdp", "1", "--mesh.whole-below", "16384")
 """The defaults."""
 
 
@@ -138,7 +140,9 @@ def chain(folder: Path) -> dict[str, object]:
     again = ("--resume", "--out", str(out))
     return {
         "whole": trained(folder / "whole-logs", 1, [*SMALL, "--dataset", corpus, "--out", str(folder / "whole")]),
-        "two": trained(folder / "two", 2, [*SMALL, "--dataset", corpus, "--out", str(out)], {1: (4, signal.SIGTERM)}),
+        "two": trained(
+            folder / "two", 2, [*SMALL, *SHARED, "--dataset", corpus, "--out", str(out)], {1: (4, signal.SIGTERM)}
+        ),
         "saved": sorted(path.name for path in (out / "checkpoints").iterdir()),
         "four": trained(folder / "four", 4, (*again, *DIVIDED), {2: (13, signal.SIGKILL)}),
         "kept": sorted(path.name for path in (out / "checkpoints").iterdir()),
@@ -174,7 +178,8 @@ def meeting(folder: Path, name: str, count: int = 3) -> dict[str, object]:
         config = DistributedConfig(f"127.0.0.1:{port}", count, place, wait=6.0, timeout=3.0, patience=patience)
 
         def command() -> None:
-            with membership.joined(config) as processes:
+            # One that fails at once has nothing to go on from.
+            with membership.joined(config, resumable=lambda: name != "failing") as processes:
                 processes.require_same("folder", str(folder).encode())
                 display.note(f"codes {processes.codes(10 + index)}")
                 if index == who:

@@ -112,6 +112,26 @@ def test_what_stands_below_all_rooms_needs_the_standard_library_only(module):
     assert {name for name in names if name.split(".")[0] in PACKAGES} <= {f"experiments.{one}" for one in BELOW}
 
 
+def test_private_parts_of_jax_are_imported_by_processes_of_a_group_only():
+    """And so by no command at its start: a version of JAX may move them."""
+    private = ("jax._src", "jaxlib", "experiments.processes.peers")
+    found = {
+        (path.name, name)
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        if name.startswith(private)
+    }
+    assert found == {("peers.py", "jax._src")}
+
+
 def test_functions_of_experiments_are_short_and_take_few_parameters():
     long = []
     for path in sorted((ROOT / "experiments").rglob("*.py")):

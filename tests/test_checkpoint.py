@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.config.errors import ConfigError
+from experiments.processes.processes import ALONE
 from experiments.training.checkpoint import Checkpoints, Progress, SaveError, require_undamaged
 
 ARRAYS = {"weights": jnp.arange(6, dtype=jnp.float32).reshape(2, 3), "count": jnp.zeros((), jnp.int32)}
@@ -93,6 +94,33 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_gone_on_from(save
 
 def test_an_undamaged_checkpoint_is_gone_on_from_without_a_word(saved):
     assert restored(saved) == (6, [])
+
+
+class Second(type(ALONE)):  # type: ignore[invalid-inheritance]  # what process 0 says is given
+    """The second of two processes, the first of which says these things and then what this one says."""
+
+    index, count = 1, 2
+
+    def __init__(self, *first):
+        self.first = [*first]
+
+    def said(self, own):
+        return [self.first.pop(0) if self.first else own, own]
+
+
+def test_all_go_on_from_the_checkpoint_that_process_0_finds(saved):
+    checkpoints = Checkpoints(saved, 2, Second("[4]"))
+    found = checkpoints.restore(ARRAYS, pytest.fail)
+    assert found is not None
+    assert found.progress.step == 4
+    checkpoints.close()
+    checkpoints = Checkpoints(saved, 2, Second("[]"))
+    assert checkpoints.restore(ARRAYS, pytest.fail) is None
+    checkpoints.close()
+    checkpoints = Checkpoints(saved, 2, Second("[6]", "", "another"))
+    with pytest.raises(ConfigError, match="process 1 has other checkpoint than process 0"):
+        checkpoints.restore(ARRAYS, pytest.fail)
+    checkpoints.close()
 
 
 def test_where_all_are_damaged_nothing_is_touched(saved):

@@ -1,11 +1,14 @@
 """Collectives read from the text of programs, and counted on paper."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 from experiments.benchmark.collectives import Collective, collectives_of, costs_by_kind, of_shared_layers, on_paper
-from experiments.training.sharding import placed_leaves
+from experiments.training.sharding import PlacedLeaf, placed_leaves
 from unet import UNet, UNetConfig
 from unet.tensor import require_divisible
 
@@ -57,6 +60,19 @@ def test_on_paper_each_divided_leaf_is_gathered_and_scattered_and_each_whole_one
 def test_on_paper_blocks_are_gathered_as_often_as_widths_say():
     (leaf,) = placed_leaves({"stack.blocks[0]": jnp.zeros((8, 8))}, MESH, 10)
     assert [one.bytes for one in on_paper([leaf], MESH, widths=(2, 4)) if one.kind == "all-gather"] == [128, 256]
+
+
+def test_on_paper_gradients_of_shared_layers_are_summed_where_their_weights_are_not_divided():
+    """Piece by piece: of queries, keys and values each device has its own heads."""
+    mesh = {**MESH, "data": 1, "tensor": 2}
+    leaf = PlacedLeaf(".blocks[0].attention.qkv.weight", (12, 36), PartitionSpec(), 1728, 1728)
+    for spec, reduced in (
+        (PartitionSpec(), [Collective("all-reduce", 1728, 4, 432), *[Collective("all-reduce", 576, 2, 144)] * 3]),
+        (PartitionSpec(None, ("fsdp", "tensor")), []),
+        (PartitionSpec(None, "fsdp"), [Collective("all-reduce", 576, 2, 144)] * 3),
+    ):
+        found = on_paper([dataclasses.replace(leaf, spec=spec)], mesh)
+        assert [one for one in found if one.kind == "all-reduce"] == reduced
 
 
 def test_on_paper_shared_layers_sum_their_outputs_and_the_gradients_of_their_inputs():

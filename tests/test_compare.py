@@ -26,7 +26,7 @@ from experiments.comparison.pairs import (
     pair_cells,
     pair_remarks,
 )
-from experiments.comparison.plan import pairs_of
+from experiments.comparison.plan import pairs_of, runs_of
 from experiments.comparison.study import of_estimators
 from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
@@ -340,6 +340,14 @@ def test_an_unfinished_run_goes_on_with_the_cores_it_gets(launched, corpus, tmp_
         assert start(*given, "--jobs", jobs) == 0
         assert read_config(tmp_path / "uniform-1").devices == devices
         (tmp_path / "uniform-1" / "summary.json").unlink()
+
+
+def test_runs_side_by_side_share_no_mesh(tmp_path):
+    common = ("--estimators", "uniform", "--seeds", "0", "--out", str(tmp_path))
+    for mesh in (("--mesh.fsdp", "2"), ("--mesh.data", "2"), ("--mesh.tensor", "2")):
+        assert runs_of(compare_module.parse_compare([*common, *mesh, "--jobs", "1"]))
+        with pytest.raises(ConfigError, match="its mesh needs 2 devices, and each of --jobs 2 has one"):
+            runs_of(compare_module.parse_compare([*common, *mesh, "--jobs", "2"]))
 
 
 def test_settings_are_checked_for_what_is_compared(launched, corpus, tmp_path, capsys):

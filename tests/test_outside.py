@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from estimators import WindowedPolicy
+from estimators import Boundaries, Credit, ObjectiveInputs, WindowedPolicy
 from estimators.lookup import settings_of
 from estimators.registry import ESTIMATORS, configuration, sections_of
 from estimators.settings import EstimatorConfig
@@ -28,6 +31,7 @@ from experiments.run import parse
 from tests.test_run import SMALL
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
+from tests.test_sharding import on_two_devices
 from unet.files.saving import require_saveable
 
 ROOT = Path(__file__).parent.parent
@@ -131,6 +135,20 @@ def test_the_examples_keep_the_contract(outside):
     check_chunker(chunker.Gated, dim=16)
     check_constraints(router.NormRouter, Setup(dim=16, constraints=(constraint.Numbers(4),)))
     check_reduction(reduction.Standardise, dim=16)
+
+
+def test_the_example_reduction_is_of_the_batch_of_all_devices(outside):
+    reduction = importlib.import_module("my_tokens.reduction").Standardise()
+    keys = jax.random.split(jax.random.key(0))
+    returns, mask = jax.random.normal(keys[0], (4, 5), jnp.float32), jax.random.uniform(keys[1], (4, 5)) < 0.8
+
+    def advantages(returns, mask):
+        boundaries = Boundaries(mask, returns, jax.nn.sigmoid(returns), mask, mask)
+        inputs = ObjectiveInputs(boundaries, returns[..., None], returns, None, mask, mask)
+        return reduction(Credit(returns, returns, jnp.zeros(()), None), inputs).returns
+
+    here = advantages(returns, mask)
+    np.testing.assert_allclose(on_two_devices(advantages, returns, mask), here, rtol=1e-5, atol=1e-6)
 
 
 BROKEN = {

@@ -1,23 +1,28 @@
 """How batches and parameters lie on a mesh of two devices, and checkpoints read on another mesh than they were written on."""
 
 import dataclasses
+import hashlib
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from experiments.config.build import build_byte_model
+from experiments.config.build import build_byte_model, new_model
 from experiments.config.errors import ConfigError
+from experiments.config.files import to_json
 from experiments.config.presets import PRESETS
 from experiments.config.sections import MeshConfig
-from experiments.training.checkpoint import Checkpoints, Progress
+from experiments.training.checkpoint import Checkpoints, Progress, as_written
 from experiments.training.digests import described
 from experiments.training.placement import Placement, mesh_shape
+from experiments.training.run_dir import CHECKPOINTS, CONFIG
 from experiments.training.sharding import partition_spec, placed_leaves
+from experiments.training.stored import stored_model
 from experiments.training.trainer import Trainer
-from unet import UNet
+from unet import UNet, UNetConfig
 
 TINY = dataclasses.replace(PRESETS["tiny"], batch=8)
 MESHES = (MeshConfig(data=2, whole_below=1), MeshConfig(fsdp=2, whole_below=1))
@@ -44,6 +49,22 @@ def test_the_largest_axis_that_divides_is_divided_and_small_leaves_are_whole(sha
     assert partition_spec("weight", shape, mesh, 10) == expected
     assert partition_spec("weight", shape, mesh, 10**6) == PartitionSpec()
     assert partition_spec("weight", shape, {**mesh, "fsdp": 1}, 1) == PartitionSpec()
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((8, 24), PartitionSpec(None, ("fsdp", "tensor"))),
+        ((12, 36), PartitionSpec(None, "fsdp")),
+        ((6, 4), PartitionSpec(None, "fsdp")),
+        ((6, 6), PartitionSpec()),
+    ],
+)
+def test_a_shared_weight_that_both_axes_do_not_divide_is_divided_over_one(shape, expected):
+    mesh = {"data": 1, "fsdp": 4, "tensor": 2}
+    assert partition_spec(".stage.blocks[0].attention.qkv.weight", shape, mesh, 1) == expected
+    alone = PartitionSpec(*[None if part is None else "fsdp" for part in expected])
+    assert partition_spec(".embedding", shape, mesh, 1) == alone
 
 
 def test_what_a_device_holds_is_counted():
@@ -116,6 +137,44 @@ def test_a_checkpoint_of_one_mesh_is_read_on_another_bit_for_bit(tmp_path, order
     assert {name: leaf.sharding.spec for name, leaf in found.arrays.items()} == read.specs(numbers())
     for name, leaf in numbers().items():
         np.testing.assert_array_equal(np.asarray(found.arrays[name]), np.asarray(leaf))
+
+
+def test_hashes_of_earlier_versions_are_those_of_whole_arrays(monkeypatch):
+    """Also where the parts of an array lie in several processes, each of which can reach its own only."""
+    there = placement(MESHES[1]).divided(numbers())
+    leaves = {
+        name: (shape, dtype, hashlib.sha256(np.asarray(numbers()[name[2:-2]]).tobytes()).hexdigest())
+        for name, (shape, dtype, _) in described(numbers()).items()
+    }
+    assert as_written(there, leaves)
+    assert not as_written({**there, "a": -there["a"]}, leaves)
+    gathered = []
+
+    def gather(leaf, *, tiled):
+        gathered.append((leaf.shape, tiled))
+        return np.asarray(numbers()["a" if leaf.shape == (6, 8) else "b"])
+
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", gather)
+    monkeypatch.setattr(
+        type(there["a"]), "is_fully_addressable", property(lambda leaf: len(leaf.sharding.device_set) == 1)
+    )
+    assert as_written(there, leaves)
+    assert gathered == [((6, 8), True), ((4, 2), True)]
+
+
+def test_what_a_mesh_trained_is_read_on_one_device(tmp_path):
+    """Also what cannot be trained here, and where the memory of a step would be planned for its mesh."""
+    shape = UNetConfig(8, 2, 1, 1, 1, window=4, remat="auto")
+    run = dataclasses.replace(TINY, unet=shape, estimator="uniform", length=16, out=tmp_path, mesh=MeshConfig(fsdp=64))
+    (tmp_path / CONFIG).write_text(to_json(run))
+    model = new_model(run, jax.random.key(3), None)
+    here = dataclasses.replace(run, devices=1, mesh=MeshConfig())
+    checkpoints = Checkpoints(tmp_path / CHECKPOINTS, keep=1)
+    checkpoints.save(Trainer.of(here, model, (16,)).first_state(), Progress(7, 1.0, {}, "f"))
+    checkpoints.close()
+    found, step = stored_model(tmp_path)
+    assert step == 7
+    assert eqx.tree_equal(eqx.filter(found, eqx.is_array), eqx.filter(model, eqx.is_array))
 
 
 def test_a_metric_of_one_devices_sequences_is_refused():

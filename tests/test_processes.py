@@ -12,6 +12,7 @@ import pytest
 from experiments.config.errors import ConfigError
 from experiments.config.sections import DistributedConfig
 from experiments.processes.launchers import Place, place_of
+from experiments.processes.peers import listening_at
 from experiments.processes.processes import ALONE
 from experiments.processes.stopping import Stop, meet
 from experiments.processes.watch import Sign, Watch
@@ -67,7 +68,7 @@ class TestEnds:
             ("leader-killed", 0, "has died or cannot be reached any more; go on with --resume", 0),
             ("leader-frozen", 0, "has died or hangs: it did not answer for 3 s; go on with --resume", 3),
             ("stuck", 1, "hangs: the others have waited for it for 2 s; go on with --resume", 2),
-            ("failing", 1, "has failed (its data are gone); go on with --resume", 0),
+            ("failing", 1, "has failed (its data are gone)", 0),
         ],
     )
     def test_the_end_of_one_ends_the_others_with_a_sentence_that_names_it(self, ends, name, who, sentence, seconds):
@@ -222,7 +223,7 @@ def test_a_process_that_is_alone_on_its_machine_has_all_of_its_devices(monkeypat
 
 def test_nothing_is_asked_of_a_cluster_by_one_process(monkeypatch):
     """A shell within a job has its variables too."""
-    monkeypatch.setattr("experiments.processes.launchers.ClusterEnv", None)
+    monkeypatch.setattr("experiments.processes.launchers._detected", None)
     assert place_of(DistributedConfig(), {}) is None
     assert place_of(DistributedConfig(), {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None
     assert place_of(DistributedConfig(launcher="none"), SLURM) is None
@@ -242,6 +243,16 @@ def test_processes_of_a_launcher_that_jax_does_not_know_do_not_train_side_by_sid
     """Newer versions of Open MPI leave out the variable that JAX reads."""
     with pytest.raises(ConfigError, match=r"--distributed\.index \$OMPI_COMM_WORLD_RANK"):
         place_of(DistributedConfig(), {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_a_coordinator_on_loopback_listens_there_alone(host):
+    assert listening_at(f"{host}:61441") == f"{host}:61441"
+
+
+@pytest.mark.parametrize("host", ["node7", "10.96.0.1", "[fe80::1]", "localhost.example.org"])
+def test_others_are_heard_on_all_addresses(host):
+    assert listening_at(f"{host}:61441") is None
 
 
 class TestWatch:

@@ -6,10 +6,13 @@ import equinox as eqx
 import jax
 import pytest
 
+from estimators.base import has_gradient
 from experiments.config.build import build_model
 from experiments.config.presets import PRESETS
+from experiments.config.sections import MeshConfig
 from experiments.run import parse
-from experiments.training.remat import GIB, KEPT, MemoryPlan, activation_bytes
+from experiments.training.remat import GIB, KEPT, MemoryPlan, activation_bytes, memory_plan
+from experiments.training.sharding import placed_leaves
 from experiments.training.step import fresh_state
 from experiments.training.trainer import Trainer
 from tests.test_run import usual_promotion as usual_promotion
@@ -65,6 +68,25 @@ def test_the_trainer_recomputes_blocks_by_the_memory_that_is_stated_and_leaves_t
         return "remat" in str(jax.make_jaxpr(trainer.step)(state, batch, jax.random.key(0)))
 
     assert (recomputed(roomy), recomputed(narrow), recomputed(told)) == (False, True, True)
+
+
+def test_parameters_are_counted_as_they_lie_on_a_mesh(monkeypatch):
+    """Those that are whole on every device whole; the memory of a machine by all devices that take part."""
+    monkeypatch.setattr("experiments.training.remat.machine_memory", lambda: 4 * GIB)
+    model = model_of(1)
+    params = eqx.filter(model, has_gradient)
+
+    def planned(mesh):
+        run = dataclasses.replace(PRESETS["tiny"], unet=UNetConfig(16, 2, 1, 0, 0, window=4), length=32, mesh=mesh)
+        return memory_plan(run, model, ())
+
+    alone = planned(MeshConfig(data=1))
+    assert alone.state == 16 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    shape = MeshConfig(data=2, fsdp=2, tensor=2, whole_below=1000)
+    leaves = placed_leaves(params, {"data": 2, "fsdp": 2, "tensor": 2}, 1000)
+    assert planned(shape).state == 4 * sum(leaf.bytes_per_device for leaf in leaves)
+    assert alone.state / 8 < planned(shape).state < alone.state
+    assert (alone.memory, planned(shape).memory) == (4 * GIB, GIB // 2)
 
 
 @pytest.mark.parametrize(("given", "remat"), [("auto", "auto"), ("True", True), ("False", False)])

@@ -97,6 +97,13 @@ def test_a_run_leaves_everything_it_should(finished):
     assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [6, 8]
 
 
+def test_returns_are_not_centred_over_the_one_sequence_of_a_device(corpus, tmp_path, capsys):
+    given = ("--dataset", corpus, "--out", tmp_path / "run", *SMALL, "--batch", "2", "--batch-centre.over", "shard")
+    assert start(*given, "--devices", "2") == 2
+    assert "each device has 1 sequence at a time of a batch of 2" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_report_is_one_page_that_needs_nothing_else(finished):
     page = (finished / "report.html").read_text()
     assert page.count('<svg class="picture"') == 2

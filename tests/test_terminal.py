@@ -254,7 +254,7 @@ COMMANDS = {
 def test_all_commands_end_alike(module, monkeypatch, tmp_path, capsys):
     name, arguments = COMMANDS[module]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_module, "use_cpu_devices", lambda count: None)
+    monkeypatch.setattr(run_module, "settle_cpu_devices", lambda count, named: None)
     for error, code in (
         (KeyboardInterrupt(), 130),
         (OutputClosed(), 141),

@@ -7,6 +7,7 @@ computed on every device: also Mamba-2, mixtures of experts and attention to tok
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -26,6 +27,11 @@ SHARED = (
     r"\.mlp\.(gate_up|down|value_gate|out)\.weight$",
 )
 """The paths of the parameters that belong to shared layers, as regular expressions."""
+
+
+def is_shared(path: str) -> bool:
+    """Whether the parameter at this path belongs to a layer that devices share."""
+    return any(re.search(one, path) for one in SHARED)
 
 
 class SummedLinear(eqx.Module):

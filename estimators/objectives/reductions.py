@@ -12,7 +12,7 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from estimators.base import ObjectiveInputs
 from estimators.bounds import Positive, Share, Weight, check_bounds
@@ -165,6 +165,14 @@ class BatchCentre(AbstractReduction):
             whole_batch=self.over == "batch",
         )
         return credit.compared("BatchCentre", centred)
+
+
+def rows_for_each_device(tree: PyTree) -> int:
+    """The rows (sequences times samples) that each device must have of a batch that several share, for the reductions in `tree`:
+    with one, returns minus the mean of those of the same device are all zero."""
+    steps = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, BatchCentre))
+    alone = [one.over == "shard" and not one.leave_one_out for one in steps if isinstance(one, BatchCentre)]
+    return 2 if any(alone) else 1
 
 
 class SampleCentre(AbstractReduction):

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from estimators.sharding import DATA, FSDP, TENSOR
-from experiments.training.sharding import PlacedLeaf, parts_of
+from experiments.training.sharding import PlacedLeaf, division_of, parts_of
+from unet.tensor import is_shared
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -17,6 +18,9 @@ DTYPE_BYTES = {"pred": 1, "bf16": 2}
 
 _LINE = re.compile(rf"= (?P<shape>\(.*?\)|\S+) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)$")
 _SHAPE = re.compile(r"\b(pred|bf16|f16|f32|f64|[su]\d+)\[([\d,]*)\]")
+
+_PIECES = {"qkv": 3, "gate_up": 2, "value_gate": 2}
+"""Weights that a shared layer takes apart: of each piece a device has its own heads or units."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ def on_paper(
     leaves: Iterable[PlacedLeaf], mesh: Mapping[str, int], *, widths: Sequence[int] = (4,)
 ) -> list[Collective]:
     """The collectives of parameters and gradients in a step: of a leaf that is divided over `FSDP`, an all-gather and a
-    reduce-scatter, and an all-reduce of its part over `DATA`; of a whole leaf, one all-reduce. Beside them a step exchanges
-    scalars alone, and numbers for each position of a sequence where returns are centred over the batch.
+    reduce-scatter, and an all-reduce of its part over `DATA`; of a whole leaf, one all-reduce. Where devices along `TENSOR` share
+    the layer of a leaf that is not divided over it, they add up its gradient. Beside them a step exchanges scalars alone, and
+    numbers for each position of a sequence where returns are centred over the batch.
 
     `widths`: bytes of each number of a block's leaf for each time that it is gathered. A compiler for GPUs keeps the forward and
     the backward pass apart, and gathers in the dtype of the products, but for blocks that are computed again: those it gathers
@@ -94,6 +99,10 @@ def on_paper(
             found.append(Collective("all-reduce", leaf.bytes // parts, mesh[DATA], size // parts))
         else:
             found.append(Collective("all-reduce", leaf.bytes, mesh[DATA] * mesh[FSDP], size))
+        division = division_of(leaf.spec)
+        if is_shared(leaf.path) and (division is None or TENSOR not in division[1]):
+            pieces = next((count for name, count in _PIECES.items() if f".{name}." in leaf.path), 1)
+            found += [Collective("all-reduce", leaf.bytes // pieces, mesh[TENSOR], size // pieces)] * pieces
     return [one for one in found if one.group > 1]
 
 

@@ -164,10 +164,16 @@ def run_folders(study: Study) -> dict[str, str]:
 
 def runs_of(plan: Plan) -> tuple[list[RunConfig], dict[tuple[str, int], RunConfig]]:
     """The configurations of byte models, where a variant reads the model of another run and names none, and of every run, seed by
-    seed, by variant and seed."""
+    seed, by variant and seed. Raises `ConfigError` where runs side by side, which have one device each, ask for a mesh."""
     first: dict[Path, RunConfig] = {}
     chosen = dict(plan.requested)
     if plan.jobs > 1:
+        for name, run in chosen.items():
+            require(
+                run.mesh.named == 1,
+                f"{plan.study.place(name)}its mesh needs {run.mesh.named} devices, and each of --jobs {plan.jobs} has one: take "
+                "--jobs 1, or leave out --mesh.data, --mesh.fsdp and --mesh.tensor",
+            )
         chosen = {name: dataclasses.replace(run, devices=1) for name, run in chosen.items()}
     for name, run in chosen.items():
         needs = run.first.prerequisite

@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jax._src.clusters import ClusterEnv
-
 from experiments.config.errors import ConfigError, one_line
 from experiments.config.sections import DistributedConfig
 
@@ -65,6 +63,9 @@ def _alone_on_its_machine(environment: Mapping[str, str]) -> bool:
 
 
 def _detected(launcher: str, config: DistributedConfig, environment: Mapping[str, str]) -> Place | None:
+    # Here, since a version of JAX may move it, which is no concern of a process that is alone.
+    from jax._src.clusters import ClusterEnv
+
     # JAX has no name for Kubernetes, which it tries after those that have one.
     method = None if launcher == "k8s" else launcher
     try:

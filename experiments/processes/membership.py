@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jax.errors import JaxRuntimeError
 
@@ -16,10 +17,12 @@ from experiments.config.errors import failure
 from experiments.config.sections import DistributedConfig
 from experiments.launch import drop_unwritten, to_nowhere
 from experiments.processes.launchers import place_of
-from experiments.processes.peers import Peers
 from experiments.processes.processes import ALONE, AbstractProcesses
 from experiments.processes.stopping import AgreedStop
 from experiments.reporting.display import Display
+
+if TYPE_CHECKING:
+    from experiments.processes.peers import Peers
 
 
 @dataclass
@@ -38,22 +41,33 @@ class Membership:
         self._left = False
 
     @contextmanager
-    def joined(self, config: DistributedConfig) -> Iterator[AbstractProcesses]:
+    def joined(
+        self,
+        config: DistributedConfig,
+        *,
+        before: Callable[[int], None] = lambda count: None,
+        resumable: Callable[[], bool] = lambda: False,
+    ) -> Iterator[AbstractProcesses]:
         """The processes that this one belongs to: itself alone, or those that it has met. They end together: where the block
-        fails in one, the others are told why.
+        fails in one, the others are told why. `before` is called with their number before they meet, which uses JAX;
+        `resumable` says whether there is something to go on from.
 
         Raises `ConfigError` and `RunError` where they cannot meet.
         """
         place = place_of(config, os.environ)
+        before(1 if place is None else place.processes)
         if place is None:
             yield ALONE
             return
+        # It uses parts of JAX that a version may move, which is no concern of a process that is alone.
+        from experiments.processes.peers import Peers
+
         display = self._display
         display.prefix = f"process {place.index}: "
         display.quiet = display.quiet or place.index > 0
         # Gloo's greetings; a run writes nothing there.
         to_nowhere(1)
-        self._peers = Peers(place, config, self._tell_verdict)
+        self._peers = Peers(place, config, self._tell_verdict, resumable)
         try:
             yield self._peers
         except AgreedStop:
@@ -70,7 +84,7 @@ class Membership:
 
     def _tell_verdict(self, verdict: str) -> None:
         self._display.stop()
-        self._display.error(f"{verdict}; go on with --resume")
+        self._display.error(verdict)
         self._let_go()
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import socket
@@ -34,10 +35,17 @@ class Peers(AbstractProcesses):
     with a sentence that names it, in that thread, and the process ends with exit code 1.
     """
 
-    def __init__(self, place: Place, config: DistributedConfig, ended: Callable[[str], None]):
-        """Meets the others. Raises `RunError` where process 0 cannot be reached, or its port is taken."""
+    def __init__(
+        self,
+        place: Place,
+        config: DistributedConfig,
+        ended: Callable[[str], None],
+        resumable: Callable[[], bool] = lambda: False,
+    ):
+        """Meets the others. `resumable` says whether there is something to go on from. Raises `RunError` where process 0 cannot
+        be reached, or its port is taken."""
         self.index, self.count = place.index, place.processes
-        self._place, self._config, self._ended = place, config, ended
+        self._place, self._config, self._ended, self._resumable = place, config, ended, resumable
         self._interval = max(min(1.0, config.timeout / 8), self.count / 200)
         self._ending = threading.Lock()
         self._done = threading.Event()
@@ -74,6 +82,7 @@ class Peers(AbstractProcesses):
                 self.index,
                 local_device_ids=self._place.local_devices,
                 cluster_detection_method="deactivate",
+                coordinator_bind_address=listening_at(self._place.coordinator),
                 initialization_timeout=round(self._config.wait),
                 # Only where the watch below is at its end too.
                 heartbeat_timeout_seconds=round(3 * self._config.timeout + 30),
@@ -156,9 +165,12 @@ class Peers(AbstractProcesses):
         self._verdict = verdict
         if self.leads:
             self._tell(_VERDICT, verdict)
-        self._ended(verdict)
+        self._ended(self._with_advice(verdict))
         self.part()
         os._exit(1)
+
+    def _with_advice(self, sentence: str) -> str:
+        return f"{sentence}; go on with --resume" if self._resumable() else sentence
 
     def _tell(self, kind: str, text: str) -> None:
         """Leave a text for the others, who read it within an interval."""
@@ -188,7 +200,7 @@ class Peers(AbstractProcesses):
         if self._verdict is not None:
             why = self._verdict
         elif self._met:
-            why = f"{self._names[0]} has died or cannot be reached any more; go on with --resume"
+            why = self._with_advice(f"{self._names[0]} has died or cannot be reached any more")
         else:
             reason = re.search(r"absl::Status: (.*)", self._captured())
             why = (
@@ -210,6 +222,17 @@ class Client(Protocol):
     def blocking_key_value_get(self, key: str, timeout_in_ms: int, /) -> str: ...
 
     def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int, /) -> None: ...
+
+
+def listening_at(coordinator: str) -> str | None:
+    """Where process 0 listens for the others: at the address of `coordinator` (HOST:PORT) where no other machine can be meant;
+    None for all of its addresses."""
+    host = coordinator.rpartition(":")[0]
+    if host == "localhost":
+        return coordinator
+    with suppress(ValueError):
+        return coordinator if ipaddress.ip_address(host.strip("[]")).is_loopback else None
+    return None
 
 
 def _client() -> Client:

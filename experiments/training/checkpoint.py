@@ -22,6 +22,7 @@ from experiments.config.errors import ConfigError, RunError, one_line
 from experiments.config.structure import flat, parsed, structured
 from experiments.processes.processes import ALONE, AbstractProcesses
 from experiments.training.digests import Described, described, sha256_of, shapes_of
+from experiments.training.sharding import on_host
 from unet.files.saving import write_atomically
 
 _TRASH = "trash"
@@ -46,7 +47,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class _Meta:
+class Meta:
     """`Progress`, and of every array by name its shape, dtype and digest."""
 
     step: int
@@ -102,7 +103,7 @@ class Checkpoints:
 
         Raises `SaveError` where it cannot be written; what was written of it is deleted.
         """
-        if progress.step in self._manager.all_steps():
+        if progress.step in self._steps():
             return
         meta = {**vars(progress), "leaves": described(arrays)}
         # Before the save, since the other writes of one that fails may end while its exception is on its way here.
@@ -134,7 +135,7 @@ class Checkpoints:
         Raises `ConfigError` where all are damaged, or one does not fit.
         """
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in sorted(self._steps(), reverse=True):
             try:
                 self._require_undamaged(step)
                 restored = self._restored(step, like)
@@ -144,12 +145,17 @@ class Checkpoints:
             for later, sentence in damaged.items():
                 self._put_aside(later)
                 note(f"{sentence}: going on from that of step {step}")
+            self._processes.require_same("checkpoint", json.dumps(vars(restored.progress), sort_keys=True).encode())
             return restored
         if damaged:
             raise ConfigError(
                 f"{' and '.join(damaged.values())}: there is none to go on from; start again with --overwrite"
             )
         return None
+
+    def _steps(self) -> list[int]:
+        """The steps that process 0 finds: file systems of networks may show others an older list."""
+        return json.loads(self._processes.said(json.dumps([*self._manager.all_steps()]))[0])
 
     def _require_undamaged(self, step: int) -> None:
         """Raise `DamagedError` in all processes where process 0 finds a file that is not as it was written."""
@@ -174,7 +180,7 @@ class Checkpoints:
     def _read_whole(self, step: int, like: Arrays) -> Restored[Arrays]:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            meta = structured(self._read(step, "meta", ocp.args.JsonRestore()), _Meta)
+            meta = structured(self._read(step, "meta", ocp.args.JsonRestore()), Meta)
         except Exception as error:  # orbax lets whatever its readers raise through, bare Exceptions among them
             raise _damage(error) from error
         expected = shapes_of(like)
@@ -270,7 +276,8 @@ def as_written(arrays: PyTree[Array], leaves: Mapping[str, Described]) -> bool:
         # Those of a run from before arrays were described in parts.
         paths = jax.tree_util.tree_leaves_with_path(arrays)
         found = {
-            jax.tree_util.keystr(path): (tuple(leaf.shape), str(leaf.dtype), sha256_of(leaf)) for path, leaf in paths
+            jax.tree_util.keystr(path): (tuple(leaf.shape), str(leaf.dtype), sha256_of(on_host(leaf)))
+            for path, leaf in paths
         }
     else:
         found = described(arrays)

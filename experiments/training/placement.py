@@ -12,7 +12,6 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -20,7 +19,7 @@ from estimators.sharding import BATCH_AXES
 from experiments.config.errors import ConfigError, require
 from experiments.config.settings import RunConfig
 from experiments.reporting.markdown import table
-from experiments.training.sharding import AXES, PlacedLeaf, assembled, partition_specs, placed_leaves
+from experiments.training.sharding import AXES, PlacedLeaf, assembled, on_host, partition_specs, placed_leaves
 from unet import fused_attention
 from unet.language_model import AbstractLanguageModel
 from unet.ops.mosaic import refusal
@@ -61,6 +60,11 @@ class Placement:
     def by_row(self) -> NamedSharding:
         """Arrays whose first axis is the batch."""
         return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+
+    @property
+    def batch_shards(self) -> int:
+        """The parts that the sequences of a batch are divided into."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     @property
     def everywhere(self) -> NamedSharding:
@@ -126,6 +130,11 @@ class Placement:
         """The same as shardings."""
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs(tree))
 
+    def kept(self, tree: Tree) -> Tree:
+        """Within a compiled step: a tree of parameters or moments that stays where it lies. The compiler might choose otherwise,
+        and the next step would be compiled again."""
+        return tree if self.alone else jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
     def divided(self, tree: Tree) -> Tree:
         """A tree of parameters or moments on the devices. Every process gives the same."""
 
@@ -139,13 +148,7 @@ class Placement:
 
     def whole(self, tree: Tree) -> PyTree[np.ndarray]:
         """A tree on the host, gathered leaf by leaf. Every process has to call this, and gets it."""
-        return jax.tree.map(self.whole_leaf, tree)
-
-    def whole_leaf(self, leaf: Array) -> np.ndarray:
-        """One leaf on the host, whole."""
-        if leaf.is_fully_addressable or leaf.is_fully_replicated:
-            return np.asarray(leaf)
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+        return jax.tree.map(on_host, tree)
 
     def leaves(self, tree: PyTree) -> list[PlacedLeaf]:
         """What one device holds of each leaf of a tree of parameters or moments."""

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from estimators.base import has_gradient
+from estimators.sharding import DATA, FSDP, TENSOR
 from experiments.config.settings import RunConfig
 from experiments.training.placement import batch_shards
+from experiments.training.sharding import placed_leaves
 from unet import UNet
 from unet.blocks import computed
 from unet.fused_attention import refusal
@@ -75,7 +77,9 @@ def memory_plan(config: RunConfig, model: UNet, capacities: Sequence[int]) -> Me
     parts = config.optimizer.accumulate * batch_shards(config)
     shape = max(1, config.batch // parts), config.length
     params = eqx.filter(model, has_gradient)
-    state = COPIES * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) // config.mesh.fsdp
+    # How many groups share a batch (`DATA`) does not matter to where a parameter lies.
+    mesh = {DATA: 1, FSDP: config.mesh.fsdp, TENSOR: config.mesh.tensor}
+    state = COPIES * sum(leaf.bytes_per_device for leaf in placed_leaves(params, mesh, config.mesh.whole_below))
     # Where all attention is fused, what XLA would have to keep of it does not count.
     dtype = jnp.dtype(config.unet.compute)
     refused = [refusal(config.length, *one, dtype) for one in config.unet.attention_layers]
@@ -96,7 +100,8 @@ def available(config: RunConfig) -> int | None:
     if device.platform != "cpu":
         return None
     machine = machine_memory()
-    return None if machine is None else machine // max(1, batch_shards(config) // jax.process_count())
+    devices = batch_shards(config) * config.mesh.tensor // jax.process_count()
+    return None if machine is None else machine // max(1, devices)
 
 
 def machine_memory() -> int | None:

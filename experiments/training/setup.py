@@ -14,8 +14,9 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from data import Split
 from estimators.keys import named_key
+from estimators.objectives.reductions import rows_for_each_device
 from experiments.config.build import new_model
-from experiments.config.errors import ConfigError
+from experiments.config.errors import ConfigError, require
 from experiments.config.files import to_json
 from experiments.config.plugins import import_plugins, modules_of
 from experiments.config.settings import RunConfig
@@ -83,6 +84,7 @@ def set_up(config: RunConfig) -> Setup:
     # A run that goes on has its weights in its checkpoint; one that was stopped before the first has not.
     if config.init is not None and not (config.resume and has_checkpoint(config.run_dir)):
         model = initial_weights(config.init, model, (*modules_of(config), *import_plugins(config.plugin)), notes.append)
+    _require_comparable(config, model, placement)
     trainer = Trainer.on(config, model, split, 0.0 if alignment is None else alignment.rate)
     if config.mesh.show:
         notes.append(placement.shown(trainer.params))
@@ -90,6 +92,16 @@ def set_up(config: RunConfig) -> Setup:
         *(split, prepared, model, trainer, named_key(key, "steps"), named_key(key, "evaluation"), placement),
         tuple(notes),
         alignment,
+    )
+
+
+def _require_comparable(config: RunConfig, model: AbstractLanguageModel, placement: Placement) -> None:
+    """Raise `ConfigError` where each device has too few sequences for a reduction that compares those of one device."""
+    sequences = config.batch // config.optimizer.accumulate // placement.batch_shards
+    require(
+        sequences * config.samples >= rows_for_each_device(model),
+        f"--batch-centre.over shard: each device has {sequences} sequence at a time of a batch of {config.batch}, whose centred "
+        "return is zero: use a larger --batch, --batch-centre.over batch, or --batch-centre.leave-one-out",
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import equinox as eqx
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -17,7 +18,7 @@ from estimators.sharding import DATA, FSDP, TENSOR
 from unet.blocks import DividedBlock, Stack
 from unet.gathering import Division, whole_leaf
 from unet.language_model import AbstractLanguageModel
-from unet.tensor import SHARED
+from unet.tensor import is_shared
 
 AXES = (DATA, FSDP, TENSOR)
 """The axes of every mesh."""
@@ -27,18 +28,21 @@ Params = TypeVar("Params", bound=PyTree)
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Mapping[str, int], whole_below: int) -> PartitionSpec:
     """The rule: of a leaf of at least `whole_below` numbers, the largest axis that `fsdp` divides is divided over it, the first
-    of several as large; for the weights of layers that `tensor` shares, over both. Every other leaf is whole on each device.
+    of several as large; for the weights of layers that `tensor` shares, over both where their product divides one. Every other
+    leaf is whole on each device.
 
     `path` names the leaf, as `jax.tree_util.keystr` does; `mesh` has the size of each axis of the mesh.
     """
-    over = (FSDP, TENSOR) if mesh[TENSOR] > 1 and any(re.search(one, path) for one in SHARED) else (FSDP,)
-    over = tuple(name for name in over if mesh[name] > 1)
-    parts = math.prod(mesh[name] for name in over)
-    fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
-    if parts == 1 or not fitting or math.prod(shape) < whole_below:
+    if math.prod(shape) < whole_below:
         return PartitionSpec()
-    largest = max(fitting, key=lambda axis: shape[axis])
-    return PartitionSpec(*[None] * largest, over[0] if len(over) == 1 else over)
+    for axes in ((FSDP, TENSOR), (FSDP,)) if is_shared(path) else ((FSDP,),):
+        over = tuple(name for name in axes if mesh[name] > 1)
+        parts = math.prod(mesh[name] for name in over)
+        fitting = [axis for axis, size in enumerate(shape) if size % parts == 0]
+        if parts > 1 and fitting:
+            largest = max(fitting, key=lambda axis: shape[axis])
+            return PartitionSpec(*[None] * largest, over[0] if len(over) == 1 else over)
+    return PartitionSpec()
 
 
 def partition_specs(tree: PyTree, mesh: Mapping[str, int], whole_below: int) -> PyTree[PartitionSpec]:
@@ -76,6 +80,13 @@ def parts_of(spec: PartitionSpec, mesh: Mapping[str, int]) -> int:
     """The number of parts that a spec divides a leaf into."""
     division = division_of(spec)
     return 1 if division is None else math.prod(mesh[name] for name in division[1])
+
+
+def on_host(leaf: Array) -> np.ndarray:
+    """A leaf on the host, whole: gathered where other processes hold parts of it. Every process has to call this."""
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def assembled(params: Params, static: AbstractLanguageModel, specs: PyTree[PartitionSpec]) -> AbstractLanguageModel:

@@ -74,9 +74,8 @@ def make_step(
     placement: Placement | None = None,
     held: PyTree[bool] | None = None,
 ) -> Step:
-    """The training step of a run that minimises `loss`. `remat`: whether blocks are recomputed in the backward pass (None: as the
-    model says). `placement`: the devices that share it (None: one has everything). `held`: True for the parameters that do not
-    move, whose moments follow their gradients all the same."""
+    """The training step of a run that minimises `loss`. `remat`: whether blocks are computed twice (None: as the model says).
+    `placement`: its devices (None: one). `held`: True for parameters that do not move, whose moments follow their gradients."""
     schedule, accumulate = TargetSchedule.of(config), config.optimizer.accumulate
 
     def loss_of(
@@ -121,6 +120,7 @@ def make_step(
                 updates = jax.tree.map(lambda still, one: jnp.zeros_like(one) if still else one, held, updates)
             params = optax.apply_updates(state.params, updates)
         moved = TrainState(params, moments, schedule.moved(state.target, output.free_rate))
+        moved = moved if placement is None else placement.kept(moved)
         return moved, StepMetrics(output, optax.tree.norm(gradients), target_rate, norms_by_part(gradients))
 
     return step

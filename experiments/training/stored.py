@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 from experiments.config.build import new_model
 from experiments.config.errors import ConfigError, require
 from experiments.config.sections import MeshConfig
-from experiments.training.checkpoint import DamagedError, as_written, require_undamaged, said
+from experiments.config.structure import structured
+from experiments.training.checkpoint import DamagedError, Meta, as_written, require_undamaged, said
 from experiments.training.placement import with_implementation
 from experiments.training.prepared import read_prepared
 from experiments.training.run_dir import CHECKPOINTS, PREPARED, read_config
@@ -86,8 +87,9 @@ def _restored(folder: Path, like):
             target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
             found = reader.restore(folder.absolute(), args=arguments)
+            leaves = structured(found["meta"], Meta).leaves
         except Exception as error:  # orbax lets whatever its readers raise through, bare Exceptions among them
             raise ConfigError(f"the checkpoint {folder} is damaged, or does not fit its run ({said(error)})") from error
-    if not as_written(found["state"], found["meta"]["leaves"]):
+    if not as_written(found["state"], leaves):
         raise ConfigError(f"the checkpoint {folder} is damaged: its bits are not those written")
     return found["state"].params

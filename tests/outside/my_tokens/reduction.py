@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from estimators import AbstractReduction, Credit, ObjectiveInputs
 from estimators.equations import batch_centred
+from estimators.sharding import batch_sum
 
 
 class Standardise(AbstractReduction):
@@ -22,5 +23,7 @@ class Standardise(AbstractReduction):
 
     def __call__(self, credit: Credit, inputs: ObjectiveInputs) -> Credit:
         centred = batch_centred(credit.summed(inputs), inputs.mask, leave_one_out=False)
-        variance = jnp.sum(centred**2, axis=0) / jnp.maximum(jnp.sum(inputs.mask, axis=0), 1)
+        # Of the whole batch, of which a device may have a part.
+        squares, count = batch_sum((jnp.sum(centred**2, axis=0), jnp.sum(inputs.mask, axis=0)))
+        variance = squares / jnp.maximum(count, 1)
         return credit.compared("Standardise", centred / jnp.maximum(jnp.sqrt(variance), self.floor))
