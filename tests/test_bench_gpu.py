@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from jax.profiler import ProfileData
@@ -14,12 +15,14 @@ from experiments.benchmark.cards import BFLOAT16, peak_of
 from experiments.benchmark.device import asked, kernels, models
 from experiments.benchmark.device.asked import Asked, Item
 from experiments.benchmark.device.gathered import Gathered, Part, columns
-from experiments.benchmark.device.worker import device, measure, run_part
+from experiments.benchmark.device.worker import Request, device, measure, run_part
 from experiments.benchmark.deviceless import TARGETS
 from experiments.benchmark.gpu import Gpu
 from experiments.benchmark.profile import kernel_durations, summed
 from experiments.config.presets import PRESETS
+from experiments.config.structure import parsed, structured
 from experiments.reporting.display import Display
+from experiments.training.run_dir import json_text
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
 from unet import UNetConfig
@@ -134,7 +137,7 @@ def test_a_part_skips_what_no_longer_fits_and_goes_on_after_a_failure():
 def command_of(script):
     """Stands for the process of a part: a script that may call `say`."""
     head = """
-        import json, pickle, sys, time, types
+        import json, sys, time
         name = open(sys.argv[1] + ".name").read()
         def say(kind, item="", why="", **result):
             with open(sys.argv[1].removesuffix("request") + "jsonl", "a") as stream:
@@ -146,6 +149,11 @@ def command_of(script):
         return [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(script), str(request)]
 
     return command
+
+
+def test_a_request_is_json_that_is_read_with_its_types():
+    request = Request("kernels", ASKED, Path("lines.jsonl"), deadline=1.5, grace=2.0)
+    assert structured(parsed(json_text(request)), Request) == request
 
 
 def test_results_are_written_as_they_come_and_the_time_is_kept(monkeypatch, tmp_path):

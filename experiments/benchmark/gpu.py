@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -135,7 +134,7 @@ class Gpu(AbstractMeasurement):
             return
         lines, request = folder / f"{name}.jsonl", folder / f"{name}.request"
         lines.touch()
-        request.write_bytes(pickle.dumps(Request(name, self.asked, lines, deadline, GRACE)))
+        request.write_text(json_text(Request(name, self.asked, lines, deadline, GRACE)))
         environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
         if name.startswith("PyTorch"):
             # The card's memory is PyTorch's alone.
