@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
@@ -92,6 +93,8 @@ def check_statement(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> No
             parse_command(name, rest[2:], monkeypatch)
         else:
             importlib.import_module(rest[1])
+    elif program == "python" and rest[0] == "-c":
+        _check_code(rest[1])
     elif program in PROJECT["scripts"]:
         parse_command(program.removeprefix("caesura-"), rest, monkeypatch)
     elif program == "pip":
@@ -103,6 +106,13 @@ def check_statement(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> No
         assert all(word in targets for word in rest if "=" not in word), words
     else:
         raise AssertionError(f"{program} is no program that the documentation may use: {shlex.join(words)}")
+
+
+def _check_code(text: str) -> None:
+    """The code is Python, and what it takes from a module is there."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            getattr(importlib.import_module(node.value.id), node.attr)
 
 
 def _check_pip(rest: Sequence[str]) -> None:
