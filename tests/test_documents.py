@@ -1,4 +1,5 @@
-"""That every command and every block of code in README, the documentation and the notebooks works, and what the site promises."""
+"""That the Python of README, the documentation and the notebooks runs, and that every command there is one that its own parser
+understands. Some are run too."""
 
 from __future__ import annotations
 
