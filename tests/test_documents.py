@@ -21,7 +21,7 @@ from experiments.run import parse
 from experiments.training.run_dir import prepare_new
 from tests.compositions import registered
 from tests.conftest import needs
-from tests.documents import ROOT, blocks, check_statement, inline_commands, pages, statements
+from tests.documents import ROOT, blocks, check_statement, inline_commands, inline_flags, known_flags, pages, statements
 from unet import (
     LlamaConfig,
     TokenModel,
@@ -137,6 +137,27 @@ def test_every_command_is_understood(page, there, monkeypatch):
                 raise AssertionError(f"{where}: {shlex.join(words)}: {error}") from error
         except (Exception, SystemExit) as error:
             raise AssertionError(f"{where}: {shlex.join(words)}: {type(error).__name__}: {error}") from error
+
+
+NOT_OURS = {
+    *("gpu-bind", "gpus-per-task", "ntasks-per-node", "signal"),  # SLURM's
+    *("include_path", "model_args"),  # those of lm-evaluation-harness
+    "logdir",  # TensorBoard's
+    *("norm-router.start", "section.argument"),  # of the example in docs/extending.md
+}
+"""Flags in sentences that no command of this library has."""
+
+
+def test_every_flag_in_a_sentence_is_that_of_a_command(capsys):
+    known = known_flags(capsys)
+    sections = {flag.split(".")[0] for flag in known if "." in flag}
+    unknown = set()
+    for page in pages():
+        for flag, begins in inline_flags(page) if page not in ("CHANGELOG.md", "docs/changelog.md") else ():
+            plain = {flag, flag.removeprefix("no-"), flag.replace(".no-", ".")}
+            if not (plain & (known | sections) or (begins and any(one.startswith(flag) for one in known))):
+                unknown.add(flag)
+    assert unknown == NOT_OURS
 
 
 @pytest.mark.parametrize("page", [page for page in pages() if any(one.language == "python" for one in blocks(page))])
