@@ -244,7 +244,7 @@ class HubSource(AbstractSource):
             raise self._unreachable(
                 f"read {file.path}", "offline mode is on (HF_HUB_OFFLINE) and this shard is not cached"
             )
-        self._evict_for(file)
+        self._check_fits(file)
         arriving, locks = self._folder / ".cache" / "arriving", self._folder / ".cache" / "locks"
         lock = locks / hashlib.blake2b(file.path.encode(), digest_size=16).hexdigest()
 
@@ -252,10 +252,15 @@ class HubSource(AbstractSource):
             locks.mkdir(parents=True, exist_ok=True)
             # Worker processes of a run read the same shards at the same time: the others wait for the first.
             with WeakFileLock(lock):
-                return local if _has(local, file) else downloaded()
+                if _has(local, file):
+                    os.utime(local)
+                    return local
+                # Only now: no shard goes for one that another process has made room for.
+                local.unlink(missing_ok=True)
+                self._evict_for(file, local)
+                return downloaded()
 
         def downloaded() -> Path:
-            local.unlink(missing_ok=True)
             repository, commit = manifest.repository, manifest.commit
             path = Path(
                 hf_hub_download(
@@ -278,14 +283,17 @@ class HubSource(AbstractSource):
 
         return self._request(f"download {file.path}", download, lambda: _size_of(arriving))
 
-    def _evict_for(self, file: RemoteFile) -> None:
-        """Deletes the least recently used shards until `file` fits. Raises `DataError` if it is larger than the cache."""
+    def _check_fits(self, file: RemoteFile) -> None:
+        """Raises `DataError` if `file` is larger than the cache."""
         if file.size > self._cache_bytes:
             raise DataError(
                 f"{file.path} of {self.name} has {file.size / 2**30:.2f} GiB, more than the cache may hold; raise "
                 f"--data.cache-gib above {self._cache_bytes / 2**30:.2f}"
             )
-        kept = sorted(self._kept(), key=lambda one: one[0])
+
+    def _evict_for(self, file: RemoteFile, local: Path) -> None:
+        """Deletes the least recently used shards until `file` fits, which will be at `local`."""
+        kept = sorted((one for one in self._kept() if one[1].name != str(local)), key=lambda one: one[0])
         size = sum(shard.size for _, shard in kept)
         for _, shard in kept:
             if size + file.size <= self._cache_bytes:

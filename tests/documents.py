@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib
 import re
 import shlex
@@ -9,6 +11,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -25,6 +28,13 @@ OWN_PARSERS = {"run": "parse", "compare": "parse_compare", "bench": "parse"}
 OTHERS = ("cat", "tensorboard", "jupyter", "ruff", "pyrefly")
 """Programs of others, whose arguments are not looked at."""
 INLINE = re.compile(r"`(python -m experiments\.[^`\n]+)`")
+CODE = re.compile(r"`([^`\n]+)`")
+FLAG = re.compile(r"(?<![\w-])--([a-z][\w.-]*)(…?)")
+ALL_SETTINGS = (
+    ("compare", "--help"),
+    *(("run", "--model", model, "--help-all") for model in ("tiny", "hnet-tiny", "blt-1B", "transformer-760M")),
+)
+"""Helps that have the settings of models of every kind, and those of comparisons."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,27 @@ def inline_commands(page: str) -> list[str]:
     return [text for text in INLINE.findall(content) if "…" not in text and " " in text.removeprefix("python -m ")]
 
 
+def inline_flags(page: str) -> set[tuple[str, bool]]:
+    """The flags that sentences name, without dashes, and whether only a beginning is named."""
+    content = FENCE.sub("", (ROOT / page).read_text())
+    found = (match.groups() for code in CODE.findall(content) for match in FLAG.finditer(code))
+    return {(name.rstrip("."), bool(rest) or name.endswith(".")) for name, rest in found}
+
+
+def known_flags(capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """The flags of every command, from their helps, without dashes."""
+    bench = importlib.import_module("experiments.bench").Command
+    names = {script.removeprefix("caesura-") for script in PROJECT["scripts"]} - {"bench", "compare", "harness", "run"}
+    helps = [*((name, "--help") for name in names), *ALL_SETTINGS]
+    helps += [("bench", one.__name__.lower(), "--help") for one in get_args(bench)]
+    found = {"help", "help-all"}
+    for name, *arguments in helps:
+        with contextlib.suppress(SystemExit):
+            importlib.import_module(f"experiments.{name}").main(arguments)
+        found |= {flag for flag, _ in FLAG.findall(capsys.readouterr().out)}
+    return found
+
+
 def statements(text: str) -> list[tuple[str, ...]]:
     """The words of each command of a shell, without comments and variables set for it."""
     lines = (shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines())
@@ -92,6 +123,8 @@ def check_statement(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> No
             parse_command(name, rest[2:], monkeypatch)
         else:
             importlib.import_module(rest[1])
+    elif program == "python" and rest[0] == "-c":
+        _check_code(rest[1])
     elif program in PROJECT["scripts"]:
         parse_command(program.removeprefix("caesura-"), rest, monkeypatch)
     elif program == "pip":
@@ -103,6 +136,13 @@ def check_statement(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> No
         assert all(word in targets for word in rest if "=" not in word), words
     else:
         raise AssertionError(f"{program} is no program that the documentation may use: {shlex.join(words)}")
+
+
+def _check_code(text: str) -> None:
+    """The code is Python, and what it takes from a module is there."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            getattr(importlib.import_module(node.value.id), node.attr)
 
 
 def _check_pip(rest: Sequence[str]) -> None:

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import math
 import sys
 import textwrap
+from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
@@ -14,12 +17,15 @@ from experiments.benchmark.cards import BFLOAT16, peak_of
 from experiments.benchmark.device import asked, kernels, models
 from experiments.benchmark.device.asked import Asked, Item
 from experiments.benchmark.device.gathered import Gathered, Part, columns
-from experiments.benchmark.device.worker import device, measure, run_part
+from experiments.benchmark.device.worker import Request, device, measure, run_part
 from experiments.benchmark.deviceless import TARGETS
 from experiments.benchmark.gpu import Gpu
-from experiments.benchmark.profile import kernel_durations, summed
+from experiments.benchmark.profile import ProfileError, kernel_durations, summed
+from experiments.benchmark.timing import Timing
 from experiments.config.presets import PRESETS
+from experiments.config.structure import parsed, structured
 from experiments.reporting.display import Display
+from experiments.training.run_dir import json_text
 from tests.test_run import corpus as corpus
 from tests.test_run import usual_promotion as usual_promotion
 from unet import UNetConfig
@@ -69,6 +75,43 @@ def test_kernels_are_compared_with_xla_in_value_gradient_and_time(small, corpus)
         assert positive(result, "ms", "XLA, ms", "times XLA's speed")
         assert "no CUDA device" in str(result["in XLA, since"]) or "XLA" in str(result["in XLA, since"])
         assert result["never slower"] is None
+
+
+@pytest.mark.parametrize(
+    ("speedup", "high", "expected"), [(0.9, math.nan, True), (0.9, 1.0, True), (0.9, 0.99, False), (1.2, 1.3, True)]
+)
+def test_a_kernel_is_slower_only_if_that_is_distinguishable(small, monkeypatch, speedup, high, expected):
+    def stub(works, **settings):
+        return {name: Timing(3.0, speedup, 7, speedup, high) for name in works}
+
+    monkeypatch.setattr(kernels, "time_interleaved", stub)
+    monkeypatch.setattr(kernels.Case, "refused", None)
+    monkeypatch.setattr(kernels, "_work", lambda case, form: lambda: (jnp.ones(2), jnp.ones(2)))
+    several = dataclasses.replace(ASKED, calls=2)
+    found = kernels.compare(kernels.cases(several)[1], several)
+    assert found["never slower"] is expected
+    assert found["ms"] == 1500.0
+
+
+def test_steps_are_timed_alone_where_the_first_could_not_be(small, corpus, monkeypatch):
+    def step(config, split):
+        if len(tried) < broken:
+            tried.append(config)
+            raise MemoryError("too large")
+        return models.Compiled(lambda: (), 1.0, 2**30)
+
+    monkeypatch.setattr(models, "compiled_step", step)
+    for broken in (0, 1):
+        tried = []
+        found = heard("step of tiny", corpus)
+        ratios = [result["times its speed as it is"] for result in found.done.values()]
+        if broken:
+            assert found.without == {"tiny, as it is": "MemoryError: too large"}
+            assert ratios == [None, None, None]
+        else:
+            assert not found.without
+            assert ratios[0] is None
+            assert all(isinstance(ratio, float) for ratio in ratios[1:])
 
 
 def test_steps_generation_a_profile_and_capacities_are_measured(small, corpus, monkeypatch):
@@ -131,10 +174,10 @@ def test_a_part_skips_what_no_longer_fits_and_goes_on_after_a_failure():
     assert lines[6]["why"] == "MemoryError: too large"
 
 
-def command_of(script):
+def command_of(script, *arguments):
     """Stands for the process of a part: a script that may call `say`."""
     head = """
-        import json, pickle, sys, time, types
+        import json, os, sys, tempfile, time
         name = open(sys.argv[1] + ".name").read()
         def say(kind, item="", why="", **result):
             with open(sys.argv[1].removesuffix("request") + "jsonl", "a") as stream:
@@ -143,9 +186,20 @@ def command_of(script):
 
     def command(request):
         request.with_name(f"{request.name}.name").write_text(request.stem)
-        return [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(script), str(request)]
+        return [
+            sys.executable,
+            "-c",
+            textwrap.dedent(head) + textwrap.dedent(script),
+            str(request),
+            *map(str, arguments),
+        ]
 
     return command
+
+
+def test_a_request_is_json_that_is_read_with_its_types():
+    request = Request("kernels", ASKED, Path("lines.jsonl"), deadline=1.5, grace=2.0)
+    assert structured(parsed(json_text(request)), Request) == request
 
 
 def test_results_are_written_as_they_come_and_the_time_is_kept(monkeypatch, tmp_path):
@@ -159,27 +213,35 @@ def test_results_are_written_as_they_come_and_the_time_is_kept(monkeypatch, tmp_
         for item in ("first", "second"):
             say("planned", item)
         say("done", "first", ms=1.5, agrees=True)
+        if name == "kernels":
+            where = {os.environ[one] for one in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR")}
+            own = tempfile.mkdtemp()
+            assert {os.path.dirname(one) for one in where} == {os.path.dirname(os.path.dirname(own))}
+            open(sys.argv[2], "w").write(own)
         if name == "profile":
             time.sleep(60)
         say("failed", "second", "MemoryError: too large")
     """
-    monkeypatch.setattr(gpu, "command", command_of(script))
+    monkeypatch.setattr(gpu, "command", command_of(script, tmp_path / "folder.txt"))
     monkeypatch.setattr(gpu, "GRACE", 0.2)
     monkeypatch.setattr(gpu, "POLL", 0.02)
     out = tmp_path / "found.md"
-    # Two parts that end by themselves, and two that would not.
-    shares = {"kernels": 0.4, "chunking": 0.3, "profile": 0.2, "PyTorch chunking": 0.1}
-    monkeypatch.setattr(Gpu, "shares", shares)
-    Gpu(minutes=12 / 60, out=out).measure(Display(quiet=True))
+    parts = "kernels", "profile", "chunking", "PyTorch chunking"
+    Gpu(minutes=12 / 60, out=out, parts=parts).measure(Display(quiet=True))
+    written = Path((tmp_path / "folder.txt").read_text())
     report, content = out.read_text(), json.loads(out.with_suffix(".json").read_text())
     parts = {part["name"]: part for part in content["parts"]}
     first = {"first": {"ms": 1.5, "agrees": True}}
     assert [part["done"] for part in parts.values()] == [first, {}, first, {}]
     assert parts["profile"]["without"] == {"second": "not reached"}
-    assert parts["profile"]["ended"] == parts["PyTorch chunking"]["ended"] == "The time of this part was over"
+    assert parts["profile"]["ended"] == "The time of this part was over after 1 of 2 rows"
+    assert parts["PyTorch chunking"]["ended"] == "The time of this part was over before it began"
     assert "All of it took 0.2 of 0.2 minutes." in report
     assert parts["kernels"]["without"] == {"second": "MemoryError: too large"}
-    assert parts["chunking"]["ended"] == "This part broke off with exit code 1: the device is gone"
+    assert parts["chunking"]["ended"] == "This part broke off with exit code 1 after 0 of 0 rows: the device is gone"
+    # Nothing stays of what the parts wrote.
+    assert not written.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"found.md", "found.json", "folder.txt"}
     assert report.startswith("# On NVIDIA H100 80GB HBM3\n")
     assert "- second: MemoryError: too large" in report
     assert "| first | 1.5 | yes |" in report
@@ -188,7 +250,11 @@ def test_results_are_written_as_they_come_and_the_time_is_kept(monkeypatch, tmp_
 def test_every_part_has_its_share_and_what_cannot_be_measured_is_refused(capsys):
     shares = Gpu().shares
     assert sum(shares.values()) == pytest.approx(1.0)
-    assert list(shares)[:4] == ["kernels", "step of 147M", "step of 90M", "step of 18M"]
+    assert list(shares)[:4] == ["step of 147M", "step of 90M", "step of 18M", "kernels"]
+    steps = list(shares.values())[:3]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[2] > 0.34 / 6
+    assert Gpu().rounds >= 6
     for arguments, message in (
         (["--models", "70B"], "--models 70B is none of tiny, 18M"),
         (["--parts", "everything"], "--parts everything: there is no such part"),
@@ -245,7 +311,10 @@ planes { name: "/device:GPU:0"
 
 
 def test_kernels_of_a_profile_are_those_of_the_streams():
-    durations = list(kernel_durations(ProfileData.from_text_proto(PROFILE)))
+    durations = list(kernel_durations(ProfileData.from_text_proto(PROFILE), on_gpu=True))
     first, second = summed(durations, calls=2)
     assert dataclasses.astuple(first) == ("gemm", 1.0, 2.5, pytest.approx(5 / 6))
     assert (second.name, second.launches) == ("norm", 0.5)
+    host = PROFILE.split('planes { name: "/device')[0]
+    with pytest.raises(ProfileError, match="the profile has nothing of the GPU"):
+        list(kernel_durations(ProfileData.from_text_proto(host), on_gpu=True))

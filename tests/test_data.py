@@ -566,9 +566,8 @@ class Workers:
 def test_processes_of_batches_are_not_stopped_by_an_interrupt_and_missed_when_they_are_killed():
     batches = object.__new__(Batches)
     workers = Workers()
-    batches.__dict__.update(
-        _iterator=workers, _begun=False, _step=0, _stream=None, _rows_per_epoch=10, epochs=0.0, coverage=None
-    )
+    held = {"_iterator": workers, "_begun": False, "_step": 0, "_stream": None, "_rows_per_epoch": 10}
+    batches.__dict__.update(held, _batch=0, _rows=None, epochs=0.0, coverage=None)
     next(batches)
     next(batches)
     with pytest.raises(WorkerError, match=r"ended from outside \(exit code -9\).* fewer --data.workers"):

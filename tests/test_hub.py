@@ -1,5 +1,6 @@
 """Data sets of the hub, through the real client, against a hub on this machine."""
 
+import contextlib
 import gzip
 import json
 import re
@@ -80,6 +81,38 @@ def test_the_cache_stays_within_its_bound_by_dropping_the_oldest(server, tmp_pat
     kept = sorted(path.name for path in (tmp_path / "ours").rglob("*.json.gz"))
     assert kept == ["part-1.json.gz", "part-2.json.gz"]
     assert len(read_all(source)) == 120
+
+
+def test_no_shard_goes_for_one_that_another_process_has_downloaded(server, tmp_path, monkeypatch):
+    size = len(FILES["data/part-1.json.gz"])
+    source = source_at(server, tmp_path, cache_bytes=2 * size)
+    shards = source.shards()
+    for one in shards[:2]:
+        list(source.documents(one))
+    [last] = (tmp_path / "ours").rglob("part-1.json.gz")
+    content = FILES["data/part-2.json.gz"]
+
+    @contextlib.contextmanager
+    def waits_for_another(path):
+        last.with_name("part-2.json.gz").write_bytes(content)
+        yield
+
+    monkeypatch.setattr("data.hub.WeakFileLock", waits_for_another)
+    asked = len(downloads(server))
+    assert len(list(source.documents(shards[2]))) == 40
+    assert len(downloads(server)) == asked
+    assert {path.name for path in last.parent.iterdir()} == {f"part-{number}.json.gz" for number in range(3)}
+
+
+def test_no_shard_goes_for_what_a_shard_replaces(server, tmp_path):
+    size = len(FILES["data/part-1.json.gz"])
+    source = source_at(server, tmp_path, cache_bytes=2 * size)
+    shards = source.shards()
+    list(source.documents(shards[1]))
+    [kept] = (tmp_path / "ours").rglob("part-1.json.gz")
+    kept.with_name("part-2.json.gz").write_bytes(FILES["data/part-2.json.gz"][:-1])
+    assert len(list(source.documents(shards[2]))) == 40
+    assert {path.name for path in kept.parent.iterdir()} == {"part-1.json.gz", "part-2.json.gz"}
 
 
 def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from experiments.benchmark.device.worker import Request
 from experiments.benchmark.measurement import AbstractMeasurement
 from experiments.config.errors import require, require_bounds
 from experiments.config.presets import PRESETS
+from experiments.config.settings import RunConfig, transformer_shape
 from experiments.reporting.display import Display
 from experiments.training.run_dir import json_text, make_folder, write_atomically
 from unet.config import UNetConfig
@@ -29,6 +31,8 @@ from unet.decoding.generate import CHUNK
 
 GRACE = 2.0
 """Seconds that a part has to end by itself when its time is over."""
+STEPS = 0.34
+"""Share of the time for the training steps of all models."""
 POLL = 0.25
 """Seconds between looks at what a part has written."""
 
@@ -39,7 +43,7 @@ class Gpu(AbstractMeasurement):
     is written after every result, so that one that is stopped has what was done."""
 
     cpu_devices: ClassVar[int] = 1
-    minutes: Annotated[float, Within(0.01, 10_000)] = 8.0
+    minutes: Annotated[float, Within(0.01, 10_000.0)] = 8.0
     """Time for all of it, which is kept: what does not fit is skipped, and the report says so."""
     out: Path = Path("performance-gpu.md")
     """The report; the same as JSON is beside it."""
@@ -53,8 +57,8 @@ class Gpu(AbstractMeasurement):
     """Bytes per sequence, instead of the preset's."""
     compute: Compute = "bfloat16"
     """Dtype of the matrix products of models."""
-    rounds: Annotated[int, Within(1, 10_000)] = 5
-    """Times that every alternative is measured, in turns; medians are reported."""
+    rounds: Annotated[int, Within(1, 10_000)] = 7
+    """Times that every alternative is measured, in turns; medians are reported, from 6 on with their intervals."""
     calls: Count = 3
     """Calls that each measurement takes together."""
     generated: Annotated[int, Within(2 * CHUNK, 1_000_000)] = 256
@@ -70,10 +74,14 @@ class Gpu(AbstractMeasurement):
 
     @property
     def shares(self) -> dict[str, float]:
-        """The parts in their order, with their shares of the time; what one leaves is for those after it."""
-        all_steps = 0.34
-        steps = {f"step of {name}": all_steps / len(self.models) for name in reversed(self.models)}
-        shares = {"kernels": 0.2, **steps, "PyTorch": 0.16, "generation": 0.12, "profile": 0.06, "capacities": 0.08}
+        """The parts in their order, with their shares of the time; what one leaves is for those after it. Of the time for steps
+        of models each model has a half evenly, since all are compiled, and the other by its size."""
+        sizes = {name: _work(self.asked.config(name)) for name in reversed(self.models)}
+        steps = {
+            f"step of {name}": STEPS * (0.5 / len(sizes) + 0.5 * size / sum(sizes.values()))
+            for name, size in sizes.items()
+        }
+        shares = {**steps, "kernels": 0.2, "PyTorch": 0.16, "generation": 0.12, "profile": 0.06, "capacities": 0.08}
         shares |= {"chunking": 0.02, "PyTorch chunking": 0.02}
         return {name: share for name, share in shares.items() if not self.parts or name in self.parts}
 
@@ -108,7 +116,8 @@ class Gpu(AbstractMeasurement):
         make_folder(self.out.parent, "--out in")
         started, shares = time.time(), self.shares
         gathered = Gathered([Part(name) for name in shares], {"settings": self._changed})
-        with tempfile.TemporaryDirectory() as folder:
+        # A process that was killed may leave others that still write.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             until, whole = 0.0, sum(shares.values())
             for name, share in shares.items():
                 until += share / whole
@@ -135,26 +144,31 @@ class Gpu(AbstractMeasurement):
             return
         lines, request = folder / f"{name}.jsonl", folder / f"{name}.request"
         lines.touch()
-        request.write_bytes(pickle.dumps(Request(name, self.asked, lines, deadline, GRACE)))
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
+        request.write_text(json_text(Request(name, self.asked, lines, deadline, GRACE)))
+        environment = {**os.environ, **_folders(folder)}
         if name.startswith("PyTorch"):
             # The card's memory is PyTorch's alone.
             environment["JAX_PLATFORMS"] = "cpu"
         with (folder / f"{name}.log").open("w+") as log, lines.open() as stream:
-            process = subprocess.Popen(command(request), env=environment, stdout=log, stderr=log)
+            # A group of its own, so that the compilers that PyTorch starts end with it.
+            process = subprocess.Popen(
+                command(request), env=environment, stdout=log, stderr=log, start_new_session=True
+            )
             try:
                 while process.poll() is None and time.time() < deadline + GRACE:
                     self._hear(gathered, name, stream)
                     time.sleep(POLL)
             finally:
-                over = process.poll() is None
-                process.kill()
+                killed = process.poll() is None
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            self._hear(gathered, name, stream)
-            log.seek(0)
-            incomplete = bool(part.without) or not part.begun
-            part.ended = _end(process.returncode, over or time.time() >= deadline, log.read(), incomplete)
-        self._write(gathered)
+                self._hear(gathered, name, stream)
+                log.seek(0)
+                # One that sees itself that its time is over ends with 0.
+                over = killed or (process.returncode == 0 and time.time() >= deadline)
+                part.ended = _end(process.returncode, over, log.read(), part)
+                self._write(gathered)
 
     def _hear(self, gathered: Gathered, name: str, stream: TextIO) -> None:
         place, line = stream.tell(), stream.readline()
@@ -180,11 +194,34 @@ def command(request: Path) -> Sequence[str]:
     return [sys.executable, "-m", "experiments.benchmark.device.worker", str(request)]
 
 
-def _end(code: int, over: bool, log: str, incomplete: bool) -> str | None:
+def _folders(folder: Path) -> dict[str, str]:
+    """Where a part and what it uses put their files: below `folder`, which is removed."""
+    places = {
+        "JAX_COMPILATION_CACHE_DIR": folder / "programs",
+        "TMPDIR": folder / "temporary",
+        "TORCHINDUCTOR_CACHE_DIR": folder / "inductor",
+        "TRITON_CACHE_DIR": folder / "triton",
+    }
+    for place in places.values():
+        place.mkdir(exist_ok=True)
+    return {name: str(place) for name, place in places.items()}
+
+
+def _work(config: RunConfig) -> float:
+    """About how much a step multiplies: bytes times weights, tokens times weights. (Not `unet.flops`, which needs JAX, and JAX
+    would take the memory of the GPU in this process.)"""
+    shape = transformer_shape(config)
+    weights = 7 * (shape.encoder_layers + shape.decoder_layers) + 16 * config.rate * shape.main_layers
+    return config.bytes_per_step * shape.dim**2 * weights
+
+
+def _end(code: int, over: bool, log: str, part: Part) -> str | None:
     """How a part ended, where that has to be said."""
+    rows = f"after {len(part.done)} of {len(part.done) + len(part.without)} rows" if part.begun else "before it began"
     if over:
-        return "The time of this part was over" if incomplete else None
+        return None if part.complete else f"The time of this part was over {rows}"
     if code == 0:
         return None
     last = next((line for line in reversed(log.strip().splitlines()) if line.strip()), "it said nothing")
-    return f"This part broke off with exit code {code}: {last.strip()[:300]}"
+    ended = f"was ended by signal {-code}" if code < 0 else f"broke off with exit code {code}"
+    return f"This part {ended} {rows}: {last.strip()[:300]}"

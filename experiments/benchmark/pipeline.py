@@ -51,7 +51,7 @@ class Data(AbstractMeasurement):
 
     dataset: str = "docs"
     """Text to work on: anything that --dataset of experiments.run takes. It is written to files of each kind."""
-    megabytes: Annotated[float, Within(0.001, 10_000)] = 20.0
+    megabytes: Annotated[float, Within(0.001, 10_000.0)] = 20.0
     """Text in each file, in millions of bytes; shorter text is repeated."""
     protocol: Protocol = "pack"
     """How documents become rows."""
@@ -61,7 +61,7 @@ class Data(AbstractMeasurement):
     """Rows of a batch."""
     workers: tuple[Annotated[int, Within(0, 256)], ...] = (0, 1, 2)
     """Numbers of worker processes to compare on the stream."""
-    seconds: Annotated[float, Within(0.001, 1000)] = 3.0
+    seconds: Annotated[float, Within(0.001, 1000.0)] = 3.0
     """How long each measurement takes, at least."""
 
     def __post_init__(self):

@@ -25,28 +25,43 @@ class ProfiledKernel:
 
 
 def costliest(work: Work, calls: int, count: int = 10) -> list[ProfiledKernel]:
-    """The `count` kernels of `work` that take most time, in a profile of some calls. It is called once before."""
+    """The `count` kernels of `work` that take most time, in a profile of some calls. It is called once before.
+
+    Raises `ProfileError` where there is a GPU and the profile has nothing of it.
+    """
     jax.block_until_ready(work())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(calls):
                 jax.block_until_ready(work())
         files = sorted(Path(folder).rglob("*.xplane.pb"))
-        durations = [one for file in files for one in kernel_durations(ProfileData.from_file(str(file)))]
+        profiles = [ProfileData.from_file(str(file)) for file in files]
+        on_gpu = jax.default_backend() == "gpu"
+        durations = [one for profile in profiles for one in kernel_durations(profile, on_gpu=on_gpu)]
     return summed(durations, calls)[:count]
 
 
-def kernel_durations(profile: ProfileData) -> Iterator[tuple[str, float]]:
+class ProfileError(Exception):
+    """A profile lacks what was to be measured."""
+
+
+def kernel_durations(profile: ProfileData, *, on_gpu: bool) -> Iterator[tuple[str, float]]:
     """The name and the nanoseconds of every kernel in a profile: of what runs in the streams of the GPUs; without a GPU, of the
-    operations that XLA's threads run."""
+    operations that XLA's threads run. Raises `ProfileError` for a profile of a GPU that has nothing of it."""
     planes = list(profile.planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
-    for plane in devices or planes:
-        for line in plane.lines:
-            on_stream = (line.name or "").startswith("Stream")
-            for event in line.events:
-                if on_stream or (not devices and any(name == "hlo_op" for name, _ in event.stats)):
-                    yield event.name, event.duration_ns
+    if on_gpu and not devices:
+        raise ProfileError(
+            "the profile has nothing of the GPU; NVIDIA's CUPTI, which comes with jax[cuda13], is missing, or only "
+            "administrators may use it (NVreg_RestrictProfilingToAdminUsers)"
+        )
+    for line in (line for plane in (devices if on_gpu else planes) for line in plane.lines):
+        on_stream = (line.name or "").startswith("Stream")
+        for event in line.events:
+            # On a CPU, events of XLA are between those of the host's functions.
+            counts = on_stream if on_gpu else any(name == "hlo_op" for name, _ in event.stats)
+            if counts:
+                yield event.name, event.duration_ns
 
 
 def summed(durations: list[tuple[str, float]], calls: int) -> list[ProfiledKernel]:

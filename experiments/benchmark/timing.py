@@ -40,6 +40,11 @@ class Timing:
         return f"{self.speedup:.2f} [{self.low:.2f}, {self.high:.2f}]{mark}"
 
 
+def dispatched(work: Work, calls: int) -> Work:
+    """A function that gives the device `calls` calls of `work` before anything waits for one of them."""
+    return lambda: [work() for _ in range(calls)]
+
+
 def time_interleaved(works: Mapping[str, Work], *, baseline: str, rounds: int = 5, calls: int = 1) -> dict[str, Timing]:
     """Time each function once per round, with `calls` consecutive calls. Within a round, the functions follow one another.
 

@@ -6,6 +6,8 @@ the longest sequence, which needs a host sync. The policy samples byte by byte.
 
 from __future__ import annotations
 
+import gc
+
 import torch  # pyrefly: ignore[missing-import] -- optional dependency of the extra `bench`
 import torch.nn.functional as F  # pyrefly: ignore[missing-import] -- the same
 from torch import nn  # pyrefly: ignore[missing-import] -- the same
@@ -149,7 +151,7 @@ class TorchUNet(nn.Module):
     def _sample(self, hidden: torch.Tensor, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Sampled boundaries and the logits of the policy."""
         batch, length, _ = hidden.shape
-        projections = _policy(self.config).scale * self.policy(hidden)
+        projections = self.policy(hidden) / _policy(self.config).scale
         base = projections[..., 0] + torch.logit(torch.tensor(rate))
         uniforms = torch.rand(batch, length)
         if self.at_once:
@@ -182,6 +184,8 @@ def _policy(config: RunConfig) -> PolicySettings:
 def torch_step(config: RunConfig, *, at_once: bool = False, blocked: bool = False, compile: bool = False) -> Work:
     """A training step on random bytes: loss, gradient, gradient clipping, AdamW; with autocast if the run computes in bfloat16.
 
+    The learning rate is 0, which takes as long: the policy keeps the target rate, and so every step its number of tokens.
+
     It is on PyTorch's default device. `compile`: each block in `torch.compile`, for any number of tokens; the blocks of a level
     share a program.
     """
@@ -190,7 +194,7 @@ def torch_step(config: RunConfig, *, at_once: bool = False, blocked: bool = Fals
     settings = config.optimizer
     adamw = torch.optim.AdamW(
         model.parameters(),
-        lr=settings.learning_rate,
+        lr=0.0,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
     )
@@ -212,9 +216,11 @@ def torch_step(config: RunConfig, *, at_once: bool = False, blocked: bool = Fals
 
 
 def use_gpu() -> bool:
-    """Make a GPU PyTorch's default device where there is one; returns whether there is."""
+    """Make a GPU PyTorch's default device where there is one, with products of float32 in TF32, as XLA's; returns whether there
+    is."""
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
+        torch.set_float32_matmul_precision("high")
     return torch.cuda.is_available()
 
 
@@ -225,6 +231,14 @@ def finished() -> tuple[()]:
     return ()
 
 
+def forget_peak() -> None:
+    """Begin to count `peak_bytes` anew, without what earlier work has left in PyTorch's cache."""
+    if torch.get_default_device().type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_bytes() -> int | None:
-    """The most memory of the GPU that PyTorch's arrays took; None without a GPU."""
+    """The most memory of the GPU that PyTorch's arrays took since `forget_peak`; None without a GPU."""
     return torch.cuda.max_memory_allocated() if torch.get_default_device().type == "cuda" else None

@@ -21,6 +21,11 @@ class Part:
     ended: str | None = None
     begun: bool = False
 
+    @property
+    def complete(self) -> bool:
+        """Whether each of its rows has a result."""
+        return bool(self.done) and not self.without
+
     def hear(self, line: Line) -> None:
         """Take over what the part says."""
         self.begun = True
@@ -48,7 +53,9 @@ NOTES = {
     "last column, both sides are XLA. *Never slower*: at least as fast, or not distinguishable.",
     "generation": "Untrained models, prompts of up to 512 bytes.",
     "capacities": "Packing the token rows of all sequences into one was removed from the library before (docs/performance.md).",
-    "PyTorch": "Attention within a window is computed in blocks there too; byte by byte, boundaries are a loop of the host.",
+    "PyTorch": "Attention within a window is computed in blocks there too; byte by byte, boundaries are a loop of the host. "
+    'Products of float32 are in TF32 (`torch.set_float32_matmul_precision("high")`), the learning rate is 0, so that the number '
+    "of tokens stays.",
 }
 
 

@@ -16,7 +16,7 @@ from data import Split
 from experiments.benchmark.cards import peak_of
 from experiments.benchmark.device.asked import Asked, Item, Result
 from experiments.benchmark.generation import texts_of, untrained_model
-from experiments.benchmark.profile import costliest
+from experiments.benchmark.profile import ProfiledKernel, costliest
 from experiments.benchmark.shapes import shapes_of
 from experiments.benchmark.steps import prepare_step, repeated_steps
 from experiments.benchmark.timing import Timing, Work, time_interleaved
@@ -30,8 +30,10 @@ from unet.ops import Implementation
 PROMPT = 512
 """Bytes of each prompt, at most half of the model's sequences."""
 
+AS_IT_IS = "as it is"
+
 SWITCHES: dict[str, tuple[Implementation | None, AttentionForm]] = {
-    "as it is": (None, "auto"),
+    AS_IT_IS: (None, "auto"),
     "all in XLA": ("xla", "xla"),
     "attention in XLA": (None, "xla"),
     "ragged operations in XLA": ("xla", "auto"),
@@ -63,9 +65,10 @@ def compiled_step(config: RunConfig, split: Split) -> Compiled:
 
 def utilisation(config: RunConfig, bytes_per_second: float) -> float | None:
     """Model FLOP utilisation: the products of every layer at the target rate, forward and backward without what is computed twice
-    (`unet.flops.layer_flops`, embeddings as lookups), per second, as a share of the card's peak; None if that is unknown."""
+    (`unet.flops.layer_flops`, embeddings as lookups), per second, as a share of the card's peak in bfloat16. None if that is
+    unknown, and for products in another dtype."""
     peak = peak_of(jax.devices()[0].device_kind)
-    if peak is None:
+    if peak is None or config.unet.compute != "bfloat16":
         return None
     counts = layer_flops(shapes_of(config), length=config.length, rate=config.rate)
     return (counts.total - counts.embed) * bytes_per_second / peak
@@ -78,7 +81,8 @@ def memory_of_device() -> int | None:
 
 
 class Steps:
-    """The training step of one model, as it is and with its parts switched, each in turns with the first."""
+    """The training step of one model, as it is and with its parts switched, each in turns with it as it is. Where that could not
+    be measured, the others are timed alone."""
 
     def __init__(self, model: str, asked: Asked):
         self._asked, self._model = asked, model
@@ -91,32 +95,34 @@ class Steps:
     def items(self) -> Iterator[Item]:
         """A row for each of `SWITCHES`."""
         for name, forms in SWITCHES.items():
-            yield Item(f"{self._model}, {name}", functools.partial(self._measured, *forms))
+            yield Item(f"{self._model}, {name}", functools.partial(self._measured, name, *forms))
 
-    def _measured(self, implementation: Implementation | None, attention: AttentionForm) -> Result:
+    def _measured(self, name: str, implementation: Implementation | None, attention: AttentionForm) -> Result:
         config = self._asked.config(self._model, implementation, attention)
         own = compiled_step(config, self._split)
         timing = self._timed(own)
+        ratio = None if self._first is None else timing.speedup
+        # That of the process: later rows would have the highest of all.
+        peak = memory_of_device() if name == AS_IT_IS else None
+        if name == AS_IT_IS:
+            self._first = own
         speed = config.bytes_per_step / timing.seconds
-        peak = memory_of_device() if own is self._first else None
         return {
             "batch": f"{config.batch} × {config.length}",
             "ms": 1e3 * timing.seconds,
             "bytes/s": speed,
             "MFU": utilisation(config, speed),
-            "times its speed as it is": None if own is self._first else timing.speedup,
+            "times its speed as it is": ratio,
             "GiB at the peak": None if peak is None else peak / 2**30,
             "GiB by XLA": own.peak / 2**30,
             "s to compile": own.seconds,
         }
 
     def _timed(self, own: Compiled) -> Timing:
+        first = {} if self._first is None else {"first": self._first.work}
+        works = {**first, "own": own.work}
         asked = self._asked
-        if self._first is None:
-            self._first = own
-            return time_interleaved({"own": own.work}, baseline="own", rounds=asked.rounds, calls=asked.calls)["own"]
-        works = {"first": self._first.work, "own": own.work}
-        return time_interleaved(works, baseline="first", rounds=asked.rounds, calls=asked.calls)["own"]
+        return time_interleaved(works, baseline=next(iter(works)), rounds=asked.rounds, calls=asked.calls)["own"]
 
 
 def step_items(model: str, asked: Asked) -> list[Item]:
@@ -200,10 +206,19 @@ def _capacities(config: RunConfig, asked: Asked) -> Result:
 def profile_items(asked: Asked) -> list[Item]:
     """The ten costliest kernels of a step of the largest model, each a row."""
     config = asked.config(asked.models[-1])
-    kernels = functools.cache(lambda: costliest(compiled_step(config, load_split(config)).work, asked.calls))
+
+    @functools.cache
+    def kernels() -> list[ProfiledKernel] | Exception:
+        try:
+            return costliest(compiled_step(config, load_split(config)).work, asked.calls)
+        # Whatever it is, it is not tried again for each row.
+        except Exception as error:
+            return error
 
     def kernel(place: int) -> Result:
         found = kernels()
+        if isinstance(found, Exception):
+            raise found
         if place >= len(found):
             return {"kernel": "(none)"}
         one = found[place]

@@ -28,6 +28,7 @@ def torch_step_items(asked: Asked) -> list[Item]:
 
     def measured(model: str, at_once: bool, compile: bool = False) -> Result:
         config = asked.config(model)
+        torch_unet.forget_peak()
         work = torch_unet.torch_step(config, at_once=at_once, blocked=True, compile=compile)
         seconds = _alone(work, asked)
         peak = torch_unet.peak_bytes()

@@ -9,7 +9,6 @@ import functools
 import importlib.metadata
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from experiments.benchmark.cards import peak_of
 from experiments.benchmark.device import kernels, models, pytorch
 from experiments.benchmark.device.asked import Asked, Item, Result
 from experiments.config.errors import ConfigError
+from experiments.config.structure import parsed, structured
 from experiments.training.run_dir import json_text
 
 PACKAGES = ("jax", "jaxlib", "tokamax", "torch", "h-net-dynamic-chunking")
@@ -139,8 +139,7 @@ class Request:
 
 def main(path: str) -> None:
     """Do what the request in the file at `path` says."""
-    request = pickle.loads(Path(path).read_bytes())
-    assert isinstance(request, Request)
+    request = structured(parsed(Path(path).read_bytes()), Request)
     parent = os.getppid()
 
     def watch() -> None:
