@@ -232,7 +232,7 @@ def test_results_are_written_as_they_come_and_the_time_is_kept(monkeypatch, tmp_
     report, content = out.read_text(), json.loads(out.with_suffix(".json").read_text())
     parts = {part["name"]: part for part in content["parts"]}
     first = {"first": {"ms": 1.5, "agrees": True}}
-    assert [part["done"] for part in parts.values()] == [first, {}, first, {}]
+    assert [part["done"] for part in parts.values()] == [first, first, {}, {}]
     assert parts["profile"]["without"] == {"second": "not reached"}
     assert parts["profile"]["ended"] == "The time of this part was over after 1 of 2 rows"
     assert parts["PyTorch chunking"]["ended"] == "The time of this part was over before it began"
