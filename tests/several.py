@@ -156,6 +156,7 @@ ACTS: dict[str, tuple[int, Callable[[], object]]] = {
     "leader-killed": (0, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "leader-frozen": (0, lambda: os.kill(os.getpid(), signal.SIGSTOP)),
     "stuck": (1, lambda: threading.Event().wait()),
+    "computing": (1, lambda: threading.Event().wait()),
     "failing": (1, lambda: _fail()),
     "well": (1, lambda: None),
     "twice": (1, lambda: None),
@@ -174,7 +175,7 @@ def meeting(folder: Path, name: str, count: int = 3) -> dict[str, object]:
     def work(index: int) -> int:
         display = Display()
         membership = Membership(display)
-        place, patience = 1 if name == "twice" and index else index, 2.0 if name == "stuck" else 60.0
+        place, patience = 1 if name == "twice" and index else index, 2.0 if name in ("stuck", "computing") else 60.0
         config = DistributedConfig(f"127.0.0.1:{port}", count, place, wait=6.0, timeout=3.0, patience=patience)
 
         def command() -> None:
@@ -185,6 +186,9 @@ def meeting(folder: Path, name: str, count: int = 3) -> dict[str, object]:
                 if index == who:
                     (folder / "mark").write_text(str(time.time()))
                     act()
+                if name == "computing":
+                    with processes.together():
+                        threading.Event().wait(60)
                 processes.codes(index)
 
         with membership.ending() as end:

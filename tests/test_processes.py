@@ -33,7 +33,7 @@ def several(folder, *names):
 
 
 ENDS = (
-    *("killed", "frozen", "leader-killed", "leader-frozen", "stuck", "failing", "well"),
+    *("killed", "frozen", "leader-killed", "leader-frozen", "stuck", "computing", "failing", "well"),
     *("alone", "unreachable", "apart", "twice"),
 )
 
@@ -68,6 +68,7 @@ class TestEnds:
             ("leader-killed", 0, "has died or cannot be reached any more; go on with --resume", 0),
             ("leader-frozen", 0, "has died or hangs: it did not answer for 3 s; go on with --resume", 3),
             ("stuck", 1, "hangs: the others have waited for it for 2 s; go on with --resume", 2),
+            ("computing", 1, "hangs: the others have waited for it for 2 s; go on with --resume", 2),
             ("failing", 1, "has failed (its data are gone)", 0),
         ],
     )

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol, final, runtime_checkable
 
 import jax
@@ -105,11 +105,16 @@ class Peers(AbstractProcesses):
 
     @contextmanager
     def _meeting(self) -> Iterator[int]:
-        """The number of a meeting, which begins once all have come."""
+        """The number of a meeting, which begins once all have come. There may be others within it."""
         self._meetings += 1
-        self._waiting_since = time.monotonic()
-        yield self._meetings
-        self._waiting_since = None
+        within, self._waiting_since = self._waiting_since is not None, time.monotonic()
+        try:
+            yield self._meetings
+        finally:
+            self._waiting_since = time.monotonic() if within else None
+
+    def together(self) -> AbstractContextManager[object]:
+        return self._meeting()
 
     def leave(self) -> None:
         self.wait()

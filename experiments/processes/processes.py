@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 from experiments.config.errors import ConfigError
@@ -39,6 +40,11 @@ class AbstractProcesses(abc.ABC):
     @abc.abstractmethod
     def said(self, own: str) -> Sequence[str]:
         """What every process says, by its index."""
+
+    @abc.abstractmethod
+    def together(self) -> AbstractContextManager[object]:
+        """A block in which this one waits for the others, such as one that computes or writes what all have parts of. One that
+        does not come to it is found to hang."""
 
     @abc.abstractmethod
     def leave(self) -> None:
@@ -78,6 +84,9 @@ class Alone(AbstractProcesses):
 
     def said(self, own: str) -> Sequence[str]:
         return [own]
+
+    def together(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def leave(self) -> None:
         pass

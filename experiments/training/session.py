@@ -93,7 +93,8 @@ class Session:
 
     def _restore(self) -> Progress | None:
         """Take over the last checkpoint, if there is one; returns how far it is."""
-        restored = self._checkpoints.restore(self._state, self.display.note)
+        with self.processes.together():
+            restored = self._checkpoints.restore(self._state, self.display.note)
         if restored is None:
             return None
         if restored.progress.fingerprint != self.setup.split.fingerprint:
@@ -116,7 +117,9 @@ class Session:
     @property
     def model(self) -> AbstractLanguageModel:
         """The model as it is now, on the default device."""
-        return self.trainer.model(jax.tree.map(jnp.asarray, self.setup.placement.whole(self._state.params)))
+        with self.processes.together():
+            whole = self.setup.placement.whole(self._state.params)
+        return self.trainer.model(jax.tree.map(jnp.asarray, whole))
 
     @property
     def _own_rows(self) -> slice | None:
@@ -140,9 +143,11 @@ class Session:
             step_function = self._step_function
         if self._own_rows is None and self.processes.count > 1:
             inputs = jax.tree.map(self.setup.placement.own_part, inputs)
-        self._state, metrics = step_function(self._state, self.setup.placement.inputs(inputs), key)
+        with self.processes.together():
+            self._state, metrics = step_function(self._state, self.setup.placement.inputs(inputs), key)
+            metrics = jax.device_get(metrics)
         self.step += 1
-        record = step_record(self.step, self.step * self.config.bytes_per_step, jax.device_get(metrics))
+        record = step_record(self.step, self.step * self.config.bytes_per_step, metrics)
         record |= data_record(self._batches)
         self.speed.tick()
         self.dropped.add(record)
@@ -215,7 +220,8 @@ class Session:
         self._folder.require_there()
         # First, so that no checkpoint is ahead of the log, not even after a power loss.
         self._log.sync()
-        self._checkpoints.save(self._state, self._progress())
+        with self.processes.together():
+            self._checkpoints.save(self._state, self._progress())
         if self.processes.leads:
             discard_replaced(self.run_dir)
         self.speed.pause()
