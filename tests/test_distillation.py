@@ -332,7 +332,7 @@ def test_a_teacher_with_learned_positions_needs_enough_of_them(corpus, teacher, 
 def test_bad_input_is_one_sentence(finished, corpus, published, tmp_path, capsys):
     out = ("--dataset", corpus, "--out", tmp_path / "run", *SMALL)
     for arguments, sentence in (
-        (("--distill.teacher", tmp_path / "missing"), "missing holds no model.safetensors"),
+        (("--distill.teacher", tmp_path / "missing"), "there is no file or folder"),
         (("--distill.teacher", finished), "is a model of bytes: name one of tokens"),
         (("--distill.teacher", published, "--estimator", "spacelike"), "draws boundaries by a rule"),
         (("--distill.teacher", published, "--estimator", "bpe"), "is prepared from text"),

@@ -261,7 +261,7 @@ def test_a_damaged_checkpoint_is_named(unfinished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("MODEL/none",), "it is neither a finished run nor an exported model"),
+        (("MODEL/none",), "there is no file or folder"),
         ((".",), "holds neither a run nor the weights of a model"),
         (("MODEL/sfe",), "does not say what it was trained on: name a --dataset or a --text"),
         (("MODEL/sfe", "--dataset", "nowhere"), "no data set, file or folder called 'nowhere'"),

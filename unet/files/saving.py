@@ -113,7 +113,8 @@ def load(where: str | Path, *, known: Names = ()) -> Loaded:
     folder = _downloaded(str(where)[4:]) if str(where).startswith("hub:") else Path(where)
     path = folder if folder.suffix == ".safetensors" else folder / WEIGHTS
     if not path.is_file():
-        raise LoadError(f"{folder} holds no {path.name}: it is neither a finished run nor an exported model")
+        lacks = f"{folder} holds no {path.name}" if folder.is_dir() else f"there is no file or folder {folder}"
+        raise LoadError(f"{lacks}: it is neither a finished run nor an exported model")
     config = path.with_name(CONFIG)
     model = load_module(path, known)
     if not isinstance(model, AbstractLanguageModel):
