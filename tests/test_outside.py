@@ -349,7 +349,7 @@ def test_help_has_the_flags_of_what_is_chosen_and_no_others(capsys, monkeypatch)
         with pytest.raises(SystemExit):
             parse([*arguments, "--help"])
         text = capsys.readouterr().out
-        assert len(text.splitlines()) < 155
+        assert len(text.splitlines()) < 165
         assert ("--hnet.routing" in text) == ("hnet" in arguments)
         assert ("--policy.window" in text) == ("hnet" not in arguments)
     with pytest.raises(SystemExit):
