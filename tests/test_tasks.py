@@ -340,7 +340,7 @@ def test_the_command_line_of_the_harness_knows_the_model(folder, capsys):
         )
         == 2
     )
-    assert "error: nowhere is not a file" in " ".join(capsys.readouterr().err.split())
+    assert "error: there is no file or folder nowhere" in " ".join(capsys.readouterr().err.split())
     for wrong, message in {
         ("--model_args", "path=nowhere", "--model", "caesurra"): "error: lm-evaluation-harness cannot do this (",
         ("--num_fewshot", "9"): "(ValueError): Sample larger than population",
