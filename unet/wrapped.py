@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 
 import equinox as eqx
 import jax
@@ -14,7 +15,47 @@ from unet.hierarchy import AbstractStage, Encoded, StageOutput, StageSampling
 from unet.layers import Linear, ScaleNorm, SwiGLU
 
 
-class Positioned(AbstractStage):
+class AbstractWrapped(AbstractStage):
+    """A stage around another `stage`, with its boundaries: what changes are the hidden states on the way in and out."""
+
+    stage: eqx.AbstractVar[AbstractStage]
+
+    @abstractmethod
+    def inner_dim(self, dim: int) -> int:
+        """The width of the stage inside, for hidden states of width `dim`."""
+
+    @abstractmethod
+    def inwards(self, hidden: Float[Array, "batch length dim"], layout: Layout) -> Float[Array, "batch length inner"]:
+        """The hidden states of the stage inside."""
+
+    @abstractmethod
+    def outwards(self, hidden: Float[Array, "batch length inner"]) -> Float[Array, "batch length dim"]:
+        """The output, from that of the stage inside."""
+
+    @property
+    def estimators(self) -> tuple[AbstractEstimator, ...]:
+        return self.stage.estimators
+
+    def init_state(self, batch: int, dim: int) -> PyTree[Array]:
+        return self.stage.init_state(batch, self.inner_dim(dim))
+
+    def encode(
+        self,
+        hidden: Float[Array, "batch length dim"],
+        layout: Layout,
+        sampling: StageSampling,
+        state: PyTree[Array] = None,
+    ) -> Encoded:
+        return self.stage.encode(self.inwards(hidden, layout), layout, sampling, state)
+
+    def decode(
+        self, encoded: Encoded, sampling: StageSampling, state: PyTree[Array] = None, *, capacity: int | None = None
+    ) -> StageOutput:
+        output = self.stage.decode(encoded, sampling, state, capacity=capacity)
+        return dataclasses.replace(output, hidden=self.outwards(output.hidden))
+
+
+class Positioned(AbstractWrapped):
     """A stage whose positions have learned embeddings, which are added on the way in: `table[p]` at position p of its document
     (GPT-2).
 
@@ -25,28 +66,18 @@ class Positioned(AbstractStage):
     table: Float[Array, "positions dim"]
     stage: AbstractStage
 
-    @property
-    def estimators(self) -> tuple[AbstractEstimator, ...]:
-        return self.stage.estimators
+    def __init__(self, table: Float[Array, "positions dim"], stage: AbstractStage):
+        self.table, self.stage = table, stage
 
-    def init_state(self, batch: int, dim: int) -> PyTree[Array]:
-        return self.stage.init_state(batch, dim)
+    def inner_dim(self, dim: int) -> int:
+        return dim
 
-    def encode(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        layout: Layout,
-        sampling: StageSampling,
-        state: PyTree[Array] = None,
-    ) -> Encoded:
+    def inwards(self, hidden: Float[Array, "batch length dim"], layout: Layout) -> Float[Array, "batch length dim"]:
         places = jnp.where(layout.mask, layout.document_positions, 0)
-        added = jnp.take(self.table, places, axis=0, mode="clip")
-        return self.stage.encode(hidden + added.astype(hidden.dtype), layout, sampling, state)
+        return hidden + jnp.take(self.table, places, axis=0, mode="clip").astype(hidden.dtype)
 
-    def decode(
-        self, encoded: Encoded, sampling: StageSampling, state: PyTree[Array] = None, *, capacity: int | None = None
-    ) -> StageOutput:
-        return self.stage.decode(encoded, sampling, state, capacity=capacity)
+    def outwards(self, hidden: Float[Array, "batch length dim"]) -> Float[Array, "batch length dim"]:
+        return hidden
 
 
 class Adapter(eqx.Module):
@@ -73,7 +104,7 @@ class Adapter(eqx.Module):
         return self.direct(normed) + self.mlp(normed)
 
 
-class Adapted(AbstractStage):
+class Adapted(AbstractWrapped):
     """A stage of another width, or of another origin, between two adapters (H-Net appendix F)."""
 
     enter: Adapter
@@ -88,28 +119,15 @@ class Adapted(AbstractStage):
         self.stage = stage
 
     @property
-    def estimators(self) -> tuple[AbstractEstimator, ...]:
-        return self.stage.estimators
-
-    @property
     def token_dim(self) -> int:
         """The width of the stage inside."""
         return self.leave.norm.weight.shape[0]
 
-    def init_state(self, batch: int, dim: int) -> PyTree[Array]:
-        return self.stage.init_state(batch, self.token_dim)
+    def inner_dim(self, dim: int) -> int:
+        return self.token_dim
 
-    def encode(
-        self,
-        hidden: Float[Array, "batch length dim"],
-        layout: Layout,
-        sampling: StageSampling,
-        state: PyTree[Array] = None,
-    ) -> Encoded:
-        return self.stage.encode(self.enter(hidden), layout, sampling, state)
+    def inwards(self, hidden: Float[Array, "batch length dim"], layout: Layout) -> Float[Array, "batch length inner"]:
+        return self.enter(hidden)
 
-    def decode(
-        self, encoded: Encoded, sampling: StageSampling, state: PyTree[Array] = None, *, capacity: int | None = None
-    ) -> StageOutput:
-        output = self.stage.decode(encoded, sampling, state, capacity=capacity)
-        return dataclasses.replace(output, hidden=self.leave(output.hidden))
+    def outwards(self, hidden: Float[Array, "batch length inner"]) -> Float[Array, "batch length dim"]:
+        return self.leave(hidden)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import equinox as eqx
 import jax
 
 from data import Split
-from experiments.benchmark.steps import prepare_step, repeated_steps
+from experiments.benchmark.steps import compile_prepared, prepare_step
 from experiments.benchmark.timing import time_interleaved
 from experiments.config.settings import RunConfig
 from experiments.evaluation.evaluate import evaluate_batch
@@ -31,21 +30,18 @@ class ModelReport:
 def measure(config: RunConfig, split: Split, *, rounds: int, calls: int) -> ModelReport:
     """Measure the model of a run. Training steps and evaluation batches alternate; their medians count."""
     prepared = prepare_step(config, split)
-    key = jax.random.key(config.seed)
-    started = time.perf_counter()
-    step = prepared.step.lower(prepared.state, prepared.batches[0], key).compile()
-    seconds = time.perf_counter() - started
-    memory = step.memory_analysis()
-    assert memory is not None
+    step, key = compile_prepared(config, prepared), jax.random.key(config.seed)
     batch = prepared.batches[0]
     layout = plain_layout(batch["bytes"], batch["segments"], batch["mask"])
-    training = repeated_steps(step, prepared, key)
-    works = {"training": training, "evaluation": lambda: evaluate_batch(prepared.model, layout, key, prepared.capacity)}
+    works = {
+        "training": step.work,
+        "evaluation": lambda: evaluate_batch(prepared.model, layout, key, prepared.capacity),
+    }
     timings = time_interleaved(works, baseline="training", rounds=rounds, calls=calls)
     return ModelReport(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(prepared.model, eqx.is_inexact_array))),
-        compile_seconds=seconds,
-        peak_bytes=memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        compile_seconds=step.seconds,
+        peak_bytes=step.peak,
         training=config.bytes_per_step / timings["training"].seconds,
         evaluation=config.bytes_per_step / timings["evaluation"].seconds,
     )

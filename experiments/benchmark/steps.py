@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -88,6 +89,33 @@ def repeated_steps(
         return metrics
 
     return work
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled training step: `work` takes the next one. `seconds`: what tracing, lowering and compiling took. `peak`: the
+    memory that it needs on each device, by XLA's account."""
+
+    work: Work
+    seconds: float
+    peak: int
+
+
+def compiled_step(config: RunConfig, split: Split) -> Compiled:
+    """The training step of a run, compiled."""
+    return compile_prepared(config, prepare_step(config, split))
+
+
+def compile_prepared(config: RunConfig, prepared: PreparedStep) -> Compiled:
+    """The same of a run whose step is `prepared`."""
+    key = jax.random.key(config.seed)
+    started = time.perf_counter()
+    step = prepared.step.lower(prepared.state, prepared.batches[0], key).compile()
+    seconds = time.perf_counter() - started
+    memory = step.memory_analysis()
+    assert memory is not None
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return Compiled(repeated_steps(step, prepared, key), seconds, peak)
 
 
 @dataclass(frozen=True)

@@ -281,8 +281,7 @@ def as_written(arrays: PyTree[Array], leaves: Mapping[str, Described]) -> bool:
         }
     else:
         found = described(arrays)
-    written = {name: (tuple(shape), dtype, digest) for name, (shape, dtype, digest) in leaves.items()}
-    return all(written.get(name) == one for name, one in found.items())
+    return all(leaves.get(name) == one for name, one in found.items())
 
 
 def _digests(folder: Path) -> dict[str, str]:

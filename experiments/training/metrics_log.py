@@ -91,8 +91,7 @@ class ForeignMetricsLog(AbstractMetricsLog):
     """The log of a run that another process writes."""
 
     def __init__(self, folder: Path, keep_steps: int):
-        records, self.damaged = undamaged_metrics(folder)
-        self.kept = [record for record in records if _step(record) <= keep_steps]
+        self.kept, self.damaged = _up_to(folder, keep_steps)
 
     def write(self, record: Record) -> OSError | None:
         return None
@@ -113,8 +112,7 @@ class MetricsLog(AbstractMetricsLog):
 
     def __init__(self, folder: Path, keep_steps: int):
         """Opens the log, dropping records of steps after `keep_steps`, which a resumed run writes again."""
-        records, self.damaged = undamaged_metrics(folder)
-        self.kept = [record for record in records if _step(record) <= keep_steps]
+        self.kept, self.damaged = _up_to(folder, keep_steps)
         write_atomically(folder / METRICS, "".join(json.dumps(record) + "\n" for record in self.kept))
         self._file = os.open(folder / METRICS, os.O_RDWR | os.O_APPEND)
         self._pending = b""
@@ -141,6 +139,12 @@ class MetricsLog(AbstractMetricsLog):
     def _write_pending(self) -> None:
         while self._pending:
             self._pending = self._pending[os.write(self._file, self._pending) :]
+
+
+def _up_to(folder: Path, steps: int) -> tuple[list[Flat], int]:
+    """`undamaged_metrics` without what came after so many steps."""
+    records, damaged = undamaged_metrics(folder)
+    return [record for record in records if _step(record) <= steps], damaged
 
 
 def _undefined(value: float | int | str | None) -> bool:

@@ -5,7 +5,6 @@ A configuration is the JSON object of a published `config.json`; parameters are 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 
 import equinox as eqx
@@ -24,7 +23,7 @@ from unet.cross import CrossLayer
 from unet.files.blt_config import Described, described, shortest
 from unet.files.converted import WeightType
 from unet.files.errors import LayoutError
-from unet.files.pieces import HEAD, Order, Piece, PieceParams, filled, matrix, rows, sources, vector
+from unet.files.pieces import HEAD, Order, Piece, PieceParams, filled, gated_layer, matrix, rows, sources, vector
 from unet.hierarchy import Flat, Hierarchy
 from unet.layers import Linear, ScaleNorm, SwiGLU
 from unet.model import UNet
@@ -262,17 +261,8 @@ def _layers(stack: Stack, prefix: str) -> Iterator[Piece]:
         if mixer.cap is not None or mixer.rotary_dim != mixer.head_dim or block.before_mlp is None:
             raise LayoutError("attention in the published layout caps no logits, and rotates all dimensions of a head")
         inner, shared = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
-        ends = (0, inner, inner + shared, inner + 2 * shared)
-        orders = (halves(inner, mixer.heads), halves(shared, mixer.kv_heads), None)
-        for part, order, columns in zip("qkv", orders, itertools.starmap(slice, itertools.pairwise(ends)), strict=True):
-            yield matrix(f"{layer}.self_attn.{part}_proj.weight", mixer.qkv, order, columns)
-        yield matrix(f"{layer}.self_attn.o_proj.weight", mixer.out)
-        hidden = mlp.out.weight.shape[0]
-        yield matrix(f"{layer}.mlp.up_proj.weight", mlp.value_gate, columns=slice(0, hidden))
-        yield matrix(f"{layer}.mlp.gate_proj.weight", mlp.value_gate, columns=slice(hidden, 2 * hidden))
-        yield matrix(f"{layer}.mlp.down_proj.weight", mlp.out)
-        yield vector(f"{layer}.input_layernorm.weight", block.before_mixer)
-        yield vector(f"{layer}.post_attention_layernorm.weight", block.before_mlp)
+        orders = halves(inner, mixer.heads), halves(shared, mixer.kv_heads), None
+        yield from gated_layer(layer, block, mixer, mlp, orders)
 
 
 def _cross(cross: CrossLayer, prefix: str) -> Iterator[Piece]:

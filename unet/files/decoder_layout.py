@@ -6,7 +6,6 @@ over tokens; the tokenizer lies in a file of its own.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping
 
@@ -19,7 +18,7 @@ from unet.blocks import PreNorm, Stack
 from unet.files.converted import WeightType
 from unet.files.decoder_config import GPT2, LLAMA, described
 from unet.files.errors import LayoutError
-from unet.files.pieces import HEAD, PREFIX, Piece, PieceParams, filled, matrix, rows, sources, vector
+from unet.files.pieces import HEAD, PREFIX, Piece, PieceParams, filled, gated_layer, matrix, rows, sources, vector
 from unet.hierarchy import Flat
 from unet.layers import MLP, Affine, LayerNorm, Linear, RotaryScaling, ScaleNorm, SwiGLU
 from unet.model import UNet
@@ -123,17 +122,7 @@ def _llama(stack: Stack) -> Iterator[Piece]:
                 "layers of a Llama have RMS norms, gated MLPs, rotary embeddings of all dimensions, attention to everything "
                 "before, and no biases; this model has others"
             )
-        inner, shared = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
-        ends = (0, inner, inner + shared, inner + 2 * shared)
-        for part, columns in zip("qkv", itertools.starmap(slice, itertools.pairwise(ends)), strict=True):
-            yield matrix(f"{layer}.self_attn.{part}_proj.weight", mixer.qkv, columns=columns)
-        yield matrix(f"{layer}.self_attn.o_proj.weight", mixer.out)
-        hidden = mlp.out.weight.shape[0]
-        yield matrix(f"{layer}.mlp.up_proj.weight", mlp.value_gate, columns=slice(0, hidden))
-        yield matrix(f"{layer}.mlp.gate_proj.weight", mlp.value_gate, columns=slice(hidden, 2 * hidden))
-        yield matrix(f"{layer}.mlp.down_proj.weight", mlp.out)
-        yield vector(f"{layer}.input_layernorm.weight", block.before_mixer)
-        yield vector(f"{layer}.post_attention_layernorm.weight", block.before_mlp)
+        yield from gated_layer(layer, block, mixer, mlp)
     yield vector("model.norm.weight", stack.norm)
 
 

@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from unet.attention import Attention
+from unet.blocks import PreNorm
 from unet.files.arrays import rows_of, shape_in
 from unet.files.converted import WeightType, fill, require_names, require_shape
 from unet.files.errors import LayoutError
-from unet.layers import Affine, LayerNorm, Linear, ScaleNorm
+from unet.layers import Affine, LayerNorm, Linear, ScaleNorm, SwiGLU
 
 HEAD = "lm_head.weight"
 """The name of the output head, of one array with that of the embedding if they are tied."""
@@ -164,3 +166,25 @@ def matrix(name: str, layer: Linear | Affine, order: Order | None = None, column
     inputs, outputs = layer.weight.shape
     count = len(range(*columns.indices(outputs)))
     return Piece(name, layer.weight, (count, inputs), columns, order)
+
+
+def gated_layer(
+    name: str,
+    block: PreNorm,
+    mixer: Attention,
+    mlp: SwiGLU,
+    orders: Sequence[Int[np.ndarray, " _"] | None] = (None, None, None),
+) -> Iterator[Piece]:
+    """A layer with attention and a gated MLP, as Llama and the Byte Latent Transformer publish it. `orders`: of the rows of
+    queries, keys and values."""
+    inner, shared = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+    ends = (0, inner, inner + shared, inner + 2 * shared)
+    for part, order, columns in zip("qkv", orders, itertools.starmap(slice, itertools.pairwise(ends)), strict=True):
+        yield matrix(f"{name}.self_attn.{part}_proj.weight", mixer.qkv, order, columns)
+    yield matrix(f"{name}.self_attn.o_proj.weight", mixer.out)
+    hidden = mlp.out.weight.shape[0]
+    yield matrix(f"{name}.mlp.up_proj.weight", mlp.value_gate, columns=slice(0, hidden))
+    yield matrix(f"{name}.mlp.gate_proj.weight", mlp.value_gate, columns=slice(hidden, 2 * hidden))
+    yield matrix(f"{name}.mlp.down_proj.weight", mlp.out)
+    yield vector(f"{name}.input_layernorm.weight", block.before_mixer)
+    yield vector(f"{name}.post_attention_layernorm.weight", block.before_mlp)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import jax
 
@@ -18,8 +16,8 @@ from experiments.benchmark.device.asked import Asked, Item, Result
 from experiments.benchmark.generation import texts_of, untrained_model
 from experiments.benchmark.profile import ProfiledKernel, costliest
 from experiments.benchmark.shapes import shapes_of
-from experiments.benchmark.steps import prepare_step, repeated_steps
-from experiments.benchmark.timing import Timing, Work, time_interleaved
+from experiments.benchmark.steps import Compiled, compiled_step
+from experiments.benchmark.timing import Timing, time_interleaved
 from experiments.config.settings import RunConfig
 from experiments.training.data import load_split
 from unet import TextStream
@@ -39,28 +37,6 @@ SWITCHES: dict[str, tuple[Implementation | None, AttentionForm]] = {
     "ragged operations in XLA": ("xla", "auto"),
 }
 """The forms of ragged operations and of attention."""
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A compiled training step. `peak`: the memory that it needs, by XLA's account."""
-
-    work: Work
-    seconds: float
-    peak: int
-
-
-def compiled_step(config: RunConfig, split: Split) -> Compiled:
-    """The training step of a run, compiled."""
-    prepared = prepare_step(config, split)
-    key = jax.random.key(config.seed)
-    started = time.perf_counter()
-    step = prepared.step.lower(prepared.state, prepared.batches[0], key).compile()
-    seconds = time.perf_counter() - started
-    memory = step.memory_analysis()
-    assert memory is not None
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return Compiled(repeated_steps(step, prepared, key), seconds, peak)
 
 
 def utilisation(config: RunConfig, bytes_per_second: float) -> float | None:
