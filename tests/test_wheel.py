@@ -65,7 +65,7 @@ def test_an_installed_command_runs_from_another_folder(wheel, tmp_path):
     command = [prefix / "bin" / "caesura-shade", "nowhere", "--text", "a"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert " ".join(done.stderr.split()).startswith("error: nowhere")
+    assert " ".join(done.stderr.split()).startswith("error: there is no file or folder nowhere")
 
 
 def test_every_command_is_a_script_and_every_script_a_command():
