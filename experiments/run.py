@@ -145,9 +145,18 @@ def _set_up(config: RunConfig) -> Setup:
 def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display, processes: AbstractProcesses) -> None:
     followed = config if processes.leads else dataclasses.replace(config, tracker=())
     trackers = Trackers(followed, run_dir, setup.split, latest_step(config), display.note)
-    told = {"on_step": trackers.on_step, "on_validation": trackers.on_validation}
+    # Without trackers no process has to have the whole model at a validation.
+    on_validation = trackers.on_validation if config.tracker else None
     try:
-        outcome = train(config, setup, run_dir, display, **told, processes=processes)
+        outcome = train(
+            config,
+            setup,
+            run_dir,
+            display,
+            on_step=trackers.on_step,
+            on_validation=on_validation,
+            processes=processes,
+        )
     finally:
         trackers.close()
     if processes.leads:

@@ -16,13 +16,18 @@ from estimators import trainable
 from experiments.benchmark.collectives import collectives_of, of_shared_layers, on_paper
 from experiments.config.sections import MeshConfig
 from experiments.config.settings import RunConfig
+from experiments.evaluation.evaluate import evaluate_without_drops
 from experiments.training.placement import Placement
 from experiments.training.step import compiled
 from experiments.training.trainer import Trainer
+from experiments.training.validation import PlacedPass
 from tests.compositions import config_of, registered
 from tests.conftest import text_bytes
+from unet.likelihood import plain_layout
 
 BATCH, LENGTH = 8, 24
+VALIDATED = ("sfe", "hnet", "gumbel")
+"""Estimators that are validated as well."""
 DIVIDED_FROM = 128
 """Leaves of fewer numbers are whole."""
 
@@ -75,9 +80,27 @@ def compared(name: str, mesh: MeshConfig, steps: int) -> dict[str, object]:
         "params": max(
             float(np.max(np.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (params, on_mesh)), strict=True)
         ),
+        "validation": validated(trainer, config) if name in VALIDATED else None,
         "collectives": [dataclasses.astuple(one) for one in collectives_of(texts[1])],
         "on_paper": [dataclasses.astuple(one) for one in paper],
     }
+
+
+def validated(trainer: Trainer, config: RunConfig) -> float:
+    """How far the log-probabilities of a validation on the mesh are from those on one device; infinite where boundaries or
+    counts differ. There are fewer rows than devices can share evenly."""
+    layout = plain_layout(text_bytes(BATCH - 3, LENGTH, 1))
+    results = []
+    for one in (dataclasses.replace(config, devices=1, mesh=MeshConfig()), config):
+        placement = Placement.of(one)
+        params = placement.divided(trainer.first_state()).params
+        passes = PlacedPass(placement, params, trainer.static)
+        results.append(evaluate_without_drops(passes, layout, jax.random.key(3), LENGTH // 2))
+    ours, theirs = results
+    exact = [name for name, array in ours.items() if array.dtype.kind != "f"]
+    if not all(np.array_equal(ours[name], theirs[name]) for name in exact):
+        return float("inf")
+    return max(float(np.nanmax(np.abs(ours[name] - theirs[name]))) for name in ("log_prob", "probs"))
 
 
 def main(asked: list[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from estimators.registry import ESTIMATORS
 from tests.conftest import FAST_COMPILER
-from tests.mesh_steps import DIVIDED_FROM
+from tests.mesh_steps import DIVIDED_FROM, VALIDATED
 
 LONG = ("sfe", "hnet")
 """Estimators that take 20 steps, on a mesh of other sizes."""
@@ -39,6 +39,11 @@ def found():
 def test_losses_and_parameters_are_those_of_one_device(found, name):
     assert found[name]["metrics"] < 1e-5
     assert found[name]["params"] < 1e-5
+
+
+@pytest.mark.parametrize("name", VALIDATED)
+def test_a_validation_on_a_mesh_is_that_of_one_device(found, name):
+    assert found[name]["validation"] < 1e-5
 
 
 @pytest.mark.parametrize("name", [*LONG, *SHORT])

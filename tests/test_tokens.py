@@ -12,7 +12,7 @@ import pytest
 
 from estimators import Stride
 from estimators.base import BOS, EOS
-from experiments.evaluation.evaluate import evaluate_batch
+from experiments.evaluation.byte_results import evaluate_batch
 from experiments.evaluation.token_windows import score_token_windows
 from experiments.evaluation.windows import windows_of
 from tests.conftest import needs

@@ -11,7 +11,7 @@ from data import Split
 from experiments.benchmark.steps import compile_prepared, prepare_step
 from experiments.benchmark.timing import time_interleaved
 from experiments.config.settings import RunConfig
-from experiments.evaluation.evaluate import evaluate_batch
+from experiments.evaluation.byte_results import evaluate_batch
 from unet.likelihood import plain_layout
 
 

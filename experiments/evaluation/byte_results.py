@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import abc
+from typing import final
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -11,6 +15,7 @@ from estimators import Layout, equations
 from unet.hierarchy import Hierarchy, StageSampling
 from unet.language_model import AbstractLanguageModel
 from unet.likelihood import continues, next_logprobs, plain_layout
+from unet.local_devices import LocalDevices, by_row
 from unet.losses import early_log_prob
 from unet.model import UNet
 from unet.tokens.batch import TokenBatch, at_last_byte, at_predictions
@@ -49,23 +54,71 @@ class ByteResults(eqx.Module):
     """Where a constraint forced or forbade a boundary; None without constraints."""
 
 
+Actions = tuple[Bool[Array, "batch length"], ...]
+"""Boundaries that are prescribed, of the outermost level; none where they are drawn."""
+
+
+class AbstractPass(abc.ABC):
+    """Forward passes of one model, on some devices."""
+
+    @abc.abstractmethod
+    def results(self, layout: Layout, key: PRNGKeyArray, capacity: int | None, actions: Actions = ()) -> ByteResults:
+        """`evaluate_batch` of the model."""
+
+
+@final
+class LocalPass(AbstractPass):
+    """Passes on the devices of this process, which share the rows."""
+
+    def __init__(self, model: AbstractLanguageModel):
+        self._model = model
+        self._placed: dict[LocalDevices, AbstractLanguageModel] = {}
+
+    def results(self, layout: Layout, key: PRNGKeyArray, capacity: int | None, actions: Actions = ()) -> ByteResults:
+        devices = LocalDevices.of(layout.bytes.shape[0])
+        if devices not in self._placed:
+            self._placed[devices] = devices.everywhere(self._model)
+        return evaluate_batch(self._placed[devices], devices.rows(layout), key, capacity, devices.rows(actions))
+
+
 def evaluate_batch(
     model: AbstractLanguageModel,
     layout: Layout,
     key: PRNGKeyArray,
     capacity: int | None,
-    actions: tuple[Bool[Array, "batch length"], ...] = (),
+    actions: Actions = (),
 ) -> ByteResults:
-    """`evaluate_bytes`, or of a model of tokens `evaluate_tokens`. Raises `ValueError` for `actions` of a model of tokens."""
+    """`evaluate_bytes`, or of a model of tokens `evaluate_tokens`, compiled. Raises `ValueError` for `actions` of a model of
+    tokens."""
+    return evaluate_inputs(model, layout, tokens_of(model, layout, actions), key, capacity, actions)
+
+
+def tokens_of(model: AbstractLanguageModel, layout: Layout, actions: Actions) -> TokenBatch | None:
+    """What a model of tokens reads of a batch; None for a model of bytes. Raises `ValueError` for `actions` of a model of
+    tokens."""
     if not isinstance(model, TokenModel):
-        return evaluate_bytes(model.unet, layout, key, capacity, actions)
+        return None
     if actions:
         raise ValueError("the tokens of a tokenizer are given: no other boundaries can be prescribed")
     rows = {name: np.asarray(getattr(layout, name)) for name in ("bytes", "segments", "mask")}
-    return evaluate_tokens(model, layout, model.inputs(rows)["tokens"], key)
+    return jax.tree.map(jnp.asarray, model.inputs(rows)["tokens"])
 
 
-@eqx.filter_jit
+@by_row
+def evaluate_inputs(
+    model: AbstractLanguageModel,
+    layout: Layout,
+    tokens: TokenBatch | None,
+    key: PRNGKeyArray,
+    capacity: int | None,
+    actions: Actions,
+) -> ByteResults:
+    """`evaluate_batch` of a batch and its `tokens`."""
+    if tokens is not None and isinstance(model, TokenModel):
+        return evaluate_tokens(model, layout, tokens, key)
+    return evaluate_bytes(model.unet, layout, key, capacity, actions)
+
+
 def evaluate_tokens(model: TokenModel, layout: Layout, tokens: TokenBatch, key: PRNGKeyArray) -> ByteResults:
     """One forward pass of a model of tokens with sampled boundaries, as results of bytes: what belongs to a token stands at its
     last byte, or where that is predicted. There is a boundary of the outermost level at the last byte of every token."""
@@ -94,13 +147,12 @@ def evaluate_tokens(model: TokenModel, layout: Layout, tokens: TokenBatch, key: 
     )
 
 
-@eqx.filter_jit
 def evaluate_bytes(
     model: UNet,
     layout: Layout,
     key: PRNGKeyArray,
     capacity: int | None,
-    actions: tuple[Bool[Array, "batch length"], ...] = (),
+    actions: Actions = (),
 ) -> ByteResults:
     """One forward pass with sampled boundaries, or with `actions` as boundaries. Greedy boundaries are drawn as well, but not
     used. `capacity`: maximum tokens per sequence; with None no boundary is dropped."""

@@ -17,7 +17,7 @@ from data import HeldOutRow, Row
 from estimators import Layout, equations
 from estimators.bounds import Sequences, require_within
 from estimators.routers.rules import is_spacelike, is_whitespace
-from experiments.evaluation.byte_results import evaluate_batch, is_off_policy
+from experiments.evaluation.byte_results import AbstractPass, Actions, LocalPass, is_off_policy
 from unet.language_model import AbstractLanguageModel
 from unet.likelihood import plain_layout
 
@@ -89,12 +89,19 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
 
 
 def evaluate(
-    model: AbstractLanguageModel, rows: Sequence[HeldOutRow], *, batch: int, capacity: int, key: PRNGKeyArray
+    model: AbstractLanguageModel,
+    rows: Sequence[HeldOutRow],
+    *,
+    batch: int,
+    capacity: int,
+    key: PRNGKeyArray,
+    passes: AbstractPass | None = None,
 ) -> Validation:
     """Evaluate all `rows` in batches of size `batch` without dropping boundaries. An off-policy router is evaluated with three
-    kinds of boundaries (see `Validation`)."""
+    kinds of boundaries (see `Validation`). `passes`: what computes (None: the devices of this process); then the arrays of
+    `model` are not used."""
     accumulator = ValidationAccumulator()
-    for part, results in evaluate_batches(model, rows, batch=batch, capacity=capacity, key=key):
+    for part, results in evaluate_batches(model, rows, batch=batch, capacity=capacity, key=key, passes=passes):
         accumulator.add({**results, "documents": np.stack([row["documents"] for row in part])})
     return accumulator.validation()
 
@@ -124,14 +131,17 @@ def evaluate_batches(
     capacity: int,
     key: PRNGKeyArray,
     actions: Bool[np.ndarray, "rows length"] | None = None,
+    passes: AbstractPass | None = None,
 ) -> Iterator[tuple[Sequence[AnyRow], dict[str, np.ndarray]]]:
     """Per-byte results for each batch of `rows`: the fields of `ByteResults` but `decided`, and the `bytes`. An off-policy router
     adds `log_prob_greedy` and `log_prob_as_trained`.
 
     `actions`: boundaries to use instead of sampled ones. The additional passes of an off-policy router are then skipped.
+    `passes` as in `evaluate`.
     """
     require_within("batch", batch, Sequences)
     batch = min(batch, len(rows))
+    passes = LocalPass(model) if passes is None else passes
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         layout = stack_rows(part, batch)
@@ -139,20 +149,18 @@ def evaluate_batches(
         given = ()
         if actions is not None:
             given = (jnp.asarray(np.pad(actions[start : start + batch], ((0, batch - len(part)), (0, 0)))),)
-        arrays = evaluate_without_drops(model, layout, key_batch, capacity, given) | {"bytes": np.asarray(layout.bytes)}
+        arrays = evaluate_without_drops(passes, layout, key_batch, capacity, given) | {
+            "bytes": np.asarray(layout.bytes)
+        }
         if is_off_policy(model) and actions is None:
             for name in ("greedy", "as_trained"):
-                forced = evaluate_without_drops(model, layout, key_batch, capacity, (jnp.asarray(arrays[name]),))
+                forced = evaluate_without_drops(passes, layout, key_batch, capacity, (jnp.asarray(arrays[name]),))
                 arrays[f"log_prob_{name}"] = forced["log_prob"]
         yield part, {name: array[: len(part)] for name, array in arrays.items()}
 
 
 def evaluate_without_drops(
-    model: AbstractLanguageModel,
-    layout: Layout,
-    key: PRNGKeyArray,
-    capacity: int,
-    actions: tuple[Bool[Array, "batch length"], ...] = (),
+    passes: AbstractPass, layout: Layout, key: PRNGKeyArray, capacity: int, actions: Actions = ()
 ) -> dict[str, np.ndarray]:
     """The fields of `ByteResults` but `decided` for one batch, with sampled boundaries or `actions`. No boundary is dropped.
 
@@ -160,12 +168,12 @@ def evaluate_without_drops(
     with the same outermost boundaries and a capacity of all its bytes. The usual case thus costs one pass at `capacity`.
     `entropy` is NaN where the policy did not decide; `early_log_prob` is NaN without an early head.
     """
-    result = evaluate_batch(model, layout, key, capacity, actions)
+    result = passes.results(layout, key, capacity, actions)
     arrays = {name: np.array(array) for name, array in vars(result).items() if array is not None}
     for number in np.flatnonzero(arrays["overflow"]):
         one = slice(number, number + 1)
         alone = jax.tree.map(lambda leaf, one=one: leaf[one], layout)
-        again = evaluate_batch(model, alone, key, None, (result.drawn[one],))
+        again = passes.results(alone, key, None, (jnp.asarray(arrays["drawn"][one]),))
         # `as_trained` stays: other boundaries would be sampled in a batch of one.
         for name in arrays.keys() - {"as_trained"}:
             arrays[name][one] = np.asarray(getattr(again, name))

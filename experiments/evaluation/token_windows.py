@@ -19,6 +19,7 @@ from experiments.config.errors import ConfigError
 from experiments.evaluation.windows import PositionScores, Window
 from unet.decoding.boundaries import BytePass, byte_pass
 from unet.decoding.score import rate_of, with_enough_capacity
+from unet.local_devices import LocalDevices
 from unet.tokens.batch import padded_length
 from unet.tokens.model import TokenModel
 
@@ -67,6 +68,8 @@ def score_token_windows(
             raise ConfigError(str(error)) from None
         groups.setdefault(padded_length(part.stop - part.start, 2**30), []).append(place)
     scored: dict[int, PositionScores] = {}
+    devices = LocalDevices.of(batch)
+    inner = devices.everywhere(model.inner)
     for length, places in groups.items():
         for first in range(0, len(places), batch):
             chosen = places[first : first + batch]
@@ -78,8 +81,10 @@ def score_token_windows(
                 part = own.inside(windows[place])
                 ids[row, : part.stop - part.start], mask[row, : part.stop - part.start] = own.ids[part], True
             own_keys = None if keys is None else keys[jnp.asarray(filled)]
-            compute = functools.partial(byte_pass, model.inner, jnp.asarray(ids), jnp.asarray(mask), own_keys)
-            result = jax.tree.map(np.asarray, with_enough_capacity(length, rate_of(model.inner), compute))
+            compute = functools.partial(
+                byte_pass, inner, *devices.rows((jnp.asarray(ids), jnp.asarray(mask), own_keys))
+            )
+            result = jax.tree.map(np.asarray, with_enough_capacity(length, rate_of(inner), compute))
             for row, place in enumerate(chosen):
                 scored[place] = _window_scores(
                     tokens(windows[place].document), windows[place], result, row, len(model.estimators)

@@ -22,6 +22,7 @@ from estimators.base import BOS
 from unet import UNet
 from unet.decoding.boundaries import byte_pass
 from unet.decoding.score import rate_of, with_enough_capacity
+from unet.local_devices import LocalDevices
 
 SHORTEST = 16
 """Windows are padded to `context`, or to a half, a quarter or an eighth of it, but not to less than this."""
@@ -110,13 +111,15 @@ def score_windows(
     scored: dict[int, PositionScores] = {}
     for length, places in _by_length(windows, context, batch).items():
         rows = batch * (context // length)
+        devices = LocalDevices.of(rows)
+        placed = devices.everywhere(model)
         for first in range(0, len(places), rows):
             chosen = places[first : first + rows]
             # The last batch is filled up, so that one program serves all batches of a length.
             filled = chosen + chosen[:1] * (rows - len(chosen))
             some = [windows[place] for place in filled]
             own_keys = None if keys is None else keys[jnp.asarray(filled)]
-            scored |= zip(chosen, _batch_scores(model, documents, some, own_keys, length), strict=False)
+            scored |= zip(chosen, _batch_scores(placed, documents, some, own_keys, length, devices), strict=False)
             advance(sum(windows[place].stop - windows[place].counted for place in chosen))
     return PositionScores.joined([scored[place] for place in range(len(windows))])
 
@@ -140,6 +143,7 @@ def _batch_scores(
     windows: Sequence[Window],
     keys: Key[Array, " batch"] | None,
     length: int,
+    devices: LocalDevices,
 ) -> list[PositionScores]:
     # The last column is only predicted, not read.
     bytes = np.zeros((len(windows), length + 1), np.int32)
@@ -148,7 +152,8 @@ def _batch_scores(
         content = positions_of(documents[window.document], window.start, window.stop + 1)
         bytes[row, : len(content)] = content
         mask[row, : window.stop - window.start] = True
-    compute = functools.partial(byte_pass, model, jnp.asarray(bytes), jnp.asarray(mask), keys)
+    read = devices.rows((jnp.asarray(bytes), jnp.asarray(mask), keys))
+    compute = functools.partial(byte_pass, model, *read)
     result = jax.tree.map(np.asarray, with_enough_capacity(bytes.shape[1], rate_of(model), compute))
     parts = []
     for row, window in enumerate(windows):

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from data import Row
-from experiments.evaluation.evaluate import evaluate_batch, stack_rows
+from experiments.evaluation.byte_results import evaluate_batch
+from experiments.evaluation.evaluate import stack_rows
 from unet.language_model import AbstractLanguageModel
 from unet.shading.characters import Character, characters
 

@@ -88,6 +88,15 @@ class Placement:
 
         return jax.tree.map(placed, dict(inputs))
 
+    def rows(self, tree: Tree) -> Tree:
+        """Arrays with a row for each sequence of a batch of any size, on the devices that share it. Every process gives all."""
+
+        def placed(rows: np.ndarray) -> Array:
+            host = np.asarray(rows)
+            return jax.make_array_from_callback(host.shape, self.by_row, lambda index: host[index])
+
+        return jax.tree.map(placed, tree)
+
     def own_part(self, rows: np.ndarray) -> np.ndarray:
         """Of rows for a whole batch those of this process."""
         own, each = self.own_rows, rows.shape[0] // self.batch

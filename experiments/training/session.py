@@ -31,6 +31,7 @@ from experiments.training.rescue import RunFolder, save_elsewhere
 from experiments.training.run_dir import CHECKPOINTS, CONFIG, METRICS
 from experiments.training.setup import Setup
 from experiments.training.step import compiled
+from experiments.training.validation import PlacedPass
 from unet.files.saving import save, write_atomically
 from unet.language_model import AbstractLanguageModel
 
@@ -191,27 +192,27 @@ class Session:
             self.display.note(note)
 
     def validate(self) -> Validation:
-        """Evaluate the model on all held-out text."""
-        return self._validation(self.model)
-
-    def _validation(self, model: AbstractLanguageModel) -> Validation:
+        """Evaluate the model on all held-out text, where its parameters lie."""
         config = self.config
-        return evaluate(
-            model,
-            self._held_out,
-            batch=config.batch // config.optimizer.accumulate,
-            capacity=self.trainer.capacity,
-            key=self.setup.key_evaluate,
-        )
+        with self.processes.together():
+            return evaluate(
+                self.trainer.static,
+                self._held_out,
+                batch=config.batch // config.optimizer.accumulate,
+                capacity=self.trainer.capacity,
+                key=self.setup.key_evaluate,
+                passes=PlacedPass(self.setup.placement, self._state.params, self.trainer.static),
+            )
 
     def log_validation(self) -> None:
         """Evaluate, log and show it."""
-        model = self.model
-        self.validation = self._validation(model)
+        self.validation = self.validate()
         record = validation_record(self.step, self.step * self.config.bytes_per_step, self.validation)
         self._write(record)
         self.display.validation(self.step, self.validation)
         if self.on_validation is not None:
+            # Gathered here, where all processes are: only one of them may ask for it.
+            model = self.model
             self.on_validation(self.step, record, lambda: model)
         self.speed.pause()
 

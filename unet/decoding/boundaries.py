@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from unet.decoding.score import (
 from unet.hierarchy import boundary_probs
 from unet.language_model import AbstractLanguageModel
 from unet.likelihood import plain_layout
+from unet.local_devices import by_row
 from unet.losses import early_log_prob
 from unet.model import UNet
 from unet.numerics import with_rank_promotion
@@ -57,7 +57,7 @@ class BytePass(eqx.Module):
         return self.likelihoods.overflow
 
 
-@eqx.filter_jit
+@by_row
 @with_rank_promotion
 def byte_pass(
     model: UNet,
@@ -230,7 +230,7 @@ def boundaries(
     symbols = encoded(model, contents)
     model.unet.require_positions(1 + max((len(one) for one in symbols), default=0))
     found = {}
-    for number, result in in_batches(symbols, keys, batch, model, functools.partial(byte_pass, model.unet)):
+    for number, result in in_batches(symbols, keys, batch, model, byte_pass):
         # Position 0 is BOS, and the prediction at a position is of the next one.
         own, size = symbols[number], len(symbols[number])
         sizes = sizes_of(model, own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from unet.decoding.sampling import ChunkBytes, NumBytes, Sampling, draw
 from unet.decoding.score import depth_of_bytes, drawing_keys, keys_of, prefill, rate_of, texts_as_bytes
 from unet.hierarchy import boundary_depth
 from unet.language_model import AbstractLanguageModel
+from unet.local_devices import LocalDevices, by_row
 from unet.model import TextState, UNet
 from unet.numerics import with_rank_promotion
 
@@ -55,13 +57,15 @@ class Throughput:
     def after(self, chunk: Chunk, bytes: int, seconds: float) -> Throughput:
         """The same including one more chunk, of so many bytes."""
         timed = self.steps > 0
+        # A step is one at which any text got a symbol.
+        steps, token_steps = (int(np.any(part, axis=0).sum()) for part in (chunk.valid, np.asarray(chunk.depth) > 0))
         return Throughput(
             self.prefill_seconds,
             self.seconds + seconds * timed,
             self.timed_bytes + bytes * timed,
             self.bytes + bytes,
-            self.steps + int(chunk.steps),
-            self.token_steps + int(chunk.token_steps),
+            self.steps + steps,
+            self.token_steps + token_steps,
         )
 
 
@@ -86,15 +90,13 @@ class DecodeState(eqx.Module):
 
 
 class Chunk(eqx.Module):
-    """Symbols decoded in one call (EOS included), their log-probabilities in nats, the boundary depth at each, which of them are
-    `valid`, and how many steps ran each level."""
+    """Symbols decoded in one call (EOS included), their log-probabilities in nats, the boundary depth at each, and which of them
+    are `valid`."""
 
     symbols: Int[Array, "batch length"]
     logprobs: Float[Array, "batch length"]
     depth: Int[Array, "batch length"]
     valid: Bool[Array, "batch length"]
-    steps: Int[Array, ""]
-    token_steps: Int[Array, ""]
 
 
 class DecodedChunk(eqx.Module):
@@ -142,12 +144,10 @@ def decode_symbol(
         alphabet.next_state(state.character, symbol),
         state.done | (symbol == alphabet.eos) | (left <= 0),
     )
-    token_steps = jnp.any(depth > 0).astype(jnp.int32)
-    chunk = Chunk(symbol[:, None], logprobs, depth, valid[:, None], jnp.ones((), jnp.int32), token_steps)
-    return DecodedChunk(chunk, next_state)
+    return DecodedChunk(Chunk(symbol[:, None], logprobs, depth, valid[:, None]), next_state)
 
 
-@eqx.filter_jit(donate="all-except-first")
+@functools.partial(by_row, donate="all-except-first")
 @with_rank_promotion
 def decode_chunk(settings: DecodeSettings, state: DecodeState) -> DecodedChunk:
     """Decode up to `length` symbols of every text, fewer if all are done earlier."""
@@ -157,32 +157,29 @@ def decode_chunk(settings: DecodeSettings, state: DecodeState) -> DecodedChunk:
         jnp.zeros((batch, length), jnp.float32),
         jnp.zeros((batch, length), jnp.int32),
         jnp.zeros((batch, length), bool),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((), jnp.int32),
     )
 
     # Random numbers for all steps at once. All texts that are not done are at the same step, so one index serves them.
     choices, noise = uniforms_from(state.keys, state.state.count, length), state.state.noise(length)
 
-    def unfinished(carry: DecodedChunk) -> Bool[Array, ""]:
-        return (carry.chunk.steps < length) & ~jnp.all(carry.state.done)
+    def unfinished(carry: tuple[Int[Array, ""], DecodedChunk]) -> Bool[Array, ""]:
+        steps, decoded = carry
+        return (steps < length) & ~jnp.all(decoded.state.done)
 
-    def step(carry: DecodedChunk) -> DecodedChunk:
-        place = carry.chunk.steps
+    def step(carry: tuple[Int[Array, ""], DecodedChunk]) -> tuple[Int[Array, ""], DecodedChunk]:
+        place, before = carry
         choice, own_noise = jax.tree.map(
             lambda uniforms: jax.lax.dynamic_index_in_dim(uniforms, place, 1, False), (choices, noise)
         )
-        decoded = decode_symbol(settings, carry.state, choice, own_noise)
+        decoded = decode_symbol(settings, before.state, choice, own_noise)
 
-        def add(new: Array, so_far: Array) -> Array:
-            """Counts are summed, symbols written at their place."""
-            if so_far.ndim == 0:
-                return so_far + new
+        def write(new: Array, so_far: Array) -> Array:
             return jax.lax.dynamic_update_slice(so_far, new, (jnp.zeros_like(place), place))
 
-        return DecodedChunk(jax.tree.map(add, decoded.chunk, carry.chunk), decoded.state)
+        return place + 1, DecodedChunk(jax.tree.map(write, decoded.chunk, before.chunk), decoded.state)
 
-    return jax.lax.while_loop(unfinished, step, DecodedChunk(empty, state))
+    _, decoded = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), DecodedChunk(empty, state)))
+    return decoded
 
 
 class TextStream:
@@ -234,7 +231,8 @@ class TextStream:
         if valid and max(utf8.LACKING[characters]) > max_bytes:
             raise ValueError(f"{max_bytes} more bytes cannot complete the last character of a prompt")
         started = time.perf_counter()
-        keys = keys_of(key, len(prompts))
+        keys, self._devices = keys_of(key, len(prompts)), LocalDevices.of(len(prompts))
+        model = self._devices.everywhere(model)
         ready = prefill(model, prompts, None if greedy_boundaries else drawing_keys(keys))
         sizes, depth = np.array([1 + len(encoded) for encoded in ready.symbols]), np.asarray(ready.prefilled.depth)
         # A token has a byte at least.
@@ -267,7 +265,7 @@ class TextStream:
         while not all(text.finished for text in self._texts):
             started, texts = time.perf_counter(), self._texts
             ready = eqx.tree_at(lambda one: one.state, self._state, self._state_with_room())
-            decoded = decode_chunk(self._settings, ready)
+            decoded = decode_chunk(self._settings, self._devices.rows(ready))
             chunk, state = jax.tree.map(np.array, decoded.chunk), decoded.state
             ended, new = np.array(state.done), self._new(chunk)
             pieces = tuple(

@@ -24,6 +24,7 @@ from unet.decoding.kv_cache import rounded_up
 from unet.hierarchy import boundary_depth
 from unet.language_model import AbstractLanguageModel
 from unet.likelihood import next_logprobs
+from unet.local_devices import LocalDevices, by_row
 from unet.losses import Prediction
 from unet.model import TextState, UNet
 from unet.numerics import with_rank_promotion
@@ -64,7 +65,7 @@ class Prefilled(eqx.Module):
     state: TextState
 
 
-@eqx.filter_jit
+@by_row
 @with_rank_promotion
 def _prefill(
     model: UNet,
@@ -95,10 +96,13 @@ def prefill(model: AbstractLanguageModel, texts: Sequence[bytes], keys: Key[Arra
     Raises `ValueError` if a text contains the byte BOS or EOS.
     """
     symbols = encoded(model, texts)
-    rows, mask = map(jnp.asarray, padded(symbols, model.alphabet.bos))
-    prefilled = with_enough_capacity(
-        rows.shape[1], rate_of(model.unet), lambda capacity: _prefill(model.unet, rows, mask, keys, capacity)
+    devices = LocalDevices.of(len(texts))
+    unet, (rows, mask, keys) = (
+        devices.everywhere(model.unet),
+        devices.rows((*map(jnp.asarray, padded(symbols, model.alphabet.bos)), keys)),
     )
+    compute = functools.partial(_prefill, unet, rows, mask, keys)
+    prefilled = with_enough_capacity(rows.shape[1], rate_of(unet), compute)
     return ReadyTexts(symbols, prefilled)
 
 
@@ -217,7 +221,7 @@ def score(
     whole = [np.concatenate(parts) for parts in zip(before, own, strict=True)]
     model.unet.require_positions(1 + max((len(one) for one in whole), default=0))
     scored: dict[int, Scored] = {}
-    for number, result in in_batches(whole, keys, batch, model, functools.partial(_likelihoods, model.unet)):
+    for number, result in in_batches(whole, keys, batch, model, _likelihoods):
         part = slice(len(before[number]), len(whole[number]))
         log_prob = np.asarray(result.log_prob[part])
         scored[number] = Scored(
@@ -236,25 +240,27 @@ def in_batches(
     batch: int,
     model: AbstractLanguageModel,
     compute: Callable[
-        [Int[Array, "batch length"], Bool[Array, "batch length"], Key[Array, " batch"] | None, int], Result
+        [UNet, Int[Array, "batch length"], Bool[Array, "batch length"], Key[Array, " batch"] | None, int], Result
     ],
 ) -> Iterator[tuple[int, Result]]:
-    """The number of each text, given as its symbols, and its row of what `compute` makes of the symbols, the mask and the keys of
-    its batch, as NumPy arrays, in any order. Texts of similar lengths are batched. No boundary is dropped.
+    """The number of each text, given as its symbols, and its row of what `compute` makes of the model and the symbols, the mask
+    and the keys of its batch, as NumPy arrays, in any order. Texts of similar lengths are batched, and the devices of this
+    process share each batch. No boundary is dropped.
 
     Raises `ValueError` for a batch outside 1 … 65536.
     """
     require_within("batch", batch, Texts)
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]), reverse=True)
+    devices = LocalDevices.of(batch)
+    unet = devices.everywhere(model.unet)
     for start in range(0, len(order), batch):
         numbers = order[start : start + batch]
         # The last batch is filled with empty texts, so that one program serves all batches of a length.
         filled = [texts[number] for number in numbers] + [texts[0][:0]] * (batch - len(numbers))
         own_keys = None if keys is None else keys[jnp.asarray(numbers + numbers[:1] * (batch - len(numbers)))]
-        symbols, mask = map(jnp.asarray, padded(filled, model.alphabet.bos))
-        results = with_enough_capacity(
-            symbols.shape[1], rate_of(model.unet), functools.partial(compute, symbols, mask, own_keys)
-        )
+        symbols, mask, own_keys = devices.rows((*map(jnp.asarray, padded(filled, model.alphabet.bos)), own_keys))
+        computed = functools.partial(compute, unet, symbols, mask, own_keys)
+        results = with_enough_capacity(symbols.shape[1], rate_of(unet), computed)
         rows = jax.tree.map(np.asarray, results)
         for row, number in enumerate(numbers):
             yield number, jax.tree.map(operator.itemgetter(row), rows)
@@ -280,7 +286,7 @@ def likelihoods(
     return Likelihoods(next_logprobs(logits, bytes), most_likely, boundary_depth(levels, mask), overflow)
 
 
-@eqx.filter_jit
+@by_row
 @with_rank_promotion
 def _likelihoods(
     model: UNet,

@@ -1,0 +1,60 @@
+"""Rows of a batch on all devices of this process: two, in these tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import unet
+from experiments.evaluation.byte_results import LocalPass, evaluate_batch
+from tests.conftest import small_model, small_score_function, text_bytes
+from unet.likelihood import plain_layout
+from unet.local_devices import LocalDevices, by_row
+
+TWO = jax.local_devices()[:2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "devices", "used"), [(6, 4, 3), (7, 4, 1), (2, 4, 2), (1, 4, 1), (0, 4, 1), (8, 3, 2)]
+)
+def test_as_many_devices_compute_as_divide_the_rows(rows, devices, used):
+    chosen = LocalDevices.of(rows, [TWO[0]] * devices)
+    assert (1 if chosen.mesh is None else chosen.mesh.size) == used
+
+
+def test_each_device_computes_its_own_rows_with_the_whole_model_and_nothing_is_exchanged():
+    devices = LocalDevices.of(4)
+
+    def scaled(weight, rows, number, shift):
+        return {"rows": rows * weight + shift, "number": jnp.broadcast_to(number, rows.shape[:1])}
+
+    weight, rows = devices.everywhere(jnp.float32(3.0)), devices.rows(jnp.arange(8.0).reshape(4, 2))
+    found = by_row(scaled)(weight, rows, jnp.int32(5), 1.0)
+    np.testing.assert_array_equal(found["rows"], 3 * np.arange(8.0).reshape(4, 2) + 1)
+    np.testing.assert_array_equal(found["number"], [5, 5, 5, 5])
+    for array in found.values():
+        assert [shard.data.shape[0] for shard in array.addressable_shards] == [2, 2]
+        assert {shard.device for shard in array.addressable_shards} == set(TWO)
+
+
+def test_rows_on_one_device_are_computed_there():
+    found = by_row(lambda weight, rows: rows * weight)(jnp.float32(2.0), jax.device_put(jnp.ones(4), TWO[1]))
+    assert found.devices() == {TWO[1]}
+
+
+def test_boundaries_and_likelihoods_are_those_of_one_device():
+    """One key draws the numbers of the whole batch."""
+    model, layout, key = small_model(small_score_function()), plain_layout(text_bytes(4, 24)), jax.random.key(5)
+    ours, theirs = evaluate_batch(model, layout, key, 12), LocalPass(model).results(layout, key, 12)
+    assert theirs.log_prob.sharding.device_set == set(TWO)
+    np.testing.assert_array_equal(ours.drawn, theirs.drawn)
+    np.testing.assert_allclose(ours.log_prob, theirs.log_prob, atol=1e-5)
+
+
+def test_texts_do_not_depend_on_the_devices():
+    """Two prompts are divided, three are not."""
+    model, key = small_model(small_score_function()), jax.random.key(2)
+    keys, prompts = jax.random.split(key, 3), ["so ", "then it ", "a"]
+    three = unet.generate(model, prompts, max_bytes=12, key=keys)
+    two = unet.generate(model, prompts[:2], max_bytes=12, key=keys[:2])
+    assert [text.text for text in two.texts] == [text.text for text in three.texts[:2]]
