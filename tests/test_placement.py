@@ -177,6 +177,27 @@ def test_what_a_mesh_trained_is_read_on_one_device(tmp_path):
     assert eqx.tree_equal(eqx.filter(found, eqx.is_array), eqx.filter(model, eqx.is_array))
 
 
+def test_a_fresh_model_is_never_whole_and_has_the_bits_of_one_that_is():
+    """Its parameters and moments lie in parts; what has no gradient can be used without the mesh."""
+    shape = UNetConfig(16, 2, 1, 1, 1, window=4)
+    run = dataclasses.replace(TINY, unet=shape, estimator="sfe", length=16, mesh=MeshConfig(fsdp=2, whole_below=64))
+    there, key = Placement.of(run), jax.random.key(3)
+    alone = new_model(run, key)
+    model = there.with_local_rest(new_model(run, key, kept=there.model_kept))
+    assert eqx.tree_equal(model, alone)
+    trainer = Trainer.of(run, model, (16,))
+    state = trainer.first_state_on(there)
+    divided = [one.spec != PartitionSpec() for one in there.leaves(state)]
+    assert sum(divided) > 30
+    for leaf, in_parts in zip(jax.tree.leaves(state), divided, strict=True):
+        assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 2 if in_parts else leaf.size}
+    assert all(
+        leaf.sharding == sharding
+        for leaf, sharding in zip(*map(jax.tree.leaves, (trainer.params, there.shardings(trainer.params))), strict=True)
+    )
+    assert eqx.tree_equal(there.whole(state.params), jax.tree.map(np.asarray, Trainer.of(run, alone, (16,)).params))
+
+
 def test_a_metric_of_one_devices_sequences_is_refused():
     """As in an objective of one's own that takes the mean over the sequences that it is given."""
 

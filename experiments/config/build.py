@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 from jaxtyping import PRNGKeyArray, PyTree
@@ -37,10 +39,16 @@ def build_model(config: RunConfig, key: PRNGKeyArray, prepared: PyTree = None) -
     return build_byte_model(config, key, prepared)
 
 
-def new_model(config: RunConfig, key: PRNGKeyArray, prepared: PyTree = None) -> AbstractLanguageModel:
-    """`build_model`, compiled whole: a fraction of the time that its operations take to be compiled one by one."""
+def new_model(
+    config: RunConfig,
+    key: PRNGKeyArray,
+    prepared: PyTree = None,
+    kept: Callable[[AbstractLanguageModel], AbstractLanguageModel] = lambda model: model,
+) -> AbstractLanguageModel:
+    """`build_model`, compiled whole: a fraction of the time that its operations take to be compiled one by one. `kept` says
+    inside the compiled function where arrays lie; those of a teacher are read, and lie on one device."""
     if config.distill.teacher is None:
-        return eqx.filter_jit(lambda: build_model(config, key, prepared))()
+        return eqx.filter_jit(lambda: kept(build_model(config, key, prepared)))()
     # The main network is the teacher's. What is not returned here is not computed either.
     empty = Flat(Stack(()))
     outside = eqx.filter_jit(lambda: eqx.tree_at(lambda one: one.stage.inner, build_byte_model(config, key), empty))()

@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from estimators.base import has_gradient
 from estimators.sharding import BATCH_AXES
 from experiments.config.errors import ConfigError, require
 from experiments.config.settings import RunConfig
@@ -144,12 +146,31 @@ class Placement:
         and the next step would be compiled again."""
         return tree if self.alone else jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
+    def model_kept(self, model: AbstractLanguageModel) -> AbstractLanguageModel:
+        """The same for a model that is being built: what has no gradient is whole on each device."""
+        if self.alone:
+            return model
+        params, rest = eqx.partition(model, has_gradient)
+        arrays, rest = eqx.partition(rest, eqx.is_array)
+        whole = jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, self.everywhere), arrays)
+        return eqx.combine(self.kept(params), whole, rest)
+
+    def with_local_rest(self, model: AbstractLanguageModel) -> AbstractLanguageModel:
+        """A model made by `model_kept`, of which what has no gradient can be used by this process without the others."""
+        if self.alone:
+            return model
+        params, rest = eqx.partition(model, has_gradient)
+        arrays, rest = eqx.partition(rest, eqx.is_array)
+        return eqx.combine(params, jax.tree.map(lambda leaf: jnp.asarray(on_host(leaf)), arrays), rest)
+
     def divided(self, tree: Tree) -> Tree:
-        """A tree of parameters or moments on the devices. Every process gives the same."""
+        """A tree of parameters or moments on the devices. Every process gives the same, or all of them arrays that lie so."""
 
         def placed(leaf: Array, sharding: NamedSharding) -> Array:
             if jax.process_count() == 1:
                 return jax.device_put(leaf, sharding)
+            if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+                return leaf
             host = np.asarray(leaf)
             return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

@@ -66,7 +66,7 @@ class Session:
         self.trainer, self._folder = setup.trainer, RunFolder(run_dir)
         self._step_function = compiled(self.trainer.step_on(setup.placement))
         self._alignment_step = None if setup.alignment is None else setup.alignment.compiled(self.trainer)
-        self._state = setup.placement.divided(self.trainer.first_state())
+        self._state = self.trainer.first_state_on(setup.placement)
         self._held_out = setup.split.held_out_rows(config.evaluation.bytes)
         self._checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep, processes)
         progress = self._restore()

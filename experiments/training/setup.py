@@ -60,7 +60,9 @@ def require_equal(config: RunConfig, setup: Setup, processes: AbstractProcesses)
     processes.require_same("settings", settings.encode())
     processes.require_same("data", setup.split.fingerprint.encode())
     arrays = jax.tree.leaves((setup.trainer.params, eqx.filter(setup.prepared, eqx.is_array)))
-    sums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in arrays]
+    # Of what is divided over the processes each has another part.
+    whole = [leaf for leaf in arrays if leaf.is_fully_addressable or leaf.is_fully_replicated]
+    sums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in whole]
     processes.require_same("first parameters", str(sums).encode())
 
 
@@ -74,7 +76,8 @@ def set_up(config: RunConfig) -> Setup:
     prepared = read_prepared(config) if config.resume else None
     prepared = prepare(config, split) if prepared is None else prepared
     _require_shareable(config, lambda: new_model(config, key, prepared))
-    model, aligned = new_model(config, key, prepared), config.distill.teacher is not None
+    model = placement.with_local_rest(new_model(config, key, prepared, placement.model_kept))
+    aligned = config.distill.teacher is not None
     alignment = AlignmentStage.of(config, prepared, split, placement) if aligned else None
     try:
         require_saveable(model)

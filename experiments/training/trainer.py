@@ -19,6 +19,7 @@ from experiments.training.capacity import in_positions, inner_capacities, traini
 from experiments.training.optimizer import make_optimizer, multipliers
 from experiments.training.placement import Placement
 from experiments.training.remat import MemoryPlan, memory_plan
+from experiments.training.sharding import on_host
 from experiments.training.step import Step, TrainState, fresh_state, make_step, own_loss
 from unet.language_model import AbstractLanguageModel
 
@@ -66,8 +67,9 @@ class Trainer:
     @classmethod
     def on(cls, config: RunConfig, model: AbstractLanguageModel, split: Split, begun: float = 0.0) -> Trainer:
         """The same with the capacities that a run on this text has; `begun` as in `training_capacities`."""
-        routers = [estimator.router for estimator in model.estimators]
         read = in_positions(config, model, split)
+        # On the host, since its parameters may lie in parts on many devices.
+        routers = [jax.tree.map(_local, estimator.router) for estimator in model.estimators[:1]]
         return cls.of(config, model, training_capacities(read, routers[0] if routers else None, split, begun), read)
 
     @property
@@ -98,6 +100,23 @@ class Trainer:
         # Fresh trees share equal buffers between leaves, which donation forbids.
         return jax.tree.map(jnp.copy, fresh_state(params, self.optimizer))
 
+    def first_state_on(self, placement: Placement) -> TrainState:
+        """The state before the first step, on the devices of a placement: of what is divided over them none has all."""
+        if placement.alone:
+            return placement.divided(self.first_state())
+
+        @jax.jit
+        def state(params: PyTree[Float[Array, ...]]) -> TrainState:
+            return placement.kept(fresh_state(jax.tree.map(jnp.copy, params), self.optimizer))
+
+        return state(placement.divided(self.params))
+
     def model(self, params: PyTree[Float[Array, ...]]) -> AbstractLanguageModel:
         """The model with these parameters."""
         return eqx.combine(params, self.static)
+
+
+def _local(leaf: Array) -> Array:
+    """An array that this process can use without the others."""
+    alone = not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1
+    return leaf if alone else jnp.asarray(on_host(leaf))
