@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from data import DataError
+from data import DataError, HeldOutRow
 from experiments.command import exit_code
 from experiments.config.arguments import expanded
 from experiments.config.errors import ConfigError, RunError, failure, one_line
@@ -159,13 +159,17 @@ def _run_in(run_dir: Path, config: RunConfig, setup: Setup, display: Display, pr
         )
     finally:
         trackers.close()
-    if processes.leads:
-        _report(run_dir, config, outcome, display)
+    with processes.together():
+        _report(run_dir, config, outcome, display, processes)
 
 
-def _report(run_dir: Path, config: RunConfig, outcome: Outcome, display: Display) -> None:
+def _report(run_dir: Path, config: RunConfig, outcome: Outcome, display: Display, processes: AbstractProcesses) -> None:
+    """Write the report and say where it is; of several processes the first one does, and all compute what it shows."""
     try:
-        shaded = _write_results(run_dir, config, outcome)
+        shaded = shade(outcome.passes, _shown_rows(config, outcome), seed=config.seed)
+        if not processes.leads:
+            return
+        _write_results(run_dir, config, outcome, shaded)
     except Exception as error:  # whatever a report stumbles over, the training was not for nothing
         place = run_dir if (run_dir / WEIGHTS).is_file() else save_elsewhere(run_dir, partial(save, outcome.model))
         where = "its model is saved nowhere" if place is None else f"its model is saved in {place}"
@@ -183,16 +187,18 @@ def _report(run_dir: Path, config: RunConfig, outcome: Outcome, display: Display
     )
 
 
-def _write_results(run_dir: Path, config: RunConfig, outcome: Outcome) -> list[list[Character]]:
-    """Write the report and the summary. Returns held-out text with its boundaries."""
+def _shown_rows(config: RunConfig, outcome: Outcome) -> Sequence[HeldOutRow]:
+    """The held-out text that a report shows."""
     count = max(SAMPLE_ROWS, min(MOST_ROWS, SAMPLE_BYTES // config.length))
-    rows = outcome.split.held_out_rows(count * config.length)[:count]
-    shaded = shade(outcome.model, rows, seed=config.seed)
+    return outcome.split.held_out_rows(count * config.length)[:count]
+
+
+def _write_results(run_dir: Path, config: RunConfig, outcome: Outcome, shaded: Sequence[list[Character]]) -> None:
+    """Write the report, with held-out text and its boundaries, and the summary."""
     summary = summary_of(config, outcome)
     write_report(run_dir, config, summary, shaded)
     # Last, so that a folder with a summary is a finished run.
     write_atomically(run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    return shaded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from experiments.comparison.pairs import Curve
 from experiments.comparison.study import Head
 from experiments.config.plugins import load_model, modules_of
 from experiments.config.settings import RunConfig
+from experiments.evaluation.byte_results import LocalPass
 from experiments.reporting.pictures import inline_svg
 from experiments.reporting.report import html_page
 from experiments.reporting.shading import readable, shade
@@ -122,7 +123,10 @@ def shaded_texts(runs: Mapping[str, FinishedRun], split: Split) -> dict[str, lis
     """The first held-out rows, shaded by the boundary probabilities of each run, from a document or a word on."""
     rows = split.held_out_rows(TEXT_ROWS * split.length)[:TEXT_ROWS]
     return {
-        name: [readable(text) for text in shade(load_model(run.folder, modules_of(run.config)).model, rows, seed=0)]
+        name: [
+            readable(text)
+            for text in shade(LocalPass(load_model(run.folder, modules_of(run.config)).model), rows, seed=0)
+        ]
         for name, run in runs.items()
         if run.folder is not None
     }

@@ -10,18 +10,18 @@ import jax
 import numpy as np
 
 from data import Row
-from experiments.evaluation.byte_results import evaluate_batch
+from experiments.evaluation.byte_results import AbstractPass
 from experiments.evaluation.evaluate import stack_rows
-from unet.language_model import AbstractLanguageModel
 from unet.shading.characters import Character, characters
 
 SEARCHED = 64
 """Characters among which the beginning of a document or of a word is looked for."""
 
 
-def shade(model: AbstractLanguageModel, rows: Sequence[Row], *, seed: int) -> list[list[Character]]:
-    """The characters of each row with boundary probabilities and sampled boundaries. Invalid bytes become U+FFFD."""
-    result = evaluate_batch(model, stack_rows(rows, len(rows)), jax.random.key(seed), None)
+def shade(passes: AbstractPass, rows: Sequence[Row], *, seed: int) -> list[list[Character]]:
+    """The characters of each row with boundary probabilities and sampled boundaries of a model, of which `passes` are. Invalid
+    bytes become U+FFFD."""
+    result = passes.results(stack_rows(rows, len(rows)), jax.random.key(seed), None)
     probs, sampled = np.asarray(result.probs), np.asarray(result.sampled)
     # The prediction at a position is of the next byte; nothing predicts a first one.
     predicted = np.where(np.asarray(result.scored), -np.asarray(result.log_prob) / math.log(2.0), 0.0)

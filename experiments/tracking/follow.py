@@ -11,6 +11,7 @@ from data import Split
 from experiments.config.errors import one_line
 from experiments.config.files import to_json
 from experiments.config.settings import RunConfig
+from experiments.evaluation.byte_results import LocalPass
 from experiments.evaluation.evaluate import PROBABILITY_BINS
 from experiments.reporting.pictures import boundaries_picture
 from experiments.reporting.shading import readable, shade
@@ -51,7 +52,7 @@ class Trackers:
             return
         edges = [number / len(shares) for number in range(len(shares) + 1)]
         self._tell(lambda tracker: tracker.histogram(step, "val_probability", edges, shares))
-        shaded = [readable(text) for text in shade(model(), self._rows, seed=self._seed)]
+        shaded = [readable(text) for text in shade(LocalPass(model()), self._rows, seed=self._seed)]
         notes = [f"Text {number}" for number in range(1, len(shaded) + 1)]
         written, png = page(f"Step {step}", fragment(shaded, notes)), boundaries_picture(shaded)
         self._tell(lambda tracker: tracker.html(step, "held_out_text", written))

@@ -30,9 +30,10 @@ from experiments.training.replacing import discard_replaced
 from experiments.training.rescue import RunFolder, save_elsewhere
 from experiments.training.run_dir import CHECKPOINTS, CONFIG, METRICS
 from experiments.training.setup import Setup
+from experiments.training.sharding import on_host
 from experiments.training.step import compiled
 from experiments.training.validation import PlacedPass
-from unet.files.saving import save, write_atomically
+from unet.files.saving import module_content, save, write_atomically
 from unet.language_model import AbstractLanguageModel
 
 OnStep = Callable[[int, Record], None]
@@ -116,8 +117,13 @@ class Session:
         return self._seconds_before + time.perf_counter() - self._started
 
     @property
+    def placed_model(self) -> AbstractLanguageModel:
+        """The model as it is now, its parameters where they lie."""
+        return self.trainer.model(self._state.params)
+
+    @property
     def model(self) -> AbstractLanguageModel:
-        """The model as it is now, on the default device."""
+        """The model as it is now, whole on the default device."""
         with self.processes.together():
             whole = self.setup.placement.whole(self._state.params)
         return self.trainer.model(jax.tree.map(jnp.asarray, whole))
@@ -201,8 +207,13 @@ class Session:
                 batch=config.batch // config.optimizer.accumulate,
                 capacity=self.trainer.capacity,
                 key=self.setup.key_evaluate,
-                passes=PlacedPass(self.setup.placement, self._state.params, self.trainer.static),
+                passes=self.passes,
             )
+
+    @property
+    def passes(self) -> PlacedPass:
+        """Passes of the model as it is now, where its parameters lie."""
+        return PlacedPass(self.setup.placement, self._state.params, self.trainer.static)
 
     def log_validation(self) -> None:
         """Evaluate, log and show it."""
@@ -228,11 +239,16 @@ class Session:
         self.speed.pause()
 
     def save_model(self) -> None:
-        """Write the model to the run's folder. Raises `OSError`."""
+        """Write the model to the run's folder, one array after another. Raises `OSError`."""
         self._folder.require_there()
-        model = self.model
-        if self.processes.leads:
-            save(model, self.run_dir)
+        model = self.placed_model
+        with self.processes.together():
+            if self.processes.leads:
+                save(model, self.run_dir, read=on_host)
+            else:
+                # Of every array, this process has parts that the first one needs.
+                for _ in module_content(model, on_host):
+                    pass
 
     def rescued(self, error: Exception) -> RunError:
         """Save everything to where that is still possible. Returns what to say of it and of the `error`."""

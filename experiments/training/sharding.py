@@ -82,9 +82,9 @@ def parts_of(spec: PartitionSpec, mesh: Mapping[str, int]) -> int:
     return 1 if division is None else math.prod(mesh[name] for name in division[1])
 
 
-def on_host(leaf: Array) -> np.ndarray:
+def on_host(leaf: Array | np.ndarray) -> np.ndarray:
     """A leaf on the host, whole: gathered where other processes hold parts of it. Every process has to call this."""
-    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+    if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return np.asarray(leaf)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 

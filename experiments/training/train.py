@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from data import DataError, Split
 from experiments.config.settings import RunConfig
+from experiments.evaluation.byte_results import AbstractPass
 from experiments.evaluation.evaluate import Validation
 from experiments.processes.processes import ALONE, RUNNING, AbstractProcesses
 from experiments.processes.stopping import AgreedStop, Stop, StoppedError
@@ -36,12 +37,14 @@ class Interrupted(AgreedStop):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: its model, what its estimator was `prepared` with, its last validation, the held-out text, and what it
+    """A finished run: its model, whose parameters lie in parts where several processes trained it, `passes` of it, which all of
+    them have to compute together, what its estimator was `prepared` with, its last validation, the held-out text, and what it
     cost. `seconds` is time spent in the training loop, over all sessions; `bytes_per_second` leaves compilation and validation
     out; `epochs`: how often the data was gone through; `shown`: the share of its bytes that the protocol can show, of a stream
     of those read."""
 
     model: AbstractLanguageModel
+    passes: AbstractPass
     prepared: PyTree
     validation: Validation
     split: Split
@@ -106,7 +109,8 @@ def train(
         display.stop()
         session.close()
     return Outcome(
-        model=session.model,
+        model=session.model if processes.count == 1 else session.placed_model,
+        passes=session.passes,
         prepared=setup.prepared,
         validation=session.validate() if session.validation is None else session.validation,
         split=setup.split,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jaxtyping import Array
 
 from estimators import Discount, EarlyExit, Estimator, RuleRouter, ScoreFunctionObjective
 from estimators.routers.rules import whitespace
@@ -55,8 +56,9 @@ SHARDS = {
 
 def _described(module: eqx.Module) -> tuple[dict[str, np.ndarray], str]:
     """The arrays of a module, and its description."""
-    arrays: dict[str, np.ndarray] = {}
-    return arrays, json.dumps(describe(module, "model", arrays))
+    arrays: dict[str, Array] = {}
+    structure = json.dumps(describe(module, "model", arrays))
+    return {name: np.asarray(array) for name, array in arrays.items()}, structure
 
 
 @functools.cache

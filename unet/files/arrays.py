@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 import safetensors.numpy
+from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 
 from unet.files.errors import LoadError, shown
@@ -98,15 +99,32 @@ class ArrayFile(AbstractArrays):
         """Nothing stays open."""
 
 
-def file_content(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
-    """A safetensors file, as its header and its data. The same arrays and metadata give the same bytes.
+def as_numpy(array: Array | np.ndarray) -> np.ndarray:
+    """An array on the host, its numbers in the order of its axes."""
+    # Not np.ascontiguousarray, which turns scalars into vectors.
+    return np.asarray(array, order="C")
 
-    The library that writes the format orders metadata at random, so only its order of the arrays is kept.
+
+def file_content(
+    arrays: Mapping[str, Array | np.ndarray],
+    metadata: Mapping[str, str],
+    read: Callable[[Array | np.ndarray], np.ndarray] = as_numpy,
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file in parts: its header, then the data of each array, which is only `read` then. The same arrays and
+    metadata give the same bytes.
+
+    The library that writes the format wants all arrays at once, and orders metadata at random. So it is given empty ones, and
+    only its order of them and its names of their types are kept.
     """
-    content = safetensors.numpy.save(dict(arrays))
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(
-        {"__metadata__": dict(metadata), **json.loads(content[8:start])}, separators=(",", ":")
-    ).encode()
-    header += b" " * (-len(header) % ALIGNMENT)
-    return len(header).to_bytes(8, "little") + header, memoryview(content)[start:]
+    content = safetensors.numpy.save({name: np.zeros(0, array.dtype) for name, array in arrays.items()})
+    described = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    stop = 0
+    for name, one in described.items():
+        start, stop = stop, stop + arrays[name].size * arrays[name].dtype.itemsize
+        header[name] = {"dtype": one["dtype"], "shape": list(arrays[name].shape), "data_offsets": [start, stop]}
+    written = json.dumps(header, separators=(",", ":")).encode()
+    written += b" " * (-len(written) % ALIGNMENT)
+    yield len(written).to_bytes(8, "little") + written
+    for name in described:
+        yield read(arrays[name]).reshape(-1).view(np.uint8).data

@@ -16,10 +16,10 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from unet.files.errors import LoadError, shown
 
@@ -38,11 +38,10 @@ Names = Sequence[Known] | Mapping[str, Known]
 """The same, or by the names that files have for them, such as `{"__main__.Mine": Mine}` for a class that has moved."""
 
 
-def describe(value: object, name: str, arrays: dict[str, np.ndarray]) -> object:
+def describe(value: object, name: str, arrays: dict[str, Array]) -> object:
     """`value` as JSON; its arrays are added to `arrays`, named by the path of their fields, which begins with `name`."""
-    if eqx.is_array(value):
-        # Not np.ascontiguousarray, which turns scalars into vectors.
-        arrays[name] = np.asarray(value, order="C")
+    if isinstance(value, jax.Array):
+        arrays[name] = value
         return {"array": name}
     if isinstance(value, _PLAIN):
         return value

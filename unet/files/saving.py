@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from unet.files.arrays import ArrayFile, file_content
+from unet.files.arrays import ArrayFile, as_numpy, file_content
 from unet.files.described import PACKAGES, Builder, Names, describe
 from unet.files.errors import LoadError, shown
 from unet.files.hub import Repository
@@ -35,6 +38,9 @@ VERSION = "4"
 UNCHECKED = "3"
 """The version of files without checksums, which can still be read."""
 
+Read = Callable[[Array | np.ndarray], np.ndarray]
+"""Brings an array to the host, its numbers in the order of its axes."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -45,13 +51,13 @@ class Loaded:
     config: Mapping[str, object]
 
 
-def write_atomically(path: Path, *parts: str | bytes | memoryview) -> None:
-    """Write a file so that a crash leaves either the old or the new one, never a partial one; an error leaves nothing else."""
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write. A crash leaves either the old or the new one, never a partial one; an error leaves nothing else."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as stream:
-            for part in parts:
-                stream.write(part.encode() if isinstance(part, str) else part)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -62,27 +68,44 @@ def write_atomically(path: Path, *parts: str | bytes | memoryview) -> None:
         raise
 
 
-def save(model: AbstractLanguageModel, folder: str | Path) -> Path:
+def write_atomically(path: Path, *parts: str | bytes | memoryview) -> None:
+    """Write a file as `atomic_file` does."""
+    with atomic_file(path) as stream:
+        for part in parts:
+            stream.write(part.encode() if isinstance(part, str) else part)
+
+
+def save(model: AbstractLanguageModel, folder: str | Path, *, read: Read = as_numpy) -> Path:
     """Write `model.safetensors` to `folder`, which is created if it is missing, and return its path. A crash leaves no partial
-    file.
+    file. `read` brings one array after another to the host, twice; no more than one of them is there at a time.
 
     Raises `ValueError` if a model contains anything but modules, arrays, plain values and named functions.
     """
-    return save_module(model, Path(folder) / WEIGHTS)
+    return save_module(model, Path(folder) / WEIGHTS, read=read)
 
 
-def save_module(module: eqx.Module, path: Path) -> Path:
+def save_module(module: eqx.Module, path: Path, *, read: Read = as_numpy) -> Path:
     """Write any module to a file of its own, as `save` writes a model."""
-    arrays: dict[str, np.ndarray] = {}
-    structure = json.dumps(describe(module, "model", arrays), separators=(",", ":"))
+    content = module_content(module, read)
+    header = next(content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, *file_content(arrays, metadata_of(structure, arrays)))
+    with atomic_file(path) as stream:
+        for part in itertools.chain([header], content):
+            stream.write(part)
     return path
 
 
-def metadata_of(structure: str, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+def module_content(module: eqx.Module, read: Read = as_numpy) -> Iterator[bytes | memoryview]:
+    """The file that `save_module` writes, in parts. Of the same module arrays are `read` in the same order everywhere: where they
+    lie in parts with several processes, all of those have to go through it."""
+    arrays: dict[str, Array] = {}
+    structure = json.dumps(describe(module, "model", arrays), separators=(",", ":"))
+    yield from file_content(arrays, metadata_of(structure, arrays, read), read)
+
+
+def metadata_of(structure: str, arrays: Mapping[str, Array | np.ndarray], read: Read = as_numpy) -> dict[str, str]:
     """The metadata of a file with a module's description `structure`: it has the checksums of that and of the arrays."""
-    leaves = json.dumps({name: _leaf(array) for name, array in arrays.items()}, separators=(",", ":"))
+    leaves = json.dumps({name: _leaf(read(array)) for name, array in arrays.items()}, separators=(",", ":"))
     digest = _digest(structure, leaves)
     return {"format": FORMAT, "version": VERSION, "structure": structure, "leaves": leaves, "sha256": digest}
 
