@@ -32,7 +32,7 @@ from experiments.config.arguments import PATHS, usage
 from experiments.config.errors import ConfigError, require
 from experiments.config.presets import PRESETS
 from experiments.config.sections import MeshConfig
-from experiments.devices import use_cpu_devices
+from experiments.devices import CPU_DEVICES, use_cpu_devices
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
@@ -167,7 +167,7 @@ class Generation(OfModel, AbstractTimed):
     """What it takes to generate byte by byte, alone and in a batch, against a forward pass over the whole text for each byte; and
     what the caches hold."""
 
-    cpu_devices: ClassVar[int] = 1
+    cpu_devices: ClassVar[int] = CPU_DEVICES
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("tiny",)
     """Presets to measure."""
     estimator: str = DEFAULT

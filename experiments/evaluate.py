@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from experiments.command import command_line
+from experiments.devices import CPU_DEVICES, settle_cpu_devices
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.scoring.cache import ScoreCache, default_folder
@@ -71,6 +72,7 @@ def evaluate_tasks(config: EvaluateConfig, cache: ScoreCache, display: Display) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
+    settle_cpu_devices(CPU_DEVICES)
     stopped = "stopped; the same command goes on where this one was"
     return command_line(EvaluateConfig, evaluate, "experiments.evaluate", arguments, stopped)
 

@@ -19,6 +19,7 @@ from estimators.bounds import Count, Seed, Share
 from experiments.command import command_line
 from experiments.config.arguments import expanded
 from experiments.config.errors import NOT_NUMBERS, ConfigError, require, require_bounds
+from experiments.devices import CPU_DEVICES, settle_cpu_devices
 from experiments.launch import program
 from experiments.reporting.display import Display
 from experiments.reporting.texts import AbstractTexts, standard_output
@@ -186,6 +187,7 @@ def report(texts: Sequence[Generation], throughput: Throughput) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
+    settle_cpu_devices(CPU_DEVICES)
     return command_line(GenerateConfig, generate, "experiments.generate", arguments)
 
 

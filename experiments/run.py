@@ -22,7 +22,7 @@ from experiments.config.layers import from_file
 from experiments.config.plugins import import_plugins, named_modules, plugins_in
 from experiments.config.presets import PRESETS
 from experiments.config.settings import RunConfig
-from experiments.devices import require_devices, settle_cpu_devices
+from experiments.devices import CPU_DEVICES, require_devices, settle_cpu_devices
 from experiments.launch import program
 from experiments.processes.agreement import require_shared
 from experiments.processes.membership import Membership
@@ -211,8 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         display.quiet = config.quiet
 
         def settle(processes: int) -> None:
-            # Two halves of a batch side by side beat one product on two cores at these sizes.
-            settle_cpu_devices(2 if processes == 1 else 1, -(-config.mesh.named // processes))
+            settle_cpu_devices(CPU_DEVICES if processes == 1 else 1, -(-config.mesh.named // processes))
 
         def resumable() -> bool:
             return not config.overwrite and has_checkpoint(config.run_dir)
