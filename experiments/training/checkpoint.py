@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -81,52 +82,94 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, processes: AbstractProcesses = ALONE):
         self._folder, self._processes = folder.absolute(), processes
-        logging.getLogger("absl").addFilter(_quiet_logs)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            enable_async_checkpointing=False,
-            cleanup_tmp_directories=True,
-            # A rename is atomic, a recursive delete is not: a half-deleted checkpoint must not look like one.
-            todelete_subdir=_TRASH,
-        )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_quiet_logs)
+        self._keep, self._manager = keep, self._opened(keep)
+        self._writing: int | None = None
+        self._failed_step: int | None = None
+        self._hook = sys.unraisablehook
         if processes.leads:
             shutil.rmtree(self._folder / _TRASH, ignore_errors=True)
 
+    def _opened(self, keep: int, *, sweep: bool = True) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=sweep,
+            # A rename is atomic, a recursive delete is not: a half-deleted checkpoint must not look like one.
+            todelete_subdir=_TRASH,
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
+
     @property
     def latest(self) -> int | None:
-        """The step of the newest one."""
-        return self._manager.latest_step()
+        """The step of the newest one that is committed."""
+        return max((step for step in self._manager.all_steps() if step != self._writing), default=None)
 
     def save(self, arrays: PyTree[Array], progress: Progress) -> None:
         """Commit a checkpoint; returns once it is complete. The same step is not written twice.
 
-        Raises `SaveError` where it cannot be written; what was written of it is deleted.
+        Raises `SaveError` where it, or the one before it, cannot be written; what was written of it is deleted.
         """
+        self.begin(arrays, progress)
+        self.finish()
+
+    def begin(self, arrays: PyTree[Array], progress: Progress) -> None:
+        """Begin to write a checkpoint, after the one before it is complete; returns once the arrays may change. Raises as `save`
+        does."""
+        self.finish()
+        self._sweep()
         if progress.step in self._steps():
             return
         meta = {**vars(progress), "leaves": described(arrays)}
         # Before the save, since the other writes of one that fails may end while its exception is on its way here.
-        before, sys.unraisablehook = sys.unraisablehook, _quiet_threads
+        self._hook, sys.unraisablehook = sys.unraisablehook, _quiet_threads
+        self._writing = progress.step
         try:
             self._manager.save(
                 progress.step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta)),
                 force=True,
             )
-            if self._processes.leads:
-                write_list(self._folder / str(progress.step))
         except Exception as error:  # orbax and tensorstore raise what they like
-            # One of several processes does not get further, and the next run sweeps up.
-            if self._processes.count == 1:
-                self._manager.reload()
-                for left in self._folder.glob(f"{progress.step}.*"):
-                    shutil.rmtree(left, ignore_errors=True)
-            raise SaveError(f"the checkpoint of step {progress.step} cannot be written ({said(error)})") from error
-        sys.unraisablehook = before
+            raise self._failed(error) from error
+
+    def finish(self) -> bool:
+        """Return once the checkpoint that was begun is complete; whether there was one. Raises as `save` does. Several processes
+        call this together."""
+        if self._writing is None:
+            return False
+        try:
+            self._manager.wait_until_finished()
+            if self._processes.leads:
+                write_list(self._folder / str(self._writing))
+        except Exception as error:  # as above
+            raise self._failed(error) from error
+        self._writing, sys.unraisablehook = None, self._hook
         if self._processes.leads:
             for name in (_TRASH, _DAMAGED):
                 shutil.rmtree(self._folder / name, ignore_errors=True)
+        return True
+
+    def _failed(self, error: Exception) -> SaveError:
+        """What to raise where a checkpoint cannot be written, of which nothing is left then."""
+        step, self._writing = self._writing, None
+        # One of several processes does not get further, and the next run sweeps up.
+        if self._processes.count == 1:
+            # A manager raises an error of its threads again at the next save.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._manager = self._opened(self._keep, sweep=False)
+            self._failed_step = step
+            self._sweep()
+        return SaveError(f"the checkpoint of step {step} cannot be written ({said(error)})")
+
+    def _sweep(self) -> None:
+        """Delete what there is of a checkpoint that failed. Other threads may go on writing it for a moment, so the next save and
+        the end do this again."""
+        if self._failed_step is not None:
+            for left in self._folder.glob(f"{self._failed_step}.*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def restore(self, like: Arrays, note: Callable[[str], None]) -> Restored[Arrays] | None:
         """The latest checkpoint that is whole, with the structure and the devices of `like`; None where none was committed.
@@ -211,7 +254,12 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
 
     def close(self) -> None:
-        self._manager.close()
+        """End what was begun, and let go of the files. Raises as `save` does."""
+        try:
+            self.finish()
+        finally:
+            self._manager.close()
+            self._sweep()
 
 
 def write_list(folder: Path) -> Path:
@@ -245,7 +293,7 @@ def require_undamaged(folder: Path) -> None:
 
 def _quiet_logs(record: logging.LogRecord) -> bool:
     """Orbax logs what it raises as well, with tracebacks, from several threads and after it has given up."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+    return record.levelno < logging.ERROR or "orbax" not in f"{record.pathname} {record.getMessage()}"
 
 
 def _quiet_threads(unraisable: sys.UnraisableHookArgs) -> None:

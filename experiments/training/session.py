@@ -227,16 +227,30 @@ class Session:
             self.on_validation(self.step, record, lambda: model)
         self.speed.pause()
 
-    def save(self) -> None:
-        """Write a checkpoint; the run that this one replaces is deleted. Raises `OSError` or `SaveError` where that fails."""
+    def begin_saving(self) -> None:
+        """Begin to write a checkpoint, while training goes on. Raises `OSError` or `SaveError` where that fails, or has failed
+        for the one before it."""
+        self.finish_saving()
         self._folder.require_there()
         # First, so that no checkpoint is ahead of the log, not even after a power loss.
         self._log.sync()
         with self.processes.together():
-            self._checkpoints.save(self._state, self._progress())
-        if self.processes.leads:
+            self._checkpoints.begin(self._state, self._progress())
+        self.speed.pause()
+
+    def finish_saving(self) -> None:
+        """Return once the checkpoint that was begun is complete; the run that this one replaces is deleted then. Raises
+        `SaveError`."""
+        with self.processes.together():
+            complete = self._checkpoints.finish()
+        if complete and self.processes.leads:
             discard_replaced(self.run_dir)
         self.speed.pause()
+
+    def save(self) -> None:
+        """Write a checkpoint, and return once it is complete. Raises as `begin_saving` does."""
+        self.begin_saving()
+        self.finish_saving()
 
     def save_model(self) -> None:
         """Write the model to the run's folder, one array after another. Raises `OSError`."""
@@ -303,7 +317,8 @@ class Session:
         with contextlib.suppress(OSError):
             self._log.close()
         self._batches.close()
-        self._checkpoints.close()
+        with contextlib.suppress(SaveError):
+            self._checkpoints.close()
 
     def _refuse_non_finite(self, record: Record) -> None:
         for name in ("loss", "gradient_norm"):

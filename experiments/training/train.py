@@ -98,10 +98,11 @@ def train(
                 if _is_due(session.step, total, config.evaluation.times):
                     session.log_validation()
                 if _is_due(session.step, total, config.checkpoint.times):
-                    session.save()
+                    session.begin_saving()
                 if stop is not None:
                     session.save()
                     raise _stopped(session, stop)
+            session.finish_saving()
             session.save_model()
     except (OSError, SaveError) as error:
         raise session.rescued(error) from error
