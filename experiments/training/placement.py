@@ -27,6 +27,7 @@ from unet.language_model import AbstractLanguageModel
 from unet.ops.mosaic import refusal
 
 Tree = TypeVar("Tree", bound=PyTree[Array])
+Rows = TypeVar("Rows", bound=PyTree)
 
 ModelOf = Callable[[PyTree[Array]], AbstractLanguageModel]
 """The model that some parameters belong to."""
@@ -90,7 +91,7 @@ class Placement:
 
         return jax.tree.map(placed, dict(inputs))
 
-    def rows(self, tree: Tree) -> Tree:
+    def rows(self, tree: Rows) -> Rows:
         """Arrays with a row for each sequence of a batch of any size, on the devices that share it. Every process gives all."""
 
         def placed(rows: np.ndarray) -> Array:

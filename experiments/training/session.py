@@ -230,8 +230,8 @@ class Session:
     def begin_saving(self) -> None:
         """Begin to write a checkpoint, while training goes on. Raises `OSError` or `SaveError` where that fails, or has failed
         for the one before it."""
-        self.finish_saving()
         self._folder.require_there()
+        self.finish_saving()
         # First, so that no checkpoint is ahead of the log, not even after a power loss.
         self._log.sync()
         with self.processes.together():
@@ -324,6 +324,9 @@ class Session:
         for name in ("loss", "gradient_norm"):
             value = record[name]
             if value is None or not math.isfinite(value):
+                # What is said of the last checkpoint is then true.
+                with contextlib.suppress(SaveError):
+                    self.finish_saving()
                 raise NonFiniteError(
                     f"{name} became {value} at step {record['step']} ({record['bytes']} bytes); {self._before()}: start again "
                     "in a new --out with a lower --optimizer.learning-rate"
