@@ -1,5 +1,6 @@
 """Shared by all tests: strict dtypes, two CPU devices, and small models."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -7,12 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import jax
 
 # A suite that runs in the background of a shell has Ctrl-C switched off, and the processes that it starts would have it so too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What is imported stays: looking for garbage in it, again and again, costs a twentieth of the time.
+gc.disable()
 
 # Before anything touches a backend.
 jax.config.update("jax_platforms", "cpu")
@@ -56,6 +61,25 @@ from unet import Chunker, Distribute, Select, UNet, UNetConfig  # noqa: E402
 from unet.model import LossOutput, Prediction  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadFileScheduling
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadFileScheduling | None":
+    """Workers take whole files, as with `--dist loadfile`: what tests of a file share is made once, not once in each worker."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture(scope="module", autouse=True)
