@@ -135,12 +135,16 @@ def test_runs_share_a_compiled_step_where_it_is_the_same_program(corpus, tmp_pat
     trainer, placement = setup.trainer, setup.placement
     first = trainer.compiled_on(placement)
     assert other.trainer.compiled_on(other.placement) is first
-    faster = dataclasses.replace(trainer.config.optimizer, learning_rate=0.5)
-    for changes in ({"optimizer": faster}, {"steps": 9}, {"rate": 0.3}, {"batch": 2}):
-        changed = dataclasses.replace(trainer, config=dataclasses.replace(trainer.config, **changes))
-        assert changed.compiled_on(placement) is not first, changes
+    config = trainer.config
+    for changed in (
+        dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5)),
+        dataclasses.replace(config, steps=9),
+        dataclasses.replace(config, rate=0.3),
+        dataclasses.replace(config, batch=2),
+    ):
+        assert dataclasses.replace(trainer, config=changed).compiled_on(placement) is not first, changed
     assert dataclasses.replace(trainer, capacities=((9,),)).compiled_on(placement) is not first
-    two = Placement.of(dataclasses.replace(trainer.config, devices=2))
+    two = Placement.of(dataclasses.replace(config, devices=2))
     assert trainer.compiled_on(two) is not first
     narrower = dataclasses.replace(trainer, static=made("--unet.window", "2").trainer.static)
     assert narrower.compiled_on(placement) is not first
