@@ -19,6 +19,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # What is imported stays: looking for garbage in it, again and again, costs a twentieth of the time.
 gc.disable()
 
+# What the type checks make of each module is compiled once, also where a variable says that Python writes no bytecode: to do that
+# anew in every process takes longer than the tests of many a module.
+sys.dont_write_bytecode = False
+
 # Before anything touches a backend.
 jax.config.update("jax_platforms", "cpu")
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -31,11 +35,13 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 def known_flags(*flags: str) -> list[str]:
     """Those of these XLA flags that the installed jaxlib knows. One that it does not know ends the process that first parses
-    XLA_FLAGS, and its message is lost in what pytest captures; so a child each tries them first."""
+    XLA_FLAGS, and its message is lost in what pytest captures; so a child each tries them first. Those that are set already come
+    from such a test, in the process that started this one."""
     command = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    children = [subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": flag}, **quiet) for flag in flags]
-    return [flag for flag, child in zip(flags, children, strict=True) if child.wait() == 0]
+    untried = [flag for flag in flags if flag not in os.environ.get("XLA_FLAGS", "").split()]
+    children = {flag: subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": flag}, **quiet) for flag in untried}
+    return [flag for flag in flags if flag not in children or children[flag].wait() == 0]
 
 
 # Programs in one piece, and where jaxlib still has them (before 0.12) by the older emitters: three times as fast to compile.

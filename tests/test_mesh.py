@@ -17,9 +17,9 @@ from tests.mesh_steps import DIVIDED_FROM
 
 LONG = ("sfe", "hnet")
 """Estimators that take 20 steps, on a mesh of other sizes."""
-LIKE_OTHERS = ("spacelike", "whitespace", "stride", "sfe-mlp")
+LIKE_OTHERS = ("spacelike", "whitespace", "stride", "sfe-mlp", "sfe-cosine", "sfe-smooth")
 """Left out, since each compiles for seconds: rules with the chunker and the objective of `characters`, and the router of `gumbel`
-under the objective of `sfe`."""
+and the router and the chunker of `hnet` under the objective of `sfe`."""
 SHORT = sorted(set(ESTIMATORS.house) - {*LONG, *LIKE_OTHERS})
 LENGTH = 24
 
