@@ -73,10 +73,10 @@ def summary(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
-    """A whole run that nothing disturbed."""
+def finished(corpus, tmp_path_factory, request):
+    """A whole run that nothing disturbed; only here does a test look at its pictures."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert start("--dataset", corpus, "--out", folder, *SMALL, pictures=True) == 0
+    assert start("--dataset", corpus, "--out", folder, *SMALL, pictures=request.module.__name__ == __name__) == 0
     return folder
 
 
