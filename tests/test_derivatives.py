@@ -10,14 +10,15 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from estimators import trainable
-from tests.compositions import config_of, registered
+from tests.compositions import SHAPE, config_of, registered
 from tests.conftest import text_bytes
+from unet.ops import Implementation
 
 
-def small_config(name, **settings):
+def small_config(name, implementation: Implementation | None = None):
     """Without the blocks of the decoder, which are those of the encoder again: second derivatives compile slowly."""
-    config = config_of(name)
-    return dataclasses.replace(config, unet=dataclasses.replace(config.unet, decoder_layers=0, **settings))
+    unet = dataclasses.replace(SHAPE, decoder_layers=0, implementation=implementation)
+    return dataclasses.replace(config_of(name), unet=unet)
 
 
 def test_a_hessian_vector_product_is_the_gradient_of_a_product():
