@@ -1,5 +1,6 @@
 """Shared by all tests: strict dtypes, two CPU devices, and small models."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -7,12 +8,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import jax
 
 # A suite that runs in the background of a shell has Ctrl-C switched off, and the processes that it starts would have it so too.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What is imported stays: looking for garbage in it, again and again, costs a twentieth of the time.
+gc.disable()
+
+# What the type checks make of each module is compiled once, also where a variable says that Python writes no bytecode: to do that
+# anew in every process takes longer than the tests of many a module.
+sys.dont_write_bytecode = False
 
 # Before anything touches a backend.
 jax.config.update("jax_platforms", "cpu")
@@ -26,11 +35,13 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 def known_flags(*flags: str) -> list[str]:
     """Those of these XLA flags that the installed jaxlib knows. One that it does not know ends the process that first parses
-    XLA_FLAGS, and its message is lost in what pytest captures; so a child each tries them first."""
+    XLA_FLAGS, and its message is lost in what pytest captures; so a child each tries them first. Those that are set already come
+    from such a test, in the process that started this one."""
     command = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    children = [subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": flag}, **quiet) for flag in flags]
-    return [flag for flag, child in zip(flags, children, strict=True) if child.wait() == 0]
+    untried = [flag for flag in flags if flag not in os.environ.get("XLA_FLAGS", "").split()]
+    children = {flag: subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": flag}, **quiet) for flag in untried}
+    return [flag for flag in flags if flag not in children or children[flag].wait() == 0]
 
 
 # Programs in one piece, and where jaxlib still has them (before 0.12) by the older emitters: three times as fast to compile.
@@ -56,6 +67,25 @@ from unet import Chunker, Distribute, Select, UNet, UNetConfig  # noqa: E402
 from unet.model import LossOutput, Prediction  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadFileScheduling
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadFileScheduling | None":
+    """Workers take whole files, as with `--dist loadfile`: what tests of a file share is made once, not once in each worker."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,8 +26,8 @@ from tests.conftest import text_bytes
 from unet.likelihood import plain_layout
 
 BATCH, LENGTH = 8, 24
-VALIDATED = ("sfe", "hnet", "gumbel")
-"""Estimators that are validated as well."""
+VALIDATED = ("sfe:2x4x1:20", "hnet:1x8x1:20", "gumbel:2x2x2:1")
+"""What is validated as well."""
 DIVIDED_FROM = 128
 """Leaves of fewer numbers are whole."""
 
@@ -49,9 +49,11 @@ def batch_of(placement: Placement, step: int) -> dict[str, Array]:
     return placement.inputs(arrays)
 
 
-def compared(name: str, mesh: MeshConfig, steps: int) -> dict[str, object]:
+def compared(asked: str) -> dict[str, object]:
     """Losses, metrics and parameters after some steps on a mesh and on one device, and the collectives of a step."""
-    config = run_of(name, mesh)
+    name, mesh, steps = asked.split(":")
+    data, fsdp, tensor = map(int, mesh.split("x"))
+    config = run_of(name, MeshConfig(data=data, fsdp=fsdp, tensor=tensor, whole_below=DIVIDED_FROM))
     model = registered(name, config)
     trainer = Trainer.of(config, model, (LENGTH,))
     found, texts = [], []
@@ -62,7 +64,7 @@ def compared(name: str, mesh: MeshConfig, steps: int) -> dict[str, object]:
         step = compiled(trainer.step_on(placement)).lower(state, batch, key).compile()
         texts.append(step.as_text())
         outputs = []
-        for number in range(steps):
+        for number in range(int(steps)):
             state, metrics = step(state, batch_of(placement, number), jax.random.fold_in(key, number))
             outputs.append([float(leaf) for leaf in jax.tree.leaves(metrics)])
         found.append((outputs, placement.whole(state.params)))
@@ -75,12 +77,12 @@ def compared(name: str, mesh: MeshConfig, steps: int) -> dict[str, object]:
         shape = BATCH // (sizes["data"] * sizes["fsdp"]), LENGTH, model.embedding.shape[1]
         paper += of_shared_layers(layers, shape, sizes, width=4, backward=backward)
     return {
-        "name": name,
+        "asked": asked,
         "metrics": float(np.max(np.abs(np.asarray(ours) - np.asarray(theirs)) / np.maximum(1.0, np.abs(ours)))),
         "params": max(
             float(np.max(np.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (params, on_mesh)), strict=True)
         ),
-        "validation": validated(trainer, config) if name in VALIDATED else None,
+        "validation": validated(trainer, config) if asked in VALIDATED else None,
         "collectives": [dataclasses.astuple(one) for one in collectives_of(texts[1])],
         "on_paper": [dataclasses.astuple(one) for one in paper],
     }
@@ -108,10 +110,7 @@ def main(asked: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     with jax.numpy_dtype_promotion("standard"):
         for one in asked:
-            name, mesh, steps = one.split(":")
-            data, fsdp, tensor = map(int, mesh.split("x"))
-            shape = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, whole_below=DIVIDED_FROM)
-            print(json.dumps(compared(name, shape, int(steps))), flush=True)
+            print(json.dumps(compared(one)), flush=True)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,14 @@ def test_a_ratio_comes_with_its_interval(monkeypatch, ratios, shown):
     assert found["b"].ratio == shown
 
 
-def test_the_command_times_estimators_against_uniform(corpus, tmp_path):
+@pytest.fixture
+def small_tiny(monkeypatch):
+    """`tiny` in its smallest shape, which compiles in a fraction of the time."""
+    unet = UNetConfig(dim=16, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=4)
+    monkeypatch.setitem(bench.PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], unet=unet, buckets=2))
+
+
+def test_the_command_times_estimators_against_uniform(small_tiny, corpus, tmp_path):
     path = tmp_path / "bench.json"
     arguments = (
         "steps",
@@ -203,7 +210,7 @@ def test_the_overhead_is_the_policy_and_the_early_head():
     assert one.share_without_early_head < 1e-3
 
 
-def test_the_command_measures_alternatives(corpus, tmp_path, capsys):
+def test_the_command_measures_alternatives(small_tiny, corpus, tmp_path, capsys):
     """PyTorch is one of them only if it is installed; the tests do not need it."""
     out = tmp_path / "bench.json"
     small = ("--dataset", corpus, "--length", "32", "--batch", "4", "--rounds", "1", "--calls", "1", "--json", out)
@@ -231,7 +238,7 @@ def test_the_command_measures_operations(monkeypatch, tmp_path):
     assert {"downsample", "smoothing"} <= json.loads(out.read_text())["ops"].keys()
 
 
-def test_the_command_measures_models(corpus, tmp_path):
+def test_the_command_measures_models(small_tiny, corpus, tmp_path):
     out = tmp_path / "bench.json"
     small = ["--batch", "2", "--length", "32", "--rounds", "1", "--calls", "1", "--json", str(out)]
     assert bench.main(["models", "tiny", "--estimator", "uniform", "--dataset", str(corpus), *small]) == 0
@@ -239,10 +246,8 @@ def test_the_command_measures_models(corpus, tmp_path):
     assert all(tiny[name] > 0 for name in ("parameters", "compile_seconds", "peak_bytes", "training", "evaluation"))
 
 
-def test_the_token_level_is_measured_at_several_rates(monkeypatch, tmp_path):
+def test_the_token_level_is_measured_at_several_rates(small_tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(rates, "RATES", (0.5, 0.25))
-    unet = UNetConfig(dim=16, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=4)
-    monkeypatch.setitem(bench.PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], unet=unet))
     out = tmp_path / "bench.json"
     small = ["--batch", "2", "--length", "32", "--rounds", "1", "--calls", "1", "--json", str(out)]
     assert bench.main(["rates", *small]) == 0

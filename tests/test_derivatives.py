@@ -10,13 +10,20 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from estimators import trainable
-from tests.compositions import config_of, registered
+from tests.compositions import SHAPE, config_of, registered
 from tests.conftest import text_bytes
+from unet.ops import Implementation
+
+
+def small_config(name, implementation: Implementation | None = None):
+    """Without the blocks of the decoder, which are those of the encoder again: second derivatives compile slowly."""
+    unet = dataclasses.replace(SHAPE, decoder_layers=0, implementation=implementation)
+    return dataclasses.replace(config_of(name), unet=unet)
 
 
 def test_a_hessian_vector_product_is_the_gradient_of_a_product():
-    usual, bytes, products = config_of("sfe"), text_bytes(2, 16), []
-    native = dataclasses.replace(usual, unet=dataclasses.replace(usual.unet, implementation="native"))
+    usual, native = small_config("sfe"), small_config("sfe", implementation="native")
+    bytes, products = text_bytes(2, 16), []
     for config, capacities in ((usual, ((8, 16),)), (native, ())):
         model = registered("sfe", config)
         params, static = eqx.partition(model, trainable(model))
@@ -42,8 +49,7 @@ def test_a_hessian_vector_product_is_the_gradient_of_a_product():
 
 @pytest.mark.parametrize("name", ["sfe", "gumbel", "hnet"])
 def test_a_loss_has_forward_and_second_derivatives(name):
-    config = config_of(name)
-    config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, implementation="native"))
+    config = small_config(name, implementation="native")
     model, bytes = registered(name, config), text_bytes(2, 16)
     params, static = eqx.partition(model, trainable(model))
     keys = iter(jax.random.split(jax.random.key(4), len(jax.tree.leaves(params))))

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from experiments import run as run_module
+from experiments.reporting import report
 from experiments.reporting.metrics import metric_of
 from experiments.training.metrics_log import MetricsLog, read_metrics
+from experiments.training.placement import Placement
 from experiments.training.run_dir import held, prepare_new
 from experiments.training.setup import set_up
 from unet.files.saving import load, save
@@ -48,9 +50,16 @@ def corpus(tmp_path_factory):
     return path
 
 
-def start(*arguments):
-    """Run in this process; returns the exit code."""
-    return run_module.main([str(argument) for argument in arguments])
+def start(*arguments, pictures=False):
+    """Run in this process; returns the exit code. Reports have their pictures where a test is to look at them: to draw them takes
+    a quarter of the time of a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not pictures:
+            patch.setattr(report, "boundaries_picture", lambda shown: b"")
+            patch.setattr(report, "inline_svg", lambda figure, label: label)
+            for name in ("curves_figure", "tokens_figure"):
+                patch.setattr(report, name, lambda *arguments: None)
+        return run_module.main([str(argument) for argument in arguments])
 
 
 def curve(folder):
@@ -64,10 +73,10 @@ def summary(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
-    """A whole run that nothing disturbed."""
+def finished(corpus, tmp_path_factory, request):
+    """A whole run that nothing disturbed; only here does a test look at its pictures."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert start("--dataset", corpus, "--out", folder, *SMALL) == 0
+    assert start("--dataset", corpus, "--out", folder, *SMALL, pictures=request.module.__name__ == __name__) == 0
     return folder
 
 
@@ -114,6 +123,33 @@ def test_the_report_is_one_page_that_needs_nothing_else(finished):
     bpb, error = (summary(finished)[name] for name in ("val_bpb", "val_bpb_error"))
     assert f"<td>{bpb:.4f} ± {error:.4f}</td>" in page
     assert (finished / "boundaries.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_share_a_compiled_step_where_it_is_the_same_program(corpus, tmp_path):
+    def made(*arguments):
+        return set_up(
+            run_module.parse([str(one) for one in ("--dataset", corpus, "--out", tmp_path, *SMALL, *arguments)])
+        )
+
+    setup, other = made(), made("--seed", "1", "--evaluation.times", "1")
+    trainer, placement = setup.trainer, setup.placement
+    first = trainer.compiled_on(placement)
+    assert other.trainer.compiled_on(other.placement) is first
+    config = trainer.config
+    for changed in (
+        dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=0.5)),
+        dataclasses.replace(config, steps=9),
+        dataclasses.replace(config, rate=0.3),
+        dataclasses.replace(config, batch=2),
+    ):
+        assert dataclasses.replace(trainer, config=changed).compiled_on(placement) is not first, changed
+    assert dataclasses.replace(trainer, capacities=((9,),)).compiled_on(placement) is not first
+    two = Placement.of(dataclasses.replace(config, devices=2))
+    assert trainer.compiled_on(two) is not first
+    narrower = dataclasses.replace(trainer, static=made("--unet.window", "2").trainer.static)
+    assert narrower.compiled_on(placement) is not first
+    holding = dataclasses.replace(trainer, static=setup.model)
+    assert holding.compiled_on(placement) is not holding.compiled_on(placement), "arrays are not compared"
 
 
 def test_the_same_command_gives_the_same_run(finished, corpus, tmp_path):

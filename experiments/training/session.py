@@ -31,7 +31,6 @@ from experiments.training.rescue import RunFolder, save_elsewhere
 from experiments.training.run_dir import CHECKPOINTS, CONFIG, METRICS
 from experiments.training.setup import Setup
 from experiments.training.sharding import on_host
-from experiments.training.step import compiled
 from experiments.training.validation import PlacedPass
 from unet.files.saving import module_content, save, write_atomically
 from unet.language_model import AbstractLanguageModel
@@ -65,7 +64,7 @@ class Session:
         self.config, self.setup, self.run_dir, self.display = config, setup, run_dir, display
         self.processes = processes
         self.trainer, self._folder = setup.trainer, RunFolder(run_dir)
-        self._step_function = compiled(self.trainer.step_on(setup.placement))
+        self._step_function = self.trainer.compiled_on(setup.placement)
         self._alignment_step = None if setup.alignment is None else setup.alignment.compiled(self.trainer)
         self._state = self.trainer.first_state_on(setup.placement)
         self._held_out = setup.split.held_out_rows(config.evaluation.bytes)
