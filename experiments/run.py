@@ -49,6 +49,7 @@ from experiments.training.run_dir import (
     require_free,
 )
 from experiments.training.setup import Setup, require_equal, set_up
+from experiments.training.sharding import on_host
 from experiments.training.train import Interrupted, Outcome, train
 from unet.files.saving import WEIGHTS, save, write_atomically
 
@@ -171,7 +172,11 @@ def _report(run_dir: Path, config: RunConfig, outcome: Outcome, display: Display
             return
         _write_results(run_dir, config, outcome, shaded)
     except Exception as error:  # whatever a report stumbles over, the training was not for nothing
-        place = run_dir if (run_dir / WEIGHTS).is_file() else save_elsewhere(run_dir, partial(save, outcome.model))
+        place = (
+            run_dir
+            if (run_dir / WEIGHTS).is_file()
+            else save_elsewhere(run_dir, partial(save, outcome.model, read=on_host))
+        )
         where = "its model is saved nowhere" if place is None else f"its model is saved in {place}"
         reason = one_line(f"{type(error).__name__}: {error}")
         raise RunError(

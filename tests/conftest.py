@@ -88,6 +88,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "Load
     return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
+@pytest.fixture(scope="session", autouse=True)
+def runs_share_their_steps():
+    """Small runs of the same settings trace and compile one training step."""
+    from experiments.training.trainer import Trainer
+    from tests.shared_steps import compiled_on
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "compiled_on", compiled_on)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_other_modules_are_dropped():
     """Thousands of programs in one process would run into its limit of memory maps, and they fill gigabytes."""

@@ -9,6 +9,7 @@ import sys
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -26,7 +27,7 @@ from tests.conftest import text_bytes
 from unet.likelihood import plain_layout
 
 BATCH, LENGTH = 8, 24
-VALIDATED = ("sfe:2x4x1:20", "hnet:1x8x1:20", "gumbel:2x2x2:1")
+VALIDATED = ("sfe:2x4x1:20", "hnet:1x8x1:20", "gumbel:2x2x2:1", "sfe-offpolicy:2x2x2:1", "isotropic:2x2x2:1")
 """What is validated as well."""
 DIVIDED_FROM = 128
 """Leaves of fewer numbers are whole."""
@@ -89,20 +90,25 @@ def compared(asked: str) -> dict[str, object]:
 
 
 def validated(trainer: Trainer, config: RunConfig) -> float:
-    """How far the log-probabilities of a validation on the mesh are from those on one device; infinite where boundaries or
-    counts differ. There are fewer rows than devices can share evenly."""
-    layout = plain_layout(text_bytes(BATCH - 3, LENGTH, 1))
-    results = []
+    """How far the log-probabilities of validations on the mesh are from those on one device, with drawn and with prescribed
+    boundaries; infinite where boundaries or counts differ. There are fewer rows than devices can share evenly, and so few tokens
+    that some rows have to be computed again."""
+    layout, key = plain_layout(text_bytes(BATCH - 3, LENGTH, 1)), jax.random.key(3)
+    found = []
     for one in (dataclasses.replace(config, devices=1, mesh=MeshConfig()), config):
         placement = Placement.of(one)
         params = placement.divided(trainer.first_state()).params
         passes = PlacedPass(placement, params, trainer.static)
-        results.append(evaluate_without_drops(passes, layout, jax.random.key(3), LENGTH // 2))
-    ours, theirs = results
-    exact = [name for name, array in ours.items() if array.dtype.kind != "f"]
-    if not all(np.array_equal(ours[name], theirs[name]) for name in exact):
-        return float("inf")
-    return max(float(np.nanmax(np.abs(ours[name] - theirs[name]))) for name in ("log_prob", "probs"))
+        drawn = evaluate_without_drops(passes, layout, key, 4)
+        greedy = evaluate_without_drops(passes, layout, key, 4, (jnp.asarray(drawn["greedy"]),))
+        found.append((drawn, greedy))
+    differences = []
+    for ours, theirs in zip(*found, strict=True):
+        exact = [name for name, array in ours.items() if array.dtype.kind != "f"]
+        if not all(np.array_equal(ours[name], theirs[name]) for name in exact):
+            return float("inf")
+        differences += [float(np.nanmax(np.abs(ours[name] - theirs[name]))) for name in ("log_prob", "probs")]
+    return max(differences)
 
 
 def main(asked: list[str]) -> None:

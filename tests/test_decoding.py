@@ -68,8 +68,8 @@ def prefill(model, bytes, lengths, keys):
 
 PIECES = (LENGTH, 5, 1)
 """A first piece, one of a few bytes, and byte by byte."""
-WITHOUT_STEPS = (LENGTH, 5)
-"""All but the first of up to five bytes: one program fewer to compile, where it is clear that steps of one byte do the same."""
+BY_BYTE = (LENGTH, 1)
+"""The same without a piece of a few bytes, which is a program fewer: generation goes byte by byte."""
 
 
 def check_in_pieces(model, lengths=LENGTHS, keys=KEYS, room=LENGTH, bytes=None, pieces=PIECES):
@@ -139,8 +139,7 @@ PAIRS = (
 
 @pytest.mark.parametrize(("down", "up"), PAIRS, ids=[f"{down}-{up}" for down, up in PAIRS])
 def test_every_pair_of_ways_down_and_up_decodes_in_pieces(down, up):
-    # What differs for a single byte is the hierarchy's, not the chunker's.
-    check_in_pieces(with_chunker(Chunker(DOWN[down], UP[up])), pieces=WITHOUT_STEPS)
+    check_in_pieces(with_chunker(Chunker(DOWN[down], UP[up])), pieces=BY_BYTE)
 
 
 def test_wide_tokens_need_a_way_up_that_takes_them():
@@ -183,7 +182,7 @@ def hierarchy(router, chunker, inner, seed, **settings):
     ("chunker", "pieces"),
     [
         (Chunker(Select(), Smooth()), PIECES),
-        (Chunker(MeanPool(16, key=jax.random.key(0)), Distribute()), WITHOUT_STEPS),
+        (Chunker(MeanPool(16, key=jax.random.key(0)), Distribute()), BY_BYTE),
     ],
     ids=["smooth", "mean"],
 )
@@ -307,7 +306,7 @@ def test_levels_inside_levels_read_what_is_filled(monkeypatch):
     middle = hierarchy(WindowedPolicy(SHAPE.dim, window=2, target_rate=0.4), Chunker(Select(), Distribute()), flat, 20)
     outer = hierarchy(WindowedPolicy(SHAPE.dim, window=3, target_rate=0.6), Chunker(Select(), Distribute()), middle, 30)
     model = eqx.tree_at(lambda m: m.stage, registered("sfe"), outer)
-    check_in_pieces(model, 2 * LENGTHS, jax.random.split(jax.random.key(8), 8), room=0, pieces=(LENGTH, 1))
+    check_in_pieces(model, 2 * LENGTHS, jax.random.split(jax.random.key(8), 8), room=0, pieces=BY_BYTE)
 
 
 def filled_cache(keys, values, lengths, window):

@@ -20,6 +20,7 @@ from estimators import (
     PrefixTree,
     equations,
 )
+from experiments.evaluation.byte_results import LocalPass
 from experiments.evaluation.evaluate import ValidationAccumulator, agreement, area_under_roc, evaluate, summarise
 from tests.conftest import predict, small_model, small_score_function, text_bytes
 from unet import Chunker, Distribute, Select, next_logprobs
@@ -60,7 +61,7 @@ def rows():
 
 def test_too_small_a_capacity_changes_nothing_but_the_time(rows):
     model = small_model(small_score_function())
-    tight, wide = (evaluate(model, rows, batch=2, capacity=c, key=jax.random.key(0)) for c in (2, 20))
+    tight, wide = (evaluate(LocalPass(model), rows, batch=2, capacity=c, key=jax.random.key(0)) for c in (2, 20))
     assert tight.bpb == pytest.approx(wide.bpb, rel=1e-6)
     assert (tight.rate, tight.bytes, tight.whitespace) == (wide.rate, wide.bytes, wide.whitespace)
     assert wide.overflow == 0.0
@@ -69,7 +70,7 @@ def test_too_small_a_capacity_changes_nothing_but_the_time(rows):
 
 def test_bits_per_byte_are_those_of_the_model(rows):
     model = small_model(Isotropic(chunker=Chunker(Select(), Distribute())))
-    got = evaluate(model, rows, batch=3, capacity=20, key=jax.random.key(0))
+    got = evaluate(LocalPass(model), rows, batch=3, capacity=20, key=jax.random.key(0))
     nats, sizes = np.zeros(3), np.zeros(3)
     for number, row in enumerate(rows):
         size = int(row["mask"].sum())
@@ -92,7 +93,7 @@ def test_what_is_trained_on_others_boundaries_is_judged_on_theirs_and_on_its_own
 
     def judged(router):
         model = small_model(Estimator(router, Chunker(Select(), Distribute()), NoObjective()))
-        return evaluate(model, rows, batch=5, capacity=20, key=jax.random.key(0))
+        return evaluate(LocalPass(model), rows, batch=5, capacity=20, key=jax.random.key(0))
 
     got = judged(Guided(own, other) if kind == "guided" else OffPolicy(own, other))
     expected = {"bpb": judged(own), "bpb_greedy": judged(Greedy(own)), "bpb_as_trained": judged(other)}
@@ -106,7 +107,7 @@ def test_what_is_trained_on_others_boundaries_is_judged_on_theirs_and_on_its_own
 
 def test_without_a_token_level_there_is_no_rate(rows):
     with jax.debug_nans(True):
-        got = evaluate(small_model(None), rows, batch=5, capacity=20, key=jax.random.key(0))
+        got = evaluate(LocalPass(small_model(None)), rows, batch=5, capacity=20, key=jax.random.key(0))
     assert got.rate == 0.0
     assert math.isfinite(got.bpb)
     assert math.isnan(got.policy_entropy)

@@ -9,7 +9,7 @@ import unet
 from experiments.evaluation.byte_results import LocalPass, evaluate_batch
 from tests.conftest import small_model, small_score_function, text_bytes
 from unet.likelihood import plain_layout
-from unet.local_devices import LocalDevices, by_row
+from unet.local_devices import LocalDevices, by_row, sharing, usable_devices
 
 TWO = jax.local_devices()[:2]
 
@@ -17,13 +17,22 @@ TWO = jax.local_devices()[:2]
 @pytest.mark.parametrize(
     ("rows", "devices", "used"), [(6, 4, 3), (7, 4, 1), (2, 4, 2), (1, 4, 1), (0, 4, 1), (8, 3, 2)]
 )
-def test_as_many_devices_compute_as_divide_the_rows(rows, devices, used):
-    chosen = LocalDevices.of(rows, [TWO[0]] * devices)
-    assert (1 if chosen.mesh is None else chosen.mesh.size) == used
+def test_as_many_devices_compute_as_share_the_rows_evenly(rows, devices, used):
+    assert sharing(rows, devices) == used
+
+
+def test_a_model_that_was_put_elsewhere_stays_there():
+    numbers = jnp.ones(4)
+    assert list(usable_devices(numbers)) == jax.local_devices()
+    assert list(usable_devices(LocalDevices.of(2, None).everywhere(numbers))) == jax.local_devices()
+    assert usable_devices(jax.device_put(numbers, TWO[1])) == []
+    assert usable_devices(LocalDevices.of(2, None).rows(numbers)) == []
+    with jax.default_device(TWO[1]):
+        assert usable_devices(numbers) == []
 
 
 def test_each_device_computes_its_own_rows_with_the_whole_model_and_nothing_is_exchanged():
-    devices = LocalDevices.of(4)
+    devices = LocalDevices.of(4, None)
 
     def scaled(weight, rows, number, shift):
         return {"rows": rows * weight + shift, "number": jnp.broadcast_to(number, rows.shape[:1])}
@@ -42,6 +51,11 @@ def test_rows_on_one_device_are_computed_there():
     assert found.devices() == {TWO[1]}
 
 
+def test_arguments_by_name_are_refused():
+    with pytest.raises(TypeError, match="given by position"):
+        by_row(lambda weight, rows: rows * weight)(jnp.float32(2.0), rows=jnp.ones(4))
+
+
 def test_boundaries_and_likelihoods_are_those_of_one_device():
     """One key draws the numbers of the whole batch."""
     model, layout, key = small_model(small_score_function()), plain_layout(text_bytes(4, 24)), jax.random.key(5)
@@ -49,6 +63,8 @@ def test_boundaries_and_likelihoods_are_those_of_one_device():
     assert theirs.log_prob.sharding.device_set == set(TWO)
     np.testing.assert_array_equal(ours.drawn, theirs.drawn)
     np.testing.assert_allclose(ours.log_prob, theirs.log_prob, atol=1e-5)
+    raw = LocalPass(model).results(layout, jax.random.key_data(key), 12)
+    np.testing.assert_array_equal(ours.drawn, raw.drawn)
 
 
 def test_texts_do_not_depend_on_the_devices():

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from estimators import Layout, equations
+from estimators.sharding import DATA
 from unet.hierarchy import Hierarchy, StageSampling
 from unet.language_model import AbstractLanguageModel
 from unet.likelihood import continues, next_logprobs, plain_layout
@@ -61,6 +62,11 @@ Actions = tuple[Bool[Array, "batch length"], ...]
 class AbstractPass(abc.ABC):
     """Forward passes of one model, on some devices."""
 
+    @property
+    @abc.abstractmethod
+    def off_policy(self) -> bool:
+        """`is_off_policy` of the model."""
+
     @abc.abstractmethod
     def results(self, layout: Layout, key: PRNGKeyArray, capacity: int | None, actions: Actions = ()) -> ByteResults:
         """`evaluate_batch` of the model."""
@@ -74,10 +80,17 @@ class LocalPass(AbstractPass):
         self._model = model
         self._placed: dict[LocalDevices, AbstractLanguageModel] = {}
 
+    @property
+    def off_policy(self) -> bool:
+        return is_off_policy(self._model)
+
     def results(self, layout: Layout, key: PRNGKeyArray, capacity: int | None, actions: Actions = ()) -> ByteResults:
-        devices = LocalDevices.of(layout.bytes.shape[0])
+        devices = LocalDevices.of(layout.bytes.shape[0], self._model, DATA)
         if devices not in self._placed:
             self._placed[devices] = devices.everywhere(self._model)
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            # Its two numbers are no rows.
+            key = jax.random.wrap_key_data(key)
         return evaluate_batch(self._placed[devices], devices.rows(layout), key, capacity, devices.rows(actions))
 
 

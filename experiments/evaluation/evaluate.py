@@ -17,7 +17,7 @@ from data import HeldOutRow, Row
 from estimators import Layout, equations
 from estimators.bounds import Sequences, require_within
 from estimators.routers.rules import is_spacelike, is_whitespace
-from experiments.evaluation.byte_results import AbstractPass, Actions, LocalPass, is_off_policy
+from experiments.evaluation.byte_results import AbstractPass, Actions, LocalPass
 from unet.language_model import AbstractLanguageModel
 from unet.likelihood import plain_layout
 
@@ -89,19 +89,12 @@ def stack_rows(rows: Sequence[Row], batch: int) -> Layout:
 
 
 def evaluate(
-    model: AbstractLanguageModel,
-    rows: Sequence[HeldOutRow],
-    *,
-    batch: int,
-    capacity: int,
-    key: PRNGKeyArray,
-    passes: AbstractPass | None = None,
+    passes: AbstractPass, rows: Sequence[HeldOutRow], *, batch: int, capacity: int, key: PRNGKeyArray
 ) -> Validation:
-    """Evaluate all `rows` in batches of size `batch` without dropping boundaries. An off-policy router is evaluated with three
-    kinds of boundaries (see `Validation`). `passes`: what computes (None: the devices of this process); then the arrays of
-    `model` are not used."""
+    """Evaluate the model of `passes` on all `rows` in batches of size `batch` without dropping boundaries. An off-policy router
+    is evaluated with three kinds of boundaries (see `Validation`)."""
     accumulator = ValidationAccumulator()
-    for part, results in evaluate_batches(model, rows, batch=batch, capacity=capacity, key=key, passes=passes):
+    for part, results in evaluate_batches(passes, rows, batch=batch, capacity=capacity, key=key):
         accumulator.add({**results, "documents": np.stack([row["documents"] for row in part])})
     return accumulator.validation()
 
@@ -117,31 +110,28 @@ def evaluate_rows(
 ) -> dict[str, np.ndarray]:
     """The results of `evaluate_batches`, concatenated over all `rows`. They take about 30 bytes of memory per byte of text."""
     results: dict[str, list[np.ndarray]] = {}
-    for _, arrays in evaluate_batches(model, rows, batch=batch, capacity=capacity, key=key, actions=actions):
+    for _, arrays in evaluate_batches(LocalPass(model), rows, batch=batch, capacity=capacity, key=key, actions=actions):
         for name, array in arrays.items():
             results.setdefault(name, []).append(array)
     return {name: np.concatenate(parts) for name, parts in results.items()}
 
 
 def evaluate_batches(
-    model: AbstractLanguageModel,
+    passes: AbstractPass,
     rows: Sequence[AnyRow],
     *,
     batch: int,
     capacity: int,
     key: PRNGKeyArray,
     actions: Bool[np.ndarray, "rows length"] | None = None,
-    passes: AbstractPass | None = None,
 ) -> Iterator[tuple[Sequence[AnyRow], dict[str, np.ndarray]]]:
     """Per-byte results for each batch of `rows`: the fields of `ByteResults` but `decided`, and the `bytes`. An off-policy router
     adds `log_prob_greedy` and `log_prob_as_trained`.
 
     `actions`: boundaries to use instead of sampled ones. The additional passes of an off-policy router are then skipped.
-    `passes` as in `evaluate`.
     """
     require_within("batch", batch, Sequences)
     batch = min(batch, len(rows))
-    passes = LocalPass(model) if passes is None else passes
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         layout = stack_rows(part, batch)
@@ -152,7 +142,7 @@ def evaluate_batches(
         arrays = evaluate_without_drops(passes, layout, key_batch, capacity, given) | {
             "bytes": np.asarray(layout.bytes)
         }
-        if is_off_policy(model) and actions is None:
+        if passes.off_policy and actions is None:
             for name in ("greedy", "as_trained"):
                 forced = evaluate_without_drops(passes, layout, key_batch, capacity, (jnp.asarray(arrays[name]),))
                 arrays[f"log_prob_{name}"] = forced["log_prob"]

@@ -68,7 +68,7 @@ def score_token_windows(
             raise ConfigError(str(error)) from None
         groups.setdefault(padded_length(part.stop - part.start, 2**30), []).append(place)
     scored: dict[int, PositionScores] = {}
-    devices = LocalDevices.of(batch)
+    devices = LocalDevices.of(batch, model)
     inner = devices.everywhere(model.inner)
     for length, places in groups.items():
         for first in range(0, len(places), batch):

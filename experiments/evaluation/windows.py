@@ -109,10 +109,10 @@ def score_windows(
     as many more of shorter ones. `advance` is told of the number of positions after each batch.
     """
     scored: dict[int, PositionScores] = {}
+    devices = LocalDevices.of(batch, model)
+    placed = devices.everywhere(model)
     for length, places in _by_length(windows, context, batch).items():
         rows = batch * (context // length)
-        devices = LocalDevices.of(rows)
-        placed = devices.everywhere(model)
         for first in range(0, len(places), rows):
             chosen = places[first : first + rows]
             # The last batch is filled up, so that one program serves all batches of a length.

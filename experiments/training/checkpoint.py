@@ -31,8 +31,13 @@ _DAMAGED = "damaged"
 """Folder for checkpoints that cannot be read, until there is a newer one that can."""
 SHA256 = 64
 """Hexadecimal digits of a SHA-256."""
+_OF_THE_COMMIT = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})
+"""Orbax writes these last, after the list of files; nothing in a checkpoint depends on them."""
 _FILES = "files.json"
 """SHA-256 of every file of a checkpoint, beside them."""
+
+_LONGEST = 24 * 60 * 60
+"""Seconds that writing a checkpoint may take: a slow file system is not an error."""
 
 Arrays = TypeVar("Arrays", bound=PyTree[Array])
 
@@ -84,22 +89,30 @@ class Checkpoints:
         self._folder, self._processes = folder.absolute(), processes
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_quiet_logs)
-        self._keep, self._manager = keep, self._opened(keep)
         self._writing: int | None = None
         self._failed_step: int | None = None
         self._hook = sys.unraisablehook
+        self._keep, self._manager = keep, self._opened(keep)
         if processes.leads:
             shutil.rmtree(self._folder / _TRASH, ignore_errors=True)
 
-    def _opened(self, keep: int, *, sweep: bool = True) -> ocp.CheckpointManager:
+    def _opened(self, keep: int, *, again: bool = False) -> ocp.CheckpointManager:
+        """`again`: after a failure, of which nothing is swept away here, and whose folder may be gone."""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            create=not again,
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=sweep,
+            async_options=ocp.AsyncOptions(timeout_secs=_LONGEST, post_finalization_callback=self._complete),
+            cleanup_tmp_directories=not again,
             # A rename is atomic, a recursive delete is not: a half-deleted checkpoint must not look like one.
             todelete_subdir=_TRASH,
         )
         return ocp.CheckpointManager(self._folder, options=options)
+
+    def _complete(self) -> None:
+        """Called, in a thread of process 0, once all of a checkpoint is there and before it is renamed: no list is missing."""
+        for folder in self._folder.glob(f"{self._writing}.*"):
+            write_list(folder)
 
     @property
     def latest(self) -> int | None:
@@ -123,7 +136,7 @@ class Checkpoints:
             return
         meta = {**vars(progress), "leaves": described(arrays)}
         # Before the save, since the other writes of one that fails may end while its exception is on its way here.
-        self._hook, sys.unraisablehook = sys.unraisablehook, _quiet_threads
+        sys.unraisablehook = self._quiet_threads
         self._writing = progress.step
         try:
             self._manager.save(
@@ -141,8 +154,6 @@ class Checkpoints:
             return False
         try:
             self._manager.wait_until_finished()
-            if self._processes.leads:
-                write_list(self._folder / str(self._writing))
         except Exception as error:  # as above
             raise self._failed(error) from error
         self._writing, sys.unraisablehook = None, self._hook
@@ -154,15 +165,26 @@ class Checkpoints:
     def _failed(self, error: Exception) -> SaveError:
         """What to raise where a checkpoint cannot be written, of which nothing is left then."""
         step, self._writing = self._writing, None
+        self._failed_step = step
         # One of several processes does not get further, and the next run sweeps up.
         if self._processes.count == 1:
             # A manager raises an error of its threads again at the next save.
             with contextlib.suppress(Exception):
                 self._manager.close()
-            self._manager = self._opened(self._keep, sweep=False)
-            self._failed_step = step
+            with contextlib.suppress(Exception):
+                self._manager = self._opened(self._keep, again=True)
             self._sweep()
         return SaveError(f"the checkpoint of step {step} cannot be written ({said(error)})")
+
+    def _quiet_threads(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """The writes of a checkpoint that failed go on reporting to an event loop that is closed."""
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
+            self._hook(unraisable)
+
+    @property
+    def written(self) -> bool:
+        """Whether the checkpoint that was begun, if there was one, is there or has failed: `finish` does not wait then."""
+        return not self._manager.is_saving_in_progress()
 
     def _sweep(self) -> None:
         """Delete what there is of a checkpoint that failed. Other threads may go on writing it for a moment, so the next save and
@@ -260,6 +282,7 @@ class Checkpoints:
         finally:
             self._manager.close()
             self._sweep()
+            sys.unraisablehook = self._hook
 
 
 def write_list(folder: Path) -> Path:
@@ -271,8 +294,8 @@ def write_list(folder: Path) -> Path:
 def require_undamaged(folder: Path) -> None:
     """Raise `DamagedError` naming the first file of a checkpoint that is not as it was written.
 
-    Orbax would notice most of it too, but the threads of its readers go on complaining after it has given up. A process killed
-    between the checkpoint's rename and its list leaves no list: what is read is checked even so.
+    Orbax would notice most of it too, but the threads of its readers go on complaining after it has given up. Checkpoints of
+    earlier versions may have no list: what is read is checked even so.
     """
     try:
         written = flat(parsed((folder / _FILES).read_bytes()))
@@ -285,7 +308,7 @@ def require_undamaged(folder: Path) -> None:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         # Other failures of the system may pass, and say nothing about the checkpoint.
         raise DamagedError(said(error)) from error
-    for name in sorted(written.keys() | found.keys()):
+    for name in sorted((written.keys() | found.keys()) - _OF_THE_COMMIT):
         if written.get(name) != found.get(name):
             what = "is missing" if name not in found else "is not as it was written"
             raise DamagedError(f"{one_line(name, 80)} {what}")
@@ -294,12 +317,6 @@ def require_undamaged(folder: Path) -> None:
 def _quiet_logs(record: logging.LogRecord) -> bool:
     """Orbax logs what it raises as well, with tracebacks, from several threads and after it has given up."""
     return record.levelno < logging.ERROR or "orbax" not in f"{record.pathname} {record.getMessage()}"
-
-
-def _quiet_threads(unraisable: sys.UnraisableHookArgs) -> None:
-    """The writes of a checkpoint that failed go on reporting to an event loop that is closed."""
-    if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
-        sys.__unraisablehook__(unraisable)
 
 
 def _damage(error: Exception) -> Exception:

@@ -36,7 +36,9 @@ def replacing(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
     except BaseException:
         if moved:
             try:
-                if (folder / REPLACED).is_dir():
+                if (folder / REPLACED).is_dir() and has_checkpoint(folder):
+                    discard_replaced(folder)
+                elif (folder / REPLACED).is_dir():
                     _restore(folder)
                     note(f"the run that was in {folder} before is there again")
             except OSError as error:

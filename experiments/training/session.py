@@ -201,12 +201,11 @@ class Session:
         config = self.config
         with self.processes.together():
             return evaluate(
-                self.trainer.static,
+                self.passes,
                 self._held_out,
                 batch=config.batch // config.optimizer.accumulate,
                 capacity=self.trainer.capacity,
                 key=self.setup.key_evaluate,
-                passes=self.passes,
             )
 
     @property
@@ -244,12 +243,17 @@ class Session:
             complete = self._checkpoints.finish()
         if complete and self.processes.leads:
             discard_replaced(self.run_dir)
-        self.speed.pause()
+
+    def settle_saving(self) -> None:
+        """The same where nothing has to be waited for; several processes settle when all of them come to it."""
+        if self.processes.count == 1 and self._checkpoints.written:
+            self.finish_saving()
 
     def save(self) -> None:
         """Write a checkpoint, and return once it is complete. Raises as `begin_saving` does."""
         self.begin_saving()
         self.finish_saving()
+        self.speed.pause()
 
     def save_model(self) -> None:
         """Write the model to the run's folder, one array after another. Raises `OSError`."""
@@ -287,7 +291,7 @@ class Session:
 
     def _write_whole(self, folder: Path) -> None:
         """Write a run to `folder` that can go on from there."""
-        save(self.model, folder)
+        save(self.placed_model, folder, read=on_host)
         write_atomically(
             folder / CONFIG, to_json(dataclasses.replace(self.config, out=folder, resume=False, overwrite=False))
         )
@@ -316,15 +320,19 @@ class Session:
         with contextlib.suppress(OSError):
             self._log.close()
         self._batches.close()
-        with contextlib.suppress(SaveError):
-            self._checkpoints.close()
+        # The last checkpoint may have been being written when the run ended for another reason.
+        try:
+            self.finish_saving()
+        except (OSError, SaveError) as error:
+            self.display.note(failure(error))
+        self._checkpoints.close()
 
     def _refuse_non_finite(self, record: Record) -> None:
         for name in ("loss", "gradient_norm"):
             value = record[name]
             if value is None or not math.isfinite(value):
                 # What is said of the last checkpoint is then true.
-                with contextlib.suppress(SaveError):
+                with contextlib.suppress(OSError, SaveError):
                     self.finish_saving()
                 raise NonFiniteError(
                     f"{name} became {value} at step {record['step']} ({record['bytes']} bytes); {self._before()}: start again "

@@ -37,11 +37,10 @@ class Interrupted(AgreedStop):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: its model, whose parameters lie in parts where several processes trained it, `passes` of it, which all of
-    them have to compute together, what its estimator was `prepared` with, its last validation, the held-out text, and what it
-    cost. `seconds` is time spent in the training loop, over all sessions; `bytes_per_second` leaves compilation and validation
-    out; `epochs`: how often the data was gone through; `shown`: the share of its bytes that the protocol can show, of a stream
-    of those read."""
+    """A finished run: its model, with its parameters where they lie, and `passes` of it, which all processes have to compute
+    together; what its estimator was `prepared` with, its last validation, the held-out text, and what it cost. `seconds` is time
+    spent in the training loop, over all sessions; `bytes_per_second` leaves compilation and validation out; `epochs`: how often
+    the data was gone through; `shown`: the share of its bytes that the protocol can show, of a stream of those read."""
 
     model: AbstractLanguageModel
     passes: AbstractPass
@@ -95,6 +94,7 @@ def train(
         with stop_requests() as requested:
             while session.step < total:
                 stop = _step(session, requested)
+                session.settle_saving()
                 if _is_due(session.step, total, config.evaluation.times):
                     session.log_validation()
                 if _is_due(session.step, total, config.checkpoint.times):
@@ -110,7 +110,7 @@ def train(
         display.stop()
         session.close()
     return Outcome(
-        model=session.model if processes.count == 1 else session.placed_model,
+        model=session.placed_model,
         passes=session.passes,
         prepared=setup.prepared,
         validation=session.validate() if session.validation is None else session.validation,

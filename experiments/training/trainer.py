@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
 from data import Split
 from estimators import trainable
 from estimators.base import has_gradient
-from experiments.config.files import to_json
-from experiments.config.sections import CheckpointConfig, DataConfig, EvaluationConfig
 from experiments.config.settings import RunConfig
 from experiments.training.capacity import in_positions, inner_capacities, training_capacities
 from experiments.training.optimizer import make_optimizer, multipliers
@@ -89,10 +84,8 @@ class Trainer:
         return make_step(self.config, self.static, self.optimizer, loss=loss, remat=remat, placement=placement)
 
     def compiled_on(self, placement: Placement) -> jax.stages.Wrapped:
-        """`step_on` jitted. Runs in one process whose steps are the same program, such as those of several seeds, share it, so
-        that only the first is compiled."""
-        key = _Program.of(self, placement)
-        return compiled(self.step_on(placement)) if key is None else _shared(key)
+        """`step_on` jitted."""
+        return compiled(self.step_on(placement))
 
     @property
     def capacity(self) -> int:
@@ -131,40 +124,3 @@ def _local(leaf: Array) -> Array:
     """An array that this process can use without the others."""
     alone = not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1
     return leaf if alone else jnp.asarray(on_host(leaf))
-
-
-@dataclass(frozen=True)
-class _Program:
-    """All that a compiled step depends on beside its arguments, to be compared: the settings of the run but those that say where
-    text comes from and what is left behind, the model without its parameters, and what was made of text and devices. The
-    optimizer follows from the settings and from the names of the parameters, which are part of the model's structure.
-
-    A step is made of `trainer`, which is not compared and has no parameters, so that no finished run is kept in memory.
-    """
-
-    settings: str
-    structure: jax.tree_util.PyTreeDef
-    leaves: tuple[tuple[type, object], ...]
-    capacities: tuple[int | tuple[int, ...], ...]
-    remat: bool | None
-    placement: Placement
-    trainer: Trainer = field(compare=False)
-
-    @classmethod
-    def of(cls, trainer: Trainer, placement: Placement) -> _Program | None:
-        """None where the model holds arrays that do not train, which are constants of the program and are not compared."""
-        leaves, structure = jax.tree.flatten(trainer.static)
-        if any(isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves):
-            return None
-        elsewhere = {"data": DataConfig(), "evaluation": EvaluationConfig(), "checkpoint": CheckpointConfig()}
-        behind = {"seed": 0, "init": None, "out": None, "resume": False, "overwrite": False}
-        settings = dataclasses.replace(trainer.config, **elsewhere, **behind, dataset="", log_every=1, log_seconds=0.0)
-        remat = None if trainer.memory is None else trainer.memory.remat
-        typed = tuple((type(leaf), leaf) for leaf in leaves)
-        made_of = dataclasses.replace(trainer, params=None)
-        return cls(to_json(settings), structure, typed, trainer.capacities, remat, placement, made_of)
-
-
-@functools.lru_cache(maxsize=8)
-def _shared(program: _Program) -> jax.stages.Wrapped:
-    return compiled(program.trainer.step_on(program.placement))

@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from estimators import Layout
 from estimators.sharding import BATCH_AXES
-from experiments.evaluation.byte_results import AbstractPass, Actions, ByteResults, evaluate_inputs, tokens_of
+from experiments.evaluation.byte_results import (
+    AbstractPass,
+    Actions,
+    ByteResults,
+    evaluate_inputs,
+    is_off_policy,
+    tokens_of,
+)
 from experiments.training.placement import Placement
 from experiments.training.sharding import assembled, on_host
 from unet.language_model import AbstractLanguageModel
@@ -28,6 +35,10 @@ class PlacedPass(AbstractPass):
 
     def __init__(self, placement: Placement, params: PyTree[Float[Array, ...]], static: AbstractLanguageModel):
         self._placement, self._params, self._static = placement, params, static
+
+    @property
+    def off_policy(self) -> bool:
+        return is_off_policy(self._static)
 
     def results(self, layout: Layout, key: PRNGKeyArray, capacity: int | None, actions: Actions = ()) -> ByteResults:
         rows = layout.bytes.shape[0]
@@ -57,5 +68,6 @@ def _on_mesh(
         layout, tokens, actions = own
         return evaluate_inputs(assembled(parts, static, specs), layout, tokens, key, capacity, actions)
 
-    run = jax.shard_map(on_each, mesh=placement.mesh, in_specs=(specs, of_batch, same), out_specs=of_batch)
-    return run(params, read, key)
+    # As in `unet.local_devices`: there is no gradient.
+    placed = {"mesh": placement.mesh, "in_specs": (specs, of_batch, same), "out_specs": of_batch}
+    return jax.shard_map(on_each, **placed, check_vma=False)(params, read, key)

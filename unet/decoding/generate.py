@@ -231,7 +231,7 @@ class TextStream:
         if valid and max(utf8.LACKING[characters]) > max_bytes:
             raise ValueError(f"{max_bytes} more bytes cannot complete the last character of a prompt")
         started = time.perf_counter()
-        keys, self._devices = keys_of(key, len(prompts)), LocalDevices.of(len(prompts))
+        keys, self._devices = keys_of(key, len(prompts)), LocalDevices.of(len(prompts), model)
         model = self._devices.everywhere(model)
         ready = prefill(model, prompts, None if greedy_boundaries else drawing_keys(keys))
         sizes, depth = np.array([1 + len(encoded) for encoded in ready.symbols]), np.asarray(ready.prefilled.depth)

@@ -96,7 +96,7 @@ def prefill(model: AbstractLanguageModel, texts: Sequence[bytes], keys: Key[Arra
     Raises `ValueError` if a text contains the byte BOS or EOS.
     """
     symbols = encoded(model, texts)
-    devices = LocalDevices.of(len(texts))
+    devices = LocalDevices.of(len(texts), model)
     unet, (rows, mask, keys) = (
         devices.everywhere(model.unet),
         devices.rows((*map(jnp.asarray, padded(symbols, model.alphabet.bos)), keys)),
@@ -251,7 +251,7 @@ def in_batches(
     """
     require_within("batch", batch, Texts)
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]), reverse=True)
-    devices = LocalDevices.of(batch)
+    devices = LocalDevices.of(batch, model)
     unet = devices.everywhere(model.unet)
     for start in range(0, len(order), batch):
         numbers = order[start : start + batch]
