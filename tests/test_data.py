@@ -566,7 +566,7 @@ class Workers:
 def test_processes_of_batches_are_not_stopped_by_an_interrupt_and_missed_when_they_are_killed():
     batches = object.__new__(Batches)
     workers = Workers()
-    held = {"_iterator": workers, "_begun": False, "_step": 0, "_stream": None, "_rows_per_epoch": 10}
+    held = {"_iterator": workers, "_begun": False, "_step": 0, "_places": None, "_rows_per_epoch": 10}
     batches.__dict__.update(held, _batch=0, _rows=None, epochs=0.0, coverage=None)
     next(batches)
     next(batches)
