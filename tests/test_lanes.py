@@ -17,8 +17,13 @@ from data.stream_batches import LaneBatches, StreamBatches
 from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
 from experiments.processes.processes import ALONE, Alone
+from experiments.reporting.display import Display
+from experiments.run import parse
 from experiments.training.data import lanes_of_run, reading_of_all, state_of_all, with_lanes
-from experiments.training.run_dir import differing, with_any_lanes
+from experiments.training.run_dir import differing, prepare_new, with_any_lanes
+from experiments.training.session import Session
+from experiments.training.setup import set_up
+from tests.hostile.forked import SMALL
 
 LENGTH, BATCH = 16, 8
 
@@ -285,3 +290,25 @@ def test_a_number_of_lanes_that_cannot_be_is_refused_before_a_run_begins():
     assert [lanes_of_run(run_of(), split, 4), lanes_of_run(run_of(lanes=1), split, 4)] == [1, 1]
     with pytest.raises(ConfigError, match=r"--data\.lanes 2: recorded is read into memory, .*: leave it out$"):
         lanes_of_run(run_of(lanes=2), split, 4)
+
+
+def test_a_run_reads_and_saves_its_lanes_and_goes_on_with_them(tmp_path, monkeypatch):
+    """Before its first step, which would have to be compiled."""
+    source = Recorded()
+    monkeypatch.setattr("experiments.training.setup.load_split", lambda config: split_of(source))
+    arguments = [*SMALL, "--estimator", "uniform", "--batch", "8", "--data.lanes", "4", "--out", str(tmp_path)]
+    config = parse([*arguments, "--dataset", "recorded"])
+    setup = set_up(config)
+    prepare_new(config)
+    session = Session(config, setup, tmp_path, Display())
+    session.save()
+    session.close()
+    going_on = parse(["--resume", "--out", str(tmp_path)])
+    assert going_on.data.lanes == setup.lanes == set_up(going_on).lanes == 4
+    saved = json.loads((tmp_path / "checkpoints" / "0" / "meta" / "metadata").read_text())["data"]
+    assert (saved["lane_count"], [*saved["lanes"]]) == (4, ["0", "1", "2", "3"])
+    with pytest.raises(DataError, match=r"go on with --data\.lanes 4$"):
+        Session(going_on, dataclasses.replace(setup, lanes=2), tmp_path, Display())
+    again = Session(going_on, setup, tmp_path, Display())
+    assert again.step == 0
+    again.close()
