@@ -36,10 +36,6 @@ class Lane:
         """Its part of `SHUFFLE_WINDOW`."""
         return (self.index + 1) * SHUFFLE_WINDOW // self.count - self.index * SHUFFLE_WINDOW // self.count
 
-    def shuffle_seed(self, seed: int) -> int:
-        """The seed of its shuffle buffer in a stream of this seed."""
-        return seed ^ (self.index << 16)
-
     @property
     def patience(self) -> int:
         """Epochs without a document that can be used, after which there is none. The whole stream has met all in one."""

@@ -7,10 +7,10 @@ from typing import TypedDict
 
 import grain
 import numpy as np
-from grain.experimental import WindowShuffleIterDataset
 from jaxtyping import Bool, Float64, Int32, Int64, UInt8
 
 from data.rows import fill_row
+from data.shuffled import shuffled
 from data.stream import StreamedRow, StreamRows
 
 
@@ -67,11 +67,7 @@ class _BatchIterator(grain.DatasetIterator):
     def __init__(self, dataset: StreamBatches):
         super().__init__()
         self._data = dataset
-        lane = dataset.rows.lane
-        seed = lane.shuffle_seed(dataset.rows.stream_seed)
-        self._shuffled = iter(WindowShuffleIterDataset(dataset.rows, window_size=lane.window, seed=seed))
-        if dataset.state is not None:
-            self._shuffled.set_state(dataset.state)
+        self._shuffled = shuffled(dataset.rows, dataset.state)
         self._others = dataset.first
 
     def __next__(self) -> StreamedBatch:

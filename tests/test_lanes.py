@@ -12,6 +12,7 @@ from data import DataError, Protocol, Shard, load, open_batches
 from data.documents import AbstractSource
 from data.lanes import SHUFFLE_WINDOW, Lane, lanes_of
 from data.places import merged, reading_of
+from data.shuffled import shuffled
 from data.stream import StreamRows
 from data.stream_batches import LaneBatches, StreamBatches
 from experiments.config.errors import ConfigError
@@ -143,9 +144,29 @@ def test_lanes_get_the_same_number_of_shards_in_the_long_run_and_share_one_buffe
         windows = [Lane(index, count).window for index in range(count)]
         assert sum(windows) == SHUFFLE_WINDOW
         assert min(windows) >= SHUFFLE_WINDOW // count
-    assert Lane().shuffle_seed(7) == 7
     assert [*lanes_of(4, 8, slice(3, 6))] == [1, 2]
     assert [*lanes_of(4, 8, slice(2, 4))] == [1]
+
+
+def test_a_shuffle_buffer_gives_each_row_once_and_goes_on_from_any_row(monkeypatch):
+    monkeypatch.setattr("data.lanes.SHUFFLE_WINDOW", 24)
+    rows = StreamRows(Recorded(documents=3), LENGTH, "crop", 0.2, seed=3, lane=Lane(1, 4))
+    in_order = [row.seed for row, _ in zip(rows, range(18), strict=False)]
+    buffer = shuffled(rows, None)
+    states, found = [buffer.get_state()], []
+    for row, _ in zip(buffer, range(18), strict=False):
+        found.append(row.seed)
+        states.append(buffer.get_state())
+    windows = [(found[i : i + 6], in_order[i : i + 6]) for i in (0, 6, 12)]
+    for mixed, plain in windows:
+        assert mixed != plain
+        assert sorted(mixed) == sorted(plain)
+    # Each window has an order of its own.
+    assert len({tuple(plain.index(seed) for seed in mixed) for mixed, plain in windows}) == 3
+    for number in range(18):
+        again = shuffled(rows, json.loads(json.dumps(states[number])))
+        assert again.get_state() == states[number]
+        assert [next(again).seed for _ in range(18 - number)] == found[number:]
 
 
 def test_the_counts_of_all_lanes_are_those_of_the_run():
