@@ -55,7 +55,7 @@ def require_lanes(count: int, batch: int, shards: int, name: str) -> None:
             f"--data.lanes {count} must divide --batch {batch}, whose rows come from the lanes in equal blocks: use one of "
             f"{', '.join(str(n) for n in range(1, min(batch, shards, SHUFFLE_WINDOW) + 1) if batch % n == 0)}"
         )
-    if count > shards:
+    if count > max(1, shards):
         raise DataError(
             f"--data.lanes {count} are more than the {shards} shard(s) of {name}, which are dealt out to them: use "
             f"--data.lanes {most_lanes(batch, shards)}"
@@ -63,5 +63,5 @@ def require_lanes(count: int, batch: int, shards: int, name: str) -> None:
 
 
 def most_lanes(batch: int, most: int) -> int:
-    """The largest number up to `most` that divides a batch."""
-    return max(n for n in range(1, min(batch, most, SHUFFLE_WINDOW) + 1) if batch % n == 0)
+    """The largest number up to `most`, at least 1, that divides a batch."""
+    return max(n for n in range(1, max(1, min(batch, most, SHUFFLE_WINDOW)) + 1) if batch % n == 0)
