@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -43,6 +44,11 @@ class Coverage:
         shown = shown_bytes(size, length, protocol)
         left_out = self.left_out + (shown == 0)
         return Coverage(self.documents + 1, left_out, self.bytes + size, self.shown + shown)
+
+    @classmethod
+    def total(cls, parts: Iterable[Coverage]) -> Coverage:
+        """The counts of all documents that are counted in one of the `parts`."""
+        return cls(*(sum(counts) for counts in zip(*map(astuple, parts), strict=True)))
 
     @classmethod
     def of(cls, sizes: Int64[np.ndarray, " documents"], length: int, protocol: Protocol) -> Coverage:

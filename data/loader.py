@@ -10,37 +10,26 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from typing import NotRequired, TypedDict
+from typing import NotRequired
 
 import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
-from jaxtyping import Bool, Float64, Int32, Int64, UInt8
 
 from data.coverage import LITTLE, Coverage
 from data.documents import AbstractSource, DataError, document_rank
+from data.lanes import Lane, lanes_of, require_lanes
+from data.places import Places, Reading
 from data.rows import HeldOutRows, MemoryRows, Protocol, Row
 from data.stream import StreamRows, stream_held_out
-from data.stream_batches import StreamBatches
+from data.stream_batches import Batch, LaneBatches, ReadLane, StreamBatches
 from data.texts import Texts
 
 
-class Batch(TypedDict):
-    """A batch of rows (training sequences): bytes, segment numbers of the documents in each row, and a mask that is False at
-    padding."""
-
-    bytes: UInt8[np.ndarray, "batch length"]
-    segments: Int32[np.ndarray, "batch length"]
-    mask: Bool[np.ndarray, "batch length"]
-
-
 class ReadBatch(Batch):
-    """A batch from the data pipeline; batches of a stream also have the additional fields of `StreamedBatch`."""
+    """A batch from the data pipeline; for one of a stream, also what is said of its lanes."""
 
-    epochs: NotRequired[Float64[np.ndarray, " batch"]]
-    earlier_rows: NotRequired[Int64[np.ndarray, " batch"]]
-    coverage: NotRequired[Int64[np.ndarray, "batch 4"]]
-    state: NotRequired[dict[str, object]]
+    lanes: NotRequired[list[ReadLane]]
 
 
 @dataclass(frozen=True)
@@ -178,7 +167,7 @@ class Batches(Iterator[Batch]):
 
     `epochs`: the number of epochs so far. Its fraction counts rows; for a stream, whose number of rows is unknown, it counts
     the stored sizes of completed shards. `coverage`: the coverage of the training documents; for a stream, of the documents
-    read so far (None before the first).
+    read so far (None before the first). A process that reads some lanes of a stream knows of those alone.
     """
 
     epochs: float
@@ -190,39 +179,37 @@ class Batches(Iterator[Batch]):
         *,
         rows_per_epoch: int | None,
         step: int,
-        epochs: float,
-        coverage: Coverage | None,
+        reading: Reading,
         batch: int,
-        rows: slice | None,
-        stream: dict[str, object] | None = None,
+        rows: slice | None = None,
+        places: Places | None = None,
     ):
-        """`rows_per_epoch`: None for a stream. `step`, `epochs`, `coverage` and the state of the `stream`: the values at the
-        start; a stream has no state before its first batch. `batch`: rows of a batch, of which `rows` are returned; None for
-        all."""
+        """`rows_per_epoch`: None for a stream. `step`, `reading` and the `places` in a stream: the values at the start. `batch`:
+        rows of a batch. `rows`: which of those that are read of it are returned; None for all."""
         self._iterator = iterator
         self._rows_per_epoch = rows_per_epoch
         self._batch, self._rows = batch, rows
         self._step = step
-        self._stream = stream
+        self._places = places
         self._begun = False
-        self.epochs, self.coverage = epochs, coverage
+        self.epochs, self.coverage = reading.epochs, reading.coverage
 
     def __next__(self) -> Batch:
         batch = self._next_read()
         self._step += 1
         if self._rows_per_epoch is not None:
             self.epochs = self._step * self._batch / self._rows_per_epoch
-        elif "epochs" in batch and "earlier_rows" in batch and "coverage" in batch and "state" in batch:
-            self._stream = batch["state"]
-            # The shuffle buffer reads ahead: more rows may precede the latest shard than have been returned.
-            returned, earlier = self._step * self._batch, int(batch["earlier_rows"].max())
-            self.epochs = max(self.epochs, float(batch["epochs"].max()) * min(1.0, returned / max(1, earlier)))
-            counts = Coverage(*(int(count) for count in batch["coverage"].max(axis=0)))
-            # There is no coverage before the first document has been counted.
-            if counts.bytes and (self.coverage is None or counts.bytes > self.coverage.bytes):
-                self.coverage = counts
-        rows = slice(None) if self._rows is None or self._rows_per_epoch is not None else self._rows
+        elif self._places is not None and "lanes" in batch:
+            self._places.advance(batch["lanes"], self._step * self._batch // self._places.count)
+            reading = self._places.reading
+            self.epochs, self.coverage = reading.epochs, reading.coverage
+        rows = slice(None) if self._rows is None else self._rows
         return Batch(bytes=batch["bytes"][rows], segments=batch["segments"][rows], mask=batch["mask"][rows])
+
+    @property
+    def reading(self) -> Reading:
+        """`epochs` and `coverage`."""
+        return Reading(self.epochs, self.coverage)
 
     def _next_read(self) -> ReadBatch:
         try:
@@ -243,8 +230,9 @@ class Batches(Iterator[Batch]):
             ) from None
 
     def state(self) -> dict[str, object]:
-        """The number of batches so far, the epochs and, for a stream, its state."""
-        return {"step": self._step, "epochs": self.epochs, "stream": self._stream}
+        """The number of batches so far, the epochs and, for a stream, its state, or those of the lanes that are read here."""
+        stream = {"stream": None} if self._places is None else self._places.state()
+        return {"step": self._step, "epochs": self.epochs, **stream}
 
     def close(self) -> None:
         """Stops the threads and processes of the data pipeline."""
@@ -259,60 +247,82 @@ def open_batches(
     workers: int = 0,
     state: dict[str, object] | None = None,
     rows: slice | None = None,
+    lanes: int = 1,
 ) -> Batches:
     """Shuffled batches. They depend on the seed and not on the number of worker processes.
 
     `rows`: those of each batch that this process trains on, if others train on the rest of the same batches; None for all. Only
-    these are made of text in memory. A stream is read whole by each process: its order is one, and its state the same everywhere.
+    these are made of text in memory. Of a stream in several `lanes`, only the shards of those are read that these rows come
+    from; one lane is the whole stream. Another number of lanes makes other batches of the same text; of text in memory it
+    changes nothing.
 
     Rows in memory are reshuffled every epoch; packed rows keep their contents. Streamed rows are shuffled within a buffer.
-    `state`: a result of `Batches.state` to resume from, with any number of workers.
+    `state`: a result of `Batches.state` to resume from, or `places.merged` of those of several processes, with any number of
+    workers or processes. Raises `DataError` where the stream cannot be divided so, or the state is that of another number of
+    lanes.
     """
-    step, epochs = 0, 0.0
-    if state is not None and isinstance(state["step"], int):
-        step = state["step"]
-    # States saved by earlier versions have no epochs.
-    if state is not None and isinstance(saved_epochs := state.get("epochs"), float):
-        epochs = saved_epochs
-    rows_per_epoch, stream = None, None
+    step = state["step"] if state is not None and isinstance(state["step"], int) else 0
     if split.training is None:
-        if state is not None and isinstance(state["stream"], dict):
-            stream = _of_all_workers(state["stream"])
-        streamed = StreamRows(split.source, split.length, split.protocol, split.held_out_share, seed)
-        dataset = ThreadPrefetchIterDataset(StreamBatches(streamed, batch, stream), prefetch_buffer_size=4)
-    else:
-        memory = MemoryRows(split.training, split.length, split.protocol, random=True, order_seed=seed)
-        rows_per_epoch = len(memory)
-        # Batches are formed before they are distributed, so that they do not depend on the number of workers.
-        # The number of repeats is finite but never reached: grain cannot make batches of size 1 from an infinite data set.
-        repeated = grain.MapDataset.source(memory).shuffle(seed=seed).repeat(2**60 // len(memory))
-        batches = repeated.random_map(memory.row, seed=(seed + 1) % 2**32)
-        own = batch if rows is None else rows.stop - rows.start
-        if rows is not None:
-            batches = grain.MapDataset.source(_RowsOfBatches(batches, batch, rows))
-        dataset = batches.batch(own)[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-        epochs = step * batch / rows_per_epoch
-    if workers:
-        _parse_worker_flags()
-        # Otherwise it starts with the first worker, and lets SIGINT through again.
-        resource_tracker.ensure_running()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        return _streamed_batches(split, batch, seed, workers, state, step, rows, lanes)
+    memory = MemoryRows(split.training, split.length, split.protocol, random=True, order_seed=seed)
+    rows_per_epoch = len(memory)
+    # Batches are formed before they are distributed, so that they do not depend on the number of workers.
+    # The number of repeats is finite but never reached: grain cannot make batches of size 1 from an infinite data set.
+    repeated = grain.MapDataset.source(memory).shuffle(seed=seed).repeat(2**60 // len(memory))
+    batches = repeated.random_map(memory.row, seed=(seed + 1) % 2**32)
+    own = batch if rows is None else rows.stop - rows.start
+    if rows is not None:
+        batches = grain.MapDataset.source(_RowsOfBatches(batches, batch, rows))
+    dataset = batches.batch(own)[step:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     return Batches(
-        iter(dataset),
+        iter(_with_workers(dataset, workers)),
         rows_per_epoch=rows_per_epoch,
         step=step,
-        epochs=epochs,
-        coverage=split.coverage,
+        reading=Reading(step * batch / rows_per_epoch, split.coverage),
         batch=batch,
-        rows=rows,
-        stream=stream,
     )
 
 
-def _of_all_workers(state: dict[str, object]) -> dict[str, object]:
-    """The state of a stream, which earlier versions saved as that of their only worker process."""
-    workers = state.get("iterators_in_use_states")
-    return workers[0] if isinstance(workers, list) else state
+def _streamed_batches(
+    split: Split,
+    batch: int,
+    seed: int,
+    workers: int,
+    state: dict[str, object] | None,
+    step: int,
+    rows: slice | None,
+    lanes: int,
+) -> Batches:
+    """`open_batches` of a stream, after `step` batches."""
+    require_lanes(lanes, batch, len(split.source.shards()), split.source.name)
+    own, each = lanes_of(lanes, batch, rows), batch // lanes
+    places = Places.of(lanes, own, state)
+    opened = []
+    for index, place in places.lanes.items():
+        lane = Lane(index, lanes)
+        streamed = StreamRows(split.source, split.length, split.protocol, split.held_out_share, seed, lane)
+        opened.append(StreamBatches(streamed, each, place.stream))
+    dataset = ThreadPrefetchIterDataset(LaneBatches(opened), prefetch_buffer_size=4)
+    first = own.start * each
+    return Batches(
+        iter(_with_workers(dataset, workers)),
+        rows_per_epoch=None,
+        step=step,
+        reading=places.reading,
+        batch=batch,
+        rows=None if rows is None else slice(rows.start - first, rows.stop - first),
+        places=places,
+    )
+
+
+def _with_workers(dataset: grain.IterDataset, workers: int) -> grain.IterDataset:
+    """The same batches, prepared by so many worker processes."""
+    if not workers:
+        return dataset
+    _parse_worker_flags()
+    # Otherwise it starts with the first worker, and lets SIGINT through again.
+    resource_tracker.ensure_running()
+    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
 class _RowsOfBatches:

@@ -11,6 +11,7 @@ from jaxtyping import Int64, UInt8
 
 from data.coverage import Coverage, shown_bytes
 from data.documents import AbstractSource, DataError, is_held_out
+from data.lanes import Lane
 from data.rows import Piece, Protocol, cut_piece, pieces, with_bos
 
 _COUNTS = tuple(vars(Coverage()))
@@ -22,10 +23,11 @@ StreamState = dict[str, int]
 """The position of a stream, where the next row begins: the `epoch`, the index of the shard in the epoch's order (`shard`), the
 `document` of the shard, and the `piece` of the document (for packing: the byte offset). `documents`, `left_out`, `bytes` and
 `shown` are the `Coverage` of the documents before it, over all epochs. `rows` counts all rows so far, `earlier_rows` the rows
-before the current shard."""
+before the current shard. Of a lane all counts are its own."""
 
 
 _NOTHING = Coverage()
+_WHOLE = Lane()
 _NO_COUNTS: StreamState = {"rows": 0, "earlier_rows": 0, **vars(_NOTHING)}
 
 
@@ -34,8 +36,8 @@ class StreamedRow:
     """A row of a stream, which `parts` makes.
 
     `pieces`: those of documents that it joins. `seed`: of the random start of its piece; None if it has none. `epochs`: epochs
-    completed before its shard, with a fraction by the stored sizes of shards. `earlier_rows`: the number of rows before its
-    shard. `coverage`: that of the documents read before it.
+    completed before its shard, with a fraction by the stored sizes of shards; of a lane, the part of them that its shards are.
+    `earlier_rows`: the number of rows before its shard. `coverage`: that of the documents read before it.
     """
 
     pieces: tuple[tuple[UInt8[np.ndarray, " _"], Piece], ...]
@@ -52,11 +54,20 @@ class StreamedRow:
 
 
 class StreamRows(grain.IterDataset):
-    """The training rows of a streamed source, shard by shard; each epoch has a random order of shards."""
+    """The training rows of a streamed source, or of one lane of it, shard by shard; each epoch has a random order of shards."""
 
-    def __init__(self, source: AbstractSource, length: int, protocol: Protocol, held_out_share: float, seed: int):
+    def __init__(
+        self,
+        source: AbstractSource,
+        length: int,
+        protocol: Protocol,
+        held_out_share: float,
+        seed: int,
+        lane: Lane = _WHOLE,
+    ):
         super().__init__()
         self.source, self.length, self.held_out_share, self.stream_seed = source, length, held_out_share, seed
+        self.lane = lane
         self.protocol: Protocol = protocol
 
     def __iter__(self) -> _StreamIterator:
@@ -73,6 +84,7 @@ class _StreamIterator(grain.DatasetIterator):
         self._data = dataset
         self._state: StreamState = dict.fromkeys(("epoch", "shard", "document", "piece"), 0) | _NO_COUNTS
         self._cached_epochs: tuple[int, int, float] = (0, 0, 0.0)
+        self._whole_epochs: tuple[int, float] = (0, 0.0)
         self._rows = self._rows_from(self._state)
 
     def __next__(self) -> StreamedRow:
@@ -97,9 +109,18 @@ class _StreamIterator(grain.DatasetIterator):
         if self._cached_epochs[:2] != (epoch, index):
             # One byte is added to each size, since unknown sizes are 0.
             sizes = np.array([shard.size + 1 for shard in self._data.source.shards()])
-            before = sizes[self._data.order(epoch, len(sizes))[:index]]
-            self._cached_epochs = (epoch, index, epoch + float(before.sum() / sizes.sum()))
+            counted, completed = self._whole_epochs if self._whole_epochs[0] <= epoch else (0, 0.0)
+            for before in range(counted, epoch):
+                completed += self._part(sizes, before, len(sizes))
+            self._whole_epochs = epoch, completed
+            self._cached_epochs = (epoch, index, completed + self._part(sizes, epoch, index))
         return self._cached_epochs[2]
+
+    def _part(self, sizes: Int64[np.ndarray, " shards"], epoch: int, index: int) -> float:
+        """The part of an epoch, by `sizes`, that the own shards before `index` of its order are."""
+        own = self._data.lane.places(epoch, len(sizes))
+        before = sizes[self._data.order(epoch, len(sizes))[own.start : index : own.step]]
+        return float(before.sum() / sizes.sum())
 
     def _rows_from(self, state: StreamState) -> Iterator[tuple[_Row, StreamState]]:
         """The rows that follow `state`, each with the state after it."""
@@ -135,11 +156,13 @@ class _StreamIterator(grain.DatasetIterator):
         data = self._data
         shards = data.source.shards()
         epoch, first_shard, first_document = state["epoch"], state["shard"], state["document"]
-        any_usable = first_shard > 0 or first_document > 0
+        any_usable, barren = first_shard > 0 or first_document > 0, 0
         coverage = Coverage(*(state[name] for name in vars(Coverage())))
         while True:
             order = data.order(epoch, len(shards))
-            for index in range(first_shard, len(shards)):
+            for index in data.lane.places(epoch, len(shards)):
+                if index < first_shard:
+                    continue
                 for number, document in enumerate(data.source.documents(shards[order[index]])):
                     if number < first_document or is_held_out(document, data.held_out_share):
                         continue
@@ -151,7 +174,8 @@ class _StreamIterator(grain.DatasetIterator):
                         yield with_bos(used), {**position, **vars(coverage)}
                     coverage = coverage.plus(len(document), data.length, data.protocol)
                 first_document = 0
-            if not any_usable:
+            barren = 0 if any_usable else barren + 1
+            if barren == data.lane.patience:
                 raise DataError(
                     f"no document of {data.source.name} can be used for training: after a whole epoch, all were held out or too "
                     "short for a row; use a smaller --length or --data.protocol crop"

@@ -33,6 +33,7 @@ from experiments.reporting.shading import Character, readable, shade
 from experiments.reporting.summary import summary_of
 from experiments.tracking.follow import Trackers
 from experiments.tracking.tracker import require_trackers
+from experiments.training.data import with_lanes
 from experiments.training.extending import OF_THE_END, extend, latest_step, resumed
 from experiments.training.prepared import write_prepared
 from experiments.training.replacing import replacing
@@ -117,6 +118,7 @@ def run(config: RunConfig, display: Display, processes: AbstractProcesses = ALON
         require_shared(run_dir, processes)
         setup = _set_up(config)
         require_equal(config, setup, processes)
+        config = with_lanes(config, setup.lanes)
         if processes.leads and config.resume:
             extend(config, display.note)
         replaces = processes.leads and not config.resume

@@ -47,6 +47,7 @@ from experiments.training.run_dir import (
     json_text,
     read_config,
     refuse_existing,
+    with_any_lanes,
     write_atomically,
 )
 
@@ -106,9 +107,10 @@ def check_runs(runs: Mapping[Path, RunConfig]) -> None:
 
 
 def groups(runs: Mapping[Path, RunConfig]) -> dict[str, list[Path]]:
-    """Groups of runs that differ only in seed and number of devices. Its estimator names a group; if
+    """Groups of runs that differ only in seed and number of devices and processes. Its estimator names a group; if
     several groups have the same estimator, its first folder is added."""
     grouped: list[list[Path]] = []
+    runs = {folder: with_any_lanes(run) for folder, run in runs.items()}
     for folder, run in runs.items():
         same = [group for group in grouped if not differing(run, runs[group[0]], may_differ=("seed", *OF_DEVICES))]
         same[0].append(folder) if same else grouped.append([folder])

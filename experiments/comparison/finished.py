@@ -17,7 +17,7 @@ from experiments.config.settings import RunConfig
 from experiments.config.structure import Flat, flat, parsed
 from experiments.reporting.summary import Summary
 from experiments.training.metrics_log import read_metrics
-from experiments.training.run_dir import OF_DEVICES, SUMMARY, differing, read_config, read_summary
+from experiments.training.run_dir import OF_DEVICES, SUMMARY, differing, read_config, read_summary, with_any_lanes
 from unet.flops import matrix_flops
 from unet.losses import level_prefix
 
@@ -114,7 +114,9 @@ def read_joined(name: str, folders: Sequence[Path], plugins: Collection[str]) ->
 
 
 def _portable(run: RunConfig) -> RunConfig:
-    """The settings without the path of another run whose model it reads, which differs between comparisons."""
+    """The settings without the path of another run whose model it reads, which differs between comparisons, and without lanes,
+    which differ with the number of processes."""
+    run = with_any_lanes(run)
     needs = run.first.prerequisite
     return run if needs is None else run.with_settings(**{run.parts[0].estimator.section: {needs.setting: None}})
 

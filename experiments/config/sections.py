@@ -99,6 +99,10 @@ class DataConfig:
     split of its own, by the names of its files, which is used instead and never trains."""
     workers: Annotated[int, Within(0, 256)] = 0
     """Processes that prepare batches; their number never changes a batch."""
+    lanes: Annotated[int, Within(1, 1024)] | None = None
+    """Parts that a data set of the hub is divided into, each with shards of its own, so that of several processes each downloads
+    its own alone. Another number makes other batches of the same text. By default as many as the processes that begin the run,
+    or the next smaller number that divides --batch and is not more than the shards; a run that goes on keeps its number."""
     cache: Path | None = None
     """Where shards of hub data sets are kept; by default ~/.cache/caesura."""
     cache_gib: Annotated[float, Within(MARGIN, 1e9)] = 8.0

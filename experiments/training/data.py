@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 
 from data import AbstractSource, Batch, Batches, FixedSplits, Row, Split, load, open_source
 from data.coverage import LITTLE
+from data.lanes import most_lanes, require_lanes
+from data.places import Reading, merged, reading_of
+from experiments.config.errors import require
 from experiments.config.sections import DataConfig
 from experiments.config.settings import RunConfig
+from experiments.processes.processes import AbstractProcesses
 from experiments.training.metrics_log import read_metrics
 
 EPOCHS, SHOWN = "epochs", "shown_fraction"
@@ -44,15 +50,58 @@ def load_split(config: RunConfig) -> Split:
     )
 
 
+def lanes_of_run(config: RunConfig, split: Split, processes: int) -> int:
+    """Into how many lanes the stream of a run is divided, that so many processes with rows of their own train; 1 for text in
+    memory.
+
+    A run that goes on keeps its number, which is 1 where none was written down. Raises `ConfigError` and `DataError` where the
+    data cannot be divided as asked.
+    """
+    asked, streamed = config.data.lanes, split.training is None
+    require(
+        streamed or asked in (None, 1),
+        f"--data.lanes {asked}: {split.source.name} is read into memory, where each process makes its own rows: leave it out",
+    )
+    shards = len(split.source.shards())
+    if streamed and asked is not None:
+        require_lanes(asked, config.batch, shards, split.source.name)
+        return asked
+    # Rows of tokens are as long as the longest, so that every process reads all of them.
+    together = not streamed or config.resume or config.reads_tokens
+    return 1 if together else most_lanes(config.batch, min(processes, shards))
+
+
+def with_lanes(config: RunConfig, lanes: int) -> RunConfig:
+    """A run with the number of lanes that was decided. One is not written down: it is what a run without a number has."""
+    if lanes == 1:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, lanes=lanes))
+
+
 def text_of(batch: Row | Batch) -> dict[str, np.ndarray]:
     """What a model reads of a row or a batch of text."""
     return {"bytes": batch["bytes"], "segments": batch["segments"], "mask": batch["mask"]}
 
 
-def data_record(batches: Batches) -> dict[str, float | int | None]:
-    """What a record of `metrics.jsonl` has of the data: `Batches.epochs` and the share of `Batches.coverage`."""
-    coverage = batches.coverage
-    return {EPOCHS: batches.epochs, SHOWN: None if coverage is None else coverage.share}
+def state_of_all(state: dict[str, object], processes: AbstractProcesses) -> dict[str, object]:
+    """The state of the data of a run, whose lanes are read by several processes. Each gives the `Batches.state` that it has."""
+    if processes.count == 1 or "lanes" not in state:
+        return state
+    return merged([json.loads(said) for said in processes.said(json.dumps(state))])
+
+
+def reading_of_all(batches: Batches, processes: AbstractProcesses) -> Reading:
+    """What all processes have read of the data. Each of them calls this."""
+    state = batches.state()
+    if processes.count == 1 or "lanes" not in state:
+        return batches.reading
+    return reading_of(state_of_all(state, processes))
+
+
+def data_record(read: Batches | Reading) -> dict[str, float | int | None]:
+    """What a record of `metrics.jsonl` has of the data: the epochs, and the share of the coverage."""
+    coverage = read.coverage
+    return {EPOCHS: read.epochs, SHOWN: None if coverage is None else coverage.share}
 
 
 def latest(folder: Path, name: str) -> float | None:
@@ -73,8 +122,8 @@ class DataNotes:
         self._said_little = split.coverage is not None
         self._source_notes = set(split.notes)
 
-    def after(self, step: int, total: int, batches: Batches) -> list[str]:
-        """What is to be said after `step` of `total`."""
+    def after(self, step: int, total: int, batches: Batches | Reading) -> list[str]:
+        """What is to be said after `step` of `total`, with which so much was read."""
         notes = []
         coverage = batches.coverage
         if coverage is not None:

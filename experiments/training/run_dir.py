@@ -204,6 +204,12 @@ def differing(run: RunConfig, saved: RunConfig, may_differ: Collection[str] = ()
     ]
 
 
+def with_any_lanes(run: RunConfig) -> RunConfig:
+    """A run without its number of lanes, which several processes choose by their number: only the order of the text depends on
+    it."""
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, lanes=None))
+
+
 def moved(run: RunConfig, saved: RunConfig) -> RunConfig:
     """`saved` with the places that `run` has for its data, their cache, the weights it began with and the run whose model it
     reads: what lies there is recognised by its content. The model is known only where it was kept with the run."""

@@ -21,7 +21,7 @@ from experiments.processes.processes import ALONE, RUNNING, AbstractProcesses
 from experiments.processes.stopping import Stop, StoppedError, meet
 from experiments.reporting.display import Display
 from experiments.training.checkpoint import Checkpoints, Progress, SaveError
-from experiments.training.data import DataNotes, data_record, text_of
+from experiments.training.data import DataNotes, data_record, reading_of_all, state_of_all, text_of
 from experiments.training.dropped import DroppedBoundaries
 from experiments.training.metrics_log import ForeignMetricsLog, MetricsLog
 from experiments.training.prepared import write_prepared
@@ -78,7 +78,9 @@ class Session:
             workers=config.data.workers,
             state=None if progress is None else progress.data,
             rows=self._own_rows,
+            lanes=setup.lanes,
         )
+        self._reading = self._batches.reading
         self._data_notes = DataNotes(setup.split, self._batches)
         self._log = (MetricsLog if processes.leads else ForeignMetricsLog)(run_dir, self.step)
         if self._log.damaged:
@@ -154,7 +156,10 @@ class Session:
             metrics = jax.device_get(metrics)
         self.step += 1
         record = step_record(self.step, self.step * self.config.bytes_per_step, metrics)
-        record |= data_record(self._batches)
+        # In between, of a stream in lanes, what the first process reads is taken for what all do.
+        last = self.step == self.config.total_steps
+        self._reading = reading_of_all(self._batches, self.processes) if last else self._batches.reading
+        record |= data_record(self._reading)
         self.speed.tick()
         self.dropped.add(record)
         self._refuse_non_finite(record)
@@ -193,7 +198,7 @@ class Session:
         if not self._warned and (warning := self.dropped.early_warning):
             self.display.note(f"by step {self.step}, {warning}")
             self._warned = True
-        for note in self._data_notes.after(self.step, self.config.total_steps, self._batches):
+        for note in self._data_notes.after(self.step, self.config.total_steps, self._reading):
             self.display.note(note)
 
     def validate(self) -> Validation:
@@ -302,7 +307,9 @@ class Session:
         checkpoints.close()
 
     def _progress(self) -> Progress:
-        data = self._batches.state() if self._data_before is None else self._data_before
+        """How far the run is. Every process has to call this: each knows the lanes that it reads."""
+        own = self._batches.state() if self._data_before is None else self._data_before
+        data = state_of_all(own, self.processes)
         return Progress(self.step, self.seconds, data, self.setup.split.fingerprint)
 
     def _write(self, record: Record) -> None:

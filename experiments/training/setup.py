@@ -21,7 +21,7 @@ from experiments.config.files import to_json
 from experiments.config.plugins import import_plugins, modules_of
 from experiments.config.settings import RunConfig
 from experiments.processes.processes import AbstractProcesses
-from experiments.training.data import load_split
+from experiments.training.data import lanes_of_run, load_split
 from experiments.training.distil import AlignmentStage
 from experiments.training.initial import initial_weights
 from experiments.training.placement import Placement, with_implementation
@@ -49,6 +49,8 @@ class Setup:
     """What a user should know of the weights that the model starts from, and of where they lie."""
     alignment: AlignmentStage | None = None
     """The steps in which it is aligned with a teacher, of a run that is distilled."""
+    lanes: int = 1
+    """Parts that its stream is divided into, for several processes to read."""
 
 
 def require_equal(config: RunConfig, setup: Setup, processes: AbstractProcesses) -> None:
@@ -72,6 +74,7 @@ def set_up(config: RunConfig) -> Setup:
     placement = Placement.of(config)
     config = with_implementation(config)
     split = load_split(config)
+    lanes = lanes_of_run(config, split, min(jax.process_count(), placement.batch_shards))
     key = jax.random.key(config.seed)
     prepared = read_prepared(config) if config.resume else None
     prepared = prepare(config, split) if prepared is None else prepared
@@ -95,6 +98,7 @@ def set_up(config: RunConfig) -> Setup:
         *(split, prepared, model, trainer, named_key(key, "steps"), named_key(key, "evaluation"), placement),
         tuple(notes),
         alignment,
+        lanes,
     )
 
 
