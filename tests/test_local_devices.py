@@ -14,6 +14,12 @@ from unet.local_devices import LocalDevices, by_row, sharing, usable_devices
 TWO = jax.local_devices()[:2]
 
 
+@pytest.fixture(autouse=True)
+def two_devices_compute_rows(monkeypatch):
+    """As outside of the tests."""
+    monkeypatch.setattr("unet.local_devices.usable_devices", usable_devices)
+
+
 @pytest.mark.parametrize(
     ("rows", "devices", "used"), [(6, 4, 3), (7, 4, 1), (2, 4, 2), (1, 4, 1), (0, 4, 1), (8, 3, 2)]
 )

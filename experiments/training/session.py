@@ -243,9 +243,13 @@ class Session:
 
     def finish_saving(self) -> None:
         """Return once the checkpoint that was begun is complete; the run that this one replaces is deleted then. Raises
-        `SaveError`."""
-        with self.processes.together():
-            complete = self._checkpoints.finish()
+        `SaveError`, and `OSError` where the folder has gone meanwhile."""
+        try:
+            with self.processes.together():
+                complete = self._checkpoints.finish()
+        except SaveError:
+            self._folder.require_there()
+            raise
         if complete and self.processes.leads:
             discard_replaced(self.run_dir)
 
