@@ -73,6 +73,20 @@ def test_a_replaced_run_is_put_back_where_the_new_one_fails_before(old, error):
     assert notes == [f"the run that was in {old} before is there again"]
 
 
+def test_a_run_that_fails_after_its_first_checkpoint_keeps_it(old):
+    """The checkpoint may have been being written when the run failed: nobody has discarded the old run then."""
+
+    def fail():
+        with replacing(old, pytest.fail):
+            begin(old, checkpoint=True)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert files(old) == {"config.json": "new"}
+    assert (old / "checkpoints" / "1").is_dir()
+
+
 CHANGES = ("rename", "mkdir", "rmdir", "unlink")
 
 

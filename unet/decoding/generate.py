@@ -38,9 +38,9 @@ RESERVED = 2**13
 
 @dataclass(frozen=True)
 class Throughput:
-    """Cost of generation: `prefill_seconds` for the prompts; `steps` of one byte (or token) each, of which `token_steps` also ran
-    the token level inside; `bytes` of all texts. `seconds` and `timed_bytes` leave out the first chunk, whose time may include
-    compilation."""
+    """Cost of generation: `prefill_seconds` for the prompts; `steps` of one byte (or token) each, at `token_steps` of which any
+    text closed a token, so that the token level ran as well; `bytes` of all texts. `seconds` and `timed_bytes` leave out the
+    first chunk, whose time may include compilation."""
 
     prefill_seconds: float = 0.0
     seconds: float = 0.0
