@@ -165,13 +165,11 @@ def _interrupts_held_back() -> Iterator[None]:
 class Batches(Iterator[Batch]):
     """An infinite iterator over training batches. `state` returns the position as plain JSON; `open_batches` resumes from it.
 
-    `epochs`: the number of epochs so far. Its fraction counts rows; for a stream, whose number of rows is unknown, it counts
-    the stored sizes of completed shards. `coverage`: the coverage of the training documents; for a stream, of the documents
-    read so far (None before the first). A process that reads some lanes of a stream knows of those alone.
+    `reading`: how much has been read so far. The fraction of its epochs counts rows; for a stream, whose number of rows is
+    unknown, it counts the stored sizes of completed shards. A process that reads some lanes of a stream knows of those alone.
     """
 
-    epochs: float
-    coverage: Coverage | None
+    reading: Reading
 
     def __init__(
         self,
@@ -192,24 +190,28 @@ class Batches(Iterator[Batch]):
         self._step = step
         self._places = places
         self._begun = False
-        self.epochs, self.coverage = reading.epochs, reading.coverage
+        self.reading = reading
 
     def __next__(self) -> Batch:
         batch = self._next_read()
         self._step += 1
         if self._rows_per_epoch is not None:
-            self.epochs = self._step * self._batch / self._rows_per_epoch
+            self.reading = Reading(self._step * self._batch / self._rows_per_epoch, self.reading.coverage)
         elif self._places is not None and "lanes" in batch:
             self._places.advance(batch["lanes"], self._step * self._batch // self._places.count)
-            reading = self._places.reading
-            self.epochs, self.coverage = reading.epochs, reading.coverage
+            self.reading = self._places.reading
         rows = slice(None) if self._rows is None else self._rows
         return Batch(bytes=batch["bytes"][rows], segments=batch["segments"][rows], mask=batch["mask"][rows])
 
     @property
-    def reading(self) -> Reading:
-        """`epochs` and `coverage`."""
-        return Reading(self.epochs, self.coverage)
+    def epochs(self) -> float:
+        """The number of epochs so far."""
+        return self.reading.epochs
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """The coverage of the training documents; for a stream, of the documents read so far (None before the first)."""
+        return self.reading.coverage
 
     def _next_read(self) -> ReadBatch:
         try:

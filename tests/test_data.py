@@ -16,6 +16,7 @@ from data.coverage import Coverage, shown_bytes
 from data.documents import AbstractSource, Shard, document_rank
 from data.files import PLAIN_DOCUMENT
 from data.loader import split_documents
+from data.places import Reading
 from data.rows import HeldOutRows, MemoryRows, Protocol, make_row, pieces, with_bos
 from data.splits import named_split
 from data.stream import StreamRows
@@ -261,17 +262,17 @@ def test_a_run_says_once_that_a_second_epoch_begins_and_that_a_stream_shows_litt
     said = []
     for step in range(1, 50):
         next(batches)
-        said += notes.after(step, 50, batches)
+        said += notes.after(step, 50, batches.reading)
     batches.close()
     assert len(said) == 2
     assert "of the bytes of the" in said[0]
     assert "training documents of listed read so far" in said[0]
     assert "--data.protocol crop or pack" in said[0]
     assert "a second epoch begins" in said[1]
-    (again,) = DataNotes(split, batches).after(50, 60, batches)
+    (again,) = DataNotes(split, batches).after(50, 60, batches.reading)
     assert "read so far" in again
-    assert data_record(batches)["epochs"] == batches.epochs > 1
-    assert data_record(batches)["shown_fraction"] == pytest.approx(0.35, abs=0.01)
+    assert data_record(batches.reading)["epochs"] == batches.epochs > 1
+    assert data_record(batches.reading)["shown_fraction"] == pytest.approx(0.35, abs=0.01)
 
 
 def test_packing_loses_no_byte_and_numbers_the_documents():
@@ -567,7 +568,7 @@ def test_processes_of_batches_are_not_stopped_by_an_interrupt_and_missed_when_th
     batches = object.__new__(Batches)
     workers = Workers()
     held = {"_iterator": workers, "_begun": False, "_step": 0, "_places": None, "_rows_per_epoch": 10}
-    batches.__dict__.update(held, _batch=0, _rows=None, epochs=0.0, coverage=None)
+    batches.__dict__.update(held, _batch=0, _rows=None, reading=Reading(0.0, None))
     next(batches)
     next(batches)
     with pytest.raises(WorkerError, match=r"ended from outside \(exit code -9\).* fewer --data.workers"):

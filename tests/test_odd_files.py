@@ -122,11 +122,11 @@ def test_what_a_stream_leaves_out_is_said_at_the_end(tmp_path):
     batches = open_batches(split, batch=4, seed=0)
     notes = DataNotes(split, batches)
     next(batches)
-    assert not any("row(s)" in note for note in notes.after(1, 9, batches))
+    assert not any("row(s)" in note for note in notes.after(1, 9, batches.reading))
     while batches.epochs < 2:
         next(batches)
     assert f"7 row(s) of {tmp_path} without text (null, or no such field) were left out so far" in notes.after(
-        9, 9, batches
+        9, 9, batches.reading
     )
     batches.close()
 

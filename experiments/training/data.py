@@ -93,12 +93,11 @@ def state_of_all(state: dict[str, object], processes: AbstractProcesses) -> dict
 def reading_of_all(batches: Batches, processes: AbstractProcesses) -> Reading:
     """What all processes have read of the data. Each of them calls this."""
     state = batches.state()
-    if processes.count == 1 or "lanes" not in state:
-        return batches.reading
-    return reading_of(state_of_all(state, processes))
+    whole = state_of_all(state, processes)
+    return batches.reading if whole is state else reading_of(whole)
 
 
-def data_record(read: Batches | Reading) -> dict[str, float | int | None]:
+def data_record(read: Reading) -> dict[str, float | int | None]:
     """What a record of `metrics.jsonl` has of the data: the epochs, and the share of the coverage."""
     coverage = read.coverage
     return {EPOCHS: read.epochs, SHOWN: None if coverage is None else coverage.share}
@@ -122,16 +121,16 @@ class DataNotes:
         self._said_little = split.coverage is not None
         self._source_notes = set(split.notes)
 
-    def after(self, step: int, total: int, batches: Batches | Reading) -> list[str]:
+    def after(self, step: int, total: int, read: Reading) -> list[str]:
         """What is to be said after `step` of `total`, with which so much was read."""
         notes = []
-        coverage = batches.coverage
+        coverage = read.coverage
         if coverage is not None:
             little = coverage.share < LITTLE
             if not self._said or (little and not self._said_little):
                 notes.append(self._split.coverage_note(coverage))
                 self._said, self._said_little = True, little
-        again = batches.epochs >= 1.0 and step < total and not self._again
+        again = read.epochs >= 1.0 and step < total and not self._again
         if self._split.training is None and (again or step == total):
             # What a stream leaves out is counted while it is read.
             notes += [note for note in self._split.source.notes if note not in self._source_notes]

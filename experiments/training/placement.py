@@ -21,7 +21,16 @@ from estimators.sharding import BATCH_AXES
 from experiments.config.errors import ConfigError, require
 from experiments.config.settings import RunConfig
 from experiments.reporting.markdown import table
-from experiments.training.sharding import AXES, PlacedLeaf, assembled, on_host, partition_specs, placed_leaves
+from experiments.training.sharding import (
+    AXES,
+    Leaf,
+    PlacedLeaf,
+    assembled,
+    local,
+    on_host,
+    partition_specs,
+    placed_leaves,
+)
 from unet import fused_attention
 from unet.language_model import AbstractLanguageModel
 from unet.ops.mosaic import refusal
@@ -94,11 +103,7 @@ class Placement:
     def rows(self, tree: Rows) -> Rows:
         """Arrays with a row for each sequence of a batch of any size, on the devices that share it. Every process gives all."""
 
-        def placed(rows: np.ndarray) -> Array:
-            host = np.asarray(rows)
-            return jax.make_array_from_callback(host.shape, self.by_row, lambda index: host[index])
-
-        return jax.tree.map(placed, tree)
+        return jax.tree.map(lambda rows: _from_host(np.asarray(rows), self.by_row), tree)
 
     def own_part(self, rows: np.ndarray) -> np.ndarray:
         """Of rows for a whole batch those of this process."""
@@ -151,18 +156,17 @@ class Placement:
         """The same for a model that is being built: what has no gradient is whole on each device."""
         if self.alone:
             return model
+
+        def whole(leaf: Leaf) -> Leaf | Array:
+            return jax.lax.with_sharding_constraint(leaf, self.everywhere) if eqx.is_array(leaf) else leaf
+
         params, rest = eqx.partition(model, has_gradient)
-        arrays, rest = eqx.partition(rest, eqx.is_array)
-        whole = jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, self.everywhere), arrays)
-        return eqx.combine(self.kept(params), whole, rest)
+        return eqx.combine(self.kept(params), jax.tree.map(whole, rest))
 
     def with_local_rest(self, model: AbstractLanguageModel) -> AbstractLanguageModel:
         """A model made by `model_kept`, of which what has no gradient can be used by this process without the others."""
-        if self.alone:
-            return model
         params, rest = eqx.partition(model, has_gradient)
-        arrays, rest = eqx.partition(rest, eqx.is_array)
-        return eqx.combine(params, jax.tree.map(lambda leaf: jnp.asarray(on_host(leaf)), arrays), rest)
+        return eqx.combine(params, jax.tree.map(local, rest))
 
     def divided(self, tree: Tree) -> Tree:
         """A tree of parameters or moments on the devices. Every process gives the same, or all of them arrays that lie so."""
@@ -172,8 +176,7 @@ class Placement:
                 return jax.device_put(leaf, sharding)
             if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
                 return leaf
-            host = np.asarray(leaf)
-            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+            return _from_host(np.asarray(leaf), sharding)
 
         return jax.tree.map(placed, tree, self.shardings(tree))
 
@@ -253,6 +256,11 @@ def with_implementation(config: RunConfig) -> RunConfig:
     if lacks := next(filter(None, reasons), None):
         raise ConfigError(f"--unet.attention tokamax: its kernels cannot run here: {lacks}")
     return dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention="auto"))
+
+
+def _from_host(whole: np.ndarray, sharding: NamedSharding) -> Array:
+    """An array on the devices, which every process has whole."""
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def attention_notes(config: RunConfig) -> list[str]:

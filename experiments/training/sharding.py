@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
@@ -24,6 +25,7 @@ AXES = (DATA, FSDP, TENSOR)
 """The axes of every mesh."""
 
 Params = TypeVar("Params", bound=PyTree)
+Leaf = TypeVar("Leaf")
 
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Mapping[str, int], whole_below: int) -> PartitionSpec:
@@ -87,6 +89,14 @@ def on_host(leaf: Array | np.ndarray) -> np.ndarray:
     if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return np.asarray(leaf)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def local(leaf: Leaf) -> Leaf | Array:
+    """A leaf of a model that this process can use without the others: gathered where it lies on several devices. Every process
+    has to call this."""
+    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+        return jnp.asarray(on_host(leaf))
+    return leaf
 
 
 def assembled(params: Params, static: AbstractLanguageModel, specs: PyTree[PartitionSpec]) -> AbstractLanguageModel:

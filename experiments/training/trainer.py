@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from experiments.training.capacity import in_positions, inner_capacities, traini
 from experiments.training.optimizer import make_optimizer, multipliers
 from experiments.training.placement import Placement
 from experiments.training.remat import MemoryPlan, memory_plan
-from experiments.training.sharding import on_host
+from experiments.training.sharding import local
 from experiments.training.step import Step, TrainState, compiled, fresh_state, make_step, own_loss
 from unet.language_model import AbstractLanguageModel
 
@@ -68,9 +69,9 @@ class Trainer:
     def on(cls, config: RunConfig, model: AbstractLanguageModel, split: Split, begun: float = 0.0) -> Trainer:
         """The same with the capacities that a run on this text has; `begun` as in `training_capacities`."""
         read = in_positions(config, model, split)
-        # On the host, since its parameters may lie in parts on many devices.
-        routers = [jax.tree.map(_local, estimator.router) for estimator in model.estimators[:1]]
-        return cls.of(config, model, training_capacities(read, routers[0] if routers else None, split, begun), read)
+        # Its parameters may lie in parts on many devices.
+        router = jax.tree.map(local, model.estimators[0].router) if model.estimators else None
+        return cls.of(config, model, training_capacities(read, router, split, begun), read)
 
     @property
     def step(self) -> Step:
@@ -111,16 +112,10 @@ class Trainer:
 
         @jax.jit
         def state(params: PyTree[Float[Array, ...]]) -> TrainState:
-            return placement.kept(fresh_state(jax.tree.map(jnp.copy, params), self.optimizer))
+            return placement.kept(dataclasses.replace(self, params=params).first_state())
 
         return state(placement.divided(self.params))
 
     def model(self, params: PyTree[Float[Array, ...]]) -> AbstractLanguageModel:
         """The model with these parameters."""
         return eqx.combine(params, self.static)
-
-
-def _local(leaf: Array) -> Array:
-    """An array that this process can use without the others."""
-    alone = not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1
-    return leaf if alone else jnp.asarray(on_host(leaf))

@@ -223,13 +223,7 @@ class TextStream:
         require_within("chunk", chunk, ChunkBytes)
         prompts, stop = texts_as_bytes(prompts), texts_as_bytes(stop)
         sampling = (Sampling() if sampling is None else sampling).checked(len(model.symbols))
-        if not prompts:
-            raise ValueError("there is no prompt; to generate from nothing, pass one empty prompt")
-        if not all(stop):
-            raise ValueError("a stop string must have at least one byte")
-        characters = np.array([utf8.state_after(prompt) for prompt in prompts], np.int32)
-        if valid and max(utf8.LACKING[characters]) > max_bytes:
-            raise ValueError(f"{max_bytes} more bytes cannot complete the last character of a prompt")
+        characters = _characters(prompts, stop, max_bytes if valid else None)
         started = time.perf_counter()
         keys, self._devices = keys_of(key, len(prompts)), LocalDevices.of(len(prompts), model)
         model = self._devices.everywhere(model)
@@ -310,6 +304,19 @@ class TextStream:
     def _with_reserve(self, state: TextState) -> TextState:
         """The state with the expected number of slots more, or with twice as many as it has where that is less."""
         return with_room(state, max(self._settings.length, min(self._expected, max(RESERVED, most_slots(state)))))
+
+
+def _characters(prompts: Sequence[bytes], stop: Sequence[bytes], max_bytes: int | None) -> Int[np.ndarray, " batch"]:
+    """The UTF-8 state after each prompt. Raises `ValueError` for no prompts, an empty stop string, and a last character that
+    `max_bytes` more bytes cannot complete (None: it need not be completed)."""
+    if not prompts:
+        raise ValueError("there is no prompt; to generate from nothing, pass one empty prompt")
+    if not all(stop):
+        raise ValueError("a stop string must have at least one byte")
+    characters = np.array([utf8.state_after(prompt) for prompt in prompts], np.int32)
+    if max_bytes is not None and max(utf8.LACKING[characters]) > max_bytes:
+        raise ValueError(f"{max_bytes} more bytes cannot complete the last character of a prompt")
+    return characters
 
 
 class _Text:

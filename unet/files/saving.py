@@ -87,6 +87,7 @@ def save(model: AbstractLanguageModel, folder: str | Path, *, read: Read = as_nu
 def save_module(module: eqx.Module, path: Path, *, read: Read = as_numpy) -> Path:
     """Write any module to a file of its own, as `save` writes a model."""
     content = module_content(module, read)
+    # What cannot be saved is found before anything is written.
     header = next(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as stream:
