@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import re
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import NotRequired
@@ -23,7 +23,7 @@ from data.places import Places, Reading
 from data.rows import HeldOutRows, MemoryRows, Protocol, Row
 from data.stream import StreamRows, stream_held_out
 from data.stream_batches import Batch, LaneBatches, ReadLane, StreamBatches
-from data.texts import Texts
+from data.texts import Texts, packed, unpacked
 
 
 class ReadBatch(Batch):
@@ -60,15 +60,35 @@ class Split:
         return HeldOutRows(self.held_out, order[: max(1, max_bytes // self.length)])
 
 
+Once = Callable[[Callable[[], bytes]], bytes]
+"""Returns what a function makes; where several processes call it with their own, one of them makes it for all."""
+
+
+def made_here(made: Callable[[], bytes]) -> bytes:
+    """`Once` of a process that is alone."""
+    return made()
+
+
 def load(
-    source: AbstractSource, *, length: int, protocol: Protocol, held_out_share: float, held_out_bytes: int
+    source: AbstractSource,
+    *,
+    length: int,
+    protocol: Protocol,
+    held_out_share: float,
+    held_out_bytes: int,
+    once: Once = made_here,
 ) -> Split:
     """Split a source by document into training and held-out text.
 
     If the data set has a held-out split, only that split is held out. Otherwise a document is held out if its rank, a hash of
     its content in [0, 1), is below `held_out_share`. A held-out split or a stream is read only until its held-out documents
-    fill rows of `held_out_bytes`. Raises `DataError` if the source cannot be read or has too little text.
+    fill rows of `held_out_bytes`, `once` for all processes. Raises `DataError` if the source cannot be read or has too little
+    text.
     """
+
+    def begun(read: AbstractSource, share: float) -> Sequence[bytes]:
+        return unpacked(once(lambda: packed(stream_held_out(read, share, held_out_bytes, length, protocol))))
+
     training: Texts | None = None
     held_out: Sequence[bytes]
     notes: list[str] = []
@@ -76,10 +96,10 @@ def load(
     if not source.streamed:
         training = Texts.of(document for shard in source.shards() for document in source.documents(shard))
     if separate is not None:
-        held_out = stream_held_out(separate, 1.0, held_out_bytes, length, protocol)
+        held_out = begun(separate, 1.0)
         held_out_share = 0.0
     elif training is None:
-        held_out = stream_held_out(source, held_out_share, held_out_bytes, length, protocol)
+        held_out = begun(source, held_out_share)
         notes.append(
             f"{100 * held_out_share:.3g} % of the documents of {source.name} are held out (--data.held-out); validation uses the "
             f"first {len(held_out):,} of them"

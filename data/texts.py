@@ -18,6 +18,20 @@ from data.documents import BOS
 _BOS = bytes([BOS])
 
 
+def packed(documents: Sequence[bytes]) -> bytes:
+    """Documents as one string of bytes: their number and sizes, then their bytes."""
+    sizes = np.array([len(documents), *map(len, documents)], np.int64)
+    return b"".join([sizes.tobytes(), *documents])
+
+
+def unpacked(content: bytes) -> list[bytes]:
+    """The documents that were `packed`."""
+    count = int(np.frombuffer(content, np.int64, 1)[0])
+    ends = np.cumsum(np.frombuffer(content, np.int64, count + 1)[1:], dtype=np.int64) + 8 * (count + 1)
+    starts = [8 * (count + 1), *ends[:-1].tolist()]
+    return [content[start:end] for start, end in zip(starts, ends.tolist(), strict=True)] if count else []
+
+
 class Texts(Sequence[bytes]):
     """Documents in one buffer, each after a BOS: a byte of memory for each of theirs, and 16 for each document.
 

@@ -116,7 +116,7 @@ def run(config: RunConfig, display: Display, processes: AbstractProcesses = ALON
         if processes.leads and not config.resume:
             require_free(config)
         require_shared(run_dir, processes)
-        setup = _set_up(config)
+        setup = _set_up(config, processes)
         require_equal(config, setup, processes)
         config = with_lanes(config, setup.lanes)
         if processes.leads and config.resume:
@@ -136,9 +136,9 @@ def run(config: RunConfig, display: Display, processes: AbstractProcesses = ALON
                 raise RunError(f"{failure(error)}; go on with --resume once that is mended") from error
 
 
-def _set_up(config: RunConfig) -> Setup:
+def _set_up(config: RunConfig, processes: AbstractProcesses) -> Setup:
     try:
-        return set_up(config)
+        return set_up(config, processes)
     except DataError as error:
         if config.resume and not os.path.exists(config.dataset):
             raise DataError(f"{error}; where the data have moved to is said with --dataset") from None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from estimators import trainable
+from estimators import Stride, trainable
 from experiments.benchmark.collectives import collectives_of, of_shared_layers, on_paper
 from experiments.config.sections import MeshConfig
 from experiments.config.settings import RunConfig
@@ -24,11 +24,15 @@ from experiments.training.trainer import Trainer
 from experiments.training.validation import PlacedPass
 from tests.compositions import config_of, registered
 from tests.conftest import text_bytes
+from unet import Chunker, Distribute, Select, TokenModel, UNet, UNetConfig
 from unet.likelihood import plain_layout
+from unet.tokens.tokenizer import train_tokenizer
 
 BATCH, LENGTH = 8, 24
 VALIDATED = ("sfe:2x4x1:20", "hnet:1x8x1:20", "gumbel:2x2x2:1", "sfe-offpolicy:2x2x2:1", "isotropic:2x2x2:1")
 """What is validated as well."""
+TOKENS = "tokens"
+"""Asks for the validation of a model of tokens alone."""
 DIVIDED_FROM = 128
 """Leaves of fewer numbers are whole."""
 
@@ -111,12 +115,31 @@ def validated(trainer: Trainer, config: RunConfig) -> float:
     return max(differences)
 
 
+def tokens_validated() -> float:
+    """The same for a model of tokens with chunks of two tokens, of all rows at once."""
+    config = run_of("stride", MeshConfig(data=2, fsdp=2, tensor=2, whole_below=DIVIDED_FROM))
+    tokenizer = train_tokenizer([bytes(row) for row in np.asarray(text_bytes(BATCH, 4 * LENGTH, 2), np.uint8)], 270)
+    shape = UNetConfig(dim=8, heads=2, encoder_layers=1, main_layers=1, decoder_layers=1, window=4)
+    estimator = Stride(chunker=Chunker(Select(), Distribute()), stride=2)
+    model = TokenModel(tokenizer, UNet(shape, estimator, key=jax.random.key(5), vocab=tokenizer.size))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    layout, found = plain_layout(text_bytes(BATCH - 3, LENGTH, 1)), []
+    for one in (dataclasses.replace(config, devices=1, mesh=MeshConfig()), config):
+        placement = Placement.of(one)
+        passes = PlacedPass(placement, placement.divided(params), static)
+        found.append(passes.results(layout, jax.random.key(3), None))
+    ours, theirs = found
+    same = np.array_equal(ours.drawn, theirs.drawn)
+    return float(np.max(np.abs(ours.log_prob - theirs.log_prob))) if same else float("inf")
+
+
 def main(asked: list[str]) -> None:
     # Two elsewhere in the tests.
     jax.config.update("jax_num_cpu_devices", 8)
     with jax.numpy_dtype_promotion("standard"):
         for one in asked:
-            print(json.dumps(compared(one)), flush=True)
+            found = {"asked": one, "validation": tokens_validated()} if one == TOKENS else compared(one)
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ from experiments.config.sections import DistributedConfig
 from experiments.processes.agreement import require_shared
 from experiments.processes.membership import Membership
 from experiments.reporting.display import Display
+from experiments.training import data as training_data
 from experiments.training import train
 from tests.hostile.forked import write_corpus
+from tests.recorded import Recorded
 
 SMALL = (
     *("--unet.dim", "8", "--unet.heads", "2", "--unet.main-layers", "1", "--unet.window", "4", "--estimator", "sfe"),
@@ -98,9 +100,14 @@ class Children:
 
 
 def trained(
-    folder: Path, count: int, arguments: Sequence[str], at: Mapping[int, tuple[int, signal.Signals]] | None = None
+    folder: Path,
+    count: int,
+    arguments: Sequence[str],
+    at: Mapping[int, tuple[int, signal.Signals]] | None = None,
+    after: Callable[[int], None] = lambda index: None,
 ) -> dict[str, object]:
-    """`experiments.run` in `count` processes; each of those in `at` sends itself a signal when it begins a step."""
+    """`experiments.run` in `count` processes; each of those in `at` sends itself a signal when it begins a step. `after` is
+    called with the index of each at its end."""
     port, several = free_port(), count > 1
     flags = (
         "--distributed.coordinator",
@@ -115,7 +122,9 @@ def trained(
         if at and index in at:
             _signal_at(*at[index], folder)
         own = (*flags, "--distributed.index", str(index)) if several else ("--devices", "1")
-        return run.main([*arguments, *own])
+        code = run.main([*arguments, *own])
+        after(index)
+        return code
 
     return Children(folder, count, work).ended()
 
@@ -148,6 +157,25 @@ def chain(folder: Path) -> dict[str, object]:
         "kept": sorted(path.name for path in (out / "checkpoints").iterdir()),
         "one": trained(folder / "one", 1, (*again, *WHOLE)),
     }
+
+
+def stream(folder: Path) -> dict[str, object]:
+    """A run on a stream with a vocabulary of its own, in two processes and in one, and the shards that each process opened."""
+    source, folder_of = Recorded(shards=400), {"two": 2, "one": 1}
+    training_data.open_source = lambda name, **settings: source  # type: ignore[bad-assignment]  # in this process only
+    steps = ("--estimator", "bpe", "--bpe.vocabulary", "260", "--steps", "6", "--checkpoint.times", "1")
+    given = (*SMALL, *steps, "--dataset", "recorded", "--data.held-out", "0.2", "--data.lanes", "2")
+    found: dict[str, object] = {}
+    for name, count in folder_of.items():
+
+        def opened(index: int, out: Path = folder / name) -> None:
+            out.with_name(f"{out.name}-opened-{index}").write_text(json.dumps(source.opened))
+
+        arguments = (*given, "--out", str(folder / name))
+        found[name] = trained(folder / f"{name}-logs", count, arguments, after=opened)
+        logs = [folder / f"{name}-opened-{index}" for index in range(count)]
+        found[f"{name} opened"] = [json.loads(log.read_text()) for log in logs]
+    return found
 
 
 ACTS: dict[str, tuple[int, Callable[[], object]]] = {
@@ -244,6 +272,8 @@ def main() -> None:
         inside = folder / name
         if name == "chain":
             found[name] = chain(inside)
+        elif name == "stream":
+            found[name] = stream(inside)
         elif name == "apart":
             found[name] = apart(inside)
         else:

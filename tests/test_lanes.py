@@ -8,8 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data import DataError, Protocol, Shard, load, open_batches
-from data.documents import AbstractSource
+from data import DataError, Protocol, load, open_batches
 from data.lanes import SHUFFLE_WINDOW, Lane, lanes_of
 from data.places import merged, reading_of
 from data.shuffled import shuffled
@@ -25,29 +24,9 @@ from experiments.training.run_dir import differing, prepare_new, with_any_lanes
 from experiments.training.session import Session
 from experiments.training.setup import set_up
 from tests.hostile.forked import SMALL
+from tests.recorded import Recorded
 
 LENGTH, BATCH = 16, 8
-
-
-class Recorded(AbstractSource):
-    """A stream of documents in shards, which knows the shards that were opened."""
-
-    name = "recorded"
-    streamed = True
-
-    def __init__(self, shards=7, documents=6):
-        rng, self.opened = np.random.default_rng(0), []
-        self.texts = {
-            f"{shard}": [b"%d/%d " % (shard, i) + rng.bytes(40).hex().encode() for i in range(documents)]
-            for shard in range(shards)
-        }
-
-    def shards(self):
-        return [Shard(name, 100) for name in self.texts]
-
-    def documents(self, shard):
-        self.opened.append(shard.name)
-        return iter(self.texts[shard.name])
 
 
 def split_of(source, protocol: Protocol = "crop"):
@@ -316,7 +295,7 @@ def test_a_number_of_lanes_that_cannot_be_is_refused_before_a_run_begins():
 def test_a_run_reads_and_saves_its_lanes_and_goes_on_with_them(tmp_path, monkeypatch):
     """Before its first step, which would have to be compiled."""
     source = Recorded()
-    monkeypatch.setattr("experiments.training.setup.load_split", lambda config: split_of(source))
+    monkeypatch.setattr("experiments.training.setup.load_split", lambda config, processes: split_of(source))
     arguments = [*SMALL, "--estimator", "uniform", "--batch", "8", "--data.lanes", "4", "--out", str(tmp_path)]
     config = parse([*arguments, "--dataset", "recorded"])
     setup = set_up(config)

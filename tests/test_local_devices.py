@@ -9,7 +9,7 @@ import unet
 from experiments.evaluation.byte_results import LocalPass, evaluate_batch
 from tests.conftest import small_model, small_score_function, text_bytes
 from unet.likelihood import plain_layout
-from unet.local_devices import LocalDevices, by_row, sharing, usable_devices
+from unet.local_devices import LocalDevices, by_row, on_all_devices, sharing, usable_devices
 
 TWO = jax.local_devices()[:2]
 
@@ -35,6 +35,16 @@ def test_a_model_that_was_put_elsewhere_stays_there():
     assert usable_devices(LocalDevices.of(2, None).rows(numbers)) == []
     with jax.default_device(TWO[1]):
         assert usable_devices(numbers) == []
+
+
+def test_a_model_that_is_on_all_devices_is_not_copied_again():
+    model = on_all_devices({"weight": jnp.ones(4), "name": "a"})
+    assert (model["name"], model["weight"].sharding.device_set) == ("a", set(TWO))
+    again = LocalDevices.of(4, model).everywhere(model)
+    places = [
+        [shard.data.unsafe_buffer_pointer() for shard in one["weight"].addressable_shards] for one in (model, again)
+    ]
+    assert places[0] == places[1]
 
 
 def test_each_device_computes_its_own_rows_with_the_whole_model_and_nothing_is_exchanged():

@@ -13,7 +13,7 @@ import pytest
 
 from estimators.registry import ESTIMATORS
 from tests.conftest import FAST_COMPILER
-from tests.mesh_steps import DIVIDED_FROM, VALIDATED
+from tests.mesh_steps import DIVIDED_FROM, TOKENS, VALIDATED
 
 LONG = ("sfe:2x4x1:20", "hnet:1x8x1:20")
 """What takes 20 steps, on a mesh of other sizes."""
@@ -25,7 +25,7 @@ LENGTH = 24
 def found():
     """What `tests.mesh_steps` found, by what it was asked."""
     environment = os.environ | {"XLA_FLAGS": FAST_COMPILER}
-    command = [sys.executable, "-m", "tests.mesh_steps", *ASKED]
+    command = [sys.executable, "-m", "tests.mesh_steps", *ASKED, TOKENS]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-2000:]
     return {one["asked"]: one for one in map(json.loads, process.stdout.splitlines())}
@@ -37,7 +37,7 @@ def test_losses_and_parameters_are_those_of_one_device(found, asked):
     assert found[asked]["params"] < 1e-5
 
 
-@pytest.mark.parametrize("asked", VALIDATED)
+@pytest.mark.parametrize("asked", [*VALIDATED, TOKENS])
 def test_a_validation_on_a_mesh_is_that_of_one_device(found, asked):
     assert found[asked]["validation"] < 1e-5
 

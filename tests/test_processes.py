@@ -51,6 +51,13 @@ def chain(tmp_path_factory):
     return several(folder, "chain")["chain"], folder / "chain"
 
 
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """A run on a stream in two processes and in one, and their folder."""
+    folder = tmp_path_factory.mktemp("stream")
+    return several(folder, "stream")["stream"], folder / "stream"
+
+
 def last_line(text):
     return text.strip().splitlines()[-1] if text.strip() else ""
 
@@ -157,6 +164,31 @@ class TestChain:
         assert (folder / "chain" / "config.json").read_text().replace("chain/chain", "chain/whole") == (
             (folder / "whole" / "config.json").read_text()
         )
+
+
+class TestStream:
+    def test_what_is_read_before_training_is_read_by_the_first_process_for_all(self, stream):
+        ended, _ = stream
+        assert (ended["two"]["codes"], ended["one"]["codes"]) == ([0, 0], [0]), ended["two"]["output"]
+        first, second = ended["two opened"]
+        # Held-out text comes from the first shard, and what the vocabulary is learned from out of both lanes.
+        assert (first[0], "0" in second) == ("0", False)
+        lane = first[len(first) - len(second) :]
+        assert len(set(second)) == len(second)
+        assert not set(lane) & set(second)
+        assert set(first) - set(lane) > set(second)
+
+    def test_both_train_on_the_batches_of_one(self, stream):
+        _, folder = stream
+        one, two = (
+            [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+            for name in ("one", "two")
+        )
+        assert len(one) == len(two) == 7
+        for mine, other in zip(one, two, strict=True):
+            assert mine["rate" if "rate" in mine else "val_rate"] == other["rate" if "rate" in mine else "val_rate"]
+            name = "loss" if "loss" in mine else "val_bpb"
+            np.testing.assert_allclose(other[name], mine[name], rtol=1e-5)
 
 
 def given(*flags):
@@ -293,9 +325,20 @@ class TestWatch:
             return watch(now, signs, {}, waiting=(8, 1.0))
 
         assert all(at(now, 7) is None for now in range(2, 102))
-        # Where all have come, nobody can be named.
-        assert at(102, 8) is None
+        # It has left the meeting, which this process is about to do.
+        assert at(102, 9) is None
         assert at(103, 7) == "third hangs: the others have waited for it for 100 s"
+
+    def test_where_all_wait_in_the_same_exchange_nobody_is_named(self):
+        watch = self.watch()
+
+        def at(now):
+            return watch(now, {1: Sign(now, 8), 2: Sign(now, 8)}, {}, waiting=(8, 1.0))
+
+        assert all(at(now) is None for now in range(2, 102))
+        assert at(102) == (
+            "all 3 processes have been in the same exchange for 100 s: one of their devices, or the network between them, hangs"
+        )
 
 
 class Told(type(ALONE)):  # type: ignore[invalid-inheritance]  # what others say is given

@@ -33,6 +33,7 @@ from unet.hierarchy import AbstractStage, Flat, Hierarchy, Level
 from unet.hnet import HNetConfig
 from unet.language_model import AbstractLanguageModel
 from unet.likelihood import next_logprobs
+from unet.local_devices import on_all_devices
 from unet.losses import LossOutput, Prediction
 from unet.model import UNet
 from unet.tokens.model import TokenModel
@@ -93,6 +94,7 @@ __all__ = [
     "load_hnet",
     "load_pretrained",
     "next_logprobs",
+    "on_all_devices",
     "ops",
     "reference_config",
     "save",

@@ -56,6 +56,14 @@ class LocalDevices:
         return eqx.combine(jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec())), rest)
 
 
+def on_all_devices(model: Tree) -> Tree:
+    """`model` with all of its arrays on every device of this process, where they lie on the first or on all of them already.
+
+    Scores, generation and boundaries copy a model to the other devices at each call; of such a model nothing is copied.
+    """
+    return LocalDevices.of(len(usable_devices(model)), model).everywhere(model)
+
+
 def sharing(rows: int, devices: int) -> int:
     """How many of so many devices share `rows` evenly: as many as possible."""
     return max((count for count in range(1, min(rows, devices) + 1) if rows % count == 0), default=1)

@@ -147,6 +147,8 @@ class DistillConfig:
     """Weight of the cross-entropy of the router with the teacher's boundaries."""
     embedding_weight: Weight = 1.0
     """Weight of the squared distance to the teacher's embeddings, relative to their size."""
+    byte_weight: Weight = 1.0
+    """Weight of the divergence of the next byte from what the teacher expects, in the alignment; 0 leaves it out."""
     adapter_dim: Width | None = None
     """Inner width of the two MLPs around the teacher's layers; by default 8/3 of the teacher's width."""
     hold: bool = True
@@ -199,7 +201,8 @@ class DistributedConfig:
     timeout: Annotated[float, Within(1.0, 1e6)] = 60.0
     """Seconds without a sign of life after which a process counts as dead, and the others end."""
     patience: Annotated[float, Within(1.0, 1e6)] = 1800.0
-    """Seconds that a process may be busy with something else, such as its report, while others wait for it."""
+    """Seconds that a process may be busy with something else, such as its report, while others wait for it, and that all may take
+    for one exchange."""
 
     def __post_init__(self):
         require_bounds(self, "--distributed.")

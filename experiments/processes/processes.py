@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
@@ -40,6 +40,10 @@ class AbstractProcesses(abc.ABC):
     @abc.abstractmethod
     def said(self, own: str) -> Sequence[str]:
         """What every process says, by its index."""
+
+    @abc.abstractmethod
+    def once(self, made: Callable[[], bytes]) -> bytes:
+        """What `made` returns in process 0, which alone calls it."""
 
     @abc.abstractmethod
     def together(self) -> AbstractContextManager[object]:
@@ -84,6 +88,9 @@ class Alone(AbstractProcesses):
 
     def said(self, own: str) -> Sequence[str]:
         return [own]
+
+    def once(self, made: Callable[[], bytes]) -> bytes:
+        return made()
 
     def together(self) -> AbstractContextManager[object]:
         return nullcontext()

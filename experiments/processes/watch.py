@@ -63,4 +63,9 @@ class Watch:
         for other in others:
             if other in signs and signs[other].meetings < waiting[0]:
                 return f"{self._names[other]} hangs: the others have waited for it for {self._patience:g} s"
+        if all(other in signs and signs[other].meetings == waiting[0] for other in others):
+            return (
+                f"all {len(self._names)} processes have been in the same exchange for {self._patience:g} s: one of their "
+                "devices, or the network between them, hangs"
+            )
         return None

@@ -15,7 +15,7 @@ from data.places import Reading, merged, reading_of
 from experiments.config.errors import require
 from experiments.config.sections import DataConfig
 from experiments.config.settings import RunConfig
-from experiments.processes.processes import AbstractProcesses
+from experiments.processes.processes import ALONE, AbstractProcesses
 from experiments.training.metrics_log import read_metrics
 
 EPOCHS, SHOWN = "epochs", "shown_fraction"
@@ -37,8 +37,8 @@ def open_data(dataset: str, data: DataConfig) -> AbstractSource:
     return FixedSplits(training.name, training, valid, test)
 
 
-def load_split(config: RunConfig) -> Split:
-    """The data of a run. Raises `DataError`."""
+def load_split(config: RunConfig, processes: AbstractProcesses = ALONE) -> Split:
+    """The data of a run. Of several `processes` the first reads what is held out of a stream, for all. Raises `DataError`."""
     data = config.data
     source = open_data(config.dataset, data)
     return load(
@@ -47,6 +47,7 @@ def load_split(config: RunConfig) -> Split:
         protocol=data.protocol,
         held_out_share=data.held_out,
         held_out_bytes=config.evaluation.bytes,
+        once=processes.once,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,16 +13,35 @@ from data import Split
 from experiments.config.errors import ConfigError, outside_errors, require
 from experiments.config.plugins import modules_of
 from experiments.config.settings import RunConfig
+from experiments.processes.processes import ALONE, AbstractProcesses
 from experiments.training.distil import distill_figures, read_teacher
 from experiments.training.run_dir import PREPARED
 from experiments.training.text import RunText
 from experiments.training.tokenizer import prepare_tokenizer, tokenizer_figures, tokenizer_notes
-from unet.files.saving import load_module, save_module
+from unet.files.saving import load_module, module_content, save_module
 
 
-def prepare(config: RunConfig, split: Split) -> PyTree:
+def prepare(config: RunConfig, split: Split, processes: AbstractProcesses = ALONE) -> PyTree:
     """What the estimator of `config` takes from the training text, the tokenizer of a model that reads tokens, or the teacher of
-    one that is distilled; None where nothing is taken. Raises `ConfigError` where that is impossible."""
+    one that is distilled; None where nothing is taken. Of several `processes` the first reads what a stream begins with, for
+    all. Raises `ConfigError` where that is impossible."""
+    if processes.count == 1 or split.training is not None:
+        return _prepared(config, split)
+
+    def made() -> bytes:
+        prepared = _prepared(config, split)
+        return b"" if prepared is None else b"".join(module_content(prepared))
+
+    content = processes.once(made)
+    if not content:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / PREPARED
+        path.write_bytes(content)
+        return load_module(path, modules_of(config))
+
+
+def _prepared(config: RunConfig, split: Split) -> PyTree:
     if config.distill.teacher is not None:
         return read_teacher(config)
     if config.reads_tokens:

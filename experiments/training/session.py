@@ -216,7 +216,7 @@ class Session:
     @property
     def passes(self) -> PlacedPass:
         """Passes of the model as it is now, where its parameters lie."""
-        return PlacedPass(self.setup.placement, self._state.params, self.trainer.static)
+        return PlacedPass(self.setup.placement, self._state.params, self.trainer.static, self.processes.together)
 
     def log_validation(self) -> None:
         """Evaluate, log and show it."""

@@ -20,7 +20,7 @@ from experiments.config.errors import ConfigError, require
 from experiments.config.files import to_json
 from experiments.config.plugins import import_plugins, modules_of
 from experiments.config.settings import RunConfig
-from experiments.processes.processes import AbstractProcesses
+from experiments.processes.processes import ALONE, AbstractProcesses
 from experiments.training.data import lanes_of_run, load_split
 from experiments.training.distil import AlignmentStage
 from experiments.training.initial import initial_weights
@@ -68,16 +68,19 @@ def require_equal(config: RunConfig, setup: Setup, processes: AbstractProcesses)
     processes.require_same("first parameters", str(sums).encode())
 
 
-def set_up(config: RunConfig) -> Setup:
-    """Read the data and build the model. Raises `DataError`, `ConfigError` and, for weights to start from, `LoadError`."""
+def set_up(config: RunConfig, processes: AbstractProcesses = ALONE) -> Setup:
+    """Read the data and build the model; several `processes` do so together.
+
+    Raises `DataError`, `ConfigError` and, for weights to start from, `LoadError`.
+    """
     require_prerequisite(config)
     placement = Placement.of(config)
     config = with_implementation(config)
-    split = load_split(config)
+    split = load_split(config, processes)
     lanes = lanes_of_run(config, split, min(jax.process_count(), placement.batch_shards))
     key = jax.random.key(config.seed)
     prepared = read_prepared(config) if config.resume else None
-    prepared = prepare(config, split) if prepared is None else prepared
+    prepared = prepare(config, split, processes) if prepared is None else prepared
     _require_shareable(config, lambda: new_model(config, key, prepared))
     model = placement.with_local_rest(new_model(config, key, prepared, placement.model_kept))
     aligned = config.distill.teacher is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import final
 
 import equinox as eqx
@@ -31,10 +33,16 @@ Read = tuple[Layout, TokenBatch | None, Actions]
 @final
 class PlacedPass(AbstractPass):
     """Passes of the model with these parameters, which stay where they lie: no device or process has all of them. Every process
-    has to compute the same ones, and gets the results of all rows."""
+    has to compute the same ones, `together`, and gets the results of all rows."""
 
-    def __init__(self, placement: Placement, params: PyTree[Float[Array, ...]], static: AbstractLanguageModel):
-        self._placement, self._params, self._static = placement, params, static
+    def __init__(
+        self,
+        placement: Placement,
+        params: PyTree[Float[Array, ...]],
+        static: AbstractLanguageModel,
+        together: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ):
+        self._placement, self._params, self._static, self._together = placement, params, static, together
 
     @property
     def off_policy(self) -> bool:
@@ -49,8 +57,10 @@ class PlacedPass(AbstractPass):
         missing = -rows % self._placement.batch_shards
         filled = jax.tree.map(lambda leaf: np.concatenate([leaf, *[np.asarray(leaf)[:1]] * missing]), read)
         placed = self._placement.rows(filled)
-        results = _on_mesh(self._placement, self._params, self._static, placed, key, capacity)
-        return jax.tree.map(lambda leaf: on_host(leaf)[:rows], results)
+        # Each pass by itself, so that a validation of many is not taken for an exchange that hangs.
+        with self._together():
+            results = _on_mesh(self._placement, self._params, self._static, placed, key, capacity)
+            return jax.tree.map(lambda leaf: on_host(leaf)[:rows], results)
 
 
 @eqx.filter_jit
