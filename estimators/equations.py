@@ -402,6 +402,23 @@ def embedding_matching_loss(
     return errors / jnp.maximum(sizes, 1e-30)
 
 
+def byte_matching_loss(
+    wanted: Float[Array, "batch length 256"],
+    log_probs: Float[Array, "batch length 256"],
+    mask: Bool[Array, "batch length"],
+) -> Float[Array, ""]:
+    r"""$\mathrm{mean}_i \sum_b q_i(b) \log (q_i(b) / p_i(b))$ in nats, over the bytes i of `mask`: the divergence of the next
+    byte as a model expects it (`log_probs`, $\log p$) from what a teacher expects (`wanted`, q); 0 for an empty mask.
+
+    No gradient passes through `wanted`. (Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", at a
+    temperature of 1.)
+    """
+    wanted = jax.lax.stop_gradient(wanted.astype(jnp.float32))
+    logs = jnp.log(jnp.where(wanted > 0, wanted, 1.0)) - log_probs.astype(jnp.float32)
+    divergence = jnp.sum(jnp.where(wanted > 0, wanted * logs, 0.0), axis=-1)
+    return jnp.sum(jnp.where(mask, divergence, 0.0)) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+
+
 def confidence(
     probs: Float[Array, "batch length"], actions: Bool[Array, "batch length"]
 ) -> Float[Array, "batch length"]:

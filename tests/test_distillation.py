@@ -45,6 +45,7 @@ from unet.flops import layer_flops, matrix_flops
 from unet.layers import unit_rms
 from unet.likelihood import plain_layout
 from unet.tokens.batch import tokenised
+from unet.tokens.spelling import Spelling
 
 needs("bpe", "tokenizers")
 
@@ -77,10 +78,14 @@ def rows_of(*texts: bytes) -> dict[str, np.ndarray]:
     return {**made, "mask": mask}
 
 
+def targets_of(teacher, batch, places):
+    return token_targets(teacher.inputs(batch)["tokens"], batch, places)
+
+
 @pytest.mark.parametrize("places", ["starts", "ends"])
 def test_the_main_network_sees_the_tokens_of_the_teacher_one_after_another(teacher, places):
     batch = rows_of(TEXT[:41], TEXT[7:60])
-    targets = token_targets(teacher.tokenizer, batch, places)
+    targets = targets_of(teacher, batch, places)
     tokens = tokenised(teacher.tokenizer, batch["bytes"], batch["segments"], batch["mask"])
     for row in range(2):
         for document in range(2):
@@ -119,12 +124,12 @@ def test_the_last_token_of_a_full_row_may_go_on_and_is_left_out(teacher):
     ends = np.cumsum([len(teacher.tokenizer.tokens[one]) for part in ids for one in part]) - 1
     assert ends[-1] == size - 1
     # Full, and cut.
-    cut = token_targets(teacher.tokenizer, {name: value[:1] for name, value in full.items()}, "ends")
+    cut = targets_of(teacher, {name: value[:1] for name, value in full.items()}, "ends")
     assert np.flatnonzero(cut.actions[0]).tolist() == ends[:-1].tolist()
     assert cut.tokens[0, ends[:-1]].tolist() == [one for part in ids for one in part][:-1]
     assert not cut.tokens[0, -1]
     # Its document ends before the row does.
-    whole = token_targets(teacher.tokenizer, batch, "ends")
+    whole = targets_of(teacher, batch, "ends")
     assert np.flatnonzero(whole.actions[1]).tolist() == ends.tolist()
     # The first byte of a document is a token by itself.
     assert np.flatnonzero(whole.actions[2]).tolist() == [*ends.tolist(), size]
@@ -161,9 +166,10 @@ def test_the_loss_is_relative_to_the_size_of_the_embeddings():
 def test_alignment_teaches_boundaries_and_embeddings(teacher, student):
     """One batch learned by heart: the parts of the loss are those of its definition, and all of them fall."""
     batch = {name: jnp.asarray(value) for name, value in rows_of(TEXT[:41], TEXT[7:60]).items()}
-    targets = token_targets(teacher.tokenizer, rows_of(TEXT[:41], TEXT[7:60]), "starts")
-    whole = {**batch, "targets": targets}
-    alignment = Alignment(teacher.inner.embedding, Imitation(2.0), embedding_weight=0.5)
+    targets = targets_of(teacher, rows_of(TEXT[:41], TEXT[7:60]), "starts")
+    tokens, spelling = teacher.inputs(rows_of(TEXT[:41], TEXT[7:60]))["tokens"], Spelling.of(teacher.tokenizer.tokens)
+    whole = {**batch, "targets": targets, "tokens": tokens, "next_bytes": spelling.next_bytes(tokens, 56)}
+    alignment = Alignment(Teacher.of(teacher), Imitation(2.0), spelling, embedding_weight=0.5, byte_weight=0.25)
     params, static = eqx.partition(student, trainable(student))
     adam = optax.adam(1e-2)
 
@@ -184,11 +190,12 @@ def test_alignment_teaches_boundaries_and_embeddings(teacher, student):
     first, last = outputs[0], outputs[-1]
     metrics = first.metrics
     parts = -first.log_prob + 2.0 * metrics["imitation_loss"] + 0.5 * metrics["embedding_loss"]
-    assert float(first.loss) == pytest.approx(float(parts), rel=1e-6)
+    assert float(first.loss) == pytest.approx(float(parts + 0.25 * metrics["byte_loss"]), rel=1e-6)
     assert float(first.rate) == pytest.approx(targets.actions.sum() / batch["mask"].sum())
     assert float(first.overflow) == 0.0
     assert float(last.metrics["imitation_loss"]) < 0.5 * float(metrics["imitation_loss"])
     assert float(last.metrics["embedding_loss"]) < 0.5 * float(metrics["embedding_loss"])
+    assert float(last.metrics["byte_loss"]) < float(metrics["byte_loss"])
     assert float(last.log_prob) > float(first.log_prob)
 
 

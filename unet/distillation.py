@@ -1,7 +1,8 @@
 """Distillation of a model of tokens into a hierarchy over bytes (H-Net appendix F).
 
 The layers of the model of tokens become the main network. While the hierarchy is aligned, its boundaries are those of the
-tokenizer, its router learns them, and its encoder learns to make the embeddings that the layers were trained with.
+tokenizer, its router learns them, its encoder learns to make the embeddings that the layers were trained with, and its decoder
+what the model of tokens expects of the next byte.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from estimators.base import EOS, VOCAB, AbstractObjective
-from estimators.equations import embedding_matching_loss
+from estimators.equations import byte_matching_loss, embedding_matching_loss
 from unet.blocks import computed
 from unet.fused_attention import AttentionForm
 from unet.hierarchy import AbstractStage, Hierarchy
@@ -23,8 +25,9 @@ from unet.likelihood import plain_layout
 from unet.losses import LossOutput, losses
 from unet.model import UNet
 from unet.ngrams import rolling_hash
-from unet.tokens.batch import tokenised
+from unet.tokens.batch import TokenBatch
 from unet.tokens.model import TokenModel
+from unet.tokens.spelling import NextBytes, Spelling
 from unet.tokens.tokenizer import Tokenizer
 from unet.wrapped import Adapted
 
@@ -33,21 +36,30 @@ Places = Literal["starts", "ends"]
 
 
 class Teacher(eqx.Module):
-    """What is taken from a model of tokens: its `tokenizer`, its `embedding`, and its layers as a `stage`."""
+    """A model of tokens, of which a hierarchy learns."""
 
-    tokenizer: Tokenizer
-    embedding: Float[Array, "vocab dim"]
-    stage: AbstractStage
+    model: TokenModel
 
     @classmethod
     def of(cls, model: TokenModel) -> Teacher:
         """Raises `ValueError` for a model that has levels of its own inside the tokenizer."""
-        inner = model.inner
-        if inner.stage.estimators:
-            raise ValueError(
-                f"the model of tokens has {len(inner.stage.estimators)} levels of its own: its layers must be one network"
-            )
-        return cls(model.tokenizer, inner.embedding, inner.stage)
+        levels = len(model.inner.stage.estimators)
+        if levels:
+            raise ValueError(f"the model of tokens has {levels} levels of its own: its layers must be one network")
+        return cls(model)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    @property
+    def embedding(self) -> Float[Array, "vocab dim"]:
+        return self.model.inner.embedding
+
+    @property
+    def stage(self) -> AbstractStage:
+        """Its layers."""
+        return self.model.inner.stage
 
     @property
     def dim(self) -> int:
@@ -130,17 +142,16 @@ class TokenTargets(eqx.Module):
 
 
 def token_targets(
-    tokenizer: Tokenizer, batch: Mapping[str, Shaped[np.ndarray, "batch length"]], places: Places
+    tokens: TokenBatch, batch: Mapping[str, Shaped[np.ndarray, "batch length"]], places: Places
 ) -> TokenTargets:
-    """Where the tokens of each document close, and which, in rows of `bytes` with their `segments` and `mask`.
+    """Where the `tokens` of each document close, and which, in rows of `bytes` with their `segments` and `mask`.
 
     The first byte of a document is a token by itself, as in training on tokens, and closes at once. Of the others each closes at
     its last byte (`ends`), or at the first byte of the next token (`starts`: H-Net), where its end can be known from the bytes so
     far. Either way the main network sees the same tokens one after another. The last token of a full row is left out: its
-    document may go on, and the token with it. Raises `ValueError` as `Tokenizer.encode_all`.
+    document may go on, and the token with it.
     """
-    bytes, segments, mask = (np.asarray(batch[name]) for name in ("bytes", "segments", "mask"))
-    tokens = tokenised(tokenizer, bytes, segments, mask)
+    segments, mask = np.asarray(batch["segments"]), np.asarray(batch["mask"])
     ends, of = np.asarray(tokens.ends), np.asarray(tokens.segments)
     first = np.ones(ends.shape, bool)
     first[:, 1:] = of[:, 1:] != of[:, :-1]
@@ -158,22 +169,26 @@ def token_targets(
 
 class Alignment(eqx.Module):
     r"""The loss of a hierarchy whose main network is a teacher's: that of the language model and
-    $\lambda_b\,\mathrm{mean}_i\,\mathrm{CE}(p_i, b_i) + \lambda_e\,L_{emb}$ (H-Net appendix F).
+    $\lambda_b\,\mathrm{mean}_i\,\mathrm{CE}(p_i, b_i) + \lambda_e\,L_{emb}$ (H-Net appendix F)
+    $+\,\lambda_q\,\mathrm{mean}_i\,\mathrm{KL}(q_i \,\|\, p(x_{i+1} \mid x_{\le i}))$.
 
     b are the teacher's boundaries, which are also those that the tokens are made with, $\mathrm{CE}$ the binary cross-entropy of
     the router, which is the `objective` (`Imitation` with the weight $\lambda_b$), and $L_{emb}$
-    `equations.embedding_matching_loss` of what enters the layers. The estimator's own objective has no part; an early-exit head
-    learns as it does in the score function (SFE eq. 22).
+    `equations.embedding_matching_loss` of what enters the layers. q is what the teacher expects of the next byte
+    (`Spelling.probabilities`, `equations.byte_matching_loss`); without a `spelling` of its tokens that part is left out. The
+    estimator's own objective has no part; an early-exit head learns as it does in the score function (SFE eq. 22).
     """
 
-    embedding: Float[Array, "vocab dim"]
+    teacher: Teacher
     objective: AbstractObjective
+    spelling: Spelling | None = None
     embedding_weight: float = eqx.field(static=True, default=1.0)
+    byte_weight: float = eqx.field(static=True, default=1.0)
     early_weight: float = eqx.field(static=True, default=0.1)
 
     def __call__(self, model: UNet, batch: Mapping[str, PyTree[Array]], *, capacity: int | None = None) -> LossOutput:
-        """The loss of `model`, made by `distilled`, on the rows of `batch`, with their `targets`. `capacity`: most tokens of a
-        row; boundaries beyond it are dropped and counted."""
+        """The loss of `model`, made by `distilled`, on the rows of `batch`, with their `targets` and, for a `spelling`, their
+        `tokens` and `next_bytes`. `capacity`: most tokens of a row; boundaries beyond it are dropped and counted."""
         targets: TokenTargets = batch["targets"]
         layout = plain_layout(batch["bytes"], batch["segments"], batch["mask"])
         capacities: Sequence[int] = () if capacity is None else (capacity,)
@@ -192,14 +207,28 @@ class Alignment(eqx.Module):
         count = level.hidden.shape[1] if capacity is None else min(capacity, level.hidden.shape[1])
         tokens = stage.estimator.chunker.down(level.hidden, level.boundaries, capacity=count).tokens
         closed = jnp.take_along_axis(jnp.asarray(targets.tokens), tokens.positions, axis=1, mode="clip")
-        match = embedding_matching_loss(stage.inner.enter(tokens.values), self.embedding[closed], tokens.mask)
+        match = embedding_matching_loss(stage.inner.enter(tokens.values), self.teacher.embedding[closed], tokens.mask)
         loss = output.loss + self.embedding_weight * match
         if output.early_log_prob is not None:
             loss = loss - self.early_weight * output.early_log_prob
         metrics = {**output.metrics, "embedding_loss": match}
+        if self.spelling is not None:
+            where: NextBytes = batch["next_bytes"]
+            wanted, known = self.expected(self.spelling, batch["tokens"], where)
+            # A teacher may have no positions for more tokens.
+            known &= jnp.asarray(where.after) < count
+            metrics["byte_loss"] = byte_matching_loss(wanted, jax.nn.log_softmax(prediction.logits.astype(jnp.float32)), known)
+            loss = loss + self.byte_weight * metrics["byte_loss"]
         return LossOutput(
             loss, output.log_prob, output.early_log_prob, output.rate, output.overflow, output.padding, metrics
         )
+
+    def expected(
+        self, spelling: Spelling, tokens: TokenBatch, where: NextBytes
+    ) -> tuple[Float[Array, "batch length 256"], Bool[Array, "batch length"]]:
+        """The next byte as the teacher expects it, and where it says anything."""
+        ids, segments, mask = (jnp.asarray(leaf) for leaf in (tokens.ids, tokens.segments, tokens.mask))
+        return spelling.probabilities(self.teacher.model.inner(ids, segments=segments, mask=mask).logits, where)
 
 
 def main_network(model: UNet) -> PyTree[Array]:

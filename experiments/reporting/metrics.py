@@ -69,6 +69,7 @@ OBJECTIVES = (
     ),
     Metric("dropped_choices", "fraction", "of the choices of experts that had no room, mean over layers"),
     Metric("imitation_loss", "nats per byte", "cross-entropy of a distilled policy, unweighted"),
+    Metric("byte_loss", "nats per byte", "divergence of the next byte from what a teacher expects, unweighted"),
     Metric("embedding_loss", "1", "squared distance to a teacher's embeddings relative to their size, unweighted"),
 )
 """Metrics in `metrics.jsonl` from the objective of the first level. Objectives of inner levels add the prefix `level{n}_`. Custom

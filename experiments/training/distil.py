@@ -23,10 +23,12 @@ from experiments.training.capacity import MEASURED_BYTES
 from experiments.training.placement import Placement
 from experiments.training.step import Inputs, StepMetrics, TrainState, compiler_options, make_step
 from experiments.training.trainer import Trainer
-from unet.distillation import Alignment, Teacher, TokenTargets, token_targets
+from unet.distillation import Alignment, Teacher, token_targets
 from unet.language_model import AbstractLanguageModel
 from unet.losses import LossOutput
+from unet.tokens.batch import TokenBatch, tokenised
 from unet.tokens.model import TokenModel
+from unet.tokens.spelling import Spelling
 from unet.wrapped import Positioned
 
 SLACK = 1.25
@@ -67,7 +69,7 @@ class AlignmentStage:
         rows = split.held_out_rows(min(config.evaluation.bytes, MEASURED_BYTES))
         stacked = {name: np.stack([row[name] for row in rows]) for name in ("bytes", "segments", "mask")}
         try:
-            actions = np.asarray(_targets(config, teacher, stacked).actions)
+            actions = np.asarray(token_targets(_tokens(teacher, stacked), stacked, config.distill.boundaries).actions)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"--distill.teacher {config.distill.teacher}: {error}") from None
         most = 4 * math.ceil(SLACK * int(np.max(np.sum(actions, axis=1))) / 4)
@@ -79,7 +81,11 @@ class AlignmentStage:
         )
         settings = config.distill
         alignment = Alignment(
-            teacher.embedding, Imitation(settings.boundary_weight), embedding_weight=settings.embedding_weight
+            teacher,
+            Imitation(settings.boundary_weight),
+            Spelling.of(teacher.tokenizer.tokens) if settings.byte_weight else None,
+            embedding_weight=settings.embedding_weight,
+            byte_weight=settings.byte_weight,
         )
         rate = float(np.sum(actions) / np.sum(stacked["mask"]))
         return cls(config, teacher, alignment, placement, min(most, config.length), rate)
@@ -99,13 +105,18 @@ class AlignmentStage:
 
     def inputs(self, batch: Mapping[str, np.ndarray]) -> dict[str, PyTree[np.ndarray]]:
         """What the loss reads of a batch of text. Runs on the host."""
-        return {**batch, "targets": _targets(self.config, self.teacher, batch)}
+        # Of one length, so that one program is compiled.
+        tokens = _tokens(self.teacher, batch, shortest=self.capacity)
+        read = {**batch, "targets": token_targets(tokens, batch, self.config.distill.boundaries)}
+        if self.alignment.spelling is None:
+            return read
+        return {**read, "tokens": tokens, "next_bytes": self.alignment.spelling.next_bytes(tokens, self.config.length)}
 
     def compiled(
         self, trainer: Trainer
     ) -> Callable[[TrainState, Inputs, PRNGKeyArray], tuple[TrainState, StepMetrics]]:
         """The training step of the alignment, jitted; the buffers of the state are reused."""
-        arrays, static = eqx.partition(self.alignment, eqx.is_array)
+        arrays, static = eqx.partition(self.alignment, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
         held, settings = None, self.config
         # What is drawn now is the teacher's, and says nothing of what the estimator would draw.
         settings = dataclasses.replace(settings, target=dataclasses.replace(settings.target, control=0.0))
@@ -136,8 +147,10 @@ def _all_true(tree: PyTree[bool]) -> PyTree[bool]:
     return jax.tree.map(lambda leaf: True, tree)
 
 
-def _targets(config: RunConfig, teacher: Teacher, batch: Mapping[str, np.ndarray]) -> TokenTargets:
-    return token_targets(teacher.tokenizer, batch, config.distill.boundaries)
+def _tokens(teacher: Teacher, batch: Mapping[str, np.ndarray], shortest: int = 0) -> TokenBatch:
+    """Raises `ImportError` and `ValueError` as the tokenizer does."""
+    rows = (np.asarray(batch[name]) for name in ("bytes", "segments", "mask"))
+    return tokenised(teacher.tokenizer, *rows, shortest=shortest)
 
 
 def distill_figures(teacher: Teacher) -> dict[str, float | int]:
