@@ -61,12 +61,7 @@ class Split:
 
 
 Once = Callable[[Callable[[], bytes]], bytes]
-"""Returns what a function makes; where several processes call it with their own, one of them makes it for all."""
-
-
-def made_here(made: Callable[[], bytes]) -> bytes:
-    """`Once` of a process that is alone."""
-    return made()
+"""Returns what a function makes, of the several processes that call it one for all."""
 
 
 def load(
@@ -76,18 +71,21 @@ def load(
     protocol: Protocol,
     held_out_share: float,
     held_out_bytes: int,
-    once: Once = made_here,
+    once: Once | None = None,
 ) -> Split:
     """Split a source by document into training and held-out text.
 
     If the data set has a held-out split, only that split is held out. Otherwise a document is held out if its rank, a hash of
     its content in [0, 1), is below `held_out_share`. A held-out split or a stream is read only until its held-out documents
-    fill rows of `held_out_bytes`, `once` for all processes. Raises `DataError` if the source cannot be read or has too little
-    text.
+    fill rows of `held_out_bytes`, of several processes by the first alone (`once`). Raises `DataError` if the source cannot be
+    read or has too little text.
     """
 
     def begun(read: AbstractSource, share: float) -> Sequence[bytes]:
-        return unpacked(once(lambda: packed(stream_held_out(read, share, held_out_bytes, length, protocol))))
+        def made() -> Sequence[bytes]:
+            return stream_held_out(read, share, held_out_bytes, length, protocol)
+
+        return made() if once is None else unpacked(once(lambda: packed(made())))
 
     training: Texts | None = None
     held_out: Sequence[bytes]

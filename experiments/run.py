@@ -49,7 +49,7 @@ from experiments.training.run_dir import (
     read_config,
     require_free,
 )
-from experiments.training.setup import Setup, require_equal, set_up
+from experiments.training.setup import Setup, require_equal, require_same_settings, set_up
 from experiments.training.sharding import on_host
 from experiments.training.train import Interrupted, Outcome, train
 from unet.files.saving import WEIGHTS, save, write_atomically
@@ -116,8 +116,9 @@ def run(config: RunConfig, display: Display, processes: AbstractProcesses = ALON
         if processes.leads and not config.resume:
             require_free(config)
         require_shared(run_dir, processes)
+        require_same_settings(config, processes)
         setup = _set_up(config, processes)
-        require_equal(config, setup, processes)
+        require_equal(setup, processes)
         config = with_lanes(config, setup.lanes)
         if processes.leads and config.resume:
             extend(config, display.note)

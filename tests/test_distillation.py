@@ -45,7 +45,7 @@ from unet.flops import layer_flops, matrix_flops
 from unet.layers import unit_rms
 from unet.likelihood import plain_layout
 from unet.tokens.batch import tokenised
-from unet.tokens.spelling import Spelling
+from unet.tokens.spelling import ExpectedBytes, Spelling
 
 needs("bpe", "tokenizers")
 
@@ -167,9 +167,10 @@ def test_alignment_teaches_boundaries_and_embeddings(teacher, student):
     """One batch learned by heart: the parts of the loss are those of its definition, and all of them fall."""
     batch = {name: jnp.asarray(value) for name, value in rows_of(TEXT[:41], TEXT[7:60]).items()}
     targets = targets_of(teacher, rows_of(TEXT[:41], TEXT[7:60]), "starts")
-    tokens, spelling = teacher.inputs(rows_of(TEXT[:41], TEXT[7:60]))["tokens"], Spelling.of(teacher.tokenizer.tokens)
+    tokens, spelling = teacher.inputs(rows_of(TEXT[:41], TEXT[7:60]))["tokens"], Spelling.of(teacher.tokenizer.written)
     whole = {**batch, "targets": targets, "tokens": tokens, "next_bytes": spelling.next_bytes(tokens, 56)}
-    alignment = Alignment(Teacher.of(teacher), Imitation(2.0), spelling, embedding_weight=0.5, byte_weight=0.25)
+    expected = ExpectedBytes(teacher, spelling)
+    alignment = Alignment(teacher.inner.embedding, Imitation(2.0), expected, embedding_weight=0.5, byte_weight=0.25)
     params, static = eqx.partition(student, trainable(student))
     adam = optax.adam(1e-2)
 
@@ -269,6 +270,7 @@ def finished(corpus, published, tmp_path_factory):
 def test_a_distilled_run_is_aligned_first_and_then_a_run_as_any_other(finished, published, teacher, tmp_path):
     steps = [record for record in curve(finished) if "loss" in record]
     assert ["embedding_loss" in record for record in steps] == [True, True, False, False]
+    assert ["byte_loss" in record for record in steps] == [True, True, False, False]
     assert ["ratio_loss" in record for record in steps] == [False, False, True, True]
     # The controller begins when boundaries are the router's.
     aimed = [record["aimed_rate"] for record in steps]

@@ -27,7 +27,7 @@ from unet.model import UNet
 from unet.ngrams import rolling_hash
 from unet.tokens.batch import TokenBatch
 from unet.tokens.model import TokenModel
-from unet.tokens.spelling import NextBytes, Spelling
+from unet.tokens.spelling import ExpectedBytes, NextBytes
 from unet.tokens.tokenizer import Tokenizer
 from unet.wrapped import Adapted
 
@@ -36,7 +36,7 @@ Places = Literal["starts", "ends"]
 
 
 class Teacher(eqx.Module):
-    """A model of tokens, of which a hierarchy learns."""
+    """A model of tokens, from which a hierarchy learns."""
 
     model: TokenModel
 
@@ -175,20 +175,21 @@ class Alignment(eqx.Module):
     b are the teacher's boundaries, which are also those that the tokens are made with, $\mathrm{CE}$ the binary cross-entropy of
     the router, which is the `objective` (`Imitation` with the weight $\lambda_b$), and $L_{emb}$
     `equations.embedding_matching_loss` of what enters the layers. q is what the teacher expects of the next byte
-    (`Spelling.probabilities`, `equations.byte_matching_loss`); without a `spelling` of its tokens that part is left out. The
-    estimator's own objective has no part; an early-exit head learns as it does in the score function (SFE eq. 22).
+    (`equations.byte_matching_loss`); where nothing is `expected` that part is left out. The estimator's own objective has no
+    part; an early-exit head learns as it does in the score function (SFE eq. 22).
     """
 
-    teacher: Teacher
+    embedding: Float[Array, "vocab dim"]
     objective: AbstractObjective
-    spelling: Spelling | None = None
+    expected: ExpectedBytes | None = None
     embedding_weight: float = eqx.field(static=True, default=1.0)
     byte_weight: float = eqx.field(static=True, default=1.0)
     early_weight: float = eqx.field(static=True, default=0.1)
 
     def __call__(self, model: UNet, batch: Mapping[str, PyTree[Array]], *, capacity: int | None = None) -> LossOutput:
-        """The loss of `model`, made by `distilled`, on the rows of `batch`, with their `targets` and, for a `spelling`, their
-        `tokens` and `next_bytes`. `capacity`: most tokens of a row; boundaries beyond it are dropped and counted."""
+        """The loss of `model`, made by `distilled`, on the rows of `batch`, with their `targets` and, where there is something
+        `expected`, their `tokens` and `next_bytes`. `capacity`: most tokens of a row; boundaries beyond it are dropped and
+        counted."""
         targets: TokenTargets = batch["targets"]
         layout = plain_layout(batch["bytes"], batch["segments"], batch["mask"])
         capacities: Sequence[int] = () if capacity is None else (capacity,)
@@ -207,28 +208,23 @@ class Alignment(eqx.Module):
         count = level.hidden.shape[1] if capacity is None else min(capacity, level.hidden.shape[1])
         tokens = stage.estimator.chunker.down(level.hidden, level.boundaries, capacity=count).tokens
         closed = jnp.take_along_axis(jnp.asarray(targets.tokens), tokens.positions, axis=1, mode="clip")
-        match = embedding_matching_loss(stage.inner.enter(tokens.values), self.teacher.embedding[closed], tokens.mask)
+        match = embedding_matching_loss(stage.inner.enter(tokens.values), self.embedding[closed], tokens.mask)
         loss = output.loss + self.embedding_weight * match
         if output.early_log_prob is not None:
             loss = loss - self.early_weight * output.early_log_prob
         metrics = {**output.metrics, "embedding_loss": match}
-        if self.spelling is not None:
+        if self.expected is not None:
             where: NextBytes = batch["next_bytes"]
-            wanted, known = self.expected(self.spelling, batch["tokens"], where)
+            wanted, known = self.expected(batch["tokens"], where)
             # A teacher may have no positions for more tokens.
             known &= jnp.asarray(where.after) < count
-            metrics["byte_loss"] = byte_matching_loss(wanted, jax.nn.log_softmax(prediction.logits.astype(jnp.float32)), known)
+            metrics["byte_loss"] = byte_matching_loss(
+                wanted, jax.nn.log_softmax(prediction.logits.astype(jnp.float32)), known
+            )
             loss = loss + self.byte_weight * metrics["byte_loss"]
         return LossOutput(
             loss, output.log_prob, output.early_log_prob, output.rate, output.overflow, output.padding, metrics
         )
-
-    def expected(
-        self, spelling: Spelling, tokens: TokenBatch, where: NextBytes
-    ) -> tuple[Float[Array, "batch length 256"], Bool[Array, "batch length"]]:
-        """The next byte as the teacher expects it, and where it says anything."""
-        ids, segments, mask = (jnp.asarray(leaf) for leaf in (tokens.ids, tokens.segments, tokens.mask))
-        return spelling.probabilities(self.teacher.model.inner(ids, segments=segments, mask=mask).logits, where)
 
 
 def main_network(model: UNet) -> PyTree[Array]:

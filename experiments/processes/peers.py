@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol, final, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import distributed
-from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.config.errors import RunError, one_line
@@ -23,7 +23,7 @@ from experiments.config.sections import DistributedConfig
 from experiments.processes.aborting import AbortMessage
 from experiments.processes.launchers import Place
 from experiments.processes.processes import AbstractProcesses
-from experiments.processes.watch import Sign, Watch
+from experiments.processes.watch import Sign, Waiting, Watch
 
 _SIGNS, _FAILED, _GONE, _VERDICT = "caesura/signs/", "caesura/failed/", "caesura/gone/", "caesura/verdict/"
 
@@ -52,7 +52,7 @@ class Peers(AbstractProcesses):
         self._done = threading.Event()
         self._verdict: str | None = None
         self._meetings = 0
-        self._waiting_since: float | None = None
+        self._waiting: Waiting | None = None
         _require_reachable(place, config.wait)
         self._abort = AbortMessage(self._at_abort)
         self._met, self._captured = False, lambda: ""
@@ -71,7 +71,9 @@ class Peers(AbstractProcesses):
         self._owners = [device.process_index for device in devices]
         mesh = Mesh(np.asarray(devices), ("all",))
         self._by_device = NamedSharding(mesh, PartitionSpec("all"))
-        self._gather = jax.jit(lambda codes: codes, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._gather = jax.jit(lambda codes: codes, out_shardings=everywhere)
+        self._add = jax.jit(lambda parts: jnp.sum(parts, axis=0, dtype=parts.dtype), out_shardings=everywhere)
 
     def _initialize(self) -> None:
         # It would take SIGTERM for itself; a run agrees with the others about when it stops (`codes`).
@@ -107,22 +109,28 @@ class Peers(AbstractProcesses):
     def once(self, made: Callable[[], bytes]) -> bytes:
         content = made() if self.leads else b""
         size = int(self.said(str(len(content)))[0])
-        own = np.frombuffer(content, np.uint8) if self.leads else np.zeros(size, np.uint8)
+        if not size:
+            return b""
+        nothing = np.zeros((1, size), np.uint8)
         with self._meeting():
-            return broadcast_one_to_all(own, is_source=self.leads).tobytes()
+            local = [jax.device_put(nothing, device) for device in jax.local_devices()]
+            if self.leads:
+                local[0] = jax.device_put(np.frombuffer(content, np.uint8)[None], jax.local_devices()[0])
+            given = jax.make_array_from_single_device_arrays((len(self._owners), size), self._by_device, local)
+            return np.asarray(self._add(given)).tobytes()
 
     @contextmanager
-    def _meeting(self) -> Iterator[int]:
+    def _meeting(self, *, files: bool = False) -> Iterator[int]:
         """The number of a meeting, which begins once all have come. There may be others within it."""
         self._meetings += 1
-        within, self._waiting_since = self._waiting_since is not None, time.monotonic()
+        before, self._waiting = self._waiting, Waiting(self._meetings, time.monotonic(), files)
         try:
             yield self._meetings
         finally:
-            self._waiting_since = time.monotonic() if within else None
+            self._waiting = before and Waiting(self._meetings, time.monotonic(), before.files)
 
-    def together(self) -> AbstractContextManager[object]:
-        return self._meeting()
+    def together(self, *, files: bool = False) -> AbstractContextManager[object]:
+        return self._meeting(files=files)
 
     def leave(self) -> None:
         self.wait()
@@ -166,9 +174,8 @@ class Peers(AbstractProcesses):
             if now - answered > self._config.timeout:
                 self._end(f"{self._names[0]} has died or hangs: it did not answer for {self._config.timeout:g} s")
             signs = {index: Sign.read(text) for index, text in found.get(_SIGNS, {}).items()}
-            waiting = None if self._waiting_since is None else (self._meetings, self._waiting_since)
             # As of the answer: where process 0 is silent, nothing is heard of the others either.
-            verdict = self._watch.verdict(answered, signs, found.get(_FAILED, {}), waiting=waiting)
+            verdict = self._watch.verdict(answered, signs, found.get(_FAILED, {}), waiting=self._waiting)
             if verdict is not None:
                 self._end(verdict)
 

@@ -46,9 +46,10 @@ class AbstractProcesses(abc.ABC):
         """What `made` returns in process 0, which alone calls it."""
 
     @abc.abstractmethod
-    def together(self) -> AbstractContextManager[object]:
+    def together(self, *, files: bool = False) -> AbstractContextManager[object]:
         """A block in which this one waits for the others, such as one that computes or writes what all have parts of. One that
-        does not come to it is found to hang."""
+        does not come to it is found to hang, and so is the block, once all are in it, but for those of `files`, which may be
+        slow."""
 
     @abc.abstractmethod
     def leave(self) -> None:
@@ -92,7 +93,7 @@ class Alone(AbstractProcesses):
     def once(self, made: Callable[[], bytes]) -> bytes:
         return made()
 
-    def together(self) -> AbstractContextManager[object]:
+    def together(self, *, files: bool = False) -> AbstractContextManager[object]:
         return nullcontext()
 
     def leave(self) -> None:

@@ -24,6 +24,15 @@ class Sign:
         return cls(int(number), int(meetings))
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """The meeting that a process waits at: its number, since when, and whether it is one of `files`, which may be slow."""
+
+    meeting: int
+    since: float
+    files: bool = False
+
+
 class Watch:
     """What process `index` knows of the others. Times are seconds of any clock that only goes forward."""
 
@@ -32,18 +41,18 @@ class Watch:
         self._index, self._names, self._timeout, self._patience = index, names, timeout, patience
         self._seen: dict[int, tuple[Sign | None, float]] = dict.fromkeys(range(len(names)), (None, now))
         self._last = now
+        self._all_came: tuple[int, float] | None = None
 
     def verdict(
         self,
         now: float,
         signs: Mapping[int, Sign],
         failed: Mapping[int, str],
-        waiting: tuple[int, float] | None = None,
+        waiting: Waiting | None = None,
     ) -> str | None:
         """One sentence that names the process for which the others have to end; None while all is well.
 
-        `signs`: the latest of each. `failed`: what those say who fail. `waiting`: the number of the meeting that this process
-        waits at, and since when.
+        `signs`: the latest of each. `failed`: what those say who fail. `waiting`: what this process waits at.
         """
         others = [other for other in range(len(self._names)) if other != self._index]
         for other in others:
@@ -58,14 +67,22 @@ class Watch:
                 self._seen[other] = (signs.get(other), now)
             elif now - since > self._timeout:
                 return f"{self._names[other]} has died or hangs: it gave no sign of life for {self._timeout:g} s"
-        if waiting is None or now - waiting[1] <= self._patience:
-            return None
-        for other in others:
-            if other in signs and signs[other].meetings < waiting[0]:
-                return f"{self._names[other]} hangs: the others have waited for it for {self._patience:g} s"
-        if all(other in signs and signs[other].meetings == waiting[0] for other in others):
+        return None if waiting is None else self._waited(now, signs, waiting, others)
+
+    def _waited(self, now: float, signs: Mapping[int, Sign], waiting: Waiting, others: Sequence[int]) -> str | None:
+        """The same where only what takes too long can be told."""
+        came = [other for other in others if other in signs and signs[other].meetings == waiting.meeting]
+        if len(came) < len(others) or waiting.files:
+            self._all_came = None
+        elif self._all_came is None or self._all_came[0] != waiting.meeting:
+            self._all_came = waiting.meeting, now
+        elif now - self._all_came[1] > self._patience:
             return (
                 f"all {len(self._names)} processes have been in the same exchange for {self._patience:g} s: one of their "
                 "devices, or the network between them, hangs"
             )
+        if now - waiting.since > self._patience:
+            for other in others:
+                if other in signs and signs[other].meetings < waiting.meeting:
+                    return f"{self._names[other]} hangs: the others have waited for it for {self._patience:g} s"
         return None

@@ -47,7 +47,7 @@ def load_split(config: RunConfig, processes: AbstractProcesses = ALONE) -> Split
         protocol=data.protocol,
         held_out_share=data.held_out,
         held_out_bytes=config.evaluation.bytes,
-        once=processes.once,
+        once=None if processes.count == 1 else processes.once,
     )
 
 

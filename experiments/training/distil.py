@@ -26,10 +26,13 @@ from experiments.training.trainer import Trainer
 from unet.distillation import Alignment, Teacher, token_targets
 from unet.language_model import AbstractLanguageModel
 from unet.losses import LossOutput
-from unet.tokens.batch import TokenBatch, tokenised
+from unet.tokens.batch import TokenBatch, padded_length, tokenised
 from unet.tokens.model import TokenModel
-from unet.tokens.spelling import Spelling
+from unet.tokens.spelling import ExpectedBytes, Spelling
 from unet.wrapped import Positioned
+
+AlignmentStep = Callable[[TrainState, Inputs, PRNGKeyArray], tuple[TrainState, StepMetrics]]
+"""A training step of an alignment, compiled."""
 
 SLACK = 1.25
 """Capacity of the alignment, as a multiple of the most tokens of a sequence of held-out text."""
@@ -48,24 +51,28 @@ def read_teacher(config: RunConfig) -> Teacher:
         raise ConfigError(f"--distill.teacher {where}: {error}") from None
 
 
+def require_one_process(config: RunConfig, placement: Placement) -> None:
+    """Raise `ConfigError` for a distilled run in several processes or on several GPUs: the compiler divides the alignment, which
+    no kernel can be."""
+    divided = jax.process_count() > 1 or (jax.default_backend() == "gpu" and not placement.alone)
+    alone = config.distill.teacher is None or not divided
+    require(alone, "--distill.teacher: the alignment runs in one process, on one GPU: add --devices 1")
+
+
 @dataclass(frozen=True)
 class AlignmentStage:
-    """The first `steps` steps of a distilled run: the teacher's tokens for each batch, the loss, its arrays on the devices, and
-    the most tokens of a sequence (`capacity`). `rate`: the teacher's tokens per byte of held-out text."""
+    """The first `steps` steps of a distilled run: the teacher's tokens for each batch, the loss, and the most tokens of a
+    sequence (`capacity`). `rate`: the teacher's tokens per byte of held-out text."""
 
     config: RunConfig
     teacher: Teacher
-    alignment: Alignment
     placement: Placement
     capacity: int
     rate: float
 
     @classmethod
     def of(cls, config: RunConfig, teacher: Teacher, split: Split, placement: Placement) -> AlignmentStage:
-        """That of a run. Raises `ConfigError` for a tokenizer that changes the text, and for several processes or GPUs."""
-        # The compiler divides the alignment, which no kernel can be.
-        divided = jax.process_count() > 1 or (jax.default_backend() == "gpu" and not placement.alone)
-        require(not divided, "--distill.teacher: the alignment runs in one process, on one GPU: add --devices 1")
+        """That of a run. Raises `ConfigError` for a tokenizer that changes the text, and for one with too few positions."""
         rows = split.held_out_rows(min(config.evaluation.bytes, MEASURED_BYTES))
         stacked = {name: np.stack([row[name] for row in rows]) for name in ("bytes", "segments", "mask")}
         try:
@@ -79,16 +86,23 @@ class AlignmentStage:
             f"--distill.teacher {config.distill.teacher} has embeddings of {learned} positions, and --length {config.length} may "
             f"have {most} tokens: name a shorter one",
         )
-        settings = config.distill
-        alignment = Alignment(
-            teacher,
+        rate = float(np.sum(actions) / np.sum(stacked["mask"]))
+        return cls(config, teacher, placement, min(most, config.length), rate)
+
+    @functools.cached_property
+    def alignment(self) -> Alignment:
+        """The loss. A run that goes on after its alignment does not need it."""
+        settings, teacher = self.config.distill, self.teacher
+        expected = (
+            ExpectedBytes(teacher.model, Spelling.of(teacher.tokenizer.written)) if settings.byte_weight else None
+        )
+        return Alignment(
+            teacher.embedding,
             Imitation(settings.boundary_weight),
-            Spelling.of(teacher.tokenizer.tokens) if settings.byte_weight else None,
+            expected,
             embedding_weight=settings.embedding_weight,
             byte_weight=settings.byte_weight,
         )
-        rate = float(np.sum(actions) / np.sum(stacked["mask"]))
-        return cls(config, teacher, alignment, placement, min(most, config.length), rate)
 
     @property
     def steps(self) -> int:
@@ -105,16 +119,16 @@ class AlignmentStage:
 
     def inputs(self, batch: Mapping[str, np.ndarray]) -> dict[str, PyTree[np.ndarray]]:
         """What the loss reads of a batch of text. Runs on the host."""
-        # Of one length, so that one program is compiled.
-        tokens = _tokens(self.teacher, batch, shortest=self.capacity)
+        tokens, expected = _tokens(self.teacher, batch, shortest=self.capacity), self.alignment.expected
         read = {**batch, "targets": token_targets(tokens, batch, self.config.distill.boundaries)}
-        if self.alignment.spelling is None:
+        if expected is None:
             return read
-        return {**read, "tokens": tokens, "next_bytes": self.alignment.spelling.next_bytes(tokens, self.config.length)}
+        # Of one length, so that one program is compiled; there is no room for the tokens that are cut off.
+        columns = slice(padded_length(self.capacity, self.config.length))
+        cut = jax.tree.map(lambda leaf: leaf[:, columns], tokens)
+        return {**read, "tokens": cut, "next_bytes": expected.spelling.next_bytes(cut, self.config.length)}
 
-    def compiled(
-        self, trainer: Trainer
-    ) -> Callable[[TrainState, Inputs, PRNGKeyArray], tuple[TrainState, StepMetrics]]:
+    def compiled(self, trainer: Trainer) -> AlignmentStep:
         """The training step of the alignment, jitted; the buffers of the state are reused."""
         arrays, static = eqx.partition(self.alignment, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
         held, settings = None, self.config

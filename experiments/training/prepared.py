@@ -23,8 +23,9 @@ from unet.files.saving import load_module, module_content, save_module
 
 def prepare(config: RunConfig, split: Split, processes: AbstractProcesses = ALONE) -> PyTree:
     """What the estimator of `config` takes from the training text, the tokenizer of a model that reads tokens, or the teacher of
-    one that is distilled; None where nothing is taken. Of several `processes` the first reads what a stream begins with, for
-    all. Raises `ConfigError` where that is impossible."""
+    one that is distilled; None where nothing is taken. A run that goes on has it in its folder. Of several `processes` the first
+    reads what a stream begins with, for all. Raises `ConfigError` where that is impossible, and `LoadError` for a damaged
+    file."""
     if processes.count == 1 or split.training is not None:
         return _prepared(config, split)
 
@@ -42,6 +43,9 @@ def prepare(config: RunConfig, split: Split, processes: AbstractProcesses = ALON
 
 
 def _prepared(config: RunConfig, split: Split) -> PyTree:
+    found = read_prepared(config) if config.resume else None
+    if found is not None:
+        return found
     if config.distill.teacher is not None:
         return read_teacher(config)
     if config.reads_tokens:

@@ -22,6 +22,7 @@ from experiments.processes.stopping import Stop, StoppedError, meet
 from experiments.reporting.display import Display
 from experiments.training.checkpoint import Checkpoints, Progress, SaveError
 from experiments.training.data import DataNotes, data_record, reading_of_all, state_of_all, text_of
+from experiments.training.distil import AlignmentStep
 from experiments.training.dropped import DroppedBoundaries
 from experiments.training.metrics_log import ForeignMetricsLog, MetricsLog
 from experiments.training.prepared import write_prepared
@@ -65,7 +66,7 @@ class Session:
         self.processes = processes
         self.trainer, self._folder = setup.trainer, RunFolder(run_dir)
         self._step_function = self.trainer.compiled_on(setup.placement)
-        self._alignment_step = None if setup.alignment is None else setup.alignment.compiled(self.trainer)
+        self._alignment_step: AlignmentStep | None = None
         self._state = self.trainer.first_state_on(setup.placement)
         self._held_out = setup.split.held_out_rows(config.evaluation.bytes)
         self._checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep, processes)
@@ -96,7 +97,7 @@ class Session:
 
     def _restore(self) -> Progress | None:
         """Take over the last checkpoint, if there is one; returns how far it is."""
-        with self.processes.together():
+        with self.processes.together(files=True):
             restored = self._checkpoints.restore(self._state, self.display.note)
         if restored is None:
             return None
@@ -144,9 +145,12 @@ class Session:
         batch, stop = self._next_batch(asked)
         key = jax.random.fold_in(self.setup.key_steps, self.step)
         alignment = self.setup.alignment
-        if alignment is not None and self._alignment_step is not None and self.step < alignment.steps:
+        if alignment is not None and self.step < alignment.steps:
+            self._alignment_step = self._alignment_step or alignment.compiled(self.trainer)
             inputs, step_function = alignment.inputs(text_of(batch)), self._alignment_step
         else:
+            # With it the teacher leaves the devices.
+            self._alignment_step = None
             inputs = self.setup.model.inputs(text_of(batch), shortest=self.trainer.positions)
             step_function = self._step_function
         if self._own_rows is None and self.processes.count > 1:
@@ -237,7 +241,7 @@ class Session:
         self.finish_saving()
         # First, so that no checkpoint is ahead of the log, not even after a power loss.
         self._log.sync()
-        with self.processes.together():
+        with self.processes.together(files=True):
             self._checkpoints.begin(self._state, self._progress())
         self.speed.pause()
 
@@ -245,7 +249,7 @@ class Session:
         """Return once the checkpoint that was begun is complete; the run that this one replaces is deleted then. Raises
         `SaveError`, and `OSError` where the folder has gone meanwhile."""
         try:
-            with self.processes.together():
+            with self.processes.together(files=True):
                 complete = self._checkpoints.finish()
         except SaveError:
             self._folder.require_there()
@@ -268,7 +272,7 @@ class Session:
         """Write the model to the run's folder, one array after another. Raises `OSError`."""
         self._folder.require_there()
         model = self.placed_model
-        with self.processes.together():
+        with self.processes.together(files=True):
             if self.processes.leads:
                 save(model, self.run_dir, read=on_host)
             else:

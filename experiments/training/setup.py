@@ -22,10 +22,10 @@ from experiments.config.plugins import import_plugins, modules_of
 from experiments.config.settings import RunConfig
 from experiments.processes.processes import ALONE, AbstractProcesses
 from experiments.training.data import lanes_of_run, load_split
-from experiments.training.distil import AlignmentStage
+from experiments.training.distil import AlignmentStage, require_one_process
 from experiments.training.initial import initial_weights
 from experiments.training.placement import Placement, with_implementation
-from experiments.training.prepared import prepare, read_prepared, require_prerequisite
+from experiments.training.prepared import prepare, require_prerequisite
 from experiments.training.run_dir import has_checkpoint
 from experiments.training.trainer import Trainer
 from unet.files.saving import require_saveable
@@ -53,13 +53,20 @@ class Setup:
     """Parts that its stream is divided into, for several processes to read."""
 
 
-def require_equal(config: RunConfig, setup: Setup, processes: AbstractProcesses) -> None:
-    """Raise `ConfigError` where processes that are to train one model have other settings, data or first parameters."""
+def require_same_settings(config: RunConfig, processes: AbstractProcesses) -> None:
+    """Raise `ConfigError` where processes that are to train one model have other settings, before they do anything together that
+    depends on them."""
     if processes.count == 1:
         return
     there = dataclasses.replace(config.data, cache=None)
-    settings = to_json(dataclasses.replace(config, out=None, resume=False, overwrite=False, data=there))
+    settings = to_json(dataclasses.replace(config, out=None, overwrite=False, data=there))
     processes.require_same("settings", settings.encode())
+
+
+def require_equal(setup: Setup, processes: AbstractProcesses) -> None:
+    """Raise `ConfigError` where processes that are to train one model have other data or first parameters."""
+    if processes.count == 1:
+        return
     processes.require_same("data", setup.split.fingerprint.encode())
     arrays = jax.tree.leaves((setup.trainer.params, eqx.filter(setup.prepared, eqx.is_array)))
     # Of what is divided over the processes each has another part.
@@ -76,11 +83,11 @@ def set_up(config: RunConfig, processes: AbstractProcesses = ALONE) -> Setup:
     require_prerequisite(config)
     placement = Placement.of(config)
     config = with_implementation(config)
+    require_one_process(config, placement)
     split = load_split(config, processes)
     lanes = lanes_of_run(config, split, min(jax.process_count(), placement.batch_shards))
     key = jax.random.key(config.seed)
-    prepared = read_prepared(config) if config.resume else None
-    prepared = prepare(config, split, processes) if prepared is None else prepared
+    prepared = prepare(config, split, processes)
     _require_shareable(config, lambda: new_model(config, key, prepared))
     model = placement.with_local_rest(new_model(config, key, prepared, placement.model_kept))
     aligned = config.distill.teacher is not None

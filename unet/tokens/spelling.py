@@ -12,10 +12,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from unet.tokens.batch import TokenBatch
+from unet.tokens.model import TokenModel
 
-LEAST_MASS = 1e-4
+LEAST_MASS = 1e-3
 """Where tokens that begin as the text does have less probability than this, a model says nothing of the next byte: the sums that
 it is read from are exact to about a millionth."""
+
+
+AT_A_TIME = 2**26
+"""Probabilities of tokens that are computed at a time: a quarter of a gigabyte, several times."""
 
 
 class NextBytes(eqx.Module):
@@ -27,6 +32,36 @@ class NextBytes(eqx.Module):
     mask: Bool[Array | np.ndarray, "batch length"]
 
 
+class ExpectedBytes(eqx.Module):
+    """What a model of tokens expects of the next byte. `spelling`: that of its `Tokenizer.written` tokens."""
+
+    model: TokenModel
+    spelling: Spelling
+
+    def __call__(
+        self, tokens: TokenBatch, where: NextBytes
+    ) -> tuple[Float[Array, "batch length 256"], Bool[Array, "batch length"]]:
+        """`Spelling.probabilities` of its predictions after `tokens`, for as many sequences at a time as `AT_A_TIME` allows."""
+        tokens, where = jax.tree.map(jnp.asarray, (tokens, where))
+
+        def of(
+            tokens: TokenBatch, where: NextBytes
+        ) -> tuple[Float[Array, "rows length 256"], Bool[Array, "rows length"]]:
+            ids, segments, mask = (jnp.asarray(leaf) for leaf in (tokens.ids, tokens.segments, tokens.mask))
+            found = self.model.inner(ids, segments=segments, mask=mask)
+            return self.spelling.probabilities(found.logits, where)
+
+        rows, count = tokens.ids.shape
+        together = max(1, AT_A_TIME // (count * self.model.tokenizer.size))
+        if together >= rows:
+            return of(tokens, where)
+
+        def of_one(row: tuple[TokenBatch, NextBytes]) -> tuple[Float[Array, "length 256"], Bool[Array, " length"]]:
+            return jax.tree.map(lambda leaf: leaf[0], of(*jax.tree.map(lambda leaf: leaf[None], row)))
+
+        return jax.lax.map(of_one, (tokens, where), batch_size=together)
+
+
 class Spelling(eqx.Module):
     """The tokens of a vocabulary by what they begin with: the prefixes are all proper beginnings of tokens, the empty one first.
 
@@ -34,7 +69,7 @@ class Spelling(eqx.Module):
     of the first token that goes on after the prefix with b or a later byte; at 256 the end of all that go on. `paths`: for every
     byte of every token, the number of the prefix before it; `sizes`: the bytes of each token.
 
-    `starts` has a kilobyte for each prefix: 3 MB for a vocabulary of 2,048 tokens.
+    `starts` has a kilobyte for each prefix: 2 MB for a vocabulary of 2,048 tokens, a few hundred for one of 128,000.
     """
 
     order: Int[np.ndarray, " vocab"]
@@ -86,14 +121,16 @@ class Spelling(eqx.Module):
         $q_i(b) = \sum_{t \,:\, s_i b \,\preceq\, t} p_m(t) \,/\, \sum_{t \,:\, s_i \prec t} p_m(t)$, with m the last token that
         is complete after byte i, $p_m$ the softmax of its `logits`, $s_i$ the bytes since then, and $\preceq$ for "begins".
 
-        Float32. Given that the token does not end with $s_i$, as where its end is known.
+        Float32. It is given whether a token ends at byte i, which a model of bytes learns later: the mean over texts is what is
+        expected of the next byte, and no model of bytes can be equal to it everywhere.
         """
         ordered = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)[..., jnp.asarray(self.order)]
-        sums = jnp.pad(jnp.cumsum(ordered, axis=-1), ((0, 0), (0, 0), (1, 0)))
-        after, prefix = jnp.asarray(where.after), jnp.asarray(where.prefix)
+        sums = jnp.cumsum(ordered, axis=-1)
+        after, places = jnp.asarray(where.after), jnp.asarray(self.starts)[jnp.asarray(where.prefix)]
         rows = jnp.arange(sums.shape[0])[:, None, None]
-        at = sums[rows, after[..., None], jnp.asarray(self.starts)[prefix]]
-        mass = at[..., -1] - at[..., 0]
+        # The sum of all tokens before the place.
+        before = jnp.where(places > 0, sums[rows, after[..., None], jnp.maximum(places - 1, 0)], 0.0)
+        masses = jnp.maximum(jnp.diff(before, axis=-1), 0.0)
+        mass = jnp.sum(masses, axis=-1)
         known = jnp.asarray(where.mask) & (mass >= LEAST_MASS)
-        shares = jnp.maximum(jnp.diff(at, axis=-1), 0.0) / jnp.where(known, mass, 1.0)[..., None]
-        return jnp.where(known[..., None], shares, 0.0), known
+        return jnp.where(known[..., None], masses / jnp.where(known, mass, 1.0)[..., None], 0.0), known

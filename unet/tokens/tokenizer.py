@@ -95,6 +95,15 @@ class Tokenizer(eqx.Module):
         """The number of bytes of each token."""
         return np.diff(np.asarray(self.ends), prepend=0)
 
+    @property
+    def written(self) -> tuple[bytes, ...]:
+        """The bytes of each token that a text can have, and none for the others: special tokens, whose text is text, and what
+        stands for the start of a document."""
+        added = {one["id"] for one in json.loads(np.asarray(self.json).tobytes()).get("added_tokens", ())}
+        start, end = self.marks or (None, None)
+        hidden = (added | {start}) - {end}
+        return tuple(b"" if number in hidden else token for number, token in enumerate(self.tokens))
+
     def encode(self, text: bytes) -> Int[np.ndarray, " tokens"]:
         """The tokens of a text."""
         return self.encode_all([text])[0]
