@@ -17,9 +17,11 @@ from estimators.objectives import Imitation
 from experiments import evaluate as evaluate_module
 from experiments import export as export_module
 from experiments import run as run_module
+from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
 from experiments.training.optimizer import multipliers
 from experiments.training.run_dir import read_config
+from experiments.training.setup import set_up
 from experiments.training.stored import stored_model
 from tests.conftest import needs
 from tests.test_run import corpus as corpus
@@ -353,3 +355,31 @@ def test_bad_input_is_one_sentence(finished, corpus, published, tmp_path, capsys
         assert start(*given, *arguments) == 2, arguments
         assert sentence in message(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_a_distillation_need_a_teacher():
+    with pytest.raises(
+        ConfigError, match=r"^--distill\.align-bytes, --distill\.byte-weight: there is no --distill\.teacher"
+    ):
+        run_module.parse(["--distill.byte-weight", "0.5", "--distill.align-bytes", "1000"])
+
+
+def test_of_long_rows_the_tokens_without_room_are_cut_off(teacher, corpus, published):
+    """So that one program computes all batches."""
+    arguments = [*SMALL, "--dataset", str(corpus), "--distill.teacher", str(published)]
+    stage = set_up(run_module.parse(arguments)).alignment
+    assert stage is not None
+    stage = dataclasses.replace(stage, capacity=16)
+    short, long = (np.full((4, 32), 254, np.uint8) for _ in range(2))
+    short[:, 1:] = np.frombuffer((TEXT * 2)[:31], np.uint8)
+    # Every byte is a token.
+    long[:, 1:] = np.arange(128, 159)
+    rest = {"segments": np.zeros((4, 32), np.int32), "mask": np.ones((4, 32), bool)}
+    read = [stage.inputs({"bytes": bytes, **rest}) for bytes in (short, long)]
+    assert [jax.tree.map(np.shape, one["tokens"]).ids for one in read] == [(4, 16), (4, 16)]
+    assert read[1]["next_bytes"].mask.sum() == 4 * 15
+    assert not read[1]["next_bytes"].mask[:, 16:].any()
+    without = dataclasses.replace(stage.config.distill, byte_weight=0.0)
+    plain = dataclasses.replace(stage, config=dataclasses.replace(stage.config, distill=without))
+    assert plain.alignment.expected is None
+    assert set(plain.inputs({"bytes": short, **rest})) == {"bytes", "segments", "mask", "targets"}

@@ -45,6 +45,9 @@ def test_a_model_that_is_on_all_devices_is_not_copied_again():
         [shard.data.unsafe_buffer_pointer() for shard in one["weight"].addressable_shards] for one in (model, again)
     ]
     assert places[0] == places[1]
+    # A batch of one row would be computed by all of them.
+    alone = LocalDevices.of(1, model).everywhere(model)
+    assert (alone["weight"].devices(), alone["name"]) == ({TWO[0]}, "a")
 
 
 def test_each_device_computes_its_own_rows_with_the_whole_model_and_nothing_is_exchanged():

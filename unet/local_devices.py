@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 ROWS = "rows"
 """The axis over which rows are divided that have nothing to do with each other."""
@@ -24,6 +24,7 @@ ROWS = "rows"
 Tree = TypeVar("Tree", bound=PyTree)
 Model = TypeVar("Model", bound=PyTree)
 Result = TypeVar("Result", bound=PyTree)
+Leaf = TypeVar("Leaf")
 Parameters = ParamSpec("Parameters")
 
 
@@ -49,9 +50,10 @@ class LocalDevices:
         return arrays if self.mesh is None else jax.device_put(arrays, NamedSharding(self.mesh, _by_row(self.mesh)))
 
     def everywhere(self, tree: Tree) -> Tree:
-        """A tree, such as a model, of which each device has all arrays."""
+        """A tree, such as a model, of which each device has all arrays; where one device computes, its own of those that several
+        have."""
         if self.mesh is None:
-            return tree
+            return jax.tree.map(_on_the_first, tree)
         arrays, rest = eqx.partition(tree, eqx.is_array)
         return eqx.combine(jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec())), rest)
 
@@ -59,7 +61,8 @@ class LocalDevices:
 def on_all_devices(model: Tree) -> Tree:
     """`model` with all of its arrays on every device of this process, where they lie on the first or on all of them already.
 
-    Scores, generation and boundaries copy a model to the other devices at each call; of such a model nothing is copied.
+    Scores, generation and boundaries copy a model to the other devices at each call; of such a model nothing is copied where all
+    devices share the batch.
     """
     return LocalDevices.of(len(usable_devices(model)), model).everywhere(model)
 
@@ -118,6 +121,14 @@ def by_row(
         return divided((mesh, model), *arguments, **named)
 
     return run
+
+
+def _on_the_first(leaf: Leaf) -> Leaf | Array:
+    """An array that lies on several devices as it is on the first; anything else as it is."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return leaf
+    copied = len(leaf.sharding.device_set) > 1 and leaf.is_fully_replicated and leaf.is_fully_addressable
+    return leaf.addressable_data(0) if copied else leaf
 
 
 def _by_row(mesh: Mesh) -> PartitionSpec:

@@ -287,6 +287,11 @@ def _require_amounts(config: RunConfig) -> None:
 def _require_distillable(config: RunConfig) -> None:
     """A model that a teacher can be distilled into reads bytes, has one level of tokens, and a router that learns."""
     if config.distill.teacher is None:
+        given = [
+            one.name for one in dataclasses.fields(DistillConfig) if getattr(config.distill, one.name) != one.default
+        ]
+        flags = ", ".join(f"--distill.{name.replace('_', '-')}" for name in given)
+        require(not given, f"{flags}: there is no --distill.teacher to learn from")
         return
     what = f"--distill.teacher {config.distill.teacher}"
     require(not config.reads_tokens, f"{what} is distilled into a model of bytes: leave out --tokenizer.source")
