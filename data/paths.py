@@ -74,8 +74,8 @@ def find_files(pattern: str) -> tuple[list[FoundFile], PassedOver]:
         raise DataError(f"cannot look for {shown(pattern)}: {getattr(error, 'strerror', None) or error}") from None
     if not files:
         raise DataError(
-            f"{problem}; use docs, stdlib, codeparrot, codeparrot-clean, fineweb, fineweb-edu, fineweb-100BT, "
-            "fineweb-edu-100BT, hub:owner/name/folder@revision, or the path of a file, a folder or a glob"
+            f"{problem}; use docs, stdlib, enwik8:PATH, text8:PATH, codeparrot, codeparrot-clean, fineweb, fineweb-edu, "
+            "fineweb-100BT, fineweb-edu-100BT, hub:owner/name/folder@revision, or the path of a file, a folder or a glob"
         )
     _check_pointers(files)
     return files, passed
