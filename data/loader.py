@@ -133,15 +133,20 @@ def load(
             f"validation uses all held-out text of {source.name}, {len(rows):,} rows of {length} bytes; --evaluation.bytes "
             f"asks for {held_out_bytes // length:,}"
         )
+    fingerprint = _fingerprint(source, held_out if training is None else itertools.chain(training, held_out))
+    return Split(source, length, protocol, held_out_share, training, coverage, rows, fingerprint, tuple(notes))
+
+
+def _fingerprint(source: AbstractSource, documents: Iterable[bytes]) -> str:
+    """A hash of the documents, and of the names and sizes of the source's shards."""
     digest = hashlib.blake2b(digest_size=8)
-    for document in held_out if training is None else itertools.chain(training, held_out):
+    for document in documents:
         digest.update(len(document).to_bytes(8, "big"))
         digest.update(document)
     for shard in source.shards():
         # Names of files need not be UTF-8.
         digest.update(f"{shard.name.rsplit('/', 1)[-1]}:{shard.size}".encode("utf-8", "surrogatepass"))
-    fingerprint = digest.hexdigest()
-    return Split(source, length, protocol, held_out_share, training, coverage, rows, fingerprint, tuple(notes))
+    return digest.hexdigest()
 
 
 def split_documents(documents: Iterable[bytes], share: float, name: str) -> tuple[Texts, Texts]:

@@ -111,11 +111,12 @@ class Peers(AbstractProcesses):
         size = int(self.said(str(len(content)))[0])
         if not size:
             return b""
-        nothing = np.zeros((1, size), np.uint8)
+        # Of all devices one has the content, to which the others add nothing.
+        own = [np.zeros((1, size), np.uint8)] * len(jax.local_devices())
+        if self.leads:
+            own[0] = np.frombuffer(content, np.uint8)[None]
         with self._meeting():
-            local = [jax.device_put(nothing, device) for device in jax.local_devices()]
-            if self.leads:
-                local[0] = jax.device_put(np.frombuffer(content, np.uint8)[None], jax.local_devices()[0])
+            local = [jax.device_put(part, device) for part, device in zip(own, jax.local_devices(), strict=True)]
             given = jax.make_array_from_single_device_arrays((len(self._owners), size), self._by_device, local)
             return np.asarray(self._add(given)).tobytes()
 
