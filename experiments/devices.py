@@ -8,6 +8,7 @@ import os
 import jax
 
 from experiments.config.errors import ConfigError
+from experiments.launch import own_cores
 
 CPU_DEVICES = 2
 """Two halves of a batch side by side beat one product on two cores, at the sizes that a CPU trains."""
@@ -20,12 +21,12 @@ def use_cpu_devices(count: int) -> None:
 
 
 def settle_cpu_devices(count: int, named: int = 1) -> None:
-    """Let a CPU count as so many devices, one for each core at most, or as the `named` ones that a mesh needs, but for what was
-    settled before: by XLA_FLAGS, or by a use of JAX. Several processes have to do this before they meet."""
+    """Let a CPU count as so many devices, one for each core of the process at most, or as the `named` ones that a mesh needs, but
+    for what was settled before: by XLA_FLAGS, or by a use of JAX. Several processes have to do this before they meet."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Too late where JAX has been used: then there are as many devices as there are.
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", max(named, min(count, os.cpu_count() or 1)))
+            jax.config.update("jax_num_cpu_devices", max(named, min(count, own_cores())))
 
 
 def require_devices() -> None:

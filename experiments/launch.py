@@ -48,6 +48,11 @@ CLOSED = 128 + 13
 """The exit code where nobody reads standard output any more, as of programs that SIGPIPE (13) ends."""
 
 
+def own_cores() -> int:
+    """The cores that this process may run on: fewer than the machine's under `taskset` and in most batch systems."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def begin() -> None:
     """Settle the process of `python -m experiments.…`, before that command imports anything.
 

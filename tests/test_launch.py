@@ -97,6 +97,17 @@ def test_a_platform_that_is_not_there_is_named(monkeypatch):
         use_cpu_devices(2)
 
 
+@pytest.mark.parametrize("cores", [{1}, {0, 3}, {0, 1, 2, 3}])
+def test_a_process_that_is_bound_to_some_cores_counts_these(monkeypatch, cores):
+    asked = []
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores)
+    monkeypatch.setattr(jax.config, "update", lambda *setting: asked.append(setting))
+    use_cpu_devices(2)
+    assert asked == [("jax_num_cpu_devices", min(2, len(cores)))]
+
+
 def test_the_users_own_number_of_devices_stands(monkeypatch):
     here = len(jax.devices())
     asked = []

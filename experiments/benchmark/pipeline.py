@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from data.files import Files, read_documents
 from estimators.bounds import Length, Sequences, Within
 from experiments.benchmark.measurement import AbstractMeasurement
 from experiments.config.errors import require_bounds
+from experiments.launch import own_cores
 from experiments.reporting.display import Display
 from experiments.reporting.markdown import table
 
@@ -80,7 +80,7 @@ class Data(AbstractMeasurement):
         clock = (f"{workers} workers" for workers in self.workers)
         display.note(
             f"{table(['MB/s', *core, *clock], rows)}\nThe first four are per second of one core, the others of the clock, on "
-            f"{os.cpu_count()} cores.\n"
+            f"{own_cores()} cores.\n"
         )
         return found
 
