@@ -142,6 +142,13 @@ def test_one_token_may_mark_both_ends(folders):
     assert model.encode(b"\xfethe\xff").tolist()[:: len(model.encode(b"\xfethe\xff")) - 1] == [299, 299]
 
 
+def test_a_run_that_is_not_finished_is_no_published_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"estimator": "bpe"}')
+    safetensors.numpy.save_file({"joined": np.zeros(3, np.uint8)}, tmp_path / "prepared.safetensors")
+    with pytest.raises(LoadError, match=f"^{tmp_path} holds no model.safetensors: it is neither a finished run"):
+        load_any(str(tmp_path))
+
+
 def test_a_text_beyond_the_learned_positions_is_refused(folders):
     model = load_pretrained(folders["gpt2"])
     row = np.frombuffer(b"xyz" * 20, np.uint8)[None]

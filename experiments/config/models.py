@@ -12,7 +12,7 @@ from unet.files.decoder_config import is_decoder
 from unet.files.errors import LoadError
 from unet.files.json_files import read_json
 from unet.files.pretrained import load_pretrained
-from unet.files.saving import WEIGHTS, Loaded, describes_itself
+from unet.files.saving import CONFIG, WEIGHTS, Loaded, describes_itself
 from unet.files.weights import TORCH
 
 
@@ -42,9 +42,10 @@ def load_any(where: str, plugins: Sequence[ModuleType] = ()) -> Loaded:
     settings of a run. `plugins` are modules whose classes it may hold. Raises `LoadError` and `ConfigError`."""
     path = Path(where)
     file = path / WEIGHTS if path.is_dir() else path
-    # A file of our name is ours, however damaged, unless there is a published configuration beside it; a path that leads nowhere
-    # was mistyped.
-    ours = not is_published(where) and (not path.exists() or (file.name == WEIGHTS and file.is_file()))
+    # A file of our name is ours, however damaged, and so is a folder with a configuration, such as a run that is not finished;
+    # unless that is a published one. A path that leads nowhere was mistyped.
+    here = (file.name == WEIGHTS and file.is_file()) or (path / CONFIG).is_file()
+    ours = not is_published(where) and (here or not path.exists())
     if where.startswith("hub:") or ours or describes_itself(file):
         return load_model(where, plugins)
     model = load_pretrained(where)
