@@ -150,7 +150,7 @@ def _do_all(config: LabConfig, display: Display) -> None:
     """All experiments of the laboratory's page."""
     refuse_existing(config.out, FILES, overwrite=config.overwrite)
     try:
-        from experiments.laboratory.flow import flows, noisy_flows
+        from experiments.laboratory.flow import flows, stochastic_flows
     except ImportError as error:
         raise ConfigError(f"the laboratory needs diffrax ({error}): pip install 'caesura-lm[lab]'") from error
 
@@ -169,7 +169,7 @@ def _do_all(config: LabConfig, display: Display) -> None:
         note(f"model {number + 1} of {config.models}: flows")
         found, with_flow = flows(sets[0], time=config.time, key=jax.random.fold_in(own, 11))
         expected.append(found)
-        found, with_path = noisy_flows(
+        found, with_path = stochastic_flows(
             sets[0].distribute,
             time=config.time,
             rates=config.learning_rates,

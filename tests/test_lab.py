@@ -18,14 +18,14 @@ from experiments.comparison.intervals import Interval
 from experiments.config.presets import PRESETS
 from experiments.config.settings import transformer_shape
 from experiments.laboratory import greedy
-from experiments.laboratory.fields import drawn_loss, exact, expected_score, landscape, place_of, sampled_score
+from experiments.laboratory.fields import drawn_loss, exact, expected_score, sampled_score, string_index, string_losses
 from experiments.laboratory.gradients import given_critic
 from experiments.laboratory.greedy import fixed_gradient, jumps
 from experiments.laboratory.moments import (
-    credited,
     disarm_moments,
     exact_gradient,
     relaxed_moments,
+    returns_by_string,
     sample_moments,
     score_moments,
     string_probs,
@@ -65,13 +65,13 @@ def tables():
 
 
 def returns_of(logits, tables, *reductions):
-    return credited(reductions, logits, STRINGS, tables)
+    return returns_by_string(reductions, logits, STRINGS, tables)
 
 
 def valued(logits, tables, *reductions):
     """Returns relative to a critic that expects what the states of width 1 say."""
     values = jax.random.normal(jax.random.key(5), (TEXTS, DECISIONS, 1))
-    return credited((*reductions, given_critic()), logits, STRINGS, tables, hidden=values)
+    return returns_by_string((*reductions, given_critic()), logits, STRINGS, tables, hidden=values)
 
 
 def test_unbiased_estimators_have_the_exact_gradient(logits, tables):
@@ -97,7 +97,7 @@ def test_probabilities_of_strings_sum_to_one(logits):
 def drawn(logits, key, count):
     """Strings drawn by sampling, as indices."""
     actions = jax.random.uniform(key, (count, *logits.shape)) < jax.nn.sigmoid(logits)
-    return actions.astype(jnp.float32), place_of(actions)
+    return actions.astype(jnp.float32), string_index(actions)
 
 
 def variance_of(samples):
@@ -139,7 +139,7 @@ def test_relaxed_moments_are_those_of_samples(logits, tables):
 
     slope = jax.vmap(jax.grad(lambda row, noise: jnp.sum(soft(row, noise))), (None, 0))(logits, uniforms)
     actions = jax.vmap(lambda u: soft(logits, u) > 0.5)(uniforms)
-    index = place_of(actions)
+    index = string_index(actions)
     chosen = jnp.take_along_axis(tables.by_actions[None], index[..., None, None], axis=2)[:, :, 0]
     samples = -chosen * slope / DECISIONS
     exact = relaxed_moments(logits, STRINGS, tables, 0.5)
@@ -163,7 +163,7 @@ def test_what_gradients_at_fixed_boundaries_leave_out_of_the_greedy_loss():
     logits, scale, count = jnp.asarray([0.4, -0.9]), jnp.asarray(0.6), 20_000
 
     def loss(logits, actions):
-        return table[place_of(actions)] + jnp.sum(jnp.where(actions, jnp.tanh(logits), 0.0), axis=1)
+        return table[string_index(actions)] + jnp.sum(jnp.where(actions, jnp.tanh(logits), 0.0), axis=1)
 
     # The noise of either decision is spread evenly, and the two in no relation.
     quantiles = (jnp.arange(float(count)) + 0.5) / count
@@ -188,13 +188,13 @@ def test_what_gradients_at_fixed_boundaries_leave_out_of_the_greedy_loss():
 
 def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, tables):
     needs("lab", "diffrax")
-    from experiments.laboratory.flow import Pace, descend, follow, judged
+    from experiments.laboratory.flow import DescentSteps, descend, integrate, losses_along
 
-    ground = landscape(tables.log_prob, STRINGS)
+    by_string = string_losses(tables.log_prob, STRINGS)
     keys = jax.random.key(0), jax.random.key(0), jax.random.key(1)
     field = eqx.Partial(sampled_score, returns_of(logits, tables), False)
-    pace = Pace.of(0.5, 100.0)
-    times, (one, again, other) = descend(field, ground, logits, pace, jnp.stack(keys))
+    schedule = DescentSteps.of(0.5, 100.0)
+    times, (one, again, other) = descend(field, by_string, logits, schedule, jnp.stack(keys))
     np.testing.assert_array_equal(one, again)
     np.testing.assert_array_equal(one[0], logits)
     np.testing.assert_array_equal(one[0], other[0])
@@ -202,13 +202,15 @@ def test_paths_start_together_part_by_their_keys_and_lead_downhill(logits, table
     assert float(times[-1]) == 100.0
     # As small steps along the expectation the same field is the flow of the exact gradient.
     with jax.numpy_dtype_promotion("standard"):
-        _, path = follow(eqx.Partial(expected_score, returns_of(logits, tables), STRINGS), ground, logits, 20.0)
-    _, (small,) = descend(eqx.Partial(exact, tables, STRINGS), ground, logits, Pace.of(0.02, 20.0), jnp.stack(keys[:1]))
+        _, path = integrate(eqx.Partial(expected_score, returns_of(logits, tables), STRINGS), by_string, logits, 20.0)
+    _, (small,) = descend(
+        eqx.Partial(exact, tables, STRINGS), by_string, logits, DescentSteps.of(0.02, 20.0), jnp.stack(keys[:1])
+    )
     np.testing.assert_allclose(path[-1], small[-1], rtol=0.02, atol=0.02)
-    losses, rate, greedy = judged(eqx.Partial(drawn_loss, None), ground, path)
+    losses, rate, greedy = losses_along(eqx.Partial(drawn_loss, None), by_string, path)
     assert losses[-1] < losses[0]
     assert 0.0 < float(rate) < 1.0
-    assert float(greedy) >= float(jnp.mean(ground.best))
+    assert float(greedy) >= float(jnp.mean(by_string.best))
 
 
 def test_models_share_compiled_programs():

@@ -37,9 +37,9 @@ from experiments.laboratory.gradients import without_weights
 from experiments.laboratory.greedy import at_a_point
 from experiments.laboratory.measure import _drawn_with, all_strings, measure
 from experiments.laboratory.moments import (
-    credited,
     exact_gradient,
     relaxed_moments,
+    returns_by_string,
     sample_moments,
     score_moments,
 )
@@ -158,7 +158,7 @@ def test_every_reduction_of_the_score_function_has_the_moments_of_the_formulas(l
     exact = exact_gradient(own, tables, strings)
     for (chain, centring), report in zip(CHAINS, reports, strict=True):
         single = tuple(step for step in chain if not isinstance(step, BatchCentre))
-        returns = credited(single, own, strings, tables, hidden=tables.hidden)
+        returns = returns_by_string(single, own, strings, tables, hidden=tables.hidden)
         assert_is(report, score_moments(own, strings, returns, centring=centring), exact)
     unbiased = reports[1]
     assert unbiased.scale == pytest.approx(1.0, rel=1e-4)
@@ -174,7 +174,7 @@ def test_several_samples_have_the_moments_of_the_formula(logits):
     chain = EarlyExit(), Discount(0.7)
     model, (report,) = measured(router, SELECT, [score(*chain, SampleCentre())], texts, samples=2)
     tables, strings = tabulate(Subject(model, texts), own), all_strings(2)
-    moments = sample_moments(own, strings, credited(chain, own, strings, tables), 2)
+    moments = sample_moments(own, strings, returns_by_string(chain, own, strings, tables), 2)
     np.testing.assert_allclose(2 * report.expected.reshape(2, 3)[:, 1:], moments.mean, rtol=1e-4, atol=1e-6)
     assert 4 * report.variance == pytest.approx(float(moments.variance), rel=1e-3)
 

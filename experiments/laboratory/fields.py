@@ -1,4 +1,4 @@
-"""The directions that descent follows, and the losses by which a policy is judged.
+"""The vector fields of gradient flows, and the losses of policies.
 
 Each is a function whose first arguments are bound with `equinox.Partial`, so that models of one shape share compiled programs.
 """
@@ -26,7 +26,7 @@ from experiments.laboratory.moments import (
 from experiments.laboratory.subjects import PerDecision, PerString, Strings, Subject, Tables, tabulate
 
 
-class Landscape(eqx.Module):
+class StringLosses(eqx.Module):
     """The loss of each string of each text, and the price of a boundary at every byte, which is part of these losses."""
 
     losses: Float[Array, "texts strings"]
@@ -38,7 +38,7 @@ class Landscape(eqx.Module):
         """The loss of the best string of each text."""
         return jnp.min(self.losses, axis=1)
 
-    def charge(self, logits: PerDecision) -> PerDecision:
+    def price_gradient(self, logits: PerDecision) -> PerDecision:
         """The derivative of the expected price."""
         probs = jax.nn.sigmoid(logits)
         return self.price * probs * (1.0 - probs) / logits.shape[1]
@@ -46,11 +46,11 @@ class Landscape(eqx.Module):
 
 Field = Callable[[PerDecision, PRNGKeyArray], PerDecision]
 """From logits, and a key where it is drawn, a gradient of the mean loss of each text."""
-Judge = Callable[[PerDecision, Landscape], tuple[Float[Array, ""], Float[Array, ""]]]
+PolicyLoss = Callable[[PerDecision, StringLosses], tuple[Float[Array, ""], Float[Array, ""]]]
 """The loss of a policy in nats per byte, price included, and its rate of boundaries; means over texts."""
 
 
-def landscape(log_prob: PerString, strings: Strings, rate: float = 0.3) -> Landscape:
+def string_losses(log_prob: PerString, strings: Strings, rate: float = 0.3) -> StringLosses:
     """The price is the one at which the best strings of all texts together draw boundaries at about `rate`."""
     losses = -jnp.mean(log_prob, axis=2)
     low, high = 0.0, 10.0
@@ -60,7 +60,7 @@ def landscape(log_prob: PerString, strings: Strings, rate: float = 0.3) -> Lands
         best = jnp.argmin(losses + middle * drawn, axis=1)
         low, high = (middle, high) if float(jnp.mean(drawn[best])) > rate else (low, middle)
     price = jnp.asarray(0.5 * (low + high))
-    return Landscape(losses + price * drawn, strings, price)
+    return StringLosses(losses + price * drawn, strings, price)
 
 
 def exact(tables: Tables, strings: Strings, logits: PerDecision, key: PRNGKeyArray) -> PerDecision:
@@ -107,28 +107,28 @@ def sampled_score(returns: PerString, centred: bool, logits: PerDecision, key: P
     """The score function on one drawn string for each text, with returns `centred` over texts or not."""
     probs = jax.nn.sigmoid(logits)
     actions = jax.random.bernoulli(key, probs)
-    chosen = jnp.take_along_axis(returns, place_of(actions)[:, None, None], axis=1)[:, 0]
+    chosen = jnp.take_along_axis(returns, string_index(actions)[:, None, None], axis=1)[:, 0]
     if centred:
         chosen = batch_centred(chosen, None, leave_one_out=False)
     return -(actions.astype(jnp.float32) - probs) * chosen / logits.shape[1]
 
 
-def place_of(actions: Bool[Array, "*texts decisions"]) -> Array:
+def string_index(actions: Bool[Array, "*texts decisions"]) -> Array:
     """The index of a string among all strings, from its free actions."""
     return jnp.sum(jnp.where(actions, 2 ** jnp.arange(actions.shape[-1] - 1, -1, -1), 0), axis=-1)
 
 
-def drawn_loss(subject: Subject | None, logits: PerDecision, ground: Landscape):
+def drawn_loss(subject: Subject | None, logits: PerDecision, by_string: StringLosses):
     """The loss of drawn boundaries. With a `subject` the likelihoods depend on the probabilities: its model runs."""
-    losses = ground.losses
+    losses = by_string.losses
     if subject is not None:
         log_prob = tabulate(without_weights(subject), logits).log_prob
-        losses = -jnp.mean(log_prob, axis=2) + ground.price * jnp.mean(ground.strings[:, 1:], axis=1)
-    loss = jnp.mean(jnp.sum(string_probs(logits, ground.strings) * losses, axis=1))
+        losses = -jnp.mean(log_prob, axis=2) + by_string.price * jnp.mean(by_string.strings[:, 1:], axis=1)
+    loss = jnp.mean(jnp.sum(string_probs(logits, by_string.strings) * losses, axis=1))
     return loss, jnp.mean(jax.nn.sigmoid(logits))
 
 
-def greedy_loss(subject: Subject, logits: PerDecision, ground: Landscape):
+def greedy_loss(subject: Subject, logits: PerDecision, by_string: StringLosses):
     """The loss of greedy boundaries."""
     rate = jnp.mean(logits > 0)
-    return jnp.mean(greedy_losses(subject, logits)) + ground.price * rate, rate
+    return jnp.mean(greedy_losses(subject, logits)) + by_string.price * rate, rate

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from estimators import AbstractReduction, Discount, EarlyExit
 from experiments.laboratory.fields import (
     Field,
-    Judge,
-    Landscape,
+    PolicyLoss,
+    StringLosses,
     drawn_loss,
     exact,
     exact_smooth,
@@ -31,13 +31,13 @@ from experiments.laboratory.fields import (
     greedy_chunking,
     greedy_loss,
     greedy_neighbourhood,
-    landscape,
-    place_of,
     sampled_score,
+    string_index,
+    string_losses,
 )
 from experiments.laboratory.gradients import Subjects, given_critic, linear_critic, without_weights
 from experiments.laboratory.greedy import greedy_start
-from experiments.laboratory.moments import credited
+from experiments.laboratory.moments import returns_by_string
 from experiments.laboratory.results import Flow
 from experiments.laboratory.subjects import RATE, PerDecision, PerString, Subject, tabulate, with_logits
 from unet import next_logprobs
@@ -50,14 +50,14 @@ SAVED = 25
 
 
 @dataclasses.dataclass(frozen=True)
-class Course:
-    """A flow to be followed; `against` names the one it is compared with."""
+class PlannedFlow:
+    """A flow to be integrated; `against` names the one it is compared with."""
 
     name: str
     model: str
     objective: str
     field: Field
-    judge: Judge
+    policy_loss: PolicyLoss
     against: str
 
 
@@ -73,14 +73,16 @@ def flows(subjects: Subjects, *, time: float, key: PRNGKeyArray) -> tuple[list[F
     plain, pooled = tabulate(subjects.distribute, start), tabulate(subjects.mean, start)
     strings = subjects.distribute.strings
     reference = "exact gradient"
-    courses = [
-        Course(reference, "distribute", "drawn", Partial(exact, plain, strings), Partial(drawn_loss, None), reference)
+    planned = [
+        PlannedFlow(
+            reference, "distribute", "drawn", Partial(exact, plain, strings), Partial(drawn_loss, None), reference
+        )
     ]
     for discount in (1.0, 0.99, 0.9, 0.5):
-        returns = credited((EarlyExit(), Discount(discount)), start, strings, plain)
+        returns = returns_by_string((EarlyExit(), Discount(discount)), start, strings, plain)
         field = Partial(expected_score, returns, strings)
-        courses.append(
-            Course(
+        planned.append(
+            PlannedFlow(
                 f"score function, γ = {discount:g}", "distribute", "drawn", field, Partial(drawn_loss, None), reference
             )
         )
@@ -88,50 +90,57 @@ def flows(subjects: Subjects, *, time: float, key: PRNGKeyArray) -> tuple[list[F
     flat = jax.tree.map(jnp.zeros_like, pooled)
     fields = {
         reference: Partial(exact, pooled, strings),
-        "score function, γ = 1": Partial(expected_score, credited((EarlyExit(),), start, strings, pooled), strings),
+        "score function, γ = 1": Partial(
+            expected_score, returns_by_string((EarlyExit(),), start, strings, pooled), strings
+        ),
         "straight-through Gumbel, τ = .5": Partial(expected_relaxed, pooled, strings, 0.5),
         "straight-through Bernoulli": Partial(expected_relaxed, pooled, strings, None),
         "the price alone": Partial(exact, flat, strings),
     }
-    courses += [
-        Course(name, "mean", "drawn", field, Partial(drawn_loss, None), reference) for name, field in fields.items()
+    planned += [
+        PlannedFlow(name, "mean", "drawn", field, Partial(drawn_loss, None), reference)
+        for name, field in fields.items()
     ]
-    grounds = {
-        "distribute": landscape(plain.log_prob, strings),
-        "mean": landscape(pooled.log_prob, strings),
+    tables = {
+        "distribute": string_losses(plain.log_prob, strings),
+        "mean": string_losses(pooled.log_prob, strings),
     }
     found = [
-        _read_off(course, grounds[course.model], *follow(course.field, grounds[course.model], start, time))
-        for course in courses
+        _flow_along(plan, tables[plan.model], *integrate(plan.field, tables[plan.model], start, time))
+        for plan in planned
     ]
     short = dataclasses.replace(subjects.smooth, texts=subjects.smooth.texts[:, :SMOOTH_LENGTH])
     more, found_smooth = _smooth_flows(short, time, key)
-    names = [(course.model, course.objective, course.name) for course in (*courses, *more)]
-    against = [names.index((course.model, course.objective, course.against)) for course in (*courses, *more)]
+    names = [(plan.model, plan.objective, plan.name) for plan in (*planned, *more)]
+    against = [names.index((plan.model, plan.objective, plan.against)) for plan in (*planned, *more)]
     return [*found, *found_smooth], against
 
 
-def _smooth_flows(subject: Subject, time: float, key: PRNGKeyArray) -> tuple[list[Course], list[Flow]]:
+def _smooth_flows(subject: Subject, time: float, key: PRNGKeyArray) -> tuple[list[PlannedFlow], list[Flow]]:
     """Dynamic chunking: drawn boundaries from `start_of`, greedy ones from a start where they come at the same rate."""
     unweighted = without_weights(subject)
     # With probabilities of 0 and 1 nothing is smoothed: the losses that a policy approaches as it becomes deterministic.
-    ground = landscape(certain_log_prob(unweighted), subject.strings)
+    by_string = string_losses(certain_log_prob(unweighted), subject.strings)
     reference, around = "exact gradient", "gradient averaged over s = 1"
     drawn, greedy = Partial(drawn_loss, subject), Partial(greedy_loss, unweighted)
-    courses = [
-        Course(reference, "smooth", "drawn", Partial(exact_smooth, subject), drawn, reference),
-        Course("dynamic chunking, drawn", "smooth", "drawn", Partial(expected_chunking, subject), drawn, reference),
-        Course(around, "smooth", "greedy", Partial(greedy_neighbourhood, subject, jnp.ones(()), 4), greedy, around),
-        Course("dynamic chunking, greedy", "smooth", "greedy", Partial(greedy_chunking, subject), greedy, around),
+    planned = [
+        PlannedFlow(reference, "smooth", "drawn", Partial(exact_smooth, subject), drawn, reference),
+        PlannedFlow(
+            "dynamic chunking, drawn", "smooth", "drawn", Partial(expected_chunking, subject), drawn, reference
+        ),
+        PlannedFlow(
+            around, "smooth", "greedy", Partial(greedy_neighbourhood, subject, jnp.ones(()), 4), greedy, around
+        ),
+        PlannedFlow("dynamic chunking, greedy", "smooth", "greedy", Partial(greedy_chunking, subject), greedy, around),
     ]
     start = start_of(subject)
     starts = {"drawn": start, "greedy": greedy_start(jax.random.fold_in(key, 0), start.shape)}
     # Greedy boundaries make the field jump: steps of one length, few enough to run the model at each.
-    pace, found = Pace.of(time / 300, time), []
-    for course in courses:
-        times, paths = descend(course.field, ground, starts[course.objective], pace, key[None])
-        found.append(_read_off(course, ground, times, paths[0]))
-    return courses, found
+    schedule, found = DescentSteps.of(time / 300, time), []
+    for plan in planned:
+        times, paths = descend(plan.field, by_string, starts[plan.objective], schedule, key[None])
+        found.append(_flow_along(plan, by_string, times, paths[0]))
+    return planned, found
 
 
 @eqx.filter_jit
@@ -148,13 +157,13 @@ def certain_log_prob(subject: Subject) -> PerString:
 
 
 @eqx.filter_jit
-def follow(
-    field: Field, ground: Landscape, start: PerDecision, time: float
+def integrate(
+    field: Field, by_string: StringLosses, start: PerDecision, time: float
 ) -> tuple[Float[Array, " saved"], Float[Array, "saved texts decisions"]]:
     """Integrate a smooth field with adaptive steps: times and logits, the start included."""
     unused = jax.random.key(0)
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, logits, args: -(field(logits, unused) + ground.charge(logits))),
+        diffrax.ODETerm(lambda t, logits, args: -(field(logits, unused) + by_string.price_gradient(logits))),
         diffrax.Tsit5(),
         t0=0.0,
         t1=time,
@@ -171,16 +180,16 @@ def follow(
 
 
 @dataclasses.dataclass(frozen=True)
-class Pace:
+class DescentSteps:
     """Steps of gradient descent: a learning rate, so that a step takes so much time, and the steps between points kept."""
 
     rate: float
     steps: int
 
     @staticmethod
-    def of(rate: float, time: float) -> Pace:
+    def of(rate: float, time: float) -> DescentSteps:
         """For about so much time."""
-        return Pace(rate, max(1, round(time / rate / SAVED)))
+        return DescentSteps(rate, max(1, round(time / rate / SAVED)))
 
     @property
     def times(self) -> Float[Array, " saved"]:
@@ -189,16 +198,18 @@ class Pace:
 
 
 def descend(
-    field: Field, ground: Landscape, start: PerDecision, pace: Pace, keys: Key[Array, " paths"]
+    field: Field, by_string: StringLosses, start: PerDecision, schedule: DescentSteps, keys: Key[Array, " paths"]
 ) -> tuple[Float[Array, " saved"], Float[Array, "paths saved texts decisions"]]:
     """Gradient descent, once for every key: times and logits, the start included."""
-    return pace.times, _descended(field, ground, start, jnp.asarray(pace.rate), jnp.asarray(pace.steps), keys)
+    return schedule.times, _descended(
+        field, by_string, start, jnp.asarray(schedule.rate), jnp.asarray(schedule.steps), keys
+    )
 
 
 @eqx.filter_jit
 def _descended(
     field: Field,
-    ground: Landscape,
+    by_string: StringLosses,
     start: PerDecision,
     rate: Float[Array, ""],
     steps: Int[Array, ""],
@@ -206,37 +217,40 @@ def _descended(
 ) -> Float[Array, "paths saved texts decisions"]:
     def path(key: PRNGKeyArray) -> Float[Array, "saved texts decisions"]:
         def step(number: Array, logits: PerDecision) -> PerDecision:
-            return logits - rate * (field(logits, jax.random.fold_in(key, number)) + ground.charge(logits))
+            return logits - rate * (field(logits, jax.random.fold_in(key, number)) + by_string.price_gradient(logits))
 
-        def stretch(logits: Array, begin: Array) -> tuple[Array, Array]:
+        def segment(logits: Array, begin: Array) -> tuple[Array, Array]:
             logits = jax.lax.fori_loop(begin, begin + steps, step, logits)
             return logits, logits
 
-        return jnp.concatenate([start[None], jax.lax.scan(stretch, start, steps * jnp.arange(SAVED))[1]])
+        return jnp.concatenate([start[None], jax.lax.scan(segment, start, steps * jnp.arange(SAVED))[1]])
 
     return jax.vmap(path)(keys)
 
 
 @eqx.filter_jit
-def judged(
-    judge: Judge, ground: Landscape, path: Float[Array, "saved texts decisions"]
+def losses_along(
+    policy_loss: PolicyLoss, by_string: StringLosses, path: Float[Array, "saved texts decisions"]
 ) -> tuple[Float[Array, " saved"], Float[Array, ""], Float[Array, ""]]:
-    """The losses along a path, the rate at its end, and the loss of the greedy string there as `Landscape` has it."""
-    losses, rates = jax.lax.map(lambda logits: judge(logits, ground), path)
-    greedy = jnp.take_along_axis(ground.losses, place_of(path[-1] > 0)[:, None], axis=1)
+    """The losses along a path, the rate at its end, and the loss of the greedy string there as `StringLosses` has it."""
+    losses, rates = jax.lax.map(lambda logits: policy_loss(logits, by_string), path)
+    greedy = jnp.take_along_axis(by_string.losses, string_index(path[-1] > 0)[:, None], axis=1)
     return losses, rates[-1], jnp.mean(greedy)
 
 
-def _read_off(
-    course: Course, ground: Landscape, times: Float[Array, " saved"], path: Float[Array, "saved texts decisions"]
+def _flow_along(
+    plan: PlannedFlow,
+    by_string: StringLosses,
+    times: Float[Array, " saved"],
+    path: Float[Array, "saved texts decisions"],
 ) -> Flow:
     """A trajectory's losses, and how good the policy at its end is."""
-    losses, rate, greedy = judged(course.judge, ground, path)
-    curve, best = np.asarray(losses).tolist(), float(jnp.mean(ground.best))
+    losses, rate, greedy = losses_along(plan.policy_loss, by_string, path)
+    curve, best = np.asarray(losses).tolist(), float(jnp.mean(by_string.best))
     return Flow(
-        name=course.name,
-        model=course.model,
-        objective=course.objective,
+        name=plan.name,
+        model=plan.model,
+        objective=plan.objective,
         times=tuple(np.asarray(times).tolist()),
         losses=tuple(curve),
         start=curve[0],
@@ -248,19 +262,19 @@ def _read_off(
     )
 
 
-def noisy_flows(
+def stochastic_flows(
     subject: Subject, *, time: float, rates: Sequence[float], paths: int, key: PRNGKeyArray
 ) -> tuple[list[Flow], list[int]]:
     """Stochastic gradient descent on drawn boundaries at some learning rates, means over so many `paths`; as `flows`."""
     start = start_of(subject)
     plain, strings = tabulate(subject, start), subject.strings
-    ground = landscape(plain.log_prob, strings)
+    by_string = string_losses(plain.log_prob, strings)
 
     def field(*reductions: AbstractReduction, centred: bool = False, hidden: Array | None = None) -> Field:
-        return Partial(sampled_score, credited(reductions, start, strings, plain, hidden=hidden), centred)
+        return Partial(sampled_score, returns_by_string(reductions, start, strings, plain, hidden=hidden), centred)
 
     exit, far = EarlyExit(), Discount(0.99)
-    critic = linear_critic(start, plain, strings, credited((exit, far), start, strings, plain))
+    critic = linear_critic(start, plain, strings, returns_by_string((exit, far), start, strings, plain))
     paper = "early exit, γ = .99, batch centring"
     fields = {
         "nothing": field(),
@@ -274,9 +288,9 @@ def noisy_flows(
         against += [len(found) + list(fields).index(paper)] * len(fields)
         for number, (name, field) in enumerate(fields.items()):
             keys = jax.random.split(jax.random.fold_in(key, number), paths)
-            course = Course(f"{name}, η = {rate:g}", "distribute", "drawn", field, Partial(drawn_loss, None), paper)
-            times, trajectories = descend(field, ground, start, Pace.of(rate, time), keys)
-            found.append(_mean_flow([_read_off(course, ground, times, path) for path in trajectories]))
+            plan = PlannedFlow(f"{name}, η = {rate:g}", "distribute", "drawn", field, Partial(drawn_loss, None), paper)
+            times, trajectories = descend(field, by_string, start, DescentSteps.of(rate, time), keys)
+            found.append(_mean_flow([_flow_along(plan, by_string, times, path) for path in trajectories]))
     return found, against
 
 

@@ -16,12 +16,12 @@ from estimators import AbstractReduction, Critic, Discount, EarlyExit, Generalis
 from experiments.laboratory.greedy import at_a_point, neighbourhood
 from experiments.laboratory.moments import (
     Moments,
-    credited,
     disarm_moments,
     exact_gradient,
     moments_of,
     pathwise,
     relaxed_moments,
+    returns_by_string,
     sample_moments,
     score_moments,
     score_of,
@@ -88,14 +88,14 @@ def findings(subjects: Subjects, logits: PerDecision, greedy_logits: PerDecision
 def score_functions(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
     """The score function with sets of variance reductions, on-policy and off-policy, and DisARM; each with its cost."""
     exit, far = EarlyExit(), Discount(0.99)
-    critic = linear_critic(logits, tables, strings, credited((exit, far), logits, strings, tables))
+    critic = linear_critic(logits, tables, strings, returns_by_string((exit, far), logits, strings, tables))
 
     def moments(*reductions: AbstractReduction, centring: str = "none") -> Moments:
-        returns = credited(reductions, logits, strings, tables, hidden=critic[..., None])
+        returns = returns_by_string(reductions, logits, strings, tables, hidden=critic[..., None])
         return score_moments(logits, strings, returns, centring=centring)
 
     def several(samples: int) -> Moments:
-        return sample_moments(logits, strings, credited((exit, far), logits, strings, tables), samples)
+        return sample_moments(logits, strings, returns_by_string((exit, far), logits, strings, tables), samples)
 
     def advantage(decay: float) -> Moments:
         step = eqx.tree_at(lambda g: g.critic, GeneralisedAdvantage(1, 0.99, decay), given_critic())
@@ -134,7 +134,9 @@ def score_functions(logits: PerDecision, tables: Tables, strings: Strings) -> li
 
 def off_policy(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
     """Boundaries drawn at a fixed rate, their rewards weighted with every clip, without and with a baseline."""
-    critic = linear_critic(logits, tables, strings, credited((EarlyExit(),), logits, strings, tables))[..., None]
+    critic = linear_critic(logits, tables, strings, returns_by_string((EarlyExit(),), logits, strings, tables))[
+        ..., None
+    ]
     found = []
     for rate in (0.2, 0.5):
         behaviour = jnp.full_like(logits, jax.scipy.special.logit(rate))
@@ -142,7 +144,7 @@ def off_policy(logits: PerDecision, tables: Tables, strings: Strings) -> list[tu
             bound = "not clipped" if clip is None else f"clipped at {clip:g}"
             plain = EarlyExit(), ImportanceWeight(clip)
             for reductions, addition in ((plain, ""), ((*plain, given_critic()), ", linear critic")):
-                returns = credited(reductions, logits, strings, tables, behaviour=behaviour, hidden=critic)
+                returns = returns_by_string(reductions, logits, strings, tables, behaviour=behaviour, hidden=critic)
                 moments = moments_of(score_of(logits, strings) * returns, behaviour, strings)
                 found.append((f"early exit, drawn at rate {rate:g}, {bound}{addition}", moments, 1.0))
     return found
@@ -168,7 +170,7 @@ def _chunking(subject: Subject, logits: PerDecision, strings: Strings) -> list[F
     weighted = tabulate(subject, logits)
     unweighted = tabulate(without_weights(subject), logits)
     exact = exact_gradient(logits, unweighted, strings)
-    early = credited((EarlyExit(),), logits, strings, unweighted)
+    early = returns_by_string((EarlyExit(),), logits, strings, unweighted)
     whole = score_of(logits, strings) * early + pathwise(logits, unweighted)
     tried = [
         *_on_policy(logits, unweighted, strings),
@@ -221,8 +223,8 @@ def linear_critic(logits: PerDecision, tables: Tables, strings: Strings, returns
 
 def _on_policy(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
     """The paper's estimator and the unbiased one, for comparison."""
-    early = credited((EarlyExit(),), logits, strings, tables)
-    far = credited((EarlyExit(), Discount(0.99)), logits, strings, tables)
+    early = returns_by_string((EarlyExit(),), logits, strings, tables)
+    far = returns_by_string((EarlyExit(), Discount(0.99)), logits, strings, tables)
     return [
         (PAPER, score_moments(logits, strings, far, centring="batch"), 1.0),
         ("score function: early exit", score_moments(logits, strings, early), 1.0),

@@ -67,7 +67,7 @@ def exact_gradient(logits: PerDecision, tables: Tables, strings: Strings) -> Per
 
 
 @eqx.filter_jit
-def credited(
+def returns_by_string(
     reductions: tuple[AbstractReduction, ...],
     logits: PerDecision,
     strings: Strings,
