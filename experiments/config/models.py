@@ -30,11 +30,16 @@ def is_published(where: str) -> bool:
 
 
 def _is_published_config(path: Path) -> bool:
-    try:
-        found = read_json(path)
-    except (LoadError, OSError):
-        return False
+    found = _config(path)
     return is_blt(found) or is_decoder(found) or "arch_layout" in found
+
+
+def _config(path: Path) -> dict[str, object]:
+    """What a JSON file says; nothing where there is none that can be read."""
+    try:
+        return read_json(path)
+    except (LoadError, OSError):
+        return {}
 
 
 def load_any(where: str, plugins: Sequence[ModuleType] = ()) -> Loaded:
@@ -42,9 +47,9 @@ def load_any(where: str, plugins: Sequence[ModuleType] = ()) -> Loaded:
     settings of a run. `plugins` are modules whose classes it may hold. Raises `LoadError` and `ConfigError`."""
     path = Path(where)
     file = path / WEIGHTS if path.is_dir() else path
-    # A file of our name is ours, however damaged, and so is a folder with a configuration, such as a run that is not finished;
-    # unless that is a published one. A path that leads nowhere was mistyped.
-    here = (file.name == WEIGHTS and file.is_file()) or (path / CONFIG).is_file()
+    # A file of our name is ours, however damaged, and so is an unfinished run; unless there is a published configuration in the
+    # folder. A path that leads nowhere was mistyped.
+    here = (file.name == WEIGHTS and file.is_file()) or "estimator" in _config(path / CONFIG)
     ours = not is_published(where) and (here or not path.exists())
     if where.startswith("hub:") or ours or describes_itself(file):
         return load_model(where, plugins)
