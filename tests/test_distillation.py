@@ -187,7 +187,7 @@ def test_alignment_teaches_boundaries_and_embeddings(teacher, student):
         return eqx.apply_updates(params, updates), moments, output
 
     moments, outputs = adam.init(params), []
-    for _ in range(60):
+    for _ in range(120):
         params, moments, output = step(params, moments)
         outputs.append(output)
     first, last = outputs[0], outputs[-1]
