@@ -101,12 +101,12 @@ def flows(subjects: Subjects, *, time: float, key: PRNGKeyArray) -> tuple[list[F
         PlannedFlow(name, "mean", "drawn", field, Partial(drawn_loss, None), reference)
         for name, field in fields.items()
     ]
-    tables = {
+    by_model = {
         "distribute": string_losses(plain.log_prob, strings),
         "mean": string_losses(pooled.log_prob, strings),
     }
     found = [
-        _flow_along(plan, tables[plan.model], *integrate(plan.field, tables[plan.model], start, time))
+        _flow_along(plan, by_model[plan.model], *integrate(plan.field, by_model[plan.model], start, time))
         for plan in planned
     ]
     short = dataclasses.replace(subjects.smooth, texts=subjects.smooth.texts[:, :SMOOTH_LENGTH])

@@ -134,9 +134,8 @@ def score_functions(logits: PerDecision, tables: Tables, strings: Strings) -> li
 
 def off_policy(logits: PerDecision, tables: Tables, strings: Strings) -> list[tuple[str, Moments, float]]:
     """Boundaries drawn at a fixed rate, their rewards weighted with every clip, without and with a baseline."""
-    critic = linear_critic(logits, tables, strings, returns_by_string((EarlyExit(),), logits, strings, tables))[
-        ..., None
-    ]
+    early = returns_by_string((EarlyExit(),), logits, strings, tables)
+    critic = linear_critic(logits, tables, strings, early)[..., None]
     found = []
     for rate in (0.2, 0.5):
         behaviour = jnp.full_like(logits, jax.scipy.special.logit(rate))
