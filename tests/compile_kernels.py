@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from estimators.base import Limits
 from experiments.benchmark.deviceless import TARGETS, compile_for, mesh_of, optimized_hlo
 from unet.ops import boundary_scan, downsample, smooth, upsample
+from unet.ops.gating import gated
+from unet.ops.norms import add_rms_norm, rms_norm
 
 BATCH, LENGTH, TOKENS = 2, 64, 24
 
@@ -31,6 +33,22 @@ def average(hidden, actions):
     return out, back(out)
 
 
+def norms(hidden, scale):
+    def block(hidden, scale):
+        return rms_norm(add_rms_norm(hidden, hidden, scale, 1e-6), scale, 1e-6)
+
+    out, back = jax.vjp(block, hidden, scale)
+    return out, back(out)
+
+
+def gates(hidden):
+    def both(hidden):
+        return gated(hidden, "gelu"), gated(hidden, "silu")
+
+    out, back = jax.vjp(both, hidden)
+    return out, back(out)
+
+
 def limited_scan(projections, uniforms, least, most, size):
     return boundary_scan(projections, uniforms, None, 6.0, Limits(least, most, True, size))
 
@@ -46,6 +64,14 @@ def main(target):
     sizes = shape(BATCH, LENGTH, dtype=jnp.int32)
     scanned = shape(BATCH, LENGTH, 5), shape(BATCH, LENGTH)
     report(mesh, "limited_scan", limited_scan, *scanned, sizes, sizes, shape(BATCH, dtype=jnp.int32))
+    for dim in (384, 512, 768, 2048):
+        for dtype in (jnp.bfloat16, jnp.float32):
+            report(
+                mesh, f"norms-{dim}-{jnp.dtype(dtype).name}", norms, shape(BATCH, LENGTH, dim, dtype=dtype), shape(dim)
+            )
+    for dim in (384, 3072):
+        for dtype in (jnp.bfloat16, jnp.float32):
+            report(mesh, f"gates-{dim}-{jnp.dtype(dtype).name}", gates, shape(BATCH, LENGTH, 2 * dim, dtype=dtype))
     for op in (down, up, average):
         for dim in (384, 512, 768, 1024):
             for dtype in (jnp.bfloat16, jnp.float32):

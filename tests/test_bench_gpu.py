@@ -69,7 +69,7 @@ def positive(result, *names):
 def test_kernels_are_compared_with_xla_in_value_gradient_and_time(small, corpus):
     found = heard("kernels", corpus)
     assert not found.without
-    assert len(found.done) == 7
+    assert len(found.done) == 10
     for result in found.done.values():
         assert result["agrees"]
         assert positive(result, "ms", "XLA, ms", "times XLA's speed")
@@ -116,7 +116,7 @@ def test_steps_are_timed_alone_where_the_first_could_not_be(small, corpus, monke
 
 def test_steps_generation_a_profile_and_capacities_are_measured(small, corpus, monkeypatch):
     switches = list(models.SWITCHES.items())
-    assert [name for name, _ in switches[2:]] == ["attention in XLA", "ragged operations in XLA"]
+    assert [name for name, _ in switches[2:]] == ["attention in XLA", "own kernels in XLA"]
     monkeypatch.setattr(models, "SWITCHES", dict(switches[:2]))
     steps = heard("step of tiny", corpus)
     assert not steps.without

@@ -186,7 +186,7 @@ class BlockContext(eqx.Module):
     For attention, `rotary` is the position embedding, and `visibility` says which of these positions see which; it is None in
     decoding once there are KV caches to attend to as well. For stacks that attend to tokens, `tokens` are the unfolded tokens
     of the inner level. Matrix products use the dtype `compute`. Mixtures of experts drop choices and report losses only in
-    `training`.
+    `training`. `implementation` is that of norms and gates.
     """
 
     layout: Layout
@@ -195,6 +195,7 @@ class BlockContext(eqx.Module):
     tokens: VisibleTokens | None = None
     compute: str = eqx.field(static=True, default="float32")
     training: bool = eqx.field(static=True, default=False)
+    implementation: Implementation | None = eqx.field(static=True, default=None)
 
 
 class LayerOutput(eqx.Module):

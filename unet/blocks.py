@@ -32,6 +32,7 @@ from unet.layers import (
     SwiGLU,
     with_fields,
 )
+from unet.ops.mosaic import Implementation
 from unet.tensor import shared
 
 Attends = Literal["none", "first", "every"]
@@ -85,9 +86,11 @@ class Block(AbstractBlock):
     def __call__(
         self, x: Float[Array, "batch length dim"], context: BlockContext, state: PyTree[Array] = None
     ) -> LayerOutput:
-        mixed = self.attention(self.before_attention(x), context, state)
-        x = x + self.after_attention(mixed.hidden)
-        return LayerOutput(x + self.after_mlp(self.mlp(self.before_mlp(x))), mixed.update)
+        way = context.implementation
+        x, inputs = self.before_attention.beside(x, way)
+        mixed = self.attention(inputs, context, state)
+        x, inputs = self.before_mlp.beside(self.after_attention.added_to(x, mixed.hidden, way), way)
+        return LayerOutput(self.after_mlp.added_to(x, self.mlp(inputs, way), way), mixed.update)
 
 
 class PreNorm(AbstractBlock):
@@ -126,15 +129,17 @@ class PreNorm(AbstractBlock):
     def __call__(
         self, x: Float[Array, "batch length dim"], context: BlockContext, state: PyTree[Array] = None
     ) -> LayerOutput:
-        mixed = self.mixer(self.before_mixer(x).astype(context.compute), context, state)
+        x, inputs = self.before_mixer.beside(x, context.implementation, context.compute)
+        mixed = self.mixer(inputs, context, state)
         x = x + mixed.hidden.astype(x.dtype)
         if self.mlp is None or self.before_mlp is None:
             return LayerOutput(x, mixed.update)
-        inputs = self.before_mlp(x).astype(context.compute)
-        if not isinstance(self.mlp, Experts):
-            return LayerOutput(x + self.mlp(inputs).astype(x.dtype), mixed.update)
-        chosen = self.mlp(inputs, context.layout.mask, training=context.training)
-        return LayerOutput(x + chosen.hidden.astype(x.dtype), mixed.update, chosen.loss)
+        x, inputs = self.before_mlp.beside(x, context.implementation, context.compute)
+        if isinstance(self.mlp, Experts):
+            chosen = self.mlp(inputs, context.layout.mask, training=context.training)
+            return LayerOutput(x + chosen.hidden.astype(x.dtype), mixed.update, chosen.loss)
+        hidden = self.mlp(inputs, context.implementation) if isinstance(self.mlp, SwiGLU) else self.mlp(inputs)
+        return LayerOutput(x + hidden.astype(x.dtype), mixed.update)
 
 
 class Attending(AbstractBlock):
@@ -208,6 +213,7 @@ class Stack(eqx.Module):
     rotary_base: float = eqx.field(static=True, default=ROTARY_BASE)
     attention: AttentionForm = eqx.field(static=True, default="auto")
     rotary_scaling: RotaryScaling | None = eqx.field(static=True, default=None)
+    implementation: Implementation | None = eqx.field(static=True, default=None)
 
     def __init__(
         self,
@@ -220,10 +226,12 @@ class Stack(eqx.Module):
         rotary_base: float = ROTARY_BASE,
         attention: AttentionForm = "auto",
         rotary_scaling: RotaryScaling | None = None,
+        implementation: Implementation | None = None,
     ):
         """`window`: how many positions attention sees, its own included; None for all before it. `rotary_base` and
-        `rotary_scaling`: see `Rotary`. `attention`: its form, see `AttentionForm`. Raises `ValueError` for a window below 1, for
-        blocks with different `rotary_dim`, and for `Attending` blocks without `unfold`."""
+        `rotary_scaling`: see `Rotary`. `attention`: its form, see `AttentionForm`. `implementation`: that of norms and gates.
+        Raises `ValueError` for a window below 1, for blocks with different `rotary_dim`, and for `Attending` blocks without
+        `unfold`."""
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1, the position itself; got {window}")
         rotary_dims = {block.rotary_dim for block in blocks} - {None}
@@ -234,11 +242,16 @@ class Stack(eqx.Module):
         self.blocks = tuple(blocks)
         self.window, self.remat, self.norm, self.unfold = window, remat, norm, unfold
         self.rotary_base, self.attention, self.rotary_scaling = rotary_base, attention, rotary_scaling
+        self.implementation = implementation
 
-    def computed(self, *, remat: bool, attention: AttentionForm | None = None) -> Stack:
-        """The same stack with or without recomputation in the backward pass, and with another form of attention if one is
-        given."""
-        return with_fields(self, remat=remat, attention=self.attention if attention is None else attention)
+    def computed(
+        self, *, remat: bool, attention: AttentionForm | None = None, implementation: Implementation | None = None
+    ) -> Stack:
+        """The same stack with or without recomputation in the backward pass, and with another form of attention and another
+        implementation of norms and gates if they are given."""
+        attention = self.attention if attention is None else attention
+        implementation = self.implementation if implementation is None else implementation
+        return with_fields(self, remat=remat, attention=attention, implementation=implementation)
 
     def with_blocks(self, blocks: Sequence[AbstractBlock]) -> Stack:
         """The same stack with others in the place of its blocks."""
@@ -298,7 +311,7 @@ class Stack(eqx.Module):
                     "the stack would attend to tokens, but there are none: it must be the decoder of a Hierarchy"
                 )
             unfolded = tokens.replaced(self.unfold(tokens.outputs))
-        return BlockContext(layout, rotary, visibility, unfolded, str(x.dtype), training)
+        return BlockContext(layout, rotary, visibility, unfolded, str(x.dtype), training, self.implementation)
 
 
 def attending(
@@ -335,6 +348,7 @@ def attending(
         rotary_base=stack.rotary_base,
         attention=stack.attention,
         rotary_scaling=stack.rotary_scaling,
+        implementation=stack.implementation,
     )
 
 
@@ -347,21 +361,26 @@ def transformer(
     window: int | None,
     remat: bool = False,
     attention: AttentionForm = "auto",
+    implementation: Implementation | None = None,
     key: PRNGKeyArray,
 ) -> Stack:
     """A stack of Gemma-2 blocks without a final norm."""
     keys = jax.random.split(key, layers) if layers else ()
     blocks = [Block(dim, heads, mlp_dim, key=k) for k in keys]
-    return Stack(blocks, window=window, remat=remat, attention=attention)
+    return Stack(blocks, window=window, remat=remat, attention=attention, implementation=implementation)
 
 
 Tree = TypeVar("Tree", bound=PyTree)
 
 
-def computed(tree: Tree, *, remat: bool, attention: AttentionForm | None = None) -> Tree:
+def computed(
+    tree: Tree, *, remat: bool, attention: AttentionForm | None = None, implementation: Implementation | None = None
+) -> Tree:
     """The same tree of modules with all its stacks `computed` in this way."""
-    return jax.tree.map(
-        lambda node: node.computed(remat=remat, attention=attention) if isinstance(node, Stack) else node,
-        tree,
-        is_leaf=lambda node: isinstance(node, Stack),
-    )
+
+    def changed(node: PyTree) -> PyTree:
+        if not isinstance(node, Stack):
+            return node
+        return node.computed(remat=remat, attention=attention, implementation=implementation)
+
+    return jax.tree.map(changed, tree, is_leaf=lambda node: isinstance(node, Stack))

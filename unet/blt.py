@@ -186,6 +186,7 @@ class BLTConfig(AbstractShape):
             window=self.windows[network] or None,
             remat=self.always_remat,
             attention=self.attention_form,
+            implementation=self.implementation,
             norm=ScaleNorm(dim, epsilon) if last else None,
             rotary_base=self.rotary_bases[network],
         )

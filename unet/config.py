@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,9 +50,9 @@ class AbstractShape(ABC):
     memory: Annotated[float, Within(MARGIN, 2.0**20)] | None = None
     """GiB that a training step may take on each device, for --unet.remat auto; by default what the device has."""
     implementation: Implementation | None = None
-    """Implementation of the ragged operations: kernels on CUDA and XLA elsewhere (None), always `xla`, always `pallas` kernels,
-    `interpret`, which emulates the kernels on the host, slowly, or `native`: XLA with JAX's own derivatives, so that the loss
-    can be differentiated more than once and in forward mode."""
+    """Implementation of the ragged operations, of norms and of gated MLPs: kernels on CUDA and XLA elsewhere (None), always
+    `xla`, always `pallas` kernels, `interpret`, which emulates the kernels on the host, slowly, or `native`: XLA with JAX's own
+    derivatives, so that the loss can be differentiated more than once and in forward mode."""
 
     attention: AttentionForm = "auto"
     """Implementation of self-attention: the fused kernels of tokamax on CUDA where they can run and XLA elsewhere (`auto`),
@@ -169,12 +170,13 @@ class UNetConfig(AbstractShape):
         """
         if len(estimators) > 1:
             raise ValueError(f"this shape has one token level; got {len(estimators)} estimators")
-        dim, heads, form = self.dim, self.heads, self.attention_form
+        dim, heads = self.dim, self.heads
+        network = functools.partial(
+            transformer, remat=self.always_remat, attention=self.attention_form, implementation=self.implementation
+        )
 
         def byte_level(layers: int, key: PRNGKeyArray) -> Stack:
-            return transformer(
-                layers, dim, heads, dim, window=self.window, remat=self.always_remat, attention=form, key=key
-            )
+            return network(layers, dim, heads, dim, window=self.window, key=key)
 
         if not estimators:
             stage = Flat(byte_level(self.encoder_layers + self.decoder_layers, named_key(key, "encoder")))
@@ -187,16 +189,7 @@ class UNetConfig(AbstractShape):
                 vectors=self.attend_vectors,
                 key=named_key(key, "attention to tokens"),
             )
-            main = transformer(
-                self.main_layers,
-                dim,
-                heads,
-                4 * dim,
-                window=None,
-                remat=self.always_remat,
-                attention=form,
-                key=named_key(key, "main"),
-            )
+            main = network(self.main_layers, dim, heads, 4 * dim, window=None, key=named_key(key, "main"))
             stage = Hierarchy(
                 byte_level(self.encoder_layers, named_key(key, "encoder")),
                 estimators[0],

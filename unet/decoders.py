@@ -98,6 +98,7 @@ class LlamaConfig(AbstractDecoderShape):
             norm=ScaleNorm(self.dim, self.epsilon),
             rotary_base=self.rotary_base,
             attention=self.attention_form,
+            implementation=self.implementation,
             rotary_scaling=self.rotary_scaling,
         )
         return Parts(self._embedding(vocab, key), Flat(stack), None, self._head(vocab, key))
@@ -124,6 +125,7 @@ class GPT2Config(AbstractDecoderShape):
             remat=self.always_remat,
             norm=LayerNorm(self.dim, self.epsilon),
             attention=self.attention_form,
+            implementation=self.implementation,
         )
         table = STD * jax.random.normal(named_key(key, "positions"), (self.positions, self.dim), jnp.float32)
         stage = Positioned(table, Flat(stack))

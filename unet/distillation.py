@@ -82,7 +82,8 @@ def distilled(
     dim = student.embedding.shape[1]
     if stage.estimator.chunker.token_dim(dim) != dim or stage.decoder.unfold is not None:
         raise ValueError("tokens must be as wide as bytes, and come back to them without attention")
-    main = Adapted(dim, computed(teacher.stage, remat=remat, attention=attention), teacher.dim, hidden, key=key)
+    layers = computed(teacher.stage, remat=remat, attention=attention, implementation=stage.implementation)
+    main = Adapted(dim, layers, teacher.dim, hidden, key=key)
     size = jnp.sqrt(jnp.mean(jnp.square(teacher.embedding.astype(jnp.float32))))
     main = eqx.tree_at(lambda one: one.enter.direct.weight, main, replace_fn=lambda weight: weight * size)
     student = with_token_embeddings(student, teacher)

@@ -250,6 +250,7 @@ class HNetConfig(AbstractShape):
             remat=self.always_remat,
             norm=norm,
             attention=self.attention_form,
+            implementation=self.implementation,
         )
 
     def _block(self, letter: str, stage: int, residuals: int, key: PRNGKeyArray) -> PreNorm:

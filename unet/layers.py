@@ -10,7 +10,11 @@ from typing import TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+
+from unet.ops.gating import gated
+from unet.ops.mosaic import Implementation
+from unet.ops.norms import Normed, add_rms_norm, rms_norm, unit_rms
 
 ROTARY_BASE = 10_000.0
 """Default base of rotary embeddings."""
@@ -68,12 +72,6 @@ class Affine(eqx.Module):
         return x @ self.weight.astype(x.dtype) + self.bias.astype(x.dtype)
 
 
-def unit_rms(x: Float[Array, "*shape dim"], epsilon: float) -> Float[Array, "*shape dim"]:
-    r"""$x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$, in float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-
-
 class RMSNorm(eqx.Module):
     r"""$y = (1 + g)\,x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$, computed in float32 and returned in the input's dtype."""
 
@@ -86,6 +84,19 @@ class RMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
         return (unit_rms(x, self.epsilon) * (1.0 + self.weight)).astype(x.dtype)
+
+    def beside(self, x: Float[Array, "*shape dim"], implementation: Implementation | None) -> Normed:
+        """x and its norm, for a block that adds to x; see `rms_norm`."""
+        return rms_norm(x, 1.0 + self.weight, self.epsilon, implementation=implementation)
+
+    def added_to(
+        self,
+        residual: Float[Array, "*shape dim"],
+        x: Float[Array, "*shape dim"],
+        implementation: Implementation | None,
+    ) -> Float[Array, "*shape dim"]:
+        """The residual plus the norm of x; see `add_rms_norm`."""
+        return add_rms_norm(residual, x, 1.0 + self.weight, self.epsilon, implementation=implementation)
 
 
 class ScaleNorm(eqx.Module):
@@ -101,6 +112,12 @@ class ScaleNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
         return (unit_rms(x, self.epsilon) * self.weight.astype(jnp.float32)).astype(x.dtype)
+
+    def beside(
+        self, x: Float[Array, "*shape dim"], implementation: Implementation | None, dtype: DTypeLike | None = None
+    ) -> Normed:
+        """x and its norm in `dtype` (None: that of x), for a block that adds to x; see `rms_norm`."""
+        return rms_norm(x, self.weight, self.epsilon, dtype=dtype, implementation=implementation)
 
 
 class LayerNorm(eqx.Module):
@@ -120,6 +137,13 @@ class LayerNorm(eqx.Module):
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         scaled = unit_rms(centred, self.epsilon) * self.weight.astype(jnp.float32)
         return (scaled + self.bias.astype(jnp.float32)).astype(x.dtype)
+
+    def beside(
+        self, x: Float[Array, "*shape dim"], implementation: Implementation | None, dtype: DTypeLike | None = None
+    ) -> Normed:
+        """x and its norm in `dtype` (None: that of x), as of `ScaleNorm`, but always in XLA."""
+        normed = self(x)
+        return Normed(x, normed if dtype is None else normed.astype(dtype))
 
 
 def for_all_heads(shared: Float[Array, "*shape"], heads: int, axis: int) -> Float[Array, "*repeated"]:
@@ -200,9 +224,11 @@ class GeGLU(eqx.Module):
         self.gate_up = Linear(dim, 2 * hidden, key=key_in)
         self.down = Linear(hidden, dim, key=key_out)
 
-    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.gelu(gate, approximate=True) * up)
+    def __call__(
+        self, x: Float[Array, "*shape dim"], implementation: Implementation | None = "native"
+    ) -> Float[Array, "*shape dim"]:
+        """`implementation`: that of the gating."""
+        return self.down(gated(self.gate_up(x), "gelu", implementation=implementation))
 
 
 class SwiGLU(eqx.Module):
@@ -217,9 +243,11 @@ class SwiGLU(eqx.Module):
         self.value_gate = Linear(dim, 2 * hidden, key=key_in)
         self.out = Linear(hidden, dim if outputs is None else outputs, key=key_out)
 
-    def __call__(self, x: Float[Array, "*shape dim"]) -> Float[Array, "*shape outputs"]:
-        value, gate = jnp.split(self.value_gate(x), 2, axis=-1)
-        return self.out(value * jax.nn.silu(gate))
+    def __call__(
+        self, x: Float[Array, "*shape dim"], implementation: Implementation | None = "native"
+    ) -> Float[Array, "*shape outputs"]:
+        """`implementation`: that of the gating."""
+        return self.out(gated(self.value_gate(x), "silu", implementation=implementation))
 
 
 class MLP(eqx.Module):

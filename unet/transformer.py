@@ -67,6 +67,7 @@ class TransformerConfig(AbstractShape):
             window=self.attention_window or None,
             remat=self.always_remat,
             attention=self.attention_form,
+            implementation=self.implementation,
             key=named_key(key, "main"),
         )
         embedding = jax.random.normal(named_key(key, "embedding"), (vocab, self.dim), jnp.float32)

@@ -33,9 +33,9 @@ CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/m
 USABLE = 0.9
 """Share of the memory that is planned with. The rest is for what is not counted: buffers within a block, gaps between arrays."""
 
-KEPT = 0.75
-"""Share of the counted arrays that a compiled step holds at most, since the compiler fuses some of them into their users: 0.46 to
-0.51 were measured for GPUs, and up to 0.77, the gradients among them, on a CPU."""
+KEPT = 1.1
+"""What a compiled step holds at most beside parameters, moments and gradients, as a share of the counted arrays: the compiler
+computes some of them again, and keeps what is not counted. 0.70 and 0.90 were measured for GPUs, up to 1.09 on a CPU."""
 
 COPIES = 4
 """float32 arrays as large as the parameters: these, their gradient, and two moments."""
@@ -118,8 +118,8 @@ def machine_memory() -> int | None:
 
 
 def activation_bytes(model: UNet, shape: tuple[int, int], capacities: Sequence[int], samples: int = 1) -> int:
-    """Bytes of the arrays that the backward pass of a loss on a batch of this `shape` needs from its forward pass: `KEPT` of
-    those that it takes as inputs. Nothing is computed here."""
+    """Bytes that the backward pass of a loss on a batch of this `shape` needs from its forward pass: `KEPT` times those of the
+    arrays that it takes as inputs. Nothing is computed here."""
     params, static = eqx.partition(model, has_gradient)
 
     def backward(params: PyTree[Array], bytes: Array, key: Array) -> PyTree[Array]:

@@ -1,4 +1,4 @@
-"""Ragged operations with static shapes, one per file; the XLA implementation defines each."""
+"""Operations that have kernels: ragged ones with static shapes, norms and gates. The XLA implementation defines each."""
 
 from unet.ops.boundary_scan import boundary_scan
 from unet.ops.downsample import downsample

@@ -21,12 +21,14 @@ from experiments.config.settings import RunConfig, transformer_shape
 from unet import UNetConfig, fused_attention
 from unet.attention import Visibility, attend
 from unet.ops import boundary_scan, downsample, mean_pool, smooth, upsample
+from unet.ops.gating import gated
 from unet.ops.mosaic import refusal
+from unet.ops.norms import add_rms_norm, rms_norm
 
 CLOSE = {"float32": 1e-5, "bfloat16": 1e-2}
 """How far values and gradients may be apart, relative to the largest; sums of a gradient over a sequence ten times as far."""
 
-OPS = ("boundary scan", "downsample", "upsample", "mean pooling", "smoothing")
+OPS = ("boundary scan", "downsample", "upsample", "mean pooling", "smoothing", "norm", "sum with a norm", "gated MLP")
 ATTENTION = ("attention of the byte level", "attention of the token level")
 
 Form = Literal["auto", "xla"]
@@ -182,6 +184,12 @@ def _operation(case: Case, form: Form, drawn: Array) -> tuple[Sequence[int], Cal
         layout = Layout(segments, segments, segments, jnp.ones(shape, bool))
         visibility = Visibility(layout, case.window if windowed else None, form)
         return (*shape, case.heads, dim // case.heads), lambda x: attend(x, x, x, visibility, cap=50.0)
+    if case.op == "norm":
+        return (batch, length, dim), lambda x: sum(rms_norm(x, jnp.ones(dim), 1e-6, implementation=implementation))
+    if case.op == "sum with a norm":
+        return (batch, length, dim), lambda x: add_rms_norm(x, x, jnp.ones(dim), 1e-6, implementation=implementation)
+    if case.op == "gated MLP":
+        return (batch, length, 2 * dim), lambda x: gated(x, "gelu", implementation=implementation)
     if case.op == "smoothing":
         probs = jax.random.uniform(jax.random.key(4), (batch, tokens))
         return (batch, tokens, dim), lambda x: smooth(x, probs, implementation=implementation)

@@ -34,9 +34,9 @@ SWITCHES: dict[str, tuple[Implementation | None, AttentionForm]] = {
     AS_IT_IS: (None, "auto"),
     "all in XLA": ("xla", "xla"),
     "attention in XLA": (None, "xla"),
-    "ragged operations in XLA": ("xla", "auto"),
+    "own kernels in XLA": ("xla", "auto"),
 }
-"""The forms of ragged operations and of attention."""
+"""The forms of the operations with kernels of this library and of attention."""
 
 
 def utilisation(config: RunConfig, bytes_per_second: float) -> float | None:
