@@ -33,11 +33,11 @@ def average(hidden, actions):
     return out, back(out)
 
 
-def norms(hidden, scale):
-    def block(hidden, scale):
-        return rms_norm(add_rms_norm(hidden, hidden, scale, 1e-6), scale, 1e-6)
+def norms(stream, hidden, scale):
+    def block(stream, hidden, scale):
+        return rms_norm(add_rms_norm(stream, hidden, scale, 1e-6), scale, 1e-6, dtype=hidden.dtype)
 
-    out, back = jax.vjp(block, hidden, scale)
+    out, back = jax.vjp(block, stream, hidden, scale)
     return out, back(out)
 
 
@@ -65,10 +65,9 @@ def main(target):
     scanned = shape(BATCH, LENGTH, 5), shape(BATCH, LENGTH)
     report(mesh, "limited_scan", limited_scan, *scanned, sizes, sizes, shape(BATCH, dtype=jnp.int32))
     for dim in (384, 512, 768, 2048):
-        for dtype in (jnp.bfloat16, jnp.float32):
-            report(
-                mesh, f"norms-{dim}-{jnp.dtype(dtype).name}", norms, shape(BATCH, LENGTH, dim, dtype=dtype), shape(dim)
-            )
+        narrow, wide = (shape(BATCH, LENGTH, dim, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
+        for name, stream, hidden in (("bfloat16", narrow, narrow), ("float32", wide, wide), ("both", wide, narrow)):
+            report(mesh, f"norms-{dim}-{name}", norms, stream, hidden, shape(dim))
     for dim in (384, 3072):
         for dtype in (jnp.bfloat16, jnp.float32):
             report(mesh, f"gates-{dim}-{jnp.dtype(dtype).name}", gates, shape(BATCH, LENGTH, 2 * dim, dtype=dtype))

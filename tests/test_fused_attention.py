@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from estimators.base import Layout
 from experiments.benchmark import deviceless
@@ -100,6 +101,24 @@ def test_what_the_kernels_cannot_do_is_named(capability, shape, reason, monkeypa
     monkeypatch.setattr(fused_attention, "missing", lambda: None)
     found = refusal(length, head_dim, window, jnp.dtype(dtype))
     assert found is None if reason is None else reason in (found or "")
+
+
+def test_devices_that_share_a_step_attend_in_xla(monkeypatch):
+    monkeypatch.setattr(fused_attention, "get_default_device", lambda: Device("9.0"))
+    monkeypatch.setattr(fused_attention, "missing", lambda: None)
+    layout, (query, key, value) = inputs(8, "bfloat16", head_dim=64)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def lowered(form: AttentionForm) -> str:
+        def attended(query, key, value, layout):
+            return attend(query, key, value, Visibility(layout, 4, form), cap=5.0)
+
+        shared = jax.shard_map(attended, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
+        return jax.jit(shared).lower(query, key, value, layout).as_text()
+
+    assert lowered("auto") == lowered("xla")
+    with pytest.raises(ValueError, match="several devices share a step"):
+        lowered("tokamax")
 
 
 def test_where_tokamax_is_missing_the_sentence_says_how_to_install_it(monkeypatch):

@@ -272,11 +272,11 @@ def test_every_kernel_compiles_to_machine_code_without_spilling_registers(target
     found = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines() if re.fullmatch(r"[a-z_0-9-]+ \d+", line))
     # Forward and backward, but for the scan, which has no gradient.
     assert found.pop("boundary_scan") == found.pop("limited_scan") == "1"
-    assert {found.pop(f"norms-{dim}-{dtype}") for dim in (384, 512, 768, 2048) for dtype in CLOSE} == {"4"}
+    assert {found.pop(f"norms-{dim}-{dtype}") for dim in (384, 512, 768, 2048) for dtype in (*CLOSE, "both")} == {"4"}
     assert {found.pop(f"gates-{dim}-{dtype}") for dim in (384, 3072) for dtype in CLOSE} == {"2"}
     assert len(found) == 3 * 4 * 2
     assert set(found.values()) == {"2"}
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stdout + done.stderr)
     # Some of the programs share a kernel, which is compiled once.
-    assert len(spills) >= 60
+    assert len(spills) >= 70
     assert set(spills) == {("0", "0")}

@@ -31,6 +31,8 @@ CAPABILITIES = 9.0, 11.0
 """Compute capabilities of the kernels: from the first (Hopper) to below the second (Blackwell in data centres)."""
 HEAD_DIMS = (64, 96, 128)
 """Widths of a head that the kernels were compiled for."""
+SEVERAL = "several devices share a step, and tokamax's kernels do not run inside jax.shard_map"
+"""Why there are no kernels on several devices: they do not say over which of them their results vary."""
 
 
 @runtime_checkable
@@ -58,7 +60,9 @@ def missing() -> str | None:
 
 
 def unable() -> str | None:
-    """Why the kernels cannot run on the default device, whatever the shapes; None if they can."""
+    """Why the kernels cannot run here on the default device, whatever the shapes; None if they can."""
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return SEVERAL
     device = get_default_device()
     if device.platform != "gpu":
         return "there is no CUDA device"

@@ -253,9 +253,14 @@ def with_implementation(config: RunConfig) -> RunConfig:
         return config
     dtype = jnp.dtype(config.unet.compute)
     reasons = (fused_attention.refusal(config.length, *one, dtype) for one in config.unet.attention_layers)
-    if lacks := next(filter(None, reasons), None):
+    if lacks := next(filter(None, (*reasons, _shared(config))), None):
         raise ConfigError(f"--unet.attention tokamax: its kernels cannot run here: {lacks}")
     return dataclasses.replace(config, unet=dataclasses.replace(config.unet, attention="auto"))
+
+
+def _shared(config: RunConfig) -> str | None:
+    """Why several devices have no fused attention; None if there is one."""
+    return None if batch_shards(config) * config.mesh.tensor == 1 else fused_attention.SEVERAL
 
 
 def _from_host(whole: np.ndarray, sharding: NamedSharding) -> Array:
@@ -265,7 +270,7 @@ def _from_host(whole: np.ndarray, sharding: NamedSharding) -> Array:
 
 def attention_notes(config: RunConfig) -> list[str]:
     """Says so where a GPU could attend in fused kernels and does not."""
-    lacks = fused_attention.missing()
+    lacks = fused_attention.missing() or (None if fused_attention.unable() else _shared(config))
     if jax.default_backend() != "gpu" or config.unet.attention_form != "auto" or lacks is None:
         return []
     return [f"attention runs in XLA, which moves several times as much memory as fused kernels would: {lacks}"]

@@ -83,7 +83,8 @@ def memory_plan(config: RunConfig, model: UNet, capacities: Sequence[int]) -> Me
     # Where all attention is fused, what XLA would have to keep of it does not count.
     dtype = jnp.dtype(config.unet.compute)
     refused = [refusal(config.length, *one, dtype) for one in config.unet.attention_layers]
-    fused = config.unet.attention_form != "xla" and not any(refused)
+    alone = batch_shards(config) * config.mesh.tensor == 1
+    fused = config.unet.attention_form != "xla" and alone and not any(refused)
     model = computed(model, remat=False, attention="tokamax" if fused else "xla")
     return MemoryPlan(activation_bytes(model, shape, capacities, config.samples), state, available(config))
 
