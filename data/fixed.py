@@ -110,6 +110,12 @@ def corpus_source(name: str, cache: Path) -> AbstractSource | None:
     return FixedSplits(known, *(ByteRange(Span(path, *part)) for part in parts))
 
 
+def without_place(name: str) -> str:
+    """The name of a data set without the path of its file where its content is known: `enwik8` for `enwik8:PATH`."""
+    known = name.partition(":")[0]
+    return known if known in CORPORA else name
+
+
 def _found(corpus: Corpus, cache: Path) -> Path:
     for folder in (Path(), cache):
         for suffix in _SUFFIXES:

@@ -104,37 +104,50 @@ def load(
         )
     else:
         training, held_out = split_documents(training, held_out_share, source.name)
-    rows = MemoryRows(held_out, length, protocol, random=False)
     notes += source.notes
-    coverage = None
-    if training is not None:
-        coverage = Coverage.of(training.sizes - 1, length, protocol)
-        if coverage.documents == 1 and coverage.share < LITTLE:
-            raise DataError(
-                f"{source.name} is one document, and the protocol '{protocol}' shows only its first {length} bytes; use "
-                "--data.protocol crop"
-            )
-        if coverage.shown == 0:
-            raise DataError(
-                f"no document of {source.name} has {length} bytes or more; use a smaller --length or --data.protocol crop"
-            )
+    coverage = None if training is None else _covered(training, source.name, length, protocol)
+    if coverage is not None:
         notes.append(coverage.note(source.name, length, protocol, so_far=False))
-    if len(rows) == 0:
-        raise DataError(
-            f"no held-out document of {source.name} has {length} bytes or more; use a smaller --length or --data.protocol crop"
-        )
-    if rows.dropped:
-        notes.append(
-            f"{rows.dropped:,} of {len(held_out):,} held-out documents of {source.name} are shorter than {length} bytes and not "
-            "evaluated"
-        )
-    if len(rows) < held_out_bytes // length:
-        notes.append(
-            f"validation uses all held-out text of {source.name}, {len(rows):,} rows of {length} bytes; --evaluation.bytes "
-            f"asks for {held_out_bytes // length:,}"
-        )
+    rows = MemoryRows(held_out, length, protocol, random=False)
+    notes += _row_notes(rows, len(held_out), source.name, length, held_out_bytes)
     fingerprint = _fingerprint(source, held_out if training is None else itertools.chain(training, held_out))
     return Split(source, length, protocol, held_out_share, training, coverage, rows, fingerprint, tuple(notes))
+
+
+def _covered(training: Texts, name: str, length: int, protocol: Protocol) -> Coverage:
+    """How much of the training text a protocol can show. Raises `DataError` where that is next to nothing."""
+    coverage = Coverage.of(training.sizes - 1, length, protocol)
+    if coverage.documents == 1 and coverage.share < LITTLE:
+        raise DataError(
+            f"{name} is one document, and the protocol '{protocol}' shows only its first {length} bytes; use "
+            "--data.protocol crop"
+        )
+    if coverage.shown == 0:
+        raise DataError(
+            f"no document of {name} has {length} bytes or more; use a smaller --length or --data.protocol crop"
+        )
+    return coverage
+
+
+def _row_notes(rows: MemoryRows, documents: int, name: str, length: int, asked: int) -> list[str]:
+    """What a user should know of the rows of so many held-out documents, of which `asked` bytes were wanted. Raises `DataError`
+    if there are none."""
+    if len(rows) == 0:
+        raise DataError(
+            f"no held-out document of {name} has {length} bytes or more; use a smaller --length or --data.protocol crop"
+        )
+    notes = []
+    if rows.dropped:
+        notes.append(
+            f"{rows.dropped:,} of {documents:,} held-out documents of {name} are shorter than {length} bytes and not "
+            "evaluated"
+        )
+    if len(rows) < asked // length:
+        notes.append(
+            f"validation uses all held-out text of {name}, {len(rows):,} rows of {length} bytes; --evaluation.bytes "
+            f"asks for {asked // length:,}"
+        )
+    return notes
 
 
 def _fingerprint(source: AbstractSource, documents: Iterable[bytes]) -> str:

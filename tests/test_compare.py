@@ -235,6 +235,16 @@ def test_runs_made_elsewhere_count_as_if_made_here(finished, launched, corpus, t
     assert found["sfe", 0].curve == curve(finished / "sfe-0")
     with pytest.raises(ConfigError, match="other settings for rate"):
         read_tables([table_json], {("sfe", 0): dataclasses.replace(runs["sfe", 0], rate=0.3)})
+    # A published text is the same wherever its file lies; another file may hold anything.
+    elsewhere = tmp_path / "table.json"
+    for theirs, ours in (("enwik8:old/enwik8.zip", "enwik8"), ("old/text.jsonl", "text.jsonl")):
+        elsewhere.write_text(table_json.read_text().replace(json.dumps(str(corpus)), json.dumps(theirs)))
+        asked = {("sfe", 0): dataclasses.replace(runs["sfe", 0], dataset=ours)}
+        if ours == "enwik8":
+            assert list(read_tables([elsewhere], asked)) == [("sfe", 0)]
+        else:
+            with pytest.raises(ConfigError, match="other settings for dataset"):
+                read_tables([elsewhere], asked)
     with pytest.raises(ConfigError, match="is not the table"):
         read_tables([finished / "sfe-0" / "summary.json"], runs)
     with pytest.raises(ConfigError, match="cannot be read"):

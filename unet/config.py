@@ -51,8 +51,9 @@ class AbstractShape(ABC):
     """GiB that a training step may take on each device, for --unet.remat auto; by default what the device has."""
     implementation: Implementation | None = None
     """Implementation of the ragged operations, of norms and of gated MLPs: kernels on CUDA and XLA elsewhere (None), always
-    `xla`, always `pallas` kernels, `interpret`, which emulates the kernels on the host, slowly, or `native`: XLA with JAX's own
-    derivatives, so that the loss can be differentiated more than once and in forward mode."""
+    `xla`, always `pallas` kernels (norms and gates of widths that these do not take stay in XLA), `interpret`, which emulates
+    the kernels on the host, slowly, or `native`: XLA with JAX's own derivatives, so that the loss can be differentiated more
+    than once and in forward mode."""
 
     attention: AttentionForm = "auto"
     """Implementation of self-attention: the fused kernels of tokamax on CUDA where they can run and XLA elsewhere (`auto`),

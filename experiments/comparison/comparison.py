@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from experiments.comparison.finished import FinishedRun, Runs
+from experiments.comparison.finished import FinishedRun, Runs, portable
 from experiments.comparison.intervals import CONFIDENCE, Difference, paired_difference
 from experiments.comparison.page import Table, curves_figure, page, shaded_texts
 from experiments.comparison.pairs import (
@@ -184,11 +184,12 @@ def published_table(variants: Sequence[Variant], runs: Runs) -> Table | None:
 
 def joined_remarks(plan: Plan, runs: Runs) -> list[str]:
     """A note for each variant made of runs from elsewhere, on other data or of another length than the runs made here."""
-    first = next(iter(plan.requested.values()), next(iter(runs.values()))[0].config)
+    first = portable(next(iter(plan.requested.values()), next(iter(runs.values()))[0].config))
     notes = []
     for variant in plan.study.variants:
         for run in runs.get(variant.name, ()) if variant.runs else ():
-            if changed := [name for name in OF_THE_TEXT if getattr(run.config, name) != getattr(first, name)]:
+            own = portable(run.config)
+            if changed := [name for name in OF_THE_TEXT if getattr(own, name) != getattr(first, name)]:
                 notes.append(
                     f"{variant.name} was made elsewhere with other settings for {', '.join(changed)}: its bits per byte are "
                     "those of another text, or of another training text."

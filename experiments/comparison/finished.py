@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from data.fixed import without_place
 from experiments.comparison.pairs import Curve
 from experiments.config.errors import ConfigError
 from experiments.config.files import from_values, to_json
@@ -80,7 +82,7 @@ def read_tables(paths: Sequence[Path], requested: Mapping[Key, RunConfig]) -> di
             if key not in requested or key in read:
                 continue
             # The number of devices changes a run only by rounding errors.
-            if changed := differing(_portable(run.config), _portable(requested[key]), may_differ=OF_DEVICES):
+            if changed := differing(portable(run.config), portable(requested[key]), may_differ=OF_DEVICES):
                 raise ConfigError(
                     f"{path} has {name} of seed {run.seed} with other settings for {', '.join(changed)}: leave out the "
                     "table, or use its settings"
@@ -104,7 +106,7 @@ def read_joined(name: str, folders: Sequence[Path], plugins: Collection[str]) ->
                 f"{folder} and {read[name, run.seed].folder} are both of seed {run.seed}: name one of them"
             )
         first = next(iter(read.values()), run)
-        if changed := differing(_portable(run.config), _portable(first.config), may_differ=(*OF_DEVICES, "seed")):
+        if changed := differing(portable(run.config), portable(first.config), may_differ=(*OF_DEVICES, "seed")):
             raise ConfigError(
                 f"{folder} and {first.folder} would be seeds of one variant {name}, but have other settings for "
                 f"{', '.join(changed)}: give them names (--runs NAME={folder})"
@@ -113,10 +115,10 @@ def read_joined(name: str, folders: Sequence[Path], plugins: Collection[str]) ->
     return read
 
 
-def _portable(run: RunConfig) -> RunConfig:
-    """The settings without the path of another run whose model it reads, which differs between comparisons, and without lanes,
-    which differ with the number of processes."""
-    run = with_any_lanes(run)
+def portable(run: RunConfig) -> RunConfig:
+    """The settings without what depends on the place where a run is done: where the file of a published text lies, the path of
+    another run whose model it reads, and lanes, which differ with the number of processes."""
+    run = dataclasses.replace(with_any_lanes(run), dataset=without_place(run.dataset))
     needs = run.first.prerequisite
     return run if needs is None else run.with_settings(**{run.parts[0].estimator.section: {needs.setting: None}})
 

@@ -29,7 +29,7 @@ def gated(
 ) -> Float[Array, "*shape half"]:
     r"""$\mathrm{gelu}_{tanh}(g) \odot v$ of `halves` = [g, v] (Gemma), or $v \odot \mathrm{silu}(g)$ of [v, g] (Llama, H-Net).
 
-    Raises `ValueError` if a kernel requested by name cannot run.
+    Widths that the kernel does not take stay in XLA whatever the `implementation`.
     """
     if implementation == "native":
         return _product(halves, activation)
@@ -86,7 +86,7 @@ def _backward(
 
     xla = functools.partial(_gradient_xla, activation=activation)
     refused = refusal(gradient.shape[-1], halves.dtype)
-    return (dispatch("gated", refused, implementation, halves, gradient, xla=xla, kernel=kernel),)
+    return (dispatch("gated", refused, implementation, halves, gradient, xla=xla, kernel=kernel, optional=True),)
 
 
 _gated.defvjp(_forward, _backward)

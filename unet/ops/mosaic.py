@@ -71,16 +71,18 @@ def dispatch(
     *args: Array,
     xla: Callable[..., Result],
     kernel: Callable[..., Callable[..., Result]],
+    optional: bool = False,
 ) -> Result:
     """Run `xla` or `kernel(interpret)` on `args`, as `implementation` says; the choice by platform is made at lowering.
 
-    Raises `ValueError` if a kernel requested by name cannot run; `pallas` on a platform other than CUDA fails at lowering. XLA
-    cannot partition a kernel: over several devices it runs in a `jax.shard_map`, as training steps do, or as `xla`.
+    Raises `ValueError` if a kernel requested by name cannot run, unless it is `optional`; `pallas` on a platform other than CUDA
+    fails at lowering. XLA cannot partition a kernel: over several devices it runs in a `jax.shard_map`, as training steps do, or
+    as `xla`.
     """
     if implementation in ("xla", "native"):
         return xla(*args)
     if refused is not None:
-        if implementation is not None:
+        if implementation is not None and not optional:
             raise ValueError(f"the kernel of {name} cannot run: {refused}")
         _log.info("%s runs in XLA on every platform: %s", name, refused)
         return xla(*args)

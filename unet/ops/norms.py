@@ -47,7 +47,7 @@ def rms_norm(
     implementation: Implementation | None = None,
 ) -> Normed:
     r"""The rows and $s \odot x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$, computed in float32 and returned in `dtype` (None: that
-    of the rows). Raises `ValueError` if a kernel requested by name cannot run."""
+    of the rows). Rows that kernels do not take are normed in XLA whatever the `implementation`."""
     dtype = jnp.dtype(rows.dtype if dtype is None else dtype)
     scale = varying_like(scale.astype(jnp.float32), rows)
     if implementation == "native":
@@ -63,8 +63,8 @@ def add_rms_norm(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*shape dim"]:
-    r"""$r + s \odot x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$, computed in float32 and returned in the dtype of the residual r.
-    Raises `ValueError` if a kernel requested by name cannot run."""
+    r"""$r + s \odot x/\sqrt{\mathrm{mean}(x^2) + \epsilon}$, computed in float32 and returned in the dtype of the residual r. As
+    `rms_norm` for rows that kernels do not take."""
     scale = varying_like(scale.astype(jnp.float32), rows)
     if implementation == "native":
         return _norm_xla(rows, scale, residual, epsilon=epsilon, dtype=residual.dtype)
@@ -111,7 +111,7 @@ def _norm(inputs: Sequence[Array], epsilon: float, dtype: DTypeLike, implementat
     def kernel(interpret: bool):
         return functools.partial(_norm_kernel, epsilon=epsilon, dtype=dtype, interpret=interpret)
 
-    return dispatch("rms_norm", _refusal(inputs), implementation, *inputs, xla=xla, kernel=kernel)
+    return dispatch("rms_norm", _refusal(inputs), implementation, *inputs, xla=xla, kernel=kernel, optional=True)
 
 
 def _gradients(inputs: Sequence[Array], epsilon: float, implementation: Implementation | None) -> tuple[Array, Array]:
@@ -121,7 +121,7 @@ def _gradients(inputs: Sequence[Array], epsilon: float, implementation: Implemen
     def kernel(interpret: bool):
         return functools.partial(_gradients_kernel, epsilon=epsilon, interpret=interpret)
 
-    return dispatch("rms_norm", _refusal(inputs), implementation, *inputs, xla=xla, kernel=kernel)
+    return dispatch("rms_norm", _refusal(inputs), implementation, *inputs, xla=xla, kernel=kernel, optional=True)
 
 
 def _refusal(inputs: Sequence[Array]) -> str | None:

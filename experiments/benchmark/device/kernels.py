@@ -185,7 +185,9 @@ def _operation(case: Case, form: Form, drawn: Array) -> tuple[Sequence[int], Cal
         visibility = Visibility(layout, case.window if windowed else None, form)
         return (*shape, case.heads, dim // case.heads), lambda x: attend(x, x, x, visibility, cap=50.0)
     if case.op == "norm":
-        return (batch, length, dim), lambda x: sum(rms_norm(x, jnp.ones(dim), 1e-6, implementation=implementation))
+        # Both results, so that both gradients are there to be added.
+        both = functools.partial(rms_norm, scale=jnp.ones(dim), epsilon=1e-6, implementation=implementation)
+        return (batch, length, dim), lambda x: jnp.add(*both(x))
     if case.op == "sum with a norm":
         return (batch, length, dim), lambda x: add_rms_norm(x, x, jnp.ones(dim), 1e-6, implementation=implementation)
     if case.op == "gated MLP":
