@@ -239,6 +239,11 @@ def batch_shards(config: RunConfig) -> int:
     return data * mesh.fsdp
 
 
+def step_devices(config: RunConfig) -> int:
+    """The devices that share a step."""
+    return batch_shards(config) * config.mesh.tensor
+
+
 def with_implementation(config: RunConfig) -> RunConfig:
     """The run as its model is built: one that was asked to attend in fused kernels may run anywhere once it is trained.
 
@@ -260,7 +265,7 @@ def with_implementation(config: RunConfig) -> RunConfig:
 
 def _shared(config: RunConfig) -> str | None:
     """Why several devices have no fused attention; None if there is one."""
-    return None if batch_shards(config) * config.mesh.tensor == 1 else fused_attention.SEVERAL
+    return None if step_devices(config) == 1 else fused_attention.SEVERAL
 
 
 def _from_host(whole: np.ndarray, sharding: NamedSharding) -> Array:

@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 from estimators.base import has_gradient
 from estimators.sharding import DATA, FSDP, TENSOR
 from experiments.config.settings import RunConfig
-from experiments.training.placement import batch_shards
+from experiments.training.placement import batch_shards, step_devices
 from experiments.training.sharding import placed_leaves
 from unet import UNet
 from unet.blocks import computed
@@ -83,8 +83,7 @@ def memory_plan(config: RunConfig, model: UNet, capacities: Sequence[int]) -> Me
     # Where all attention is fused, what XLA would have to keep of it does not count.
     dtype = jnp.dtype(config.unet.compute)
     refused = [refusal(config.length, *one, dtype) for one in config.unet.attention_layers]
-    alone = batch_shards(config) * config.mesh.tensor == 1
-    fused = config.unet.attention_form != "xla" and alone and not any(refused)
+    fused = config.unet.attention_form != "xla" and step_devices(config) == 1 and not any(refused)
     model = computed(model, remat=False, attention="tokamax" if fused else "xla")
     return MemoryPlan(activation_bytes(model, shape, capacities, config.samples), state, available(config))
 
@@ -101,7 +100,7 @@ def available(config: RunConfig) -> int | None:
     if device.platform != "cpu":
         return None
     machine = machine_memory()
-    devices = batch_shards(config) * config.mesh.tensor // jax.process_count()
+    devices = step_devices(config) // jax.process_count()
     return None if machine is None else machine // max(1, devices)
 
 
