@@ -64,7 +64,8 @@ def test_under_64_bit_types_a_model_has_the_same_values_and_everything_is_float3
         return build_byte_model(config, jax.random.key(0), prepared_for(config))
 
     usual = built()
-    with wide():
+    # Nothing relies on the user's setting of rank promotion either, in gradients written by hand too.
+    with wide(), jax.numpy_rank_promotion("raise"):
         model, bytes = built(), text_bytes(2, 16)
 
         def loss(model):

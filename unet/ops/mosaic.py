@@ -14,6 +14,7 @@ from jax.extend.backend import get_default_device
 from jaxtyping import Array
 
 from estimators.sharding import varying_like
+from unet.numerics import with_rank_promotion
 
 Implementation = Literal["xla", "native", "pallas", "interpret"]
 """`xla`: the reference implementation, with a hand-written gradient; `native`: the same with JAX's own derivatives, of any
@@ -64,6 +65,7 @@ def refusal(dim: int, dtype: jnp.dtype) -> str | None:
     return _unable()
 
 
+@with_rank_promotion  # gradients written by hand are traced when the model's own functions have returned
 def dispatch(
     name: str,
     refused: str | None,
