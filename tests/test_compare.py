@@ -31,6 +31,7 @@ from experiments.comparison.study import of_estimators
 from experiments.config.errors import ConfigError
 from experiments.config.presets import PRESETS
 from experiments.reporting.display import Display
+from experiments.reporting.summary import target_rates
 from experiments.training.run_dir import read_config
 from experiments.training.stopping import stop_signals
 from tests.test_run import SMALL
@@ -180,6 +181,16 @@ def test_a_missed_rate_is_flagged():
     assert "| 0.210 / 0.600 † |" in shown([line])
     assert "sfe 0.210 / 0.600 for 0.2 / 0.5" in " ".join(remarks([line]))
     assert any("hnet 0.268 for 0.2" in note for note in remarks(lines))
+
+
+def test_a_model_without_tokens_has_no_rate_to_miss():
+    config = dataclasses.replace(PRESETS["tiny"], estimator="isotropic").with_settings(isotropic={"token_level": False})
+    assert target_rates(config) == [None]
+    run = finished_run("isotropic", 0, 2.0, 0.0)
+    run = dataclasses.replace(run, config=config, summary={**run.summary, "target_rate": None})
+    (line,) = method_results({"no tokens": [run]}, "")
+    assert not line.missed
+    assert "Missed" not in " ".join(remarks([line]))
 
 
 def test_what_a_reader_of_the_table_has_to_know():

@@ -108,7 +108,10 @@ def _result_rows(config: RunConfig, summary: Summary) -> Iterable[str]:
             )
             if summary.get(name) is not None
         ),
-        ("Boundary rate, target", f"{_number(summary['val_rate'], digits=3)}, {_target(summary['target_rate'])}"),
+        (
+            "Boundary rate, target",
+            f"{_number(summary['val_rate'], digits=3)}, {_target(config, summary['target_rate'])}",
+        ),
         *(
             [("… of the bytes that constraints leave free", _number(summary["val_free_rate"], digits=3))]
             if config.constrain
@@ -117,7 +120,7 @@ def _result_rows(config: RunConfig, summary: Summary) -> Iterable[str]:
         *(
             (
                 f"… at inner level {level}, target",
-                f"{_number(summary[f'val_{level_prefix(level)}rate'], digits=3)}, {_target(target)}",
+                f"{_number(summary[f'val_{level_prefix(level)}rate'], digits=3)}, {_target(config, target)}",
             )
             for level, target in enumerate(target_rates(config))
             if level
@@ -141,8 +144,10 @@ def _result_rows(config: RunConfig, summary: Summary) -> Iterable[str]:
     return (f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows)
 
 
-def _target(rate: float | int | str | None) -> str:
-    return "that of the tokenizer" if rate is None else f"{rate:g}"
+def _target(config: RunConfig, rate: float | int | str | None) -> str:
+    if rate is None:
+        return "that of the tokenizer" if config.reads_tokens else "none, since there are no tokens"
+    return f"{rate:g}"
 
 
 def _number(value: float | int | str | None, unit: float = 1.0, digits: int = 4) -> str:

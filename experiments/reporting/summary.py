@@ -15,9 +15,10 @@ Summary = dict[str, float | int | str | None]
 
 
 def target_rates(config: RunConfig) -> list[float | None]:
-    """The target rate of each level, the outermost first; None of the tokens of a tokenizer, which come as they come."""
+    """The target rate of each level, the outermost first; None of the tokens of a tokenizer, which come as they come, and of a
+    model without tokens."""
     inside = [level.rate for level in config.levels]
-    return [None, *inside] if config.reads_tokens else [config.rate, *inside[1:]]
+    return [None, *inside] if config.reads_tokens or not inside else [config.rate, *inside[1:]]
 
 
 def summary_of(config: RunConfig, outcome: Outcome) -> Summary:
