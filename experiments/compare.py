@@ -35,6 +35,7 @@ from experiments.config.plugins import named_modules, trusted
 from experiments.config.settings import RunConfig
 from experiments.launch import program
 from experiments.reporting.display import Display
+from experiments.training.data import open_data
 from experiments.training.run_dir import SUMMARY, make_folder
 from experiments.training.stopping import stop_signals
 
@@ -184,6 +185,9 @@ def compare(plan: Plan, display: Display) -> int:
         prepared(run, may_differ=("seed",))
     for run in here.values():
         prepared(run)
+    missing = [run for run in (*byte_models, *here.values()) if not is_finished(run.run_dir)]
+    for dataset, data in {(run.dataset, run.data) for run in missing}:
+        open_data(dataset, data)
     make_folder(plan.out)
     logs = plan.out / LOGS
     logs.mkdir(exist_ok=True)

@@ -463,3 +463,11 @@ def test_invalid_input_is_one_sentence(tmp_path, corpus, capsys, arguments, mess
 def test_other_settings_are_refused_where_runs_are(finished, corpus, capsys):
     assert start(*ARGUMENTS, "--dataset", corpus, "--out", finished, "--rate", "0.3", *SMALL) == 2
     assert "other settings for rate" in " ".join(capsys.readouterr().err.split())
+
+
+def test_data_that_are_not_there_are_refused_before_anything_is_touched(tmp_path, capsys):
+    missing = tmp_path / "none.jsonl"
+    given = ("--seeds", "0", "1", "--dataset", str(missing), "--out", str(tmp_path / "out"))
+    assert compare_module.main(["--estimators", "sfe", "uniform", *given]) == 2
+    assert capsys.readouterr().err.count("none.jsonl") == 1
+    assert not (tmp_path / "out").exists()
